@@ -1,0 +1,50 @@
+"""The command line: python -m prune_lab [group=option] [key=value] [-m]."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from prune_lab import config, explain, recipes, sweep
+
+OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+
+
+@hydra.main(version_base="1.3", config_path=config.CONF_DIR, config_name="config")
+def _job(cfg: DictConfig) -> float | None:
+    from prune_lab import job  # imports torch: not before there is a job to run
+
+    place = sweep.place_of_job(HydraConfig.get())
+    return job.run(lambda: config.build_parts(cfg), config.plain(cfg), place)
+
+
+def main() -> None:
+    """Runs a command line and leaves with its exit code (README, "Exit codes")."""
+    sys.exit(_run(sys.argv[1:]))
+
+
+def _run(arguments: list[str]) -> int:
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's refusals reach us as exceptions, to be shown in one line
+    config.register_schema()
+    try:
+        recipes.check(arguments)
+        _job()
+    except KeyboardInterrupt:
+        explain.to_stderr("interrupted")
+        return INTERRUPTED
+    except SystemExit as end:  # a refused single run (job.py), a signal, or argparse
+        return end.code if isinstance(end.code, int) else REFUSED
+    except Exception as error:
+        explain.to_stderr(explain.one_line(error))
+        return REFUSED
+    finally:
+        sweep.close_open_sweep()
+    return FAILED if sweep.any_job_failed() else OK
+
+
+if __name__ == "__main__":
+    main()

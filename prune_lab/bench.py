@@ -1,0 +1,123 @@
+"""The dense model, its text and its figures: what the runs of a sweep share."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from prune_lab.console import Console
+from prune_lab.device import Device
+from prune_lab.errors import Refused
+from prune_lab.export import save_model
+from prune_lab.measure.memory import measure_memory
+from prune_lab.measure.perplexity import Quality, measure_quality
+from prune_lab.measure.settings import Measure
+from prune_lab.measure.size import Size, measure_size
+from prune_lab.models.load import Loaded, ModelSource
+from prune_lab.summary import write_json
+from prune_lab.text.source import TextSource
+from prune_lab.text.tokens import JOIN, Tokens, sha256
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is measured of one model by itself; memory_mb is None where it was not asked for."""
+
+    quality: Quality
+    size: Size
+    memory_mb: float | None
+
+
+class Bench:
+    """The dense model on its device and the tokenised text; measures models by one protocol."""
+
+    def __init__(self, model: ModelSource, text: TextSource, measure: Measure, device: Device, seed: int) -> None:
+        self.device, self.measure, self.seq_len = device, measure, text.seq_len
+        documents = text.documents()
+        self.dense: Loaded = model.load(device, seed)
+        context = getattr(self.dense.model.config, "max_position_embeddings", None)
+        if context is not None and text.seq_len > context:
+            raise Refused(f"dataset.seq_len={text.seq_len} is above the model's context of {context} tokens")
+        self.tokens = Tokens(documents, self.dense.tokenizer)
+        self.windows = self.tokens.windows("test", text.seq_len)[: measure.max_windows]
+        if int(self.windows.max()) >= self.dense.model.config.vocab_size:
+            raise Refused("the tokenizer gives ids beyond the model's vocabulary: they do not belong together")
+        room = (context or 10**9) - measure.decode_tokens
+        stream = self.tokens.stream("test")
+        self.prompt: Tensor = stream[: max(1, min(measure.prompt_tokens, room))][None]
+
+    @cached_property
+    def protocol(self) -> dict[str, Any]:
+        """What the figures depend on beside the model: runs with other stamps must not be compared."""
+        return {
+            "dataset": self.tokens.documents.name,
+            "dataset_facts": self.tokens.documents.facts,
+            "test_tokens_sha256": sha256(self.windows),
+            "seq_len": self.seq_len,
+            "windows": len(self.windows),
+            "join": JOIN,
+            "dtype": self.device.dtype_name,
+            "device": str(self.device.torch),
+            "prompt_tokens": self.prompt.shape[1],
+            **asdict(self.measure),
+        }
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """sha256 of weights, tokenizer and text."""
+        return self.dense.fingerprint() | {"text": self.tokens.documents.fingerprint()}
+
+    def copy_of_dense(self) -> Loaded:
+        """A copy of the dense model to be pruned."""
+        dense = self.dense
+        return Loaded(copy.deepcopy(dense.model), dense.tokenizer, dense.name, dense.family)
+
+    def figures(self, loaded: Loaded, folder: Path, console: Console) -> Figures:
+        """Quality, size and memory of a model that is saved in `folder`."""
+        per_token = self.tokens.bytes_per_token("test")
+        batch_size = self.measure.batch_size
+        quality = measure_quality(loaded.model, self.windows, per_token, batch_size, self.device, console)
+        memory = None
+        if self.measure.memory:
+            console.note("measuring memory in a fresh process" if not self.device.is_cuda else "measuring memory")
+            memory = measure_memory(loaded.model, folder, self.prompt, self.measure, self.device)
+        return Figures(quality, measure_size(loaded.model, folder), memory)
+
+    def baseline(self, sweep_folder: Path | None, console: Console) -> Figures:
+        """The dense model's figures: measured once in a process, and once in a sweep whoever runs its jobs."""
+        if self._baseline is None:
+            key = json.dumps([self.protocol, self.hashes], sort_keys=True)
+            name = f"baseline-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+            stored = sweep_folder / name if sweep_folder else None
+            if stored is not None and stored.exists():
+                self._baseline = _read_figures(stored)
+            else:
+                console.note("measuring the dense model")
+                with tempfile.TemporaryDirectory() as place:
+                    folder = Path(place) / "dense"
+                    save_model(self.dense, folder)
+                    self._baseline = self.figures(self.dense, folder, console)
+                if stored is not None:
+                    write_json(stored, asdict(self._baseline))
+        return self._baseline
+
+    _baseline: Figures | None = None
+
+
+@lru_cache(maxsize=1)
+def open_bench(model: ModelSource, text: TextSource, measure: Measure, device: Device, seed: int) -> Bench:
+    """The bench of these parts; the jobs of a sweep in one process get the same one."""
+    return Bench(model, text, measure, device, seed)
+
+
+def _read_figures(path: Path) -> Figures:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return Figures(Quality(**values["quality"]), Size(**values["size"]), values["memory_mb"])

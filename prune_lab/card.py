@@ -1,0 +1,36 @@
+"""The model card of an export."""
+
+from __future__ import annotations
+
+from prune_lab.figures import dense_figures
+from prune_lab.summary import Summary
+
+
+def model_card(summary: Summary, base_model: str, command: str) -> str:
+    """Markdown with the base model, what was done, what was measured, and the command that repeats it."""
+    dense = set(dense_figures(summary.metrics))
+    rows = [f"| {name} | {value:.6g} |" for name, value in sorted(summary.metrics.items()) if name not in dense]
+    choices = ", ".join(f"{group} {summary.choices.get(group)}" for group in ("method", "schedule", "recovery", "post"))
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [prune_lab, compressed]",
+        "---",
+        "",
+        f"# {base_model}, compressed with prune_lab",
+        "",
+        f"- Base model: {base_model} (its licence applies)",
+        f"- Compression: {choices}; amount removed {summary.metrics.get('amount/realized', 0):.4f}",
+        f"- Evaluated on: {summary.protocol.get('dataset')}, {summary.protocol.get('windows')} windows of "
+        f"{summary.protocol.get('seq_len')} tokens, {summary.protocol.get('dtype')}",
+        f"- prune_lab {summary.environment.get('prune_lab')}, fingerprint {summary.fingerprint}",
+        "",
+        "    " + command,
+        "",
+        "| metric | value |",
+        "|---|---|",
+        *rows,
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,137 @@
+"""The jobs of a sweep beside each other: results.json, results.md, pareto.png and the leaderboard."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from prune_lab.console import Console
+from prune_lab.pareto import Point, draw, front
+from prune_lab.summary import Summary, read_summary, write_json
+
+RESULTS, LEADERBOARD, PLOT = "results.json", "results.md", "pareto.png"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A job and its outcome."""
+
+    job: str
+    summary: Summary
+
+    @property
+    def label(self) -> str:
+        """What the job was asked to do differently from the defaults."""
+        return " ".join(self.summary.overrides) or "defaults"
+
+
+def read_job(folder: Path) -> Row:
+    """The outcome in a job's folder; a job that left none was killed."""
+    summary = read_summary(folder)
+    return Row(folder.name, summary or Summary("KILLED", reason="its process ended without saying so"))
+
+
+def write(folder: Path, rows: list[Row]) -> None:
+    """Writes the sweep's three files."""
+    write_json(folder / RESULTS, [{"job": row.job, **asdict(row.summary)} for row in rows])
+    half = folder / f".{LEADERBOARD}.tmp"
+    half.write_text(_markdown(rows), encoding="utf-8")
+    half.replace(folder / LEADERBOARD)
+    points = _points(rows)
+    if points:
+        draw(points, _dense_points(rows), folder / PLOT)
+
+
+def show(folder: Path, rows: list[Row], console: Console) -> None:
+    """Prints the leaderboard and where the plot is."""
+    header, lines = _cells(rows)
+    table = Table(title="Leaderboard, by perplexity (* on the size/quality front)", title_justify="left")
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
+    for cells in lines:
+        table.add_row(*cells)
+    console.result(table)
+    console.result(f"Files: {_shown(folder / LEADERBOARD)}  {_shown(folder / PLOT)}")
+
+
+def _points(rows: list[Row]) -> list[Point]:
+    finished = [row for row in rows if row.summary.status == "FINISHED"]
+    return [
+        Point(row.job, row.summary.choices.get("method", ""), row.summary.metrics)
+        for row in finished
+        if {"quality/perplexity", "params/nonzero", "size/disk_mb"} <= set(row.summary.metrics)
+    ]
+
+
+def _dense_points(rows: list[Row]) -> list[Point]:
+    """The dense models of the sweep, each once."""
+    found = {}
+    for point in _points(rows):
+        m = point.metrics
+        figures = {
+            "quality/perplexity": m["quality/dense_perplexity"],
+            "params/nonzero": m["params/dense_total"],
+            "size/disk_mb": m["size/dense_disk_mb"],
+        }
+        found[tuple(figures.values())] = Point("dense", "dense", figures)
+    return list(found.values())
+
+
+def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """The leaderboard as text: the dense model first, then by perplexity, then what did not finish."""
+    points = _points(rows)
+    on_front = {point.job for point in front(points, "params/nonzero")}
+    header = [
+        "job", "run", "removed", "non-zero", "disk MB", "perplexity", "x dense", "bits/byte", "prefill speed-up",
+        "decode speed-up", "peak memory",
+    ]  # fmt: skip
+    lines: list[list[str]] = []
+    for dense in _dense_points(rows):
+        m = dense.metrics
+        count = f"{m['params/nonzero']:,.0f}"
+        lines.append(["", "dense", "0", count, f"{m['size/disk_mb']:.2f}", f"{m['quality/perplexity']:.3f}", "1"])
+    infinite = float("inf")
+    for row in sorted(rows, key=lambda r: r.summary.metrics.get("quality/perplexity", infinite)):
+        m = row.summary.metrics
+        mark = "*" if row.job in on_front else ""
+        cells = [f"{row.job}{mark}", row.label]
+        if row.summary.status != "FINISHED":
+            cells += [f"{row.summary.status}: {row.summary.reason}"]
+        else:
+            cells += [
+                f"{m['amount/realized']:.4g}",
+                f"{m['params/nonzero']:,.0f}",
+                f"{m['size/disk_mb']:.2f}",
+                *(_number(m, f"quality/{name}", ".3f") for name in ("perplexity", "perplexity_ratio", "bits_per_byte")),
+                *(speedup(m, stage) for stage in ("prefill", "decode")),
+                _number(m, "memory/reduction", "+.1%", sign=-1),
+            ]
+        lines.append(cells)
+    return header, [cells + [""] * (len(header) - len(cells)) for cells in lines]
+
+
+def speedup(metrics: dict[str, float], stage: str) -> str:
+    """A speed-up with its interval, or "no change" where the interval contains 1."""
+    name = f"latency/{stage}_speedup"
+    if name not in metrics:
+        return "-"
+    value, low, high = (metrics[f"{name}{suffix}"] for suffix in ("", "_low", "_high"))
+    verdict = " no change" if low <= 1 <= high else ""
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]{verdict}"
+
+
+def _number(metrics: dict[str, float], name: str, form: str, sign: int = 1) -> str:
+    return format(sign * metrics[name], form) if name in metrics else "-"
+
+
+def _markdown(rows: list[Row]) -> str:
+    header, lines = _cells(rows)
+    table = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in table) + "\n"
+
+
+def _shown(path: Path) -> str:
+    """The path as a person in the working folder would type it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,162 @@
+"""From Hydra's configuration to typed, validated objects: the only code that knows OmegaConf.
+
+Every option's YAML names a frozen dataclass of this package under `_target_`; its keys are that
+class's fields. `build` resolves the class, checks keys and types, and lets the class check the values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from prune_lab.checks import check_amount
+from prune_lab.errors import Refused
+
+_PACKAGE = Path(__file__).parent
+CONF_DIR = str(next(p for p in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if p.is_dir()))
+GROUPS = ("model", "dataset", "method", "schedule", "recovery", "post", "measure", "tracking")
+# Packages beside prune_lab whose classes `_target_` may name, separated by commas. Read once, here: a recipe
+# can set the environment only later.
+_ALLOWED = ("prune_lab", *filter(None, os.environ.get("PRUNE_LAB_ALLOW", "").split(",")))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The root keys of a run."""
+
+    amount: float = 0.5
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    name: str = "prune_lab"
+    resume: bool = True
+    export: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        check_amount(self.amount)
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} is outside [0, 2^63)")
+        if not self.name.strip() or len(self.name) > 250:
+            raise ValueError(f"name={self.name[:40]!r} must have 1 to 250 characters: it names the experiment")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a run is made of: built and validated, nothing loaded."""
+
+    settings: Settings
+    model: Any
+    dataset: Any
+    method: Any
+    schedule: Any
+    recovery: Any
+    post: Any
+    measure: Any
+    tracking: Any
+
+
+def build_parts(cfg: DictConfig) -> Parts:
+    """Builds all parts of a composed configuration; raises Refused with the full key."""
+    settings = _construct(Settings, {f.name: cfg[f.name] for f in dataclasses.fields(Settings)}, "")
+    return Parts(settings, **{group: build(cfg[group], group) for group in GROUPS})
+
+
+def build(node: Any, key: str) -> Any:
+    """Builds the object that a group's node describes; raises Refused with the full key."""
+    if not isinstance(node, DictConfig):
+        raise Refused(f"{key}={node!r} is not an option of the group {key}: see --help for its options")
+    try:
+        values = OmegaConf.to_container(node, resolve=True)
+    except OmegaConfBaseException as error:
+        raise Refused(f"{key}: {_first_line(error)}") from error
+    assert isinstance(values, dict)
+    target = values.pop("_target_", None)
+    return _construct(_resolve(target, f"{key}._target_"), {str(k): v for k, v in values.items()}, f"{key}.")
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The composed configuration as plain, resolved Python containers."""
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return {str(k): v for k, v in container.items()}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted leaves of nested dictionaries, without `_target_`."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves.update(flatten(value, f"{prefix}{key}."))
+        elif key != "_target_":
+            leaves[prefix + key] = value
+    return leaves
+
+
+def register_schema() -> None:
+    """Gives Hydra the types of the root keys, under the name `root_schema`."""
+    keys = [(f.name, get_type_hints(Settings)[f.name], f.default) for f in dataclasses.fields(Settings)]
+    groups = [(group, Any, MISSING) for group in GROUPS]
+    # Built, not derived: a frozen dataclass would make the whole configuration read-only.
+    ConfigStore.instance().store(name="root_schema", node=dataclasses.make_dataclass("Root", [*keys, *groups]))
+
+
+def _resolve(target: Any, key: str) -> type:
+    """The class that `target` names, if it is one of ours.
+
+    The name alone proves nothing (`prune_lab.x.os.system` starts well and is os.system): the object found must
+    be a dataclass that was defined in an allowed package. Nothing outside those packages is imported.
+    """
+    allowed = f"allowed are the dataclasses of {', '.join(_ALLOWED)}"
+    module_name, _, class_name = str(target).rpartition(".")
+    if module_name.split(".")[0] not in _ALLOWED:
+        raise Refused(f"{key}={target!r} is not allowed: {allowed}")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise Refused(f"{key}={target!r} does not exist: {allowed}") from error
+    ours = isinstance(found, type) and found.__module__.split(".")[0] in _ALLOWED
+    if not (ours and dataclasses.is_dataclass(found)):
+        raise Refused(f"{key}={target!r} is not allowed: {allowed}")
+    return found
+
+
+def _construct(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    """An instance of `cls`, its fields' names and types checked by OmegaConf, its values by the class."""
+    names = [f.name for f in dataclasses.fields(cls)]
+    for name, value in values.items():
+        if name in names and value == MISSING:
+            raise Refused(f"{prefix}{name} is required: give {prefix}{name}=...")
+    try:
+        schema = OmegaConf.structured(cls)
+        _make_writable(schema)
+        return OmegaConf.to_object(OmegaConf.merge(schema, values))
+    except Refused:
+        raise
+    except ConfigKeyError as error:
+        wrong = sorted(set(values) - set(names))
+        raise Refused(f"{prefix}{', '.join(wrong)}: no such key; allowed are {', '.join(names)}") from error
+    except ValidationError as error:
+        raise Refused(f"{prefix}{error.full_key or error.key}: {_first_line(error)}") from error
+    except ValueError as error:
+        raise Refused(f"{prefix}{error}") from error
+
+
+def _make_writable(node: DictConfig) -> None:
+    """Lifts the read-only flag that frozen dataclasses give their nodes."""
+    OmegaConf.set_readonly(node, False)
+    for name in node:
+        if not OmegaConf.is_missing(node, name) and isinstance(node[name], DictConfig):
+            _make_writable(node[name])
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

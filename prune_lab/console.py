@@ -1,0 +1,49 @@
+"""What a run says while it works: header, progress, notes. Quiet when nobody is watching."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console as RichConsole
+from tqdm import tqdm
+
+
+def hush_libraries() -> None:
+    """Keeps other libraries' progress bars and advice off the terminal: they speak of parts, we of the run."""
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    disable_progress_bar()
+
+
+class Console:
+    """Writes to the terminal.
+
+    Progress and notes appear only on a terminal; results appear in pipes and logs too; quiet=True hides both.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._live = sys.stderr.isatty() and not quiet
+        width = None if sys.stdout.isatty() else 120
+        self._rich = RichConsole(file=sys.stdout, width=width, highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """One line about what is going on, for a person who waits."""
+        if self._live:
+            tqdm.write(text, file=sys.stderr)
+
+    def result(self, shown: Any) -> None:
+        """A table or a line that is the outcome."""
+        if not self.quiet:
+            self._rich.print(shown, markup=False) if isinstance(shown, str) else self._rich.print(shown)
+
+    def progress(self, total: int, what: str, unit: str = "it") -> Any:
+        """A progress bar (a tqdm bar: update, set_postfix, context manager) that leaves nothing behind."""
+        return tqdm(
+            total=total, desc=what, unit=unit, unit_scale=unit == "tok", leave=False, disable=not self._live,
+            dynamic_ncols=True,
+        )  # fmt: skip

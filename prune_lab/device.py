@@ -1,0 +1,74 @@
+"""Where a run computes: device, number type, seeds, and waiting for the device."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+
+from prune_lab.errors import Refused
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device and the number type of the weights on it, both decided."""
+
+    torch: torch.device
+    dtype: torch.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        """float32, bfloat16 or float16."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether this is a GPU."""
+        return self.torch.type == "cuda"
+
+    def synchronize(self) -> None:
+        """Waits until the device has done what was asked of it."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.torch)
+
+
+def resolve(device: str, dtype: str) -> Device:
+    """The device and number type that the keys `device` and `dtype` name; raises Refused."""
+    name = device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(name)
+    except RuntimeError:
+        place = None
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise Refused(f"device={device!r} is none of auto, cpu, cuda, cuda:N")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise Refused(f"device={device!r}: this machine has {torch.cuda.device_count()} CUDA devices; use device=auto")
+    return Device(place, _resolve_dtype(dtype, place))
+
+
+def _resolve_dtype(dtype: str, place: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        if place.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if dtype not in DTYPES:
+        raise Refused(f"dtype={dtype!r} is none of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def native_bfloat16(place: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware."""
+    if place.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def seed_all(seed: int) -> None:
+    """Seeds every generator a run could draw from."""
+    random.seed(seed)
+    torch.manual_seed(seed)

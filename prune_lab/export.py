@@ -1,0 +1,47 @@
+"""A model as a Hugging Face folder that stock transformers loads, written whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prune_lab.models.load import Loaded
+
+
+def save_model(loaded: Loaded, folder: Path, card: str | None = None) -> None:
+    """Writes safetensors, config, tokenizer and, if given, the model card; `folder` appears when all is there."""
+    half = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        loaded.model.save_pretrained(half)
+        loaded.tokenizer.save_pretrained(half)
+        if card is not None:
+            (half / "README.md").write_text(card, encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        half.rename(folder)
+    finally:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(half)
+
+
+@torch.no_grad()
+def check_reload(model: Any, folder: Path, tokens: Tensor) -> None:
+    """Loads `folder` with stock transformers and compares its logits with the model's, bit for bit.
+
+    `tokens` has shape (1, tokens). Raises RuntimeError where they differ: such an export must not be used.
+    """
+    from transformers import AutoModelForCausalLM
+
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
+    again = again.to(model.device).eval()
+    tokens = tokens.to(model.device)
+    expected, found = (m(input_ids=tokens, use_cache=False).logits.float() for m in (model, again))
+    difference = float((expected - found).abs().max())
+    if not difference <= 1e-5 * max(1.0, float(expected.abs().max())):
+        raise RuntimeError(f"the export in {folder} does not reload: its logits differ by {difference:g}")

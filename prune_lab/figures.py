@@ -1,0 +1,64 @@
+"""The contract's metrics from what was measured: compressed beside dense."""
+
+from __future__ import annotations
+
+from prune_lab.bench import Figures
+from prune_lab.measure.speed import Latency, Paired
+from prune_lab.methods.base import Method, Pruned
+
+
+def compare(
+    method: Method, dense: Figures, compressed: Figures, latency: Latency | None, pruned: Pruned
+) -> dict[str, float]:
+    """Metrics by their public names (README, "Metrics")."""
+    requested = 0.0 if "amount" in method.not_applicable else method.amount
+    metrics = {"amount/requested": requested, "amount/realized": pruned.realized}
+    quality, was = compressed.quality, dense.quality
+    metrics |= {
+        "quality/perplexity": quality.perplexity,
+        "quality/dense_perplexity": was.perplexity,
+        "quality/perplexity_ratio": quality.perplexity / was.perplexity,
+        "quality/bits_per_byte": quality.bits_per_byte,
+        "quality/dense_bits_per_byte": was.bits_per_byte,
+    }
+    size, full = compressed.size, dense.size
+    metrics |= {
+        "params/total": size.params,
+        "params/dense_total": full.params,
+        "params/nonzero": size.nonzero,
+        "params/reduction": 1 - size.nonzero / full.params,
+        "params/physical_reduction": 1 - size.params / full.params,
+        "size/disk_mb": size.disk_mb,
+        "size/dense_disk_mb": full.disk_mb,
+        "size/reduction": 1 - size.disk_mb / full.disk_mb,
+        "memory/weights_mb": size.weights_mb,
+        "memory/dense_weights_mb": full.weights_mb,
+    }
+    if compressed.memory_mb is not None and dense.memory_mb is not None:
+        metrics |= {
+            "memory/peak_mb": compressed.memory_mb,
+            "memory/dense_peak_mb": dense.memory_mb,
+            "memory/reduction": 1 - compressed.memory_mb / dense.memory_mb,
+        }
+    if latency is not None:
+        metrics |= _timed("prefill", "ms", latency.prefill) | _timed("decode", "ms_per_token", latency.decode)
+        metrics["throughput/decode_tokens_per_s"] = 1e3 / metrics["latency/decode_ms_per_token_p50"]
+    return metrics
+
+
+def dense_figures(metrics: dict[str, float]) -> dict[str, float]:
+    """The figures of the dense model among a run's metrics."""
+    return {name: value for name, value in metrics.items() if "/dense_" in name}
+
+
+def _timed(stage: str, unit: str, paired: Paired) -> dict[str, float]:
+    low, high = paired.interval()
+    return {
+        f"latency/{stage}_{unit}_p50": float(paired.compressed.median()),
+        f"latency/{stage}_{unit}_p95": float(paired.compressed.quantile(0.95)),
+        f"latency/dense_{stage}_{unit}_p50": float(paired.dense.median()),
+        f"latency/dense_{stage}_{unit}_p95": float(paired.dense.quantile(0.95)),
+        f"latency/{stage}_speedup": paired.speedup,
+        f"latency/{stage}_speedup_low": low,
+        f"latency/{stage}_speedup_high": high,
+    }

@@ -1,0 +1,37 @@
+"""What makes two runs the same: configuration, device, weights, tokenizer, text, code and protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+# Keys that change where a result goes, not what it is.
+_NOT_PART = ("tracking", "name", "resume", "quiet", "device", "dtype")
+# Where text and weights lie is not what they are: their hashes stand for them.
+_PLACES = {"model": ("name",), "dataset": ("path", "test_path")}
+
+
+def fingerprint(config: dict[str, Any], **facts: Any) -> str:
+    """sha256 over the resolved configuration and `facts`, which must be JSON."""
+    kept = {key: value for key, value in config.items() if key not in _NOT_PART}
+    for group, names in _PLACES.items():
+        kept[group] = {key: value for key, value in kept[group].items() if key not in names}
+    text = json.dumps({"config": kept, "source": source_sha256(), **facts}, sort_keys=True, allow_nan=False)
+    return text_sha256(text)
+
+
+def text_sha256(text: str) -> str:
+    """sha256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def source_sha256() -> str:
+    """sha256 over the package's Python files, so that a result of older code is not served for newer code."""
+    digest, package = hashlib.sha256(), Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()

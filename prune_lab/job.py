@@ -1,0 +1,73 @@
+"""One job of the command line: its parts are built, it runs, and whatever ends it is put on record."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+from prune_lab import explain, report, runner
+from prune_lab.config import Parts
+from prune_lab.console import Console, hush_libraries
+from prune_lab.errors import Refused
+from prune_lab.place import Place
+from prune_lab.summary import Summary
+
+log = logging.getLogger(__name__)
+FAILED, REFUSED = 1, 2
+
+
+def run(build: Callable[[], Parts], config: dict[str, Any], place: Place) -> float | None:
+    """Runs a job and returns its perplexity, for sweepers that search.
+
+    In a sweep a job that is refused or fails leaves its summary and returns None, so that the others go on; a
+    single run ends the program with exit code 2 or 1.
+    """
+    _end_on_sigterm()
+    try:
+        parts = build()
+        console = Console(parts.settings.quiet)
+        hush_libraries()
+        if place.sweep is not None:
+            console.note(f"\njob {place.job}: {' '.join(place.overrides)}")
+        summary = runner.run(parts, config, place, console)
+    except Refused as error:
+        return _put_on_record(place, config, "FAILED", str(error), REFUSED)
+    except Exception as error:
+        log.exception("the run failed")
+        reason = f"{type(error).__name__}: {explain.one_line(error)}"
+        return _put_on_record(place, config, "FAILED", f"{reason} (traceback in the run's log)", FAILED)
+    except BaseException as error:  # Ctrl-C, or a signal
+        _write(place, config, "KILLED", type(error).__name__)
+        raise
+    report.show(summary, console)
+    return summary.metrics.get("quality/perplexity")
+
+
+def _put_on_record(place: Place, config: dict[str, Any], status: str, reason: str, exit_code: int) -> None:
+    log.error("%s", reason)
+    job = f"job {place.job} ({' '.join(place.overrides)}): " if place.sweep is not None else ""
+    explain.to_stderr(f"{job}{reason}")
+    _write(place, config, status, reason)
+    if place.sweep is None:
+        raise SystemExit(exit_code)
+
+
+def _write(place: Place, config: dict[str, Any], status: str, reason: str) -> None:
+    summary = Summary(status, choices=place.choices, overrides=place.overrides, config=config, reason=reason)
+    with suppress(OSError):  # a full or read-only disk must not hide the reason itself
+        summary.write(place.folder)
+
+
+def _end_on_sigterm() -> None:
+    """SIGTERM ends the program as an exception, so that the run is recorded as KILLED."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)

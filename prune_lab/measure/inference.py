@@ -1,0 +1,22 @@
+"""What is timed and whose memory is taken: a prefill, then tokens decoded one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def prefill(model: Any, prompt: Tensor) -> Any:
+    """Runs the whole prompt, shape (batch, tokens), and returns the output with its key-value cache."""
+    return model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+
+
+@torch.no_grad()
+def decode(model: Any, output: Any, tokens: int) -> None:
+    """Decodes `tokens` tokens greedily, one forward pass each, after `prefill`."""
+    for _ in range(tokens):
+        last = output.logits[:, -1:].argmax(-1)
+        output = model(input_ids=last, past_key_values=output.past_key_values, use_cache=True)

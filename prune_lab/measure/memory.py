@@ -1,0 +1,87 @@
+"""Peak memory of inference.
+
+On a GPU: the allocator's peak. On a CPU: the peak resident memory of a fresh process that loads the saved model
+and runs a prefill and a decode, less what the same process held before loading (run as
+`python -m prune_lab.measure.memory FOLDER PROMPT_TOKENS DECODE_TOKENS THREADS`, which prints bytes).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prune_lab.device import Device
+from prune_lab.measure.inference import decode, prefill
+from prune_lab.measure.settings import Measure
+from prune_lab.measure.size import MB
+
+
+def measure_memory(model: Any, folder: Path, prompt: Tensor, settings: Measure, device: Device) -> float:
+    """Peak memory in mb of loading and running `model`, which is saved in `folder`."""
+    if device.is_cuda:
+        return _peak_of_allocator(model, prompt.to(device.torch), settings.decode_tokens, device) / MB
+    arguments = [folder, prompt.shape[1], settings.decode_tokens, torch.get_num_threads()]
+    command = [sys.executable, "-m", __name__, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the process that measures memory failed: {done.stderr.strip()[-500:]}")
+    return int(done.stdout.split()[-1]) / MB
+
+
+def _peak_of_allocator(model: Any, prompt: Tensor, decode_tokens: int, device: Device) -> int:
+    """The model's weights plus what inference adds to them; other models may lie on the GPU."""
+    device.synchronize()
+    before = torch.cuda.memory_allocated(device.torch)
+    torch.cuda.reset_peak_memory_stats(device.torch)
+    decode(model, prefill(model, prompt), decode_tokens)
+    device.synchronize()
+    weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    return weights + torch.cuda.max_memory_allocated(device.torch) - before
+
+
+def _peak_of_this_process(folder: str, prompt_tokens: int, decode_tokens: int) -> int:
+    """Bytes by which loading and running the model of `folder` raised this process's peak resident memory."""
+    import psutil
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    # A first, tiny model brings in the code, the thread pool and the kernels that every model needs.
+    config_small = AutoConfig.from_pretrained(folder, num_hidden_layers=1)
+    small = AutoModelForCausalLM.from_config(config_small, dtype=config.dtype).eval()
+    prompt = torch.arange(prompt_tokens)[None] % config.vocab_size
+    decode(small, prefill(small, prompt[:, :2]), 1)
+    del small
+    before = psutil.Process().memory_info().rss
+    _reset_peak()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype, use_safetensors=True).eval()
+    decode(model, prefill(model, prompt), decode_tokens)
+    return _peak() - before
+
+
+def _reset_peak() -> None:
+    """Linux can forget an earlier peak; elsewhere the peak since the start serves."""
+    forget = Path("/proc/self/clear_refs")
+    if forget.exists():
+        forget.write_text("5")
+
+
+def _peak() -> int:
+    """Peak resident bytes of this process."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[4]))
+    sys.stdout.write(f"{_peak_of_this_process(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))}\n")

@@ -1,0 +1,87 @@
+"""Latency of a model beside the dense one: interleaved pairs in one process, medians and intervals."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prune_lab.console import Console
+from prune_lab.device import Device
+from prune_lab.measure.inference import decode, prefill
+from prune_lab.measure.settings import Measure
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Milliseconds of the dense and the compressed model, shape (pairs,) each; pair i was taken side by side."""
+
+    dense: Tensor
+    compressed: Tensor
+
+    @property
+    def speedup(self) -> float:
+        """Median over pairs of dense time / compressed time: above 1 is faster."""
+        return float((self.dense / self.compressed).median())
+
+    def interval(self) -> tuple[float, float]:
+        """95 % bootstrap interval of the speed-up, resampling pairs."""
+        ratios = self.dense / self.compressed
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randint(len(ratios), (RESAMPLES, len(ratios)), generator=generator)
+        low, high = ratios[drawn].median(1).values.quantile(torch.tensor([0.025, 0.975], dtype=ratios.dtype))
+        return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Paired times of a prefill (the whole prompt) and of decoding (one token)."""
+
+    prefill: Paired
+    decode: Paired
+
+
+def measure_latency(
+    dense: Any, compressed: Any, prompt: Tensor, settings: Measure, device: Device, console: Console
+) -> Latency:
+    """Times both models on `prompt`, shape (1, tokens), in pairs whose order alternates, after warm-up pairs."""
+    times: dict[str, list[tuple[float, float]]] = {"dense": [], "compressed": []}
+    prompt = prompt.to(device.torch)
+    order = [("dense", dense), ("compressed", compressed)]
+    with console.progress(settings.warmup + settings.pairs, "latency", unit="pair") as bar:
+        for pair in range(settings.warmup + settings.pairs):
+            for name, model in order if pair % 2 == 0 else order[::-1]:
+                taken = _time_once(model, prompt, settings.decode_tokens, device)
+                if pair >= settings.warmup:
+                    times[name].append(taken)
+            bar.update()
+    columns = {name: torch.tensor(rows, dtype=torch.float64).T for name, rows in times.items()}
+    return Latency(*(Paired(columns["dense"][i], columns["compressed"][i]) for i in (0, 1)))
+
+
+def _time_once(model: Any, prompt: Tensor, decode_tokens: int, device: Device) -> tuple[float, float]:
+    """Milliseconds of one prefill and of one decoded token."""
+    output, prefill_ms = _timed(lambda: prefill(model, prompt), device)
+    _, decode_ms = _timed(lambda: decode(model, output, decode_tokens), device)
+    return prefill_ms, decode_ms / decode_tokens
+
+
+def _timed(work: Callable[[], Any], device: Device) -> tuple[Any, float]:
+    """What `work` returns and its milliseconds; on a GPU by events, so that queued work is counted."""
+    device.synchronize()
+    if device.is_cuda:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        result = work()
+        end.record()
+        end.synchronize()
+        return result, start.elapsed_time(end)
+    began = time.perf_counter()
+    result = work()
+    return result, (time.perf_counter() - began) * 1e3

@@ -1,0 +1,149 @@
+"""Models from the shipped folder, a local folder or the Hub; from their weights or from the config alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prune_lab.device import Device
+from prune_lab.errors import Refused
+from prune_lab.models.anatomy import family_of
+
+TINY = Path(__file__).parent / "tiny"
+WEIGHTS = ("pretrained", "random")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass
+class Loaded:
+    """A model on its device in eval mode, with its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    family: str
+
+    def fingerprint(self) -> dict[str, str]:
+        """sha256 of the weights (names, types, shapes, bytes) and of the tokenizer."""
+        return {"weights": weights_sha256(self.model), "tokenizer": _tokenizer_sha256(self.tokenizer)}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model option: a place in the Hugging Face layout, its weights or random ones."""
+
+    name: str = ""
+    revision: str | None = None
+    weights: str = "pretrained"
+
+    def __post_init__(self) -> None:
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"weights={self.weights!r} is none of {', '.join(WEIGHTS)}")
+        place = Path(self.name).expanduser()
+        if place.is_dir():
+            _check_folder(place, self.weights)
+        elif not _HUB_ID.fullmatch(self.name):
+            raise ValueError(f"name={self.name!r} is neither a folder here nor a Hub id such as Qwen/Qwen2.5-0.5B")
+
+    def load(self, device: Device, seed: int) -> Loaded:
+        """Loads model and tokenizer; `seed` is that of random weights. Raises Refused where it cannot."""
+        from transformers import AutoConfig, AutoTokenizer
+
+        place: dict[str, Any] = {"revision": self.revision, "trust_remote_code": False}
+        folder = Path(self.name).expanduser()
+        source = str(folder) if folder.is_dir() else self.name
+        try:
+            config = AutoConfig.from_pretrained(source, **place)
+            family_of(config.model_type)
+            tokenizer = AutoTokenizer.from_pretrained(source, **place)
+            model = _build(source, config, self.weights, place, device, seed)
+        except Refused:
+            raise
+        except Exception as error:  # transformers, the Hub's client and safetensors each have their own
+            raise Refused(f"model.name={self.name!r} cannot be loaded: {_short(error)}") from error
+        _check_finite(model, self.name)
+        return Loaded(model.to(device.torch).eval(), tokenizer, self.name, config.model_type)
+
+
+@dataclass(frozen=True)
+class HubModel(ModelSource):
+    """model=hf: a folder in the Hub's layout or a Hub id."""
+
+
+@dataclass(frozen=True)
+class Tiny(ModelSource):
+    """model=tiny: the model shipped with the package."""
+
+    name: str = str(TINY)
+
+    def load(self, device: Device, seed: int) -> Loaded:
+        """Loads the shipped model under its own name."""
+        loaded = super().load(device, seed)
+        loaded.name = "tiny"
+        return loaded
+
+
+def weights_sha256(model: Any) -> str:
+    """sha256 over all tensors of a model: names, types, shapes, bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        digest.update(memoryview(flat.cpu().numpy()))
+    return digest.hexdigest()
+
+
+def _build(source: str, config: Any, weights: str, place: dict[str, Any], device: Device, seed: int) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    if weights == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=device.dtype)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        source, **place, dtype=device.dtype, use_safetensors=True, output_loading_info=True
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise Refused(f"model.name={source!r} lacks the weights {', '.join(missing[:3])}: the download is not complete")
+    return model
+
+
+def _check_folder(folder: Path, weights: str) -> None:
+    """Refuses, without loading anything, a folder that can hold no model we may read."""
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ValueError(f"name={str(folder)!r} has no config.json: give a folder in the Hugging Face layout")
+    try:
+        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type", "")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"name={str(folder)!r}: config.json is not a JSON object ({error})") from error
+    family_of(model_type)
+    if weights == "pretrained" and not list(folder.glob("*.safetensors")):
+        pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for path in folder.glob(pattern)]
+        held = f"only {pickles[0]}, a pickle that could run code" if pickles else "no weights"
+        raise ValueError(
+            f"name={str(folder)!r} holds {held}: only *.safetensors are read; convert it, or give model.weights=random"
+        )
+
+
+def _check_finite(model: Any, name: str) -> None:
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise Refused(f"model.name={name!r}: {key} holds NaN or infinite weights: the checkpoint is damaged")
+
+
+def _tokenizer_sha256(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,1 @@
+"""What may follow pruning: lower precision, special kernels."""

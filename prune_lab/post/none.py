@@ -1,0 +1,16 @@
+"""post=none: the pruned model as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prune_lab.models.anatomy import Anatomy
+from prune_lab.post.base import Post
+
+
+@dataclass(frozen=True)
+class NoPost(Post):
+    """Changes nothing."""
+
+    def compress(self, anatomy: Anatomy) -> None:
+        """Leaves the model as it is."""

@@ -1,0 +1,53 @@
+"""recovery=finetune: training on the next token of the dataset's training text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from prune_lab.recovery.base import Recovery, Training
+from prune_lab.recovery.train import train
+
+AUTOCAST = ("auto", "bfloat16", "none")
+
+
+@dataclass(frozen=True)
+class Finetune(Recovery):
+    """AdamW with warm-up and cosine decay (Loshchilov & Hutter, 1711.05101 and 1608.03983)."""
+
+    warmup: float = 0.05
+    final_lr: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_norm: float = 1.0
+    autocast: str = "auto"
+    checkpoint_every: int = 200
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("warmup", "final_lr", "weight_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1]")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1)")
+        if self.clip_norm <= 0:
+            raise ValueError(f"clip_norm={self.clip_norm} must be above 0")
+        if self.autocast not in AUTOCAST:
+            raise ValueError(f"autocast={self.autocast!r} is none of {', '.join(AUTOCAST)}")
+        if self.checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every={self.checkpoint_every} must be at least 1 step")
+
+    def recover(self, model: Any, training: Training) -> None:
+        """Trains on the mean cross-entropy of the next token."""
+        train(model, self, training, next_token_loss)
+
+
+def next_token_loss(model: Any, batch: Tensor) -> Tensor:
+    """Mean cross-entropy of the next token, in nats; `batch` has shape (windows, seq_len)."""
+    logits = model(input_ids=batch, use_cache=False).logits
+    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())

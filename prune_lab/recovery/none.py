@@ -1,0 +1,18 @@
+"""recovery=none: no training after pruning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from prune_lab.recovery.base import Recovery, Training
+
+
+@dataclass(frozen=True)
+class NoRecovery(Recovery):
+    """Leaves the model as pruning made it."""
+
+    not_applicable: ClassVar[tuple[str, ...]] = ("steps", "lr", "batch_size")
+
+    def recover(self, model: Any, training: Training) -> None:
+        """Does nothing."""

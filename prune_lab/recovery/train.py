@@ -1,0 +1,99 @@
+"""The training loop: every recovery, and training from scratch, is this one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from prune_lab.device import Device, native_bfloat16
+from prune_lab.errors import Refused
+from prune_lab.recovery import checkpoint
+from prune_lab.recovery.base import Training
+from prune_lab.recovery.order import WindowOrder
+
+if TYPE_CHECKING:
+    from prune_lab.recovery.finetune import Finetune
+
+LOG_EVERY = 10  # steps
+
+
+def train(model: Any, recipe: Finetune, training: Training, loss_of: Callable[[Any, Tensor], Tensor]) -> None:
+    """Trains `model` in place for recipe.steps steps and leaves it in eval mode and in its former number type.
+
+    The weights are float32 while they train, whatever the run's number type: small updates vanish in 16 bits.
+    A checkpoint left by an interrupted run is gone on from, and ends in the same weights.
+    """
+    stream = training.tokens.stream("train")
+    if len(stream) < training.seq_len:
+        raise Refused(
+            f"dataset.seq_len={training.seq_len}: the train split has only {len(stream)} tokens: give more text"
+        )
+    order = WindowOrder(stream, training.seq_len, recipe.batch_size, training.seed)
+    _cast_weights(model, torch.float32)
+    model.train()
+    optimizer = _optimizer(model, recipe)
+    autocast = torch.autocast(
+        training.device.torch.type, torch.bfloat16, enabled=uses_autocast(recipe.autocast, training.device)
+    )
+    start = checkpoint.restore(training.checkpoint, model, optimizer)
+    if start:
+        training.console.note(f"going on from the checkpoint at step {start}")
+    tokens_per_step = recipe.batch_size * training.seq_len
+    with training.console.progress(recipe.steps * tokens_per_step, "training", unit="tok") as bar:
+        bar.update(start * tokens_per_step)
+        for step in range(start, recipe.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr * lr_factor(step, recipe)
+            batch = order.batch(step).to(training.device.torch)
+            with autocast:
+                loss = loss_of(model, batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            training.masks.hold(model)
+            bar.update(tokens_per_step)
+            if (step + 1) % LOG_EVERY == 0 or step + 1 == recipe.steps:
+                figures = {"train/loss": float(loss.detach()), "train/lr": optimizer.param_groups[0]["lr"]}
+                bar.set_postfix(loss=f"{figures['train/loss']:.3f}")
+                training.log(step + 1, figures)
+            if (step + 1) % recipe.checkpoint_every == 0:
+                checkpoint.save(training.checkpoint, step + 1, model, optimizer)
+    model.eval()
+    _cast_weights(model, training.device.dtype)
+    training.masks.hold(model)
+    model.requires_grad_(False)
+
+
+def lr_factor(step: int, recipe: Finetune) -> float:
+    """Fraction of the peak learning rate at a step: linear warm-up, then cosine down to recipe.final_lr."""
+    warmup = math.ceil(recipe.warmup * recipe.steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, recipe.steps - warmup)
+    return recipe.final_lr + (1 - recipe.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def uses_autocast(setting: str, device: Device) -> bool:
+    """Whether to compute in bfloat16: where it pays, that is where the hardware multiplies it."""
+    return native_bfloat16(device.torch) if setting == "auto" else setting == "bfloat16"
+
+
+def _cast_weights(model: Any, dtype: torch.dtype) -> None:
+    """Casts the weights, not the buffers: rotary frequencies stay float32, as in a model loaded from disk."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+
+
+def _optimizer(model: Any, recipe: Finetune) -> torch.optim.AdamW:
+    for weight in model.parameters():
+        weight.requires_grad_(True)
+    groups = [
+        {"params": [w for w in model.parameters() if w.ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [w for w in model.parameters() if w.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), fused=True)

@@ -1,0 +1,72 @@
+"""What a person sees of one run: its header, its table dense -> compressed -> change, and plain words."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from prune_lab.bench import Bench
+from prune_lab.comparison import speedup
+from prune_lab.console import Console
+from prune_lab.summary import Summary
+
+_ROWS = (  # title, compressed, dense, format
+    ("perplexity", "quality/perplexity", "quality/dense_perplexity", ".3f"),
+    ("bits per byte", "quality/bits_per_byte", "quality/dense_bits_per_byte", ".4f"),
+    ("parameters", "params/total", "params/dense_total", ",.0f"),
+    ("non-zero parameters", "params/nonzero", "params/dense_total", ",.0f"),
+    ("on disk, MB", "size/disk_mb", "size/dense_disk_mb", ".2f"),
+    ("weights in memory, MB", "memory/weights_mb", "memory/dense_weights_mb", ".2f"),
+    ("peak memory, MB", "memory/peak_mb", "memory/dense_peak_mb", ".1f"),
+)
+_TIMED = (("prefill, ms", "prefill", "ms"), ("decode, ms per token", "decode", "ms_per_token"))
+
+
+def header(bench: Bench, summary: Summary, console: Console) -> None:
+    """Says what is about to run, a line each."""
+    dense, protocol = bench.dense, summary.protocol
+    params = sum(w.numel() for w in dense.model.parameters())
+    console.note(f"model     {dense.name} ({dense.family}), {params:,} parameters")
+    console.note(f"text      {protocol['dataset']}, {protocol['windows']} test windows of {protocol['seq_len']} tokens")
+    hardware = summary.environment["gpu"] or summary.environment["cpu"]
+    console.note(f"device    {protocol['device']} ({hardware}), {protocol['dtype']}")
+    chosen = summary.choices
+    console.note("run       " + ", ".join(f"{g} {chosen.get(g)}" for g in ("method", "schedule", "recovery", "post")))
+
+
+def observations(metrics: dict[str, float]) -> list[str]:
+    """Plain words where the figures could mislead."""
+    notes = []
+    zeros = metrics["params/reduction"] - metrics["params/physical_reduction"]
+    if zeros > 0.01:
+        notes.append(
+            f"{zeros:.0%} of the parameters are zeros in dense tensors: same bytes, same memory, no speed-up to expect"
+        )
+    return notes
+
+
+def show(summary: Summary, console: Console) -> None:
+    """Prints the outcome of a finished run."""
+    m = summary.metrics
+    console.result(_table(m))
+    removed = f"amount    {m['amount/realized']:.4f} of the pruned scope ({m['amount/requested']:g} requested)"
+    console.result(removed)
+    for warning in summary.warnings:
+        console.result(f"note      {warning}")
+    if summary.reused_from:
+        console.result("note      finished before, not computed again (resume=false computes it anew)")
+
+
+def _table(m: dict[str, float]) -> Table:
+    table = Table(title="dense -> compressed", title_justify="left")
+    for name in ("", "dense", "compressed", "change"):
+        table.add_column(name, justify="left" if not name else "right")
+    for title, after, before, form in _ROWS:
+        if after in m and before in m:
+            change = f"{m[after] / m[before] - 1:+.1%}" if m[before] else "-"
+            table.add_row(title, format(m[before], form), format(m[after], form), change)
+    for title, stage, unit in _TIMED:
+        name = f"latency/{stage}_{unit}_p50"
+        if name in m:
+            dense = m[f"latency/dense_{stage}_{unit}_p50"]
+            table.add_row(title, f"{dense:.2f}", f"{m[name]:.2f}", f"speed-up {speedup(m, stage)}")
+    return table

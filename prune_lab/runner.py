@@ -1,0 +1,132 @@
+"""One run from beginning to end: the story of the whole project, top to bottom."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from prune_lab import device as devices
+from prune_lab import report
+from prune_lab.bench import Bench, open_bench
+from prune_lab.cache import cache_folder
+from prune_lab.card import model_card
+from prune_lab.config import Parts
+from prune_lab.console import Console
+from prune_lab.environment import describe_environment
+from prune_lab.export import check_reload, save_model
+from prune_lab.figures import compare
+from prune_lab.fingerprint import fingerprint
+from prune_lab.measure.speed import measure_latency
+from prune_lab.methods.base import LayerRow, Pruned
+from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.load import Loaded
+from prune_lab.place import Place
+from prune_lab.recovery.base import Training
+from prune_lab.summary import Summary
+from prune_lab.tracking.base import RunLog
+
+
+def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) -> Summary:
+    """Runs one experiment, or finds it finished, and returns its summary, written and tracked."""
+    settings = parts.settings
+    device = devices.resolve(settings.device, settings.dtype)
+    devices.seed_all(settings.seed)
+    seed_of_weights = settings.seed if parts.model.weights == "random" else 0
+    bench = open_bench(parts.model, parts.dataset, parts.measure, device, seed_of_weights)
+    summary = Summary(
+        status="RUNNING",
+        choices=place.choices,
+        overrides=place.overrides,
+        config=config,
+        environment=describe_environment(device),
+        protocol=bench.protocol,
+        not_applicable={group: list(getattr(parts, group).not_applicable) for group in ("method", "recovery")},
+        fingerprint=fingerprint(config, protocol=bench.protocol, hashes=bench.hashes),
+    )
+    report.header(bench, summary, console)
+    if settings.resume and (finished := parts.tracking.find_finished(settings.name, summary.fingerprint)):
+        parts.tracking.enter_again(settings.name, finished, place)
+        finished.write(place.folder)
+        return finished
+
+    with parts.tracking.start_run(settings.name, summary, place) as log:
+        dense = bench.baseline(place.sweep, console)
+        loaded, pruned, seconds = _compress(parts, bench, summary.fingerprint, console, log)
+        with _saved(loaded, place.folder, settings.export) as folder, _stopwatch(seconds, "time/measure_s"):
+            figures = bench.figures(loaded, folder, console)
+            latency = None
+            if parts.measure.latency:
+                models = bench.dense.model, loaded.model
+                latency = measure_latency(*models, bench.prompt, parts.measure, device, console)
+            check_reload(loaded.model, folder, bench.windows[:1])
+        summary.warnings += pruned.notes
+        metrics = compare(parts.method, dense, figures, latency, pruned) | seconds
+        diverged = summary.set_metrics(metrics)
+        summary.warnings += report.observations(summary.metrics)
+        summary.status = "FINISHED"
+        if settings.export:
+            card = model_card(summary, bench.dense.name, place.command)
+            (place.folder / "export" / "README.md").write_text(card, encoding="utf-8")
+        log.result(summary, summary.write(place.folder), _write_layers(place.folder, pruned.rows), diverged)
+    shutil.rmtree(_checkpoints(summary.fingerprint), ignore_errors=True)
+    return summary
+
+
+def _compress(
+    parts: Parts, bench: Bench, run_id: str, console: Console, log: RunLog
+) -> tuple[Loaded, Pruned, dict[str, float]]:
+    """Prunes a copy of the dense model as the schedule says, recovers after each step, post-compresses."""
+    seed, device = parts.settings.seed, bench.device
+    seconds = {"time/prune_s": 0.0, "time/recover_s": 0.0, "time/post_s": 0.0}
+    loaded = bench.copy_of_dense()
+    pruned = Pruned()
+    for step, amount in enumerate(parts.schedule.amounts(parts.method.amount)):
+        with _stopwatch(seconds, "time/prune_s"):
+            pruned = parts.method.prune(Anatomy(loaded.model), amount, seed)
+        checkpoint = _checkpoints(run_id) / f"{step}.safetensors"
+        with _stopwatch(seconds, "time/recover_s"):
+            parts.recovery.recover(
+                loaded.model,
+                Training(bench.tokens, bench.seq_len, pruned.masks, device, seed, console, checkpoint, log.figures),
+            )
+    with _stopwatch(seconds, "time/post_s"):
+        parts.post.compress(Anatomy(loaded.model))
+    return loaded, pruned, seconds
+
+
+def _checkpoints(run_id: str) -> Path:
+    """Where a run's training checkpoints lie: found again by the same command, kept until the run is finished."""
+    return cache_folder() / "training" / run_id
+
+
+@contextmanager
+def _saved(loaded: Loaded, run_folder: Path, keep: bool) -> Iterator[Path]:
+    """The model saved as a Hugging Face folder: the run's export, or a temporary one."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = run_folder / "export" if keep else Path(temporary) / "model"
+        save_model(loaded, folder)
+        yield folder
+
+
+@contextmanager
+def _stopwatch(seconds: dict[str, float], name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+def _write_layers(folder: Path, rows: list[LayerRow]) -> Path:
+    """layers.csv: what was removed from each Linear."""
+    path = folder / "layers.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, ["layer", "before", "removed"])
+        table.writeheader()
+        table.writerows(asdict(row) for row in rows)
+    return path

@@ -1,0 +1,67 @@
+"""summary.json: what a run was, and what came out."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+FILE = "summary.json"
+
+
+@dataclass
+class Summary:
+    """One run. `status` is FINISHED, FAILED or KILLED; `reason` says why, where it did not finish."""
+
+    status: str
+    fingerprint: str = ""
+    choices: dict[str, str] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    protocol: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    not_applicable: dict[str, list[str]] = field(default_factory=dict)  # keys of a group that its option ignores
+    reason: str | None = None
+    reused_from: str | None = None  # where the finished run lies whose result this is
+    schema_version: int = SCHEMA_VERSION
+
+    def set_metrics(self, values: dict[str, float]) -> list[str]:
+        """Adds the finite values; the others become warnings, and their names are returned."""
+        diverged = [name for name, value in values.items() if not math.isfinite(value)]
+        self.metrics.update({name: float(v) for name, v in values.items() if name not in diverged})
+        self.warnings += [f"{name} diverged: it is not a finite number" for name in diverged]
+        return diverged
+
+    def write(self, folder: Path) -> Path:
+        """Writes summary.json whole or not at all and returns its path."""
+        ordered = {"schema_version": self.schema_version, **asdict(self)}
+        return write_json(folder / FILE, ordered)
+
+
+def read_summary(folder: Path) -> Summary | None:
+    """The summary in `folder`, or None where there is none that can be read."""
+    try:
+        values = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        return from_dict(values)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def from_dict(values: dict[str, Any]) -> Summary:
+    """A summary from the contents of a summary.json; unknown keys of later versions are left out."""
+    known = {f.name for f in fields(Summary)}
+    return Summary(**{key: value for key, value in values.items() if key in known})
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Writes JSON (finite numbers only) by way of a temporary file and returns the path."""
+    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    half.write_text(json.dumps(value, indent=2, allow_nan=False, default=str) + "\n", encoding="utf-8")
+    half.replace(path)
+    return path

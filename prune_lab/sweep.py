@@ -1,0 +1,111 @@
+"""A sweep as a whole: its record is opened before the first job, and closed whatever happens to the jobs.
+
+Hydra calls SweepCallback in the process that was started; the jobs may run elsewhere. Hydra does not tell a
+callback that a sweep was interrupted, so the command line closes what is still open. Imports here are light:
+Hydra loads this module for --help too.
+"""
+
+from __future__ import annotations
+
+import atexit
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from prune_lab.place import Place
+
+
+@dataclass
+class _Sweep:
+    """The sweep of this process."""
+
+    folder: Path
+    name: str
+    tracker: Any
+    quiet: bool
+    closed: bool = False
+    failed: bool = False
+
+
+_current: _Sweep | None = None
+
+
+class SweepCallback(Callback):
+    """Opens and closes the sweep's record; a single run has none."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Opens it. Tracking must work before any work is done, so what fails here ends the program."""
+        from prune_lab import config as configs
+
+        global _current
+        tracker = configs.build(config.tracking, "tracking")
+        folder = Path(config.hydra.sweep.dir).absolute()
+        try:
+            tracker.open_sweep(str(config.name), folder)
+        except Exception as error:
+            from prune_lab import explain
+
+            explain.to_stderr(f"tracking: the store cannot be opened: {explain.one_line(error)}")
+            raise SystemExit(2) from error
+        _current = _Sweep(folder, str(config.name), tracker, bool(config.quiet))
+        atexit.register(close_open_sweep)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Closes it: all jobs have had their turn."""
+        _close(interrupted=False)
+
+
+def place_of_job(hydra_config: Any) -> Place:
+    """The place of the job that Hydra is running."""
+    in_sweep = hydra_config.mode == RunMode.MULTIRUN
+    return Place(
+        folder=Path(hydra_config.runtime.output_dir),
+        sweep=Path(hydra_config.sweep.dir).absolute() if in_sweep else None,
+        job=str(hydra_config.job.num) if in_sweep else "",
+        choices={key: str(value) for key, value in hydra_config.runtime.choices.items() if "hydra" not in key},
+        overrides=[str(override) for override in hydra_config.overrides.task],
+        recipe=str(hydra_config.job.config_name),
+    )
+
+
+def close_open_sweep() -> None:
+    """Closes a sweep that Hydra left open: interrupted, or refused before its first job. Does nothing twice."""
+    _close(interrupted=True)
+
+
+def any_job_failed() -> bool:
+    """Whether a job of the sweep did not finish."""
+    return _current is not None and _current.failed
+
+
+def _close(interrupted: bool) -> None:
+    sweep = _current
+    if sweep is None or sweep.closed:
+        return
+    sweep.closed = True
+    jobs = _job_folders(sweep.folder)
+    if not jobs:
+        sweep.tracker.discard_sweep(sweep.name, sweep.folder)
+        return
+    from prune_lab import comparison
+    from prune_lab.console import Console
+
+    rows = [comparison.read_job(folder) for folder in jobs]
+    sweep.failed = any(row.summary.status != "FINISHED" for row in rows)
+    status = "KILLED" if interrupted else "FAILED" if sweep.failed else "FINISHED"
+    comparison.write(sweep.folder, rows)
+    hints = sweep.tracker.close_sweep(sweep.name, sweep.folder, status, [row.summary for row in rows])
+    console = Console(sweep.quiet)
+    comparison.show(sweep.folder, rows, console)
+    for hint in hints:
+        console.result(hint)
+
+
+def _job_folders(folder: Path) -> list[Path]:
+    """The folders that jobs made in the sweep's folder, in the order of the jobs."""
+    jobs = [path for path in folder.glob("*") if path.is_dir() and path.name.isdigit()]
+    return sorted(jobs, key=lambda path: int(path.name))

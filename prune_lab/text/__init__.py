@@ -1,0 +1,1 @@
+"""From corpora to token windows, in splits that never overlap."""

@@ -1,0 +1,43 @@
+"""dataset=stdlib: the source text of the running Python's standard library."""
+
+from __future__ import annotations
+
+import platform
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from prune_lab.errors import Refused
+from prune_lab.text.source import TextSource
+from prune_lab.text.splits import SPLITS, Documents, by_hash
+
+_LEFT_OUT = {
+    "site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "ensurepip",
+    "turtledemo", "__pycache__",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stdlib(TextSource):
+    """A module is a document; its split is decided by the hash of its path below the library's folder."""
+
+    def documents(self) -> Documents:
+        """Reads every module that has text, in the order of their paths."""
+        library = Path(sysconfig.get_paths()["stdlib"])
+        texts = {path: text for path in _modules(library) if (text := _read(library / path)).strip()}
+        if not texts:
+            raise Refused(f"dataset=stdlib: no Python source in {library}: use dataset=text dataset.path=...")
+        splits = {name: tuple(texts[path] for path in found) for name, found in by_hash(texts).items()}
+        assert set(splits) == set(SPLITS)
+        return Documents("stdlib", **splits, facts={"python": platform.python_version()})
+
+
+def _modules(library: Path) -> list[str]:
+    """Paths of the modules relative to the library, with /, sorted."""
+    found = (path.relative_to(library) for path in library.rglob("*.py"))
+    return sorted(path.as_posix() for path in found if not _LEFT_OUT & set(path.parts))
+
+
+def _read(path: Path) -> str:
+    """The module's text; line ends become \\n, so that the text is the same on every system."""
+    return path.read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,1 @@
+"""Where results go: MLflow, or nowhere but the run's own folder."""

@@ -1,0 +1,42 @@
+"""What a tracker does for a run and for a sweep."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+from prune_lab.place import Place
+from prune_lab.summary import Summary
+
+
+class RunLog(Protocol):
+    """The record of a run that is going on."""
+
+    def figures(self, step: int, values: dict[str, float]) -> None:
+        """Logs figures of a training step."""
+
+    def result(self, summary: Summary, summary_file: Path, layers_file: Path, diverged: list[str]) -> None:
+        """Logs what came out: metrics, artifacts, and a tag for each diverged metric."""
+
+
+class Tracker(Protocol):
+    """A tracking option. `name` is the experiment throughout."""
+
+    def start_run(self, name: str, summary: Summary, place: Place) -> AbstractContextManager[RunLog]:
+        """Opens the record of a run; it ends FINISHED, FAILED or KILLED, whatever happens inside."""
+
+    def find_finished(self, name: str, fingerprint: str) -> Summary | None:
+        """The summary of the finished run with this fingerprint, or None."""
+
+    def enter_again(self, name: str, summary: Summary, place: Place) -> None:
+        """Enters a finished run's result into the comparison of the sweep that asked for it again."""
+
+    def open_sweep(self, name: str, folder: Path) -> None:
+        """Opens the record of a sweep, before its first job."""
+
+    def close_sweep(self, name: str, folder: Path, status: str, summaries: list[Summary]) -> list[str]:
+        """Closes it with its files and dense figures; returns lines that tell how to look at it."""
+
+    def discard_sweep(self, name: str, folder: Path) -> None:
+        """Takes back the record of a sweep that was refused before its first job."""

@@ -1,0 +1,26 @@
+"""How to look at a sweep in the MLflow UI: it does not open on the runs by itself."""
+
+from __future__ import annotations
+
+import json
+from urllib.parse import quote
+
+LOCAL = "http://127.0.0.1:5000"
+
+
+def how_to_look(uri: str, experiment: str, runs: list[str]) -> list[str]:
+    """The command that starts the UI (none for a server), the list of runs, and their comparison as plots."""
+    server = uri.rstrip("/") if uri.startswith(("http://", "https://")) else LOCAL
+    lines = [] if server != LOCAL else [f"Open the MLflow UI:  mlflow ui --backend-store-uri {_without_password(uri)}"]
+    lines.append(f"  all runs:     {server}/#/experiments/{experiment}/runs?workflowType=machine_learning")
+    if len(runs) > 1:
+        chosen, of = quote(json.dumps(runs, separators=(",", ":"))), quote(json.dumps([experiment]))
+        lines.append(f"  this sweep:   {server}/#/compare-runs?runs={chosen}&experiments={of}")
+    return lines
+
+
+def _without_password(uri: str) -> str:
+    head, at, tail = uri.rpartition("@")
+    if not at or ":" not in head.split("://", 1)[-1]:
+        return uri
+    return f"{head.rpartition(':')[0]}:***@{tail}"

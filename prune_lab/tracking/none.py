@@ -1,0 +1,58 @@
+"""tracking=none: summaries in the runs' folders, and an index of finished ones in the cache folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from prune_lab.cache import cache_folder
+from prune_lab.fingerprint import text_sha256
+from prune_lab.place import Place
+from prune_lab.summary import Summary, read_summary
+
+
+class _Silent:
+    """A RunLog that keeps nothing."""
+
+    def figures(self, step: int, values: dict[str, float]) -> None:
+        """Forgets them."""
+
+    def result(self, summary: Summary, summary_file: Path, layers_file: Path, diverged: list[str]) -> None:
+        """Nothing to do: the files stand in the run's folder."""
+
+
+@dataclass(frozen=True)
+class NoTracking:
+    """A tracker that tracks nothing; finished runs are found by their fingerprint all the same."""
+
+    def _entry(self, name: str, fingerprint: str) -> Path:
+        # The experiment's name is the user's text: its hash is safe as a file name.
+        return cache_folder() / "finished" / text_sha256(name)[:16] / fingerprint
+
+    @contextmanager
+    def start_run(self, name: str, summary: Summary, place: Place) -> Iterator[_Silent]:
+        """Keeps a copy of the summary in the cache folder when the run finishes."""
+        yield _Silent()
+        if summary.status == "FINISHED":
+            entry = self._entry(name, summary.fingerprint)
+            entry.mkdir(parents=True, exist_ok=True)
+            summary.write(entry)
+
+    def find_finished(self, name: str, fingerprint: str) -> Summary | None:
+        """Looks the fingerprint up in the cache folder."""
+        return read_summary(self._entry(name, fingerprint))
+
+    def enter_again(self, name: str, summary: Summary, place: Place) -> None:
+        """Nothing to do: the summary in the job's folder is the entry."""
+
+    def open_sweep(self, name: str, folder: Path) -> None:
+        """Nothing to open."""
+
+    def close_sweep(self, name: str, folder: Path, status: str, summaries: list[Summary]) -> list[str]:
+        """Nothing to close."""
+        return []
+
+    def discard_sweep(self, name: str, folder: Path) -> None:
+        """Nothing to take back."""
