@@ -65,7 +65,7 @@ class Bench:
             "windows": len(self.windows),
             "join": JOIN,
             "dtype": self.device.dtype_name,
-            "device": str(self.device.torch),
+            "device": str(self.device.torch_device),
             "prompt_tokens": self.prompt.shape[1],
             **asdict(self.measure),
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from prune_lab.console import Console
@@ -20,11 +21,6 @@ class Row:
 
     job: str
     summary: Summary
-
-    @property
-    def label(self) -> str:
-        """What the job was asked to do differently from the defaults."""
-        return " ".join(self.summary.overrides) or "defaults"
 
 
 def read_job(folder: Path) -> Row:
@@ -47,13 +43,19 @@ def write(folder: Path, rows: list[Row]) -> None:
 def show(folder: Path, rows: list[Row], console: Console) -> None:
     """Prints the leaderboard and where the plot is."""
     header, lines = _cells(rows)
-    table = Table(title="Leaderboard, by perplexity (* on the size/quality front)", title_justify="left")
+    title = f"Leaderboard, by perplexity (* on the size/quality front)   {' '.join(_shared_overrides(rows))}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for number, name in enumerate(header):
         table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
     for cells in lines:
         table.add_row(*cells)
     console.result(table)
     console.result(f"Files: {_shown(folder / LEADERBOARD)}  {_shown(folder / PLOT)}")
+
+
+def _shared_overrides(rows: list[Row]) -> list[str]:
+    """What every job was asked for alike."""
+    return [o for o in rows[0].summary.overrides if all(o in row.summary.overrides for row in rows)]
 
 
 def _points(rows: list[Row]) -> list[Point]:
@@ -83,10 +85,9 @@ def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """The leaderboard as text: the dense model first, then by perplexity, then what did not finish."""
     points = _points(rows)
     on_front = {point.job for point in front(points, "params/nonzero")}
-    header = [
-        "job", "run", "removed", "non-zero", "disk MB", "perplexity", "x dense", "bits/byte", "prefill speed-up",
-        "decode speed-up", "peak memory",
-    ]  # fmt: skip
+    header = ["job", "run", "removed", "non-zero", "disk MB", "perplexity", "x dense"]
+    header += ["prefill speed-up", "decode speed-up", "peak memory"]
+    shared = set(_shared_overrides(rows))
     lines: list[list[str]] = []
     for dense in _dense_points(rows):
         m = dense.metrics
@@ -95,8 +96,8 @@ def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     infinite = float("inf")
     for row in sorted(rows, key=lambda r: r.summary.metrics.get("quality/perplexity", infinite)):
         m = row.summary.metrics
-        mark = "*" if row.job in on_front else ""
-        cells = [f"{row.job}{mark}", row.label]
+        label = " ".join(o for o in row.summary.overrides if o not in shared) or "defaults"
+        cells = [row.job + ("*" if row.job in on_front else ""), label]
         if row.summary.status != "FINISHED":
             cells += [f"{row.summary.status}: {row.summary.reason}"]
         else:
@@ -104,7 +105,7 @@ def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
                 f"{m['amount/realized']:.4g}",
                 f"{m['params/nonzero']:,.0f}",
                 f"{m['size/disk_mb']:.2f}",
-                *(_number(m, f"quality/{name}", ".3f") for name in ("perplexity", "perplexity_ratio", "bits_per_byte")),
+                *(_number(m, f"quality/{name}", ".3f") for name in ("perplexity", "perplexity_ratio")),
                 *(speedup(m, stage) for stage in ("prefill", "decode")),
                 _number(m, "memory/reduction", "+.1%", sign=-1),
             ]
@@ -113,13 +114,13 @@ def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def speedup(metrics: dict[str, float], stage: str) -> str:
-    """A speed-up with its interval, or "no change" where the interval contains 1."""
+    """A speed-up with its interval, or "no change" where its interval contains 1."""
     name = f"latency/{stage}_speedup"
     if name not in metrics:
         return "-"
     value, low, high = (metrics[f"{name}{suffix}"] for suffix in ("", "_low", "_high"))
-    verdict = " no change" if low <= 1 <= high else ""
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]{verdict}"
+    verdict = "no change" if low <= 1 <= high else f"{value:.2f}"
+    return f"{verdict} [{low:.2f}, {high:.2f}]"
 
 
 def _number(metrics: dict[str, float], name: str, form: str, sign: int = 1) -> str:

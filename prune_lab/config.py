@@ -123,8 +123,9 @@ def _resolve(target: Any, key: str) -> type:
         found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise Refused(f"{key}={target!r} does not exist: {allowed}") from error
-    ours = isinstance(found, type) and found.__module__.split(".")[0] in _ALLOWED
-    if not (ours and dataclasses.is_dataclass(found)):
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found)) or (
+        found.__module__.split(".")[0] not in _ALLOWED
+    ):
         raise Refused(f"{key}={target!r} is not allowed: {allowed}")
     return found
 

@@ -16,7 +16,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Device:
     """A device and the number type of the weights on it, both decided."""
 
-    torch: torch.device
+    torch_device: torch.device
     dtype: torch.dtype
 
     @property
@@ -27,12 +27,12 @@ class Device:
     @property
     def is_cuda(self) -> bool:
         """Whether this is a GPU."""
-        return self.torch.type == "cuda"
+        return self.torch_device.type == "cuda"
 
     def synchronize(self) -> None:
         """Waits until the device has done what was asked of it."""
         if self.is_cuda:
-            torch.cuda.synchronize(self.torch)
+            torch.cuda.synchronize(self.torch_device)
 
 
 def resolve(device: str, dtype: str) -> Device:

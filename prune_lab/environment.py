@@ -27,7 +27,7 @@ def describe_environment(device: Device) -> dict[str, Any]:
         "platform": f"{sys.platform}-{platform.machine()}",
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(device.torch) if device.is_cuda else None,
+        "gpu": torch.cuda.get_device_name(device.torch_device) if device.is_cuda else None,
         "cuda": torch.version.cuda if device.is_cuda else None,
     }
 

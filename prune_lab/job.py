@@ -36,11 +36,13 @@ def run(build: Callable[[], Parts], config: dict[str, Any], place: Place) -> flo
             console.note(f"\njob {place.job}: {' '.join(place.overrides)}")
         summary = runner.run(parts, config, place, console)
     except Refused as error:
-        return _put_on_record(place, config, "FAILED", str(error), REFUSED)
+        _put_on_record(place, config, str(error), REFUSED)
+        return None
     except Exception as error:
         log.exception("the run failed")
         reason = f"{type(error).__name__}: {explain.one_line(error)}"
-        return _put_on_record(place, config, "FAILED", f"{reason} (traceback in the run's log)", FAILED)
+        _put_on_record(place, config, f"{reason} (traceback in the run's log)", FAILED)
+        return None
     except BaseException as error:  # Ctrl-C, or a signal
         _write(place, config, "KILLED", type(error).__name__)
         raise
@@ -48,11 +50,11 @@ def run(build: Callable[[], Parts], config: dict[str, Any], place: Place) -> flo
     return summary.metrics.get("quality/perplexity")
 
 
-def _put_on_record(place: Place, config: dict[str, Any], status: str, reason: str, exit_code: int) -> None:
+def _put_on_record(place: Place, config: dict[str, Any], reason: str, exit_code: int) -> None:
     log.error("%s", reason)
     job = f"job {place.job} ({' '.join(place.overrides)}): " if place.sweep is not None else ""
     explain.to_stderr(f"{job}{reason}")
-    _write(place, config, status, reason)
+    _write(place, config, "FAILED", reason)
     if place.sweep is None:
         raise SystemExit(exit_code)
 

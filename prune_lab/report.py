@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from prune_lab.bench import Bench
@@ -18,7 +19,7 @@ _ROWS = (  # title, compressed, dense, format
     ("weights in memory, MB", "memory/weights_mb", "memory/dense_weights_mb", ".2f"),
     ("peak memory, MB", "memory/peak_mb", "memory/dense_peak_mb", ".1f"),
 )
-_TIMED = (("prefill, ms", "prefill", "ms"), ("decode, ms per token", "decode", "ms_per_token"))
+_TIMED = (("prefill, ms (speed-up)", "prefill", "ms"), ("decode, ms per token (speed-up)", "decode", "ms_per_token"))
 
 
 def header(bench: Bench, summary: Summary, console: Console) -> None:
@@ -57,7 +58,7 @@ def show(summary: Summary, console: Console) -> None:
 
 
 def _table(m: dict[str, float]) -> Table:
-    table = Table(title="dense -> compressed", title_justify="left")
+    table = Table(title="dense -> compressed", title_justify="left", box=SIMPLE_HEAD)
     for name in ("", "dense", "compressed", "change"):
         table.add_column(name, justify="left" if not name else "right")
     for title, after, before, form in _ROWS:
@@ -68,5 +69,5 @@ def _table(m: dict[str, float]) -> Table:
         name = f"latency/{stage}_{unit}_p50"
         if name in m:
             dense = m[f"latency/dense_{stage}_{unit}_p50"]
-            table.add_row(title, f"{dense:.2f}", f"{m[name]:.2f}", f"speed-up {speedup(m, stage)}")
+            table.add_row(title, f"{dense:.2f}", f"{m[name]:.2f}", speedup(m, stage))
     return table

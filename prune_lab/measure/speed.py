@@ -52,7 +52,7 @@ def measure_latency(
 ) -> Latency:
     """Times both models on `prompt`, shape (1, tokens), in pairs whose order alternates, after warm-up pairs."""
     times: dict[str, list[tuple[float, float]]] = {"dense": [], "compressed": []}
-    prompt = prompt.to(device.torch)
+    prompt = prompt.to(device.torch_device)
     order = [("dense", dense), ("compressed", compressed)]
     with console.progress(settings.warmup + settings.pairs, "latency", unit="pair") as bar:
         for pair in range(settings.warmup + settings.pairs):

@@ -16,6 +16,7 @@ from prune_lab.pruning.selection import Pattern, keep_global, keep_layer, keep_p
 
 SCOPES = ("layer", "global")
 
+
 @dataclass(frozen=True)
 class LayerRow:
     """One line of the per-layer table: what was removed from a Linear, in weights."""
@@ -23,6 +24,7 @@ class LayerRow:
     layer: str
     before: int
     removed: int
+
 
 @dataclass
 class Pruned:
@@ -37,6 +39,7 @@ class Pruned:
         """Fraction of the weights in scope that were removed or zeroed."""
         before = sum(row.before for row in self.rows)
         return sum(row.removed for row in self.rows) / before if before else 0.0
+
 
 @dataclass(frozen=True)
 class Method:
@@ -55,6 +58,7 @@ class Method:
     def prune(self, anatomy: Anatomy, amount: float, seed: int) -> Pruned:
         """Removes, in place, `amount` of what the dense model had in scope; raises Refused where it cannot."""
         raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class WeightMethod(Method):

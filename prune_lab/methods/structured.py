@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prune_lab.errors import Refused
 from prune_lab.methods.base import LayerRow, Method, Pruned
-from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.anatomy import Anatomy, UnitLinear
 from prune_lab.pruning.selection import count_to_remove, keep_rows
-from prune_lab.pruning.surgery import remove_units, unit_slices, zero_units
+from prune_lab.pruning.surgery import remove_units, unit_masks, unit_weights, zero_units
 
 KINDS = ("mlp", "heads")
 SCORES = ("l2", "l1", "random")
@@ -45,15 +45,15 @@ class Structured(Method):
         pruned, generator = Pruned(), torch.Generator().manual_seed(seed)
         kept = {kind: self._count_to_keep(anatomy, kind, amount) for kind in self.units}
         for kind, count in kept.items():
-            scores = [self._score(anatomy, kind, block, generator) for block in anatomy.blocks]
             total = anatomy.unit_count(kind)
-            keep = [keep_rows(s[None], total - count)[0].cpu() for s in scores]
-            pruned.rows += _rows(anatomy, kind, count)
+            scores = [self._score(parts, total, generator) for parts in anatomy.unit_linears(kind)]
+            keep = [keep_rows(s[None], total - count)[0] for s in scores]
+            pruned.rows += _rows(anatomy, kind, total, count)
             if self.physical:
                 remove_units(anatomy, kind, keep)
-            elif count < total:
+            else:
                 zero_units(anatomy, kind, keep)
-                pruned.masks.keep.update(_masks(anatomy, kind, keep))
+                pruned.masks.keep.update(unit_masks(anatomy, kind, keep))
         return pruned
 
     def _count_to_keep(self, anatomy: Anatomy, kind: str, amount: float) -> int:
@@ -70,43 +70,23 @@ class Structured(Method):
             )
         return count
 
-    def _score(self, anatomy: Anatomy, kind: str, block: nn.Module, generator: torch.Generator) -> Tensor:
+    def _score(self, parts: list[UnitLinear], units: int, generator: torch.Generator) -> Tensor:
         """Importance of each unit of a block, shape (units,), fp32: a norm over all weights of the unit."""
-        total = torch.zeros(anatomy.unit_count(kind))
         if self.score == "random":
-            return torch.rand(total.shape, generator=generator)
-        for slot in anatomy.slots(kind):
-            linear = block.get_submodule(slot.linear)
-            assert isinstance(linear, nn.Linear)
-            weights = unit_slices(anatomy, kind, slot, linear).float()
-            total += (weights.square() if self.score == "l2" else weights.abs()).sum((1, 2)).cpu()
-        return total.sqrt() if self.score == "l2" else total
+            return torch.rand(units, generator=generator)
+        weights = [unit_weights(part).float() for part in parts]
+        if self.score == "l1":
+            return torch.stack([w.abs().sum(1) for w in weights]).sum(0).cpu()
+        return torch.stack([w.square().sum(1) for w in weights]).sum(0).sqrt().cpu()
 
 
-def _rows(anatomy: Anatomy, kind: str, count: int) -> list[LayerRow]:
+def _rows(anatomy: Anatomy, kind: str, total: int, count: int) -> list[LayerRow]:
     """The per-layer table, before the cut: a unit owns an equal share of each of its Linears."""
-    rows, total = [], anatomy.unit_count(kind)
-    for index, block in enumerate(anatomy.blocks):
-        for slot in anatomy.slots(kind):
-            linear = block.get_submodule(slot.linear)
-            assert isinstance(linear, nn.Linear)
-            owned = linear.weight.numel()
-            if slot.side == "rows" and linear.bias is not None:
-                owned += linear.bias.numel()
-            name = f"{anatomy.family.blocks}.{index}.{slot.linear}"
-            rows.append(LayerRow(name, owned, owned // total * (total - count)))
+    rows = []
+    for parts in anatomy.unit_linears(kind):
+        for part in parts:
+            owned = part.linear.weight.numel()
+            if part.side == "rows" and part.linear.bias is not None:
+                owned += part.linear.bias.numel()
+            rows.append(LayerRow(part.name, owned, owned // total * (total - count)))
     return rows
-
-
-def _masks(anatomy: Anatomy, kind: str, keep: list[Tensor]) -> dict[str, Tensor]:
-    """Keep-masks of zeroed units, for the training that may follow."""
-    masks = {}
-    for index, (block, kept) in enumerate(zip(anatomy.blocks, keep, strict=True)):
-        for slot in anatomy.slots(kind):
-            weight = block.get_submodule(slot.linear).weight
-            line = kept.repeat_interleave(anatomy.unit_width(kind, slot))
-            mask = line[:, None] if slot.side == "rows" else line[None, :]
-            masks[f"{anatomy.family.blocks}.{index}.{slot.linear}"] = mask.expand(weight.shape)  # type: ignore[union-attr,arg-type]
-    return masks
-
-

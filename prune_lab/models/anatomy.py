@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from prune_lab.errors import Refused
 
@@ -64,6 +64,20 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
+@dataclass(frozen=True)
+class UnitLinear:
+    """One Linear of a block's units: each unit is `width` consecutive rows or columns of it."""
+
+    name: str
+    linear: nn.Linear
+    side: str
+    width: int
+
+    def lines(self, units: Tensor) -> Tensor:
+        """Widens one bool for each unit to one for each row or column."""
+        return units.repeat_interleave(self.width).to(self.linear.weight.device)
+
+
 class Anatomy:
     """A loaded causal language model with its parts named: the view of it that pruning works on."""
 
@@ -84,9 +98,16 @@ class Anatomy:
                 if isinstance(module, nn.Linear):
                     yield f"{self.family.blocks}.{index}.{name}", module
 
-    def slots(self, kind: str) -> tuple[Slot, ...]:
-        """The Linears that make up the units of a kind, mlp or heads."""
-        return self.family.mlp if kind == "mlp" else self.family.attention
+    def unit_linears(self, kind: str) -> list[list[UnitLinear]]:
+        """For each block, the Linears that make up its units of a kind: mlp (MLP channels) or heads (KV groups)."""
+        slots = self.family.mlp if kind == "mlp" else self.family.attention
+        return [
+            [
+                UnitLinear(f"{self.family.blocks}.{index}.{slot.linear}", _linear(block, slot), slot.side, width)
+                for slot, width in ((slot, self._width(kind, slot)) for slot in slots)
+            ]
+            for index, block in enumerate(self.blocks)
+        ]
 
     def unit_count(self, kind: str) -> int:
         """How many units of a kind each block has: MLP channels (mlp) or KV groups (heads)."""
@@ -102,8 +123,7 @@ class Anatomy:
         """Number of query heads of each block."""
         return int(getattr(self.config, self.family.query_heads))
 
-    def unit_width(self, kind: str, slot: Slot) -> int:
-        """Consecutive rows or columns of `slot` that belong to one unit."""
+    def _width(self, kind: str, slot: Slot) -> int:
         if kind == "mlp":
             return 1
         heads = self.query_heads // self.unit_count("heads") if slot.heads == "query" else 1
@@ -127,3 +147,10 @@ class Anatomy:
         self.config.head_dim = head_dim
         setattr(self.config, self.family.query_heads, count * per_group)
         setattr(self.config, self.family.kv_heads, count)
+
+
+def _linear(block: nn.Module, slot: Slot) -> nn.Linear:
+    found = block.get_submodule(slot.linear)
+    if not isinstance(found, nn.Linear):
+        raise Refused(f"{slot.linear} is a {type(found).__name__}, not a Linear: this model cannot be cut")
+    return found

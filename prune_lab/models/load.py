@@ -68,7 +68,7 @@ class ModelSource:
         except Exception as error:  # transformers, the Hub's client and safetensors each have their own
             raise Refused(f"model.name={self.name!r} cannot be loaded: {_short(error)}") from error
         _check_finite(model, self.name)
-        return Loaded(model.to(device.torch).eval(), tokenizer, self.name, config.model_type)
+        return Loaded(model.to(device.torch_device).eval(), tokenizer, self.name, config.model_type)
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,10 @@ def _build(source: str, config: Any, weights: str, place: dict[str, Any], device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=device.dtype)
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         source, **place, dtype=device.dtype, use_safetensors=True, output_loading_info=True
     )
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         raise Refused(f"model.name={source!r} lacks the weights {', '.join(missing[:3])}: the download is not complete")

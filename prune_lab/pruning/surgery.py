@@ -5,28 +5,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from prune_lab.models.anatomy import Anatomy, Slot
+from prune_lab.models.anatomy import Anatomy, UnitLinear
 
 
-def unit_slices(anatomy: Anatomy, kind: str, slot: Slot, linear: nn.Linear) -> Tensor:
-    """The weights of each unit in one Linear, shape (units, width, other side); a view where possible."""
-    weight = linear.weight if slot.side == "rows" else linear.weight.T
-    return weight.reshape(anatomy.unit_count(kind), anatomy.unit_width(kind, slot), -1)
+def unit_weights(part: UnitLinear) -> Tensor:
+    """The weights of each unit in one Linear, shape (units, width * other side)."""
+    lines = part.linear.weight if part.side == "rows" else part.linear.weight.T
+    return lines.reshape(lines.shape[0] // part.width, -1)
+
+
+def unit_masks(anatomy: Anatomy, kind: str, keep: list[Tensor]) -> dict[str, Tensor]:
+    """Keep-masks of the Linears' weights by name, from what each block keeps: (units,) bools a block."""
+    masks = {}
+    for parts, kept in zip(anatomy.unit_linears(kind), keep, strict=True):
+        for part in parts:
+            lines = part.lines(kept)
+            masks[part.name] = (lines[:, None] if part.side == "rows" else lines).expand_as(part.linear.weight)
+    return masks
 
 
 @torch.no_grad()
 def zero_units(anatomy: Anatomy, kind: str, keep: list[Tensor]) -> None:
-    """Zeroes the units that `keep` drops and leaves every shape; `keep` has, for each block, (units,) bools."""
-    for block, kept in zip(anatomy.blocks, keep, strict=True):
-        for slot in anatomy.slots(kind):
-            linear = block.get_submodule(slot.linear)
-            dropped = (~kept).repeat_interleave(anatomy.unit_width(kind, slot)).to(linear.weight.device)
-            if slot.side == "columns":
-                linear.weight[:, dropped] = 0
-                continue
-            linear.weight[dropped] = 0
-            if linear.bias is not None:
-                linear.bias[dropped] = 0
+    """Zeroes the units that `keep` drops, biases too, and leaves every shape."""
+    masks = unit_masks(anatomy, kind, keep)
+    for parts, kept in zip(anatomy.unit_linears(kind), keep, strict=True):
+        for part in parts:
+            part.linear.weight.masked_fill_(~masks[part.name], 0)
+            if part.side == "rows" and part.linear.bias is not None:
+                part.linear.bias[~part.lines(kept)] = 0
 
 
 @torch.no_grad()
@@ -38,13 +44,15 @@ def remove_units(anatomy: Anatomy, kind: str, keep: list[Tensor]) -> None:
     counts = {int(kept.sum()) for kept in keep}
     if len(counts) != 1:
         raise ValueError(f"every block must keep the same number of units, not {sorted(counts)}")
-    for block, kept in zip(anatomy.blocks, keep, strict=True):
-        for slot in anatomy.slots(kind):
-            linear = block.get_submodule(slot.linear)
-            index = kept.repeat_interleave(anatomy.unit_width(kind, slot)).nonzero().flatten()
-            _cut(linear, slot.side, index.to(linear.weight.device))
-        _renew_counts(block, kind, counts)
-    anatomy.set_unit_count(kind, counts.pop())
+    count = counts.pop()
+    for parts, kept in zip(anatomy.unit_linears(kind), keep, strict=True):
+        for part in parts:
+            _cut(part.linear, part.side, part.lines(kept).nonzero().flatten())
+    if kind == "mlp":  # modules that keep the width as an attribute must not contradict their weights
+        for module in anatomy.model.modules():
+            if isinstance(getattr(module, "intermediate_size", None), int):
+                module.intermediate_size = count
+    anatomy.set_unit_count(kind, count)
 
 
 def _cut(linear: nn.Linear, side: str, index: Tensor) -> None:
@@ -53,10 +61,3 @@ def _cut(linear: nn.Linear, side: str, index: Tensor) -> None:
     linear.out_features, linear.in_features = linear.weight.shape
     if side == "rows" and linear.bias is not None:
         linear.bias = nn.Parameter(linear.bias.index_select(0, index), requires_grad=False)
-
-
-def _renew_counts(block: nn.Module, kind: str, counts: set[int]) -> None:
-    """Modules that keep the count as an attribute must not contradict their weights."""
-    for module in block.modules():
-        if kind == "mlp" and isinstance(getattr(module, "intermediate_size", None), int):
-            module.intermediate_size = next(iter(counts))  # type: ignore[assignment]

@@ -37,7 +37,7 @@ def train(model: Any, recipe: Finetune, training: Training, loss_of: Callable[[A
     model.train()
     optimizer = _optimizer(model, recipe)
     autocast = torch.autocast(
-        training.device.torch.type, torch.bfloat16, enabled=uses_autocast(recipe.autocast, training.device)
+        training.device.torch_device.type, torch.bfloat16, enabled=uses_autocast(recipe.autocast, training.device)
     )
     start = checkpoint.restore(training.checkpoint, model, optimizer)
     if start:
@@ -48,7 +48,7 @@ def train(model: Any, recipe: Finetune, training: Training, loss_of: Callable[[A
         for step in range(start, recipe.steps):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr * lr_factor(step, recipe)
-            batch = order.batch(step).to(training.device.torch)
+            batch = order.batch(step).to(training.device.torch_device)
             with autocast:
                 loss = loss_of(model, batch)
             loss.backward()
@@ -80,7 +80,7 @@ def lr_factor(step: int, recipe: Finetune) -> float:
 
 def uses_autocast(setting: str, device: Device) -> bool:
     """Whether to compute in bfloat16: where it pays, that is where the hardware multiplies it."""
-    return native_bfloat16(device.torch) if setting == "auto" else setting == "bfloat16"
+    return native_bfloat16(device.torch_device) if setting == "auto" else setting == "bfloat16"
 
 
 def _cast_weights(model: Any, dtype: torch.dtype) -> None:

@@ -1,6 +1,6 @@
 """Trains a byte-level BPE tokenizer on a dataset's training split: how the tiny model's came to be.
 
-    python -m prune_lab.text.train_tokenizer 2048 FOLDER
+Command: python -m prune_lab.text.train_tokenizer 2048 FOLDER
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ def train_tokenizer(documents: tuple[str, ...], vocab_size: int, folder: Path, c
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=END, model_max_length=context
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END, model_max_length=context)
     fast.save_pretrained(folder)
 
 

@@ -146,7 +146,10 @@ def _connect(name: str) -> tuple[Any, str]:
     try:
         return client, client.create_experiment(name)
     except MlflowException:  # another process made it in between
-        return client, client.get_experiment_by_name(name).experiment_id
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            raise
+        return client, experiment.experiment_id
 
 
 def _create_run(client: Any, experiment: str, summary: Summary, place: Place, tags: dict[str, str]) -> str:
@@ -230,5 +233,3 @@ def _shared_dense_figures(summaries: list[Summary]) -> dict[str, float]:
     finished = [dense_figures(s.metrics) for s in summaries if s.status == "FINISHED"]
     names = {name for figures in finished for name in figures}
     return {name: median(f[name] for f in finished if name in f) for name in sorted(names)}
-
-

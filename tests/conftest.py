@@ -1,0 +1,116 @@
+"""Small real parts: a Llama of random weights in the Hub's layout, its tokenizer, text, and the command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prune_lab.device import Device
+from prune_lab.models.load import HubModel, Loaded
+from prune_lab.text.train_tokenizer import train_tokenizer
+
+ROOT = Path(__file__).parent.parent
+CPU = Device(torch.device("cpu"), torch.float32)
+
+# What a config of each family needs beside the common fields.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},  # has biases in q, k and v
+    "qwen3": {"head_dim": 8},
+}
+
+
+def make_folder(folder: Path, family: str = "llama", seed: int = 0, **changes: Any) -> Path:
+    """A random-weight model in the Hub's layout: hidden 32, 2 blocks, 4 heads in 2 KV groups, 48 MLP channels."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+        "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0,
+    }  # fmt: skip
+    config = AutoConfig.for_model(family, **{**shape, **FAMILIES[family], **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # far enough from zero that biases and norms matter in every comparison
+        for name, weight in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                weight.add_(torch.randn_like(weight) * 0.2)
+            else:
+                weight.mul_(4)
+    model.save_pretrained(folder)
+    train_tokenizer(tuple(story(seed) for seed in range(20)), 300, folder, context=128)
+    return folder
+
+
+def story(seed: int, sentences: int = 60) -> str:
+    """A document of simple sentences, different for every seed."""
+    generator = torch.Generator().manual_seed(seed)
+    subjects, verbs, things = "the cat|a dog|our bird|one fish".split("|"), "sees|likes|finds".split("|"), "ABCDEFGH"
+    lines = []
+    for _ in range(sentences):
+        i, j, k = (int(torch.randint(n, (1,), generator=generator)) for n in (4, 3, 8))
+        lines.append(f"{subjects[i]} {verbs[j]} thing {things[k]}{seed}.")
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama in the Hub's layout."""
+    return make_folder(tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture
+def loaded(folder: Path) -> Loaded:
+    """The small Llama, loaded in float32."""
+    return HubModel(name=str(folder)).load(CPU, seed=0)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 120 txt documents, enough for every split."""
+    place = tmp_path_factory.mktemp("corpus")
+    for seed in range(120):
+        (place / f"{seed}.txt").write_text(story(seed), encoding="utf-8")
+    return place
+
+
+@pytest.fixture(autouse=True)
+def own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test works in a folder of its own, with a cache of its own and no store but its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PRUNE_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def small(folder: Path, corpus: Path) -> list[str]:
+    """Overrides that run on the small model and text, fast: measure=quick with few windows."""
+    return [
+        "model=hf", f"model.name={folder}", "dataset=text", f"dataset.path={corpus}", "dataset.seq_len=32",
+        "measure=quick", "measure.max_windows=8", "measure.prompt_tokens=16", "measure.decode_tokens=2",
+    ]  # fmt: skip
+
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    """Runs `python -m prune_lab ...` as a user would, in the test's folder."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "prune_lab", *arguments]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+
+    return run
