@@ -41,6 +41,7 @@ class Bench:
 
     def __init__(self, model: ModelSource, text: TextSource, measure: Measure, device: Device, seed: int) -> None:
         self.device, self.measure, self.seq_len = device, measure, text.seq_len
+        self._baseline: Figures | None = None
         documents = text.documents()
         self.dense: Loaded = model.load(device, seed)
         context = getattr(self.dense.model.config, "max_position_embeddings", None)
@@ -108,8 +109,6 @@ class Bench:
                 if stored is not None:
                     write_json(stored, asdict(self._baseline))
         return self._baseline
-
-    _baseline: Figures | None = None
 
 
 @lru_cache(maxsize=1)

@@ -9,16 +9,6 @@ from rich.console import Console as RichConsole
 from tqdm import tqdm
 
 
-def hush_libraries() -> None:
-    """Keeps other libraries' progress bars and advice off the terminal: they speak of parts, we of the run."""
-    from datasets.utils.logging import disable_progress_bar
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    disable_progress_bar()
-
-
 class Console:
     """Writes to the terminal.
 
@@ -28,7 +18,7 @@ class Console:
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self._live = sys.stderr.isatty() and not quiet
-        width = None if sys.stdout.isatty() else 120
+        width = None if sys.stdout.isatty() else 160
         self._rich = RichConsole(file=sys.stdout, width=width, highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:

@@ -11,16 +11,16 @@ def compare(
     method: Method, dense: Figures, compressed: Figures, latency: Latency | None, pruned: Pruned
 ) -> dict[str, float]:
     """Metrics by their public names (README, "Metrics")."""
-    requested = 0.0 if "amount" in method.not_applicable else method.amount
-    metrics = {"amount/requested": requested, "amount/realized": pruned.realized}
     quality, was = compressed.quality, dense.quality
-    metrics |= {
+    metrics = {  # the first one is what MLflow's comparison opens on
         "quality/perplexity": quality.perplexity,
         "quality/dense_perplexity": was.perplexity,
         "quality/perplexity_ratio": quality.perplexity / was.perplexity,
         "quality/bits_per_byte": quality.bits_per_byte,
         "quality/dense_bits_per_byte": was.bits_per_byte,
     }
+    requested = 0.0 if "amount" in method.not_applicable else method.amount
+    metrics |= {"amount/requested": requested, "amount/realized": pruned.realized}
     size, full = compressed.size, dense.size
     metrics |= {
         "params/total": size.params,

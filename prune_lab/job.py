@@ -12,7 +12,7 @@ from typing import Any
 
 from prune_lab import explain, report, runner
 from prune_lab.config import Parts
-from prune_lab.console import Console, hush_libraries
+from prune_lab.console import Console
 from prune_lab.errors import Refused
 from prune_lab.place import Place
 from prune_lab.summary import Summary
@@ -31,7 +31,6 @@ def run(build: Callable[[], Parts], config: dict[str, Any], place: Place) -> flo
     try:
         parts = build()
         console = Console(parts.settings.quiet)
-        hush_libraries()
         if place.sweep is not None:
             console.note(f"\njob {place.job}: {' '.join(place.overrides)}")
         summary = runner.run(parts, config, place, console)

@@ -28,7 +28,8 @@ class Summary:
     warnings: list[str] = field(default_factory=list)
     not_applicable: dict[str, list[str]] = field(default_factory=dict)  # keys of a group that its option ignores
     reason: str | None = None
-    reused_from: str | None = None  # where the finished run lies whose result this is
+    folder: str = ""  # where the run that computed this wrote its files
+    reused_from: str | None = None  # the MLflow run or the folder that held this result, where it was not computed anew
     schema_version: int = SCHEMA_VERSION
 
     def set_metrics(self, values: dict[str, float]) -> list[str]:

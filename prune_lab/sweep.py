@@ -16,6 +16,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from prune_lab import explain
+from prune_lab.config import build
+from prune_lab.errors import Refused
 from prune_lab.place import Place
 
 
@@ -39,17 +42,13 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Opens it. Tracking must work before any work is done, so what fails here ends the program."""
-        from prune_lab import config as configs
-
         global _current
-        tracker = configs.build(config.tracking, "tracking")
+        tracker = build(config.tracking, "tracking")
         folder = Path(config.hydra.sweep.dir).absolute()
         try:
             tracker.open_sweep(str(config.name), folder)
-        except Exception as error:
-            from prune_lab import explain
-
-            explain.to_stderr(f"tracking: the store cannot be opened: {explain.one_line(error)}")
+        except Refused as error:  # Hydra makes warnings of a callback's errors
+            explain.to_stderr(str(error))
             raise SystemExit(2) from error
         _current = _Sweep(folder, str(config.name), tracker, bool(config.quiet))
         atexit.register(close_open_sweep)

@@ -54,7 +54,7 @@ def make_folder(folder: Path, family: str = "llama", seed: int = 0, **changes: A
 def story(seed: int, sentences: int = 60) -> str:
     """A document of simple sentences, different for every seed."""
     generator = torch.Generator().manual_seed(seed)
-    subjects, verbs, things = "the cat|a dog|our bird|one fish".split("|"), "sees|likes|finds".split("|"), "ABCDEFGH"
+    subjects, verbs, things = ["the cat", "a dog", "our bird", "one fish"], ["sees", "likes", "finds"], "ABCDEFGH"
     lines = []
     for _ in range(sentences):
         i, j, k = (int(torch.randint(n, (1,), generator=generator)) for n in (4, 3, 8))

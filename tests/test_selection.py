@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -68,7 +70,7 @@ def test_n_of_m_are_kept_not_removed() -> None:
 def test_masks_nest_across_amounts() -> None:
     scores = torch.randn(32, 32, generator=torch.Generator().manual_seed(0)).abs()
     masks = [keep_layer(scores, amount) for amount in (0.1, 0.3, 0.6, 0.9)]
-    for lower, higher in zip(masks, masks[1:], strict=False):
+    for lower, higher in itertools.pairwise(masks):
         assert not (higher & ~lower).any()
 
 

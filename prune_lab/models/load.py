@@ -14,6 +14,7 @@ import torch
 from prune_lab.device import Device
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import family_of
+from prune_lab.models.hub import check_available
 
 TINY = Path(__file__).parent / "tiny"
 WEIGHTS = ("pretrained", "random")
@@ -53,11 +54,16 @@ class ModelSource:
 
     def load(self, device: Device, seed: int) -> Loaded:
         """Loads model and tokenizer; `seed` is that of random weights. Raises Refused where it cannot."""
-        from transformers import AutoConfig, AutoTokenizer
-
         place: dict[str, Any] = {"revision": self.revision, "trust_remote_code": False}
         folder = Path(self.name).expanduser()
         source = str(folder) if folder.is_dir() else self.name
+        if not folder.is_dir():
+            check_available(self.name, self.revision)
+        from transformers import AutoConfig, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # its bars and advice speak of parts; the console speaks of the run
+        logging.set_verbosity_error()
         try:
             config = AutoConfig.from_pretrained(source, **place)
             family_of(config.model_type)

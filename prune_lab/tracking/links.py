@@ -11,7 +11,7 @@ LOCAL = "http://127.0.0.1:5000"
 def how_to_look(uri: str, experiment: str, runs: list[str]) -> list[str]:
     """The command that starts the UI (none for a server), the list of runs, and their comparison as plots."""
     server = uri.rstrip("/") if uri.startswith(("http://", "https://")) else LOCAL
-    lines = [] if server != LOCAL else [f"Open the MLflow UI:  mlflow ui --backend-store-uri {_without_password(uri)}"]
+    lines = [] if server != LOCAL else [f"Open the MLflow UI:  mlflow ui --backend-store-uri {without_password(uri)}"]
     lines.append(f"  all runs:     {server}/#/experiments/{experiment}/runs?workflowType=machine_learning")
     if len(runs) > 1:
         chosen, of = quote(json.dumps(runs, separators=(",", ":"))), quote(json.dumps([experiment]))
@@ -19,7 +19,8 @@ def how_to_look(uri: str, experiment: str, runs: list[str]) -> list[str]:
     return lines
 
 
-def _without_password(uri: str) -> str:
+def without_password(uri: str) -> str:
+    """The address of a store, fit to be shown."""
     head, at, tail = uri.rpartition("@")
     if not at or ":" not in head.split("://", 1)[-1]:
         return uri

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prune_lab.errors import Refused
+from prune_lab.explain import one_line
 from prune_lab.place import Place
 from prune_lab.summary import Summary, from_dict
 from prune_lab.tracking import links
@@ -133,23 +135,33 @@ def _uri() -> str:
 
 
 def _connect(name: str) -> tuple[Any, str]:
-    """A client and the experiment's id, made if it is new; imports MLflow."""
+    """A client and the experiment's id, made if it is new; imports MLflow. Raises Refused where there is no store."""
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
     for chatty in ("mlflow", "alembic"):  # they announce every table they make
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    client = MlflowClient(tracking_uri=_uri())
-    experiment = client.get_experiment_by_name(name)
-    if experiment is not None:
-        return client, experiment.experiment_id
     try:
-        return client, client.create_experiment(name)
-    except MlflowException:  # another process made it in between
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            raise
-        return client, experiment.experiment_id
+        client = MlflowClient(tracking_uri=_uri())
+        return client, _experiment(client, name)
+    except Exception as error:  # each kind of store has its own errors
+        uri = links.without_password(_uri())
+        raise Refused(f"tracking: the MLflow store {uri} cannot be used: {one_line(error)[:200]}") from error
+
+
+def _experiment(client: Any, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name))
+        except MlflowException:  # another process made it in between
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        raise Refused(f"name={name!r}: that experiment was deleted; restore it in MLflow or give another name")
+    return str(found.experiment_id)
 
 
 def _create_run(client: Any, experiment: str, summary: Summary, place: Place, tags: dict[str, str]) -> str:
@@ -160,8 +172,7 @@ def _create_run(client: Any, experiment: str, summary: Summary, place: Place, ta
     tags = {"prune_lab.version": __version__, "device": summary.protocol["device"], **tags, **owner_tags()}
     if place.sweep is not None and (parent := _parent(client, experiment, place.sweep)):
         tags[PARENT] = parent
-    run_name = " ".join(place.overrides) or summary.choices.get("method", "run")
-    run = client.create_run(experiment, run_name=run_name[:250], tags=tags)
+    run = client.create_run(experiment, run_name=_run_name(summary), tags=tags)
     params = [Param(key, str(value)) for key, value in _params(summary).items()]
     client.log_batch(run.info.run_id, params=params)
     protocol = summary.protocol
@@ -171,6 +182,12 @@ def _create_run(client: Any, experiment: str, summary: Summary, place: Place, ta
     )  # fmt: skip
     client.log_inputs(run.info.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "test")])])
     return str(run.info.run_id)
+
+
+def _run_name(summary: Summary) -> str:
+    """What was done, short: structured 0.4 + finetune."""
+    extra = [summary.choices[group] for group in ("recovery", "post") if summary.choices.get(group) != "none"]
+    return " + ".join([f"{summary.choices.get('method')} {summary.config['amount']:g}", *map(str, extra)])
 
 
 def _params(summary: Summary) -> dict[str, Any]:

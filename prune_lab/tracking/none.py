@@ -42,7 +42,11 @@ class NoTracking:
 
     def find_finished(self, name: str, fingerprint: str) -> Summary | None:
         """Looks the fingerprint up in the cache folder."""
-        return read_summary(self._entry(name, fingerprint))
+        entry = self._entry(name, fingerprint)
+        summary = read_summary(entry)
+        if summary is not None:
+            summary.reused_from = str(entry)
+        return summary
 
     def enter_again(self, name: str, summary: Summary, place: Place) -> None:
         """Nothing to do: the summary in the job's folder is the entry."""

@@ -1,0 +1,53 @@
+"""The README says what is so: its commands compose, its layout exists, CI runs its test command."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from prune_lab import config
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"python -m prune_lab ([^\n#`]+)", README)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_composes(command: str) -> None:
+    words = [word for word in shlex.split(command) if word != "-m"]
+    if "--help" in words:
+        return
+    name = "config"
+    if "-cn" in words:
+        name = words[words.index("-cn") + 1]
+        assert (ROOT / "experiments" / f"{name}.yaml").is_file()
+        return
+    config.register_schema()
+    overrides = [word.split(",")[0] if word.startswith("amount=") else word for word in words]
+    with initialize_config_dir(config.CONF_DIR, version_base="1.3"):
+        assert "amount" in OmegaConf.to_container(compose(name, overrides))
+
+
+def test_the_readme_shows_enough_commands() -> None:
+    assert len(COMMANDS) >= 7
+
+
+def test_the_layout_exists() -> None:
+    tree = README.split("## Layout")[1].split("```")[1]
+    names = re.findall(r"(?<![\w.])([a-z_]+\.(?:py|yaml)|[a-z_]+/)", tree)
+    assert len(names) > 25
+    for name in names:
+        places = [ROOT / name, ROOT / "prune_lab" / name, ROOT / "conf" / name, ROOT / "tests" / name]
+        places += (ROOT / "prune_lab").glob(f"*/{name}")
+        assert any(place.exists() for place in places), name
+
+
+def test_ci_runs_the_test_command() -> None:
+    block = README.split("<!-- tests: begin -->")[1].split("<!-- tests: end -->")[0]
+    command = block.strip().strip("`").removeprefix("bash").strip()
+    assert command.endswith("pytest")
+    assert "tests: begin" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")

@@ -1,0 +1,61 @@
+"""On a terminal a run shows what it does; in a pipe it prints its outcome alone; quiet prints nothing."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+from conftest import ROOT, Cli
+
+
+def run_on_a_terminal(folder: Path, *arguments: str) -> str:
+    """What a person would have seen: the run's standard output and error are a pseudo-terminal."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prune_lab", *arguments], cwd=folder, env=env, stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            chunk = os.read(ours, 65536)
+        except OSError:  # the other side is closed: the process has ended
+            break
+        if not chunk:
+            break
+        seen += chunk
+    assert process.wait() == 0, seen.decode()
+    os.close(ours)
+    return seen.decode()
+
+
+def test_a_person_sees_header_progress_and_table(small: list[str], tmp_path: Path) -> None:
+    seen = run_on_a_terminal(
+        tmp_path, *small, "tracking=none", "recovery=finetune", "recovery.steps=12", "recovery.autocast=none"
+    )
+    for wanted in ("model ", "text ", "device ", "perplexity:", "latency:", "training:", "tok/s", "loss="):
+        assert wanted in seen, wanted
+    assert "dense -> compressed" in seen
+    assert seen.index("training:") < seen.index("dense -> compressed")
+
+
+def test_a_pipe_gets_the_outcome_alone(small: list[str], cli: Cli) -> None:
+    done = cli(*small, "tracking=none")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert done.stdout.startswith("dense -> compressed")
+    assert "\x1b" not in done.stdout
+    assert "it/s" not in done.stdout
+
+
+def test_quiet_prints_nothing(small: list[str], cli: Cli) -> None:
+    done = cli(*small, "tracking=none", "quiet=true", "measure=quality_only", "measure.max_windows=4")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,0 +1,388 @@
+"""Training: the loop is AdamW and nothing else, goes on where it was cut off, and keeps pruned weights at zero."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CPU, ROOT, story
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from prune_lab.console import Console
+from prune_lab.device import Device
+from prune_lab.errors import Refused
+from prune_lab.models.load import HubModel, Loaded
+from prune_lab.pruning.masks import Masks
+from prune_lab.recovery import train as loop
+from prune_lab.recovery.base import Training
+from prune_lab.recovery.finetune import Finetune
+from prune_lab.recovery.none import NoRecovery
+from prune_lab.recovery.order import WindowOrder
+from prune_lab.recovery.train import lr_factor
+from prune_lab.text.splits import Documents
+from prune_lab.text.tokens import Tokens
+
+STORIES = tuple(story(seed) for seed in range(8))
+SHORT = Finetune(steps=24, lr=0.003, batch_size=4, warmup=0.1, autocast="none", checkpoint_every=4)
+Log = Callable[[int, dict[str, float]], None]
+
+
+def training_of(loaded: Loaded, folder: Path, log: Log | None = None, **changes: Any) -> Training:
+    """A training on short stories, in windows of 32 tokens."""
+    tokens = Tokens(Documents("stories", STORIES, (), (), ()), loaded.tokenizer)
+    checkpoint = folder / "training" / "0.safetensors"
+    training = Training(
+        tokens, 32, Masks(), CPU, 0, Console(quiet=True), checkpoint, log or (lambda step, values: None)
+    )
+    return replace(training, **changes)
+
+
+def weights_of(model: Any) -> dict[str, Tensor]:
+    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    """Whether two sets of tensors are equal bit for bit."""
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def half_masks(model: Any) -> Masks:
+    """Random masks of half of every Linear inside the blocks."""
+    generator = torch.Generator().manual_seed(5)
+    linears = {
+        name: module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".layers." in name
+    }
+    return Masks({name: torch.rand(weight.shape, generator=generator) < 0.5 for name, weight in linears.items()})
+
+
+def test_the_loss_falls(loaded: Loaded, tmp_path: Path) -> None:
+    unseen = torch.tensor(loaded.tokenizer(story(99))["input_ids"])[:512].view(16, 32)
+
+    @torch.no_grad()
+    def loss() -> float:
+        """What transformers itself says of unseen text."""
+        return float(loaded.model(input_ids=unseen, labels=unseen).loss)
+
+    seen: dict[int, dict[str, float]] = {}
+    before = loss()
+    replace(SHORT, steps=60).recover(loaded.model, training_of(loaded, tmp_path, seen.__setitem__))
+    assert loss() < 0.7 * before
+    assert list(seen) == [10, 20, 30, 40, 50, 60]
+    assert seen[60]["train/loss"] < seen[10]["train/loss"]
+
+
+def test_the_loop_is_a_plain_pytorch_loop(folder: Path, tmp_path: Path) -> None:
+    """Five steps by hand: torch's AdamW, transformers' own loss, the same batches."""
+    ours, bare = (HubModel(name=str(folder)).load(CPU, 0) for _ in range(2))
+    recipe = Finetune(steps=5, lr=0.002, batch_size=3, warmup=0.4, final_lr=0.2, clip_norm=0.5, autocast="none")
+    training = training_of(ours, tmp_path)
+    recipe.recover(ours.model, training)
+
+    model = bare.model.train().requires_grad_(True)
+    matrices = [weight for weight in model.parameters() if weight.ndim == 2]
+    norms = [weight for weight in model.parameters() if weight.ndim == 1]
+    assert len(matrices) + len(norms) == len(list(model.parameters()))
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}], betas=(0.9, 0.95), eps=1e-8
+    )
+    order = WindowOrder(training.tokens.stream("train"), 32, 3, 0)
+    clipped = []
+    for step in range(5):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.002 * lr_factor(step, recipe)
+        batch = order.batch(step)
+        optimizer.zero_grad()
+        model(input_ids=batch, labels=batch).loss.backward()
+        norm = math.sqrt(sum(float(weight.grad.pow(2).sum()) for weight in model.parameters()))
+        clipped.append(norm > 0.5)
+        for weight in model.parameters():
+            weight.grad.mul_(min(1.0, 0.5 / (norm + 1e-6)))
+        optimizer.step()
+    assert any(clipped)
+    start = weights_of(HubModel(name=str(folder)).load(CPU, 0).model)
+    for name, weight in weights_of(bare.model).items():
+        assert (weight - start[name]).abs().max() > 1e-3, f"{name} has not moved"
+        torch.testing.assert_close(weights_of(ours.model)[name], weight, rtol=0, atol=1e-6)
+
+
+def test_the_learning_rate_by_hand() -> None:
+    recipe = Finetune(steps=101, warmup=0.1, final_lr=0.2)  # 11 steps of warm-up, then 90 of decay
+    assert lr_factor(0, recipe) == pytest.approx(1 / 11)
+    assert lr_factor(4, recipe) == pytest.approx(5 / 11)
+    assert lr_factor(10, recipe) == 1.0
+    assert lr_factor(11, recipe) == 1.0
+    assert lr_factor(11 + 45, recipe) == pytest.approx(0.6, abs=0.02)  # half way between 1 and 0.2
+    factors = [lr_factor(step, recipe) for step in range(11, 101)]
+    assert factors == sorted(factors, reverse=True)
+    assert lr_factor(0, Finetune(steps=10, warmup=0.0)) == 1.0
+    assert lr_factor(0, Finetune(steps=1)) == 1.0
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(10, 0.0), (10, 0.2), (101, 0.1)])
+def test_the_last_step_has_the_final_learning_rate(steps: int, warmup: float) -> None:
+    """conf/recovery/finetune.yaml: final_lr is the fraction of lr at the last step."""
+    assert lr_factor(steps - 1, Finetune(steps=steps, warmup=warmup, final_lr=0.2)) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(("steps", "warmup", "expected"), [(100, 0.07, 7), (100, 0.29, 29), (200, 0.05, 10)])
+def test_a_fraction_of_the_steps_is_not_rounded_up_by_float_noise(steps: int, warmup: float, expected: int) -> None:
+    recipe = Finetune(steps=steps, warmup=warmup)
+    assert lr_factor(expected - 1, recipe) == 1.0
+
+
+class Interrupter:
+    """A log callback that interrupts at a step, and keeps the steps that it heard of."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.steps = at, []  # type: int | None, list[int]
+
+    def __call__(self, step: int, values: dict[str, float]) -> None:
+        self.steps.append(step)
+        if step == self.at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_an_interrupted_training_ends_in_the_same_weights(folder: Path, tmp_path: Path, pruned: bool) -> None:
+    whole, cut, again = (HubModel(name=str(folder)).load(CPU, 0) for _ in range(3))
+    masks = half_masks(whole.model) if pruned else Masks()
+    for loaded in (whole, cut, again):
+        masks.hold(loaded.model)
+    SHORT.recover(whole.model, training_of(whole, tmp_path / "whole", masks=masks))
+    with pytest.raises(KeyboardInterrupt):
+        SHORT.recover(cut.model, training_of(cut, tmp_path / "cut", Interrupter(at=10), masks=masks))
+    assert step_of(tmp_path / "cut/training/0.safetensors") == 8
+    torch.manual_seed(77)  # another process has drawn other numbers
+    heard = Interrupter()
+    SHORT.recover(again.model, training_of(again, tmp_path / "cut", heard, masks=masks))
+    assert heard.steps == [10, 20, 24]
+    assert same(weights_of(whole.model), weights_of(again.model))
+    assert not same(weights_of(whole.model), weights_of(cut.model))
+
+
+def test_a_resumed_training_does_only_the_steps_that_are_left(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    first, second = (HubModel(name=str(folder)).load(CPU, 0) for _ in range(2))
+    with pytest.raises(KeyboardInterrupt):
+        SHORT.recover(first.model, training_of(first, tmp_path, Interrupter(at=19)))
+    heard = Interrupter()
+    SHORT.recover(second.model, training_of(second, tmp_path, heard))
+    assert heard.steps == list(range(17, 25))  # the checkpoint is that of step 16
+
+
+def test_a_checkpoint_is_safetensors_and_replaced_whole(loaded: Loaded, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "training/0.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        SHORT.recover(loaded.model, training_of(loaded, tmp_path, Interrupter(at=10)))
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["0.safetensors"]
+    older = tmp_path / "older.safetensors"
+    older.hardlink_to(checkpoint)  # the file itself: writing into it would show here
+    before = load_file(older)
+    assert {f"weight/{name}" for name, _ in loaded.model.named_parameters()} < before.keys()
+    SHORT.recover(loaded.model, training_of(loaded, tmp_path))
+    assert same(load_file(older), before)
+    assert (step_of(older), step_of(checkpoint)) == (8, 24)
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["0.safetensors"]
+
+
+def step_of(path: Path) -> int:
+    with safe_open(path, framework="pt") as file:
+        return int(json.loads(file.metadata()["training"])["step"])
+
+
+def seen_steps(process: subprocess.Popen[str], cache: Path) -> Iterator[int]:
+    """The steps of the checkpoints that a process leaves, as they appear, until it ends."""
+    deadline = time.monotonic() + 100
+    while process.poll() is None and time.monotonic() < deadline:
+        for path in cache.glob("training/*/0.safetensors"):
+            try:
+                yield step_of(path)
+            except FileNotFoundError:  # the run has finished and cleaned up
+                continue
+        time.sleep(0.01)
+
+
+def test_a_killed_process_goes_on_and_exports_the_same_model(small: list[str], tmp_path: Path) -> None:
+    """SIGKILL in the middle of training, then the same command again."""
+    arguments = [
+        *small, "measure=quality_only", "tracking=none", "export=true", "recovery=finetune", "recovery.steps=100",
+        "recovery.batch_size=4", "recovery.lr=0.003", "recovery.checkpoint_every=5", "recovery.autocast=none",
+    ]  # fmt: skip
+
+    def start(name: str, cache: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "prune_lab", *arguments, f"hydra.run.dir={tmp_path / name}"]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "PRUNE_LAB_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+        log = (tmp_path / f"{name}.log").open("w")
+        with log:
+            return subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=subprocess.STDOUT, text=True)
+
+    def export_of(name: str) -> dict[str, Tensor]:
+        return load_file(tmp_path / name / "export/model.safetensors")
+
+    calm, cache = tmp_path / "calm_cache", tmp_path / "killed_cache"
+    undisturbed = start("calm", calm)
+    assert undisturbed.wait(100) == 0, (tmp_path / "calm.log").read_text()
+
+    victim = start("killed", cache)
+    killed_after = next(seen_steps(victim, cache), None)
+    victim.send_signal(signal.SIGKILL)
+    assert victim.wait(10) == -signal.SIGKILL, (tmp_path / "killed.log").read_text()
+    assert killed_after is not None
+    assert killed_after < 100
+    assert not (tmp_path / "killed/export").exists()
+    left = step_of(next(cache.glob("training/*/0.safetensors")))
+
+    second = start("again", cache)
+    steps = list(seen_steps(second, cache))
+    assert second.wait(10) == 0, (tmp_path / "again.log").read_text()
+    assert min(steps) >= left  # from scratch, a checkpoint of an earlier step would have appeared
+    assert same(export_of("again"), export_of("calm"))
+    assert not list(cache.glob("training/*/*"))  # a finished run keeps no checkpoint
+
+
+def test_pruned_weights_are_zero_after_every_step(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdamW's momentum moves a zero weight, so masks are held again after each step."""
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    masks = half_masks(loaded.model)
+    masks.hold(loaded.model)
+    start = weights_of(loaded.model)
+    checked: list[int] = []
+
+    def check(step: int = -1, values: dict[str, float] | None = None) -> None:
+        for name, keep in masks.keep.items():
+            weight = loaded.model.get_submodule(name).weight
+            assert (weight[~keep] == 0).all(), f"{name} at step {step}"
+            assert (weight[keep] != 0).float().mean() > 0.99
+        checked.append(step)
+
+    replace(SHORT, steps=8, weight_decay=0.5, warmup=0.0).recover(
+        loaded.model, training_of(loaded, tmp_path, check, masks=masks)
+    )
+    assert checked == list(range(1, 9))
+    check()
+    for name, weight in weights_of(loaded.model).items():
+        assert not torch.equal(weight, start[name]), f"{name} has not been trained"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_leaves_a_model_ready_to_measure(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """In its former number type, in eval mode, without gradients; the rotary frequencies as they were."""
+    device = Device(torch.device("cpu"), dtype)
+    loaded = HubModel(name=str(folder)).load(device, 0)
+    buffers = {name: buffer.clone() for name, buffer in loaded.model.named_buffers()}
+    assert buffers
+    assert all(buffer.dtype == torch.float32 for buffer in buffers.values())
+    during: list[torch.dtype] = []
+
+    def log(step: int, values: dict[str, float]) -> None:
+        during.extend({weight.dtype for weight in loaded.model.parameters()})
+
+    masks = half_masks(loaded.model)
+    replace(SHORT, steps=2).recover(loaded.model, training_of(loaded, tmp_path, log, masks=masks, device=device))
+    assert during == [torch.float32]
+    assert {weight.dtype for weight in loaded.model.parameters()} == {dtype}
+    assert same(buffers, dict(loaded.model.named_buffers()))
+    assert all(buffer.dtype == torch.float32 for buffer in loaded.model.buffers())
+    assert not any(module.training for module in loaded.model.modules())
+    assert not any(weight.requires_grad for weight in loaded.model.parameters())
+    assert loaded.model.lm_head.weight is loaded.model.get_input_embeddings().weight  # still tied
+    for name, keep in masks.keep.items():
+        assert (loaded.model.get_submodule(name).weight[~keep] == 0).all()
+
+
+def test_autocast_computes_in_bfloat16_and_keeps_float32_weights(loaded: Loaded, tmp_path: Path) -> None:
+    seen: list[torch.dtype] = []
+    hook = loaded.model.model.layers[0].mlp.up_proj.register_forward_hook(lambda m, x, y: seen.append(y.dtype))
+    replace(SHORT, steps=1, autocast="bfloat16").recover(loaded.model, training_of(loaded, tmp_path))
+    hook.remove()
+    assert seen == [torch.bfloat16]
+    assert all(weight.dtype == torch.float32 for weight in loaded.model.parameters())
+
+
+def test_no_recovery_changes_nothing(loaded: Loaded, tmp_path: Path) -> None:
+    before = weights_of(loaded.model)
+    NoRecovery().recover(loaded.model, training_of(loaded, tmp_path))
+    assert same(before, weights_of(loaded.model))
+
+
+def windows_of_pass(order: WindowOrder, batch_size: int, number: int) -> list[int]:
+    """First tokens of a pass's windows, in order, from a stream that counts."""
+    first = number * order.windows_per_pass
+    rows = range(first, first + order.windows_per_pass)
+    return [int(order.batch(row // batch_size)[row % batch_size, 0]) for row in rows]
+
+
+@pytest.mark.parametrize(("tokens", "seq_len"), [(1000, 32), (96, 32), (127, 32), (32, 32), (63, 32), (64, 2)])
+def test_a_pass_reads_disjoint_windows(tokens: int, seq_len: int) -> None:
+    order = WindowOrder(torch.arange(tokens), seq_len, 4, seed=3)
+    for batch in map(order.batch, range(10)):
+        assert batch.shape == (4, seq_len)
+        assert torch.equal(batch, batch[:, :1] + torch.arange(seq_len))  # whole, and in the text's order
+        assert 0 <= int(batch.min()) <= int(batch.max()) < tokens
+    starts = sorted(windows_of_pass(order, 4, 1))
+    assert all(later - earlier == seq_len for earlier, later in itertools.pairwise(starts))
+    assert len(starts) * seq_len > tokens - 2 * seq_len  # all but the ends is read
+
+
+def test_the_order_depends_on_seed_and_step_alone() -> None:
+    stream = torch.arange(1000)
+    forward = [WindowOrder(stream, 32, 4, seed=1).batch(step) for step in range(20)]
+    order = WindowOrder(stream, 32, 4, seed=1)
+    for step in (19, 3, 3, 11, 0, 18, 7):
+        assert torch.equal(order.batch(step), forward[step])
+    assert not torch.equal(WindowOrder(stream, 32, 4, seed=2).batch(0), forward[0])
+
+
+def test_passes_differ_in_order_and_cut() -> None:
+    order = WindowOrder(torch.arange(1000), 32, 4, seed=1)
+    passes = [windows_of_pass(order, 4, number) for number in range(4)]
+    assert len({tuple(starts) for starts in passes}) == 4
+    assert len({min(starts) % 32 for starts in passes}) > 1
+    assert passes[0] != sorted(passes[0])
+
+
+def test_every_seed_that_a_run_may_have_gives_an_order() -> None:
+    """seed is allowed up to 2^63."""
+    assert WindowOrder(torch.arange(100), 8, 2, seed=2**63 - 1).batch(5).shape == (2, 8)
+
+
+def test_too_little_training_text_is_refused(loaded: Loaded, tmp_path: Path) -> None:
+    tokens = Tokens(Documents("scrap", ("the cat",), (), (), ()), loaded.tokenizer)
+    with pytest.raises(Refused, match=r"dataset\.seq_len=32: the train split has only \d+ tokens") as refused:
+        SHORT.recover(loaded.model, training_of(loaded, tmp_path, tokens=tokens))
+    assert len(str(refused.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("steps", 0), ("steps", -1), ("lr", 0.0), ("lr", 1.0), ("lr", -0.1), ("lr", math.nan), ("batch_size", 0),
+        ("warmup", -0.1), ("warmup", 1.1), ("final_lr", 2.0), ("weight_decay", -1.0), ("weight_decay", math.nan),
+        ("beta1", 1.0), ("beta2", -0.1), ("clip_norm", 0.0), ("clip_norm", math.nan), ("autocast", "float16"),
+        ("checkpoint_every", 0),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_is_refused_by_its_name(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{key}=") as refused:
+        Finetune(**{key: value})
+    assert len(str(refused.value)) < 120
