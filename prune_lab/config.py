@@ -22,7 +22,18 @@ from prune_lab.errors import Refused
 
 _PACKAGE = Path(__file__).parent
 CONF_DIR = str(next(p for p in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if p.is_dir()))
-GROUPS = ("model", "dataset", "method", "schedule", "recovery", "post", "measure", "tracking")
+# What an option of each group must be a kind of; named, since importing them takes seconds.
+_KINDS = {
+    "model": "prune_lab.models.load.ModelSource",
+    "dataset": "prune_lab.text.source.TextSource",
+    "method": "prune_lab.methods.base.Method",
+    "schedule": "prune_lab.schedules.Schedule",
+    "recovery": "prune_lab.recovery.base.Recovery",
+    "post": "prune_lab.post.base.Post",
+    "measure": "prune_lab.measure.settings.Measure",
+    "tracking": "prune_lab.tracking.base.Tracker",
+}
+GROUPS = tuple(_KINDS)
 # Packages beside prune_lab whose classes `_target_` may name, separated by commas. Read once, here: a recipe
 # can set the environment only later.
 _ALLOWED = ("prune_lab", *filter(None, os.environ.get("PRUNE_LAB_ALLOW", "").split(",")))
@@ -66,21 +77,34 @@ class Parts:
 
 def build_parts(cfg: DictConfig) -> Parts:
     """Builds all parts of a composed configuration; raises Refused with the full key."""
-    settings = _construct(Settings, {f.name: cfg[f.name] for f in dataclasses.fields(Settings)}, "")
+    names = [f.name for f in dataclasses.fields(Settings)]
+    if unknown := [str(key) for key in cfg if key not in (*names, *GROUPS)]:
+        raise Refused(f"{', '.join(unknown)}: no such key; allowed here are {', '.join((*names, *GROUPS))}")
+    try:
+        values = {name: MISSING if OmegaConf.is_missing(cfg, name) else cfg[name] for name in names}
+    except OmegaConfBaseException as error:
+        raise Refused(_first_line(error)) from error
+    settings = _construct(Settings, values, "")
+    for group in GROUPS:
+        if OmegaConf.is_missing(cfg, group):
+            raise Refused(f"{group} is required: choose an option with {group}=..., see --help")
     return Parts(settings, **{group: build(cfg[group], group) for group in GROUPS})
 
 
-def build(node: Any, key: str) -> Any:
+def build(node: Any, group: str) -> Any:
     """Builds the object that a group's node describes; raises Refused with the full key."""
     if not isinstance(node, DictConfig):
-        raise Refused(f"{key}={node!r} is not an option of the group {key}: see --help for its options")
+        raise Refused(f"{group}={node!r} is not an option of the group {group}: see --help for its options")
     try:
         values = OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:
-        raise Refused(f"{key}: {_first_line(error)}") from error
+        raise Refused(f"{group}: {_first_line(error)}") from error
     assert isinstance(values, dict)
     target = values.pop("_target_", None)
-    return _construct(_resolve(target, f"{key}._target_"), {str(k): v for k, v in values.items()}, f"{key}.")
+    cls, kind = _resolve(target, f"{group}._target_"), _named(_KINDS[group])
+    if not issubclass(cls, kind):
+        raise Refused(f"{group}._target_={target!r} is no option of the group {group}: allowed is a {_KINDS[group]}")
+    return _construct(cls, {str(k): v for k, v in values.items()}, f"{group}.")
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -116,11 +140,10 @@ def _resolve(target: Any, key: str) -> type:
     be a dataclass that was defined in an allowed package. Nothing outside those packages is imported.
     """
     allowed = f"allowed are the dataclasses of {', '.join(_ALLOWED)}"
-    module_name, _, class_name = str(target).rpartition(".")
-    if module_name.split(".")[0] not in _ALLOWED:
+    if str(target).rpartition(".")[0].split(".")[0] not in _ALLOWED:
         raise Refused(f"{key}={target!r} is not allowed: {allowed}")
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
+        found = _named(str(target))
     except (ImportError, AttributeError) as error:
         raise Refused(f"{key}={target!r} does not exist: {allowed}") from error
     if not (isinstance(found, type) and dataclasses.is_dataclass(found)) or (
@@ -130,15 +153,26 @@ def _resolve(target: Any, key: str) -> type:
     return found
 
 
+def _named(path: str) -> Any:
+    """The object with a dotted name."""
+    module_name, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module_name), name)
+
+
 def _construct(cls: type, values: dict[str, Any], prefix: str) -> Any:
     """An instance of `cls`, its fields' names and types checked by OmegaConf, its values by the class."""
     names = [f.name for f in dataclasses.fields(cls)]
+    parts = {name: kind for name, kind in get_type_hints(cls).items() if dataclasses.is_dataclass(kind)}
     for name, value in values.items():
         if name in names and value == MISSING:
             raise Refused(f"{prefix}{name} is required: give {prefix}{name}=...")
     try:
         schema = OmegaConf.structured(cls)
         _make_writable(schema)
+        if parts:  # its own keys first, then each part for the full key in its refusals, then the whole
+            OmegaConf.to_object(OmegaConf.merge(schema, {k: v for k, v in values.items() if k not in parts}))
+        for name in parts.keys() & values.keys():
+            _construct_part(parts[name], values[name], f"{prefix}{name}")
         return OmegaConf.to_object(OmegaConf.merge(schema, values))
     except Refused:
         raise
@@ -149,6 +183,13 @@ def _construct(cls: type, values: dict[str, Any], prefix: str) -> Any:
         raise Refused(f"{prefix}{error.full_key or error.key}: {_first_line(error)}") from error
     except ValueError as error:
         raise Refused(f"{prefix}{error}") from error
+
+
+def _construct_part(cls: Any, value: Any, key: str) -> None:
+    if not isinstance(value, dict):
+        keys = ", ".join(f"{key}.{f.name}" for f in dataclasses.fields(cls))
+        raise Refused(f"{key}={value!r} is not one value: give {keys}")
+    _construct(cls, value, f"{key}.")
 
 
 def _make_writable(node: DictConfig) -> None:

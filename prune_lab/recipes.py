@@ -1,36 +1,41 @@
 """Guards against recipes: a shared YAML file is untrusted input, and Hydra acts on it before our code runs.
 
-Hydra instantiates the callbacks, launchers and sweepers that a configuration names and sets the environment from
-it. So when a command line brings a folder of its own (-cd, -cp), the recipe is composed first, without anything being
-instantiated, and refused where it changes a part of `hydra` other than a sweep's parameters or output folders.
+Hydra instantiates the callbacks, launchers and sweepers that a configuration names and sets the environment from it. So
+when a command line brings a folder of its own (-cd), its files are read first, with Hydra's own YAML reader, and refused
+where they hold more than data: the recipe and the recipes it builds on, and every option that could be chosen from it.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hydra import compose, version
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path, get_args_parser
-from hydra.core.config_search_path import SearchPathQuery
-from hydra.initialize import get_gh_backup, restore_gh_from_backup
+from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from prune_lab.config import CONF_DIR
+from prune_lab.config import GROUPS
 from prune_lab.errors import Refused
 
-_ENGINES = re.compile(r"(hydra\._internal\.core_plugins|hydra_plugins\.hydra_(joblib|submitit|ray|optuna)_\w+)\.[\w.]+")
 # Keys of `hydra` that are data. A launcher's `setup` or `python`, a callback or the environment would be commands.
 _DATA = re.compile(
-    r"mode|sweeper\.params(\..+)?|sweeper\.(max_batch_size|n_trials|n_jobs|direction|study_name|sampler\.(seed|"
-    r"n_startup_trials|_target_))|launcher\.(n_jobs|timeout_min|cpus_per_task|gpus_per_node|mem_gb|nodes|"
-    r"tasks_per_node|array_parallelism|partition|submitit_folder|max_num_timeout|ray\..+)|overrides\..+|runtime\..+"
-    r"|job\.(config_name|override_dirname)|verbose"
+    r"mode|verbose"
+    r"|sweeper\.(max_batch_size|n_trials|n_jobs|direction(\.\d+)?|study_name|sampler\.(seed|n_startup_trials))"
+    r"|launcher\.(n_jobs|timeout_min|cpus_per_task|gpus_per_node|gpus_per_task|mem_gb|nodes|tasks_per_node"
+    r"|array_parallelism|partition|max_num_timeout|ray\.(init|remote)\.(num_cpus|num_gpus|max_calls))"
 )
-_FOLDERS = re.compile(r"(run|sweep)\.(dir|subdir)")
-_READS_MACHINE = re.compile(r"\$\{\s*(?!now:|hydra:)[\w.]+\s*:")
+_FOLDER = re.compile(r"run\.dir|sweep\.(dir|subdir)|launcher\.submitit_folder")
+_GRID = "sweeper.params."
+_GRID_KEY = re.compile(r"\+{0,2}(?!hydra\b)[A-Za-z_]\w*(\.\w+)*")
+_NAME = re.compile(r"[\w-]+")  # of a recipe or an option: no path, no package
+_CHOICE = re.compile(rf"(override )?({'|'.join(GROUPS)})|override hydra/(launcher|sweeper)")
+_REFERENCE = re.compile(r"\$\{\s*\.*[A-Za-z_][\w.]*\s*\}")  # to another key; anything else is a resolver
+_CLOCK = re.compile(r"\$\{now:([^{}]*)\}")
+_ROOT_KEY = re.compile(r"\$\{([A-Za-z_]\w*)\}")
 
 
 def check(arguments: list[str]) -> None:
@@ -38,67 +43,146 @@ def check(arguments: list[str]) -> None:
     known, _ = get_args_parser().parse_known_args(arguments)
     if known.config_path is not None:
         raise Refused("-cp would replace the package's own configuration: keep recipes in a folder and give -cd FOLDER")
+    if known.experimental_rerun is not None:
+        raise Refused("--experimental-rerun reads a pickle, which could run code: give the run's own command again")
+    name = (known.config_name or "config").removesuffix(".yaml")
+    if not _NAME.fullmatch(name):
+        raise Refused(f"-cn {known.config_name}: give the name of a recipe alone, and its folder with -cd FOLDER")
     if known.config_dir is None:
         return
-    folder = Path(known.config_dir).absolute()
+    folder = Path(known.config_dir)
     if not folder.is_dir():
         raise Refused(f"-cd {known.config_dir}: there is no such folder")
-    _check_groups(folder)
-    recipe, stock = _composed(known.config_name or "config", folder), _composed("config", None)
-    for key, value in _leaves(recipe).items():
-        if isinstance(value, str) and _READS_MACHINE.search(value) and value != _leaves(stock).get(key):
-            raise Refused(f"recipe {known.config_name}: {key}={value!r}: a recipe may not read the machine it runs on")
-    before, after = _leaves(stock["hydra"]), _leaves(recipe["hydra"])
-    for key in sorted(set(before) | set(after)):
-        if before.get(key) != after.get(key):
-            _check_change(f"recipe {known.config_name}: hydra.{key}", key, after.get(key))
+    if os.path.lexists(folder / "hydra"):
+        raise Refused(f"recipe folder {folder}: hydra: a recipe's folder may not bring options of Hydra itself")
+    recipe = {path: _read(path) for path in _recipe_and_its_bases(folder, name)}
+    for path, tree in recipe.items():
+        _check_recipe(path, tree, list(recipe.values()))
+    for path in _options(folder):
+        _check_option(path, path.relative_to(folder).as_posix())
 
 
-def _check_groups(folder: Path) -> None:
-    """A group's file is chosen on the command line, after this check: it must not reach out of its group."""
-    for path in folder.rglob("*.y*ml"):
-        reaches = re.search(r"^#\s*@package\s+(hydra|_global_)", path.read_text(errors="replace"), re.MULTILINE)
-        if path.relative_to(folder).parts[0] == "hydra" or (path.parent != folder and reaches):
-            raise Refused(f"{path.relative_to(folder)}: a recipe's folder may not bring options of Hydra itself")
+def _recipe_and_its_bases(folder: Path, name: str) -> Iterator[Path]:
+    """The files of `folder` that choosing the recipe would load, beside its groups' options."""
+    # The package's defaults name these two, and a file of the folder may come before the package's own.
+    waiting, seen = [name, "config", "root_schema"], set()
+    while waiting:
+        path = folder / f"{waiting.pop()}.yaml"
+        if path in seen or not path.is_file():
+            continue
+        seen.add(path)
+        yield path
+        waiting += [entry for entry in _read(path).get("defaults") or [] if isinstance(entry, str)]
 
 
-def _composed(name: str, folder: Path | None) -> dict[str, Any]:
-    """The configuration as Hydra would compose it, in plain containers; nothing is resolved or instantiated."""
-    search_path = create_config_search_path(CONF_DIR)
-    if folder is not None:  # the place that hydra.main gives -cd
-        search_path.prepend("command-line", f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
-    before = get_gh_backup()
-    version.setbase("1.3")
-    try:
-        Hydra.create_main_hydra2("prune_lab", search_path)
-        cfg = compose(name, return_hydra_config=True)
-    finally:
-        restore_gh_from_backup(before)
-    container = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+def _options(folder: Path) -> Iterator[Path]:
+    """Every option that the folder adds to our groups; other folders are out of reach of a checked recipe."""
+    for group in GROUPS:
+        for place, _, files in os.walk(folder / group, followlinks=True):
+            yield from (Path(place) / file for file in sorted(files) if file.endswith(".yaml"))
 
 
-def _leaves(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted leaves of nested containers."""
-    if isinstance(node, list):
-        node = dict(enumerate(node))
-    if isinstance(node, dict) and node:
-        return {key: leaf for name, value in node.items() for key, leaf in _leaves(value, f"{prefix}.{name}").items()}
-    return {prefix.lstrip("."): node}
+def _check_recipe(path: Path, tree: dict[str, Any], together: list[dict[str, Any]]) -> None:
+    where = f"recipe {path.stem}"
+    _refuse_package(path, where)
+    for entry in _defaults(tree, where):
+        choice = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else ("", entry)
+        if not (_NAME.fullmatch(str(choice[1])) and (_CHOICE.fullmatch(str(choice[0])) or isinstance(entry, str))):
+            raise Refused(
+                f"{where}: defaults: {entry} is not allowed: name other recipes, or choose options of our groups "
+                "such as 'override method: structured'"
+            )
+    for key, value in _leaves(tree.get("hydra", {})):
+        _check_hydra(key, value, where, together)
+    for key, value in _leaves({key: value for key, value in tree.items() if key not in ("defaults", "hydra")}):
+        _refuse_resolvers(f"{where}: {key}", value)
 
 
-def _check_change(shown: str, key: str, value: Any) -> None:
-    if _DATA.fullmatch(key):
-        return
-    if re.fullmatch(r"(launcher|sweeper)(\.\w+)*\._target_", key) and _ENGINES.fullmatch(str(value)):
-        return
-    if re.fullmatch(r"(launcher|sweeper)\..+", key) and not str(key).endswith("_target_") and value in (None, [], {}):
-        return
-    inside = isinstance(value, str) and not Path(value).is_absolute() and ".." not in Path(value).parts
-    if _FOLDERS.fullmatch(key) and inside:
+def _check_option(path: Path, shown: str) -> None:
+    where = f"recipe option {shown}"
+    _refuse_package(path, where)
+    tree = _read(path)
+    for entry in _defaults(tree, where):
+        if not (isinstance(entry, str) and _NAME.fullmatch(entry)):
+            raise Refused(f"{where}: defaults: {entry} is not allowed: name other options of the same group")
+    for key, value in _leaves(tree):
+        _refuse_resolvers(f"{where}: {key}", value)
+
+
+def _check_hydra(key: str, value: Any, where: str, together: list[dict[str, Any]]) -> None:
+    shown = f"{where}: hydra.{key}"
+    if key.startswith(_GRID):
+        name = key.removeprefix(_GRID)
+        group_elsewhere = name.lstrip("+") in GROUPS and "/" in str(value)
+        if _GRID_KEY.fullmatch(name) and not group_elsewhere:
+            _refuse_resolvers(shown, value)
+            return
+    elif _FOLDER.fullmatch(key):
+        if _stays_inside(str(value), together):
+            return
+    elif _DATA.fullmatch(key):
+        _refuse_resolvers(shown, value)
         return
     raise Refused(
         f"{shown}={value!r} is not allowed: a recipe may set hydra.mode, hydra.sweeper.params, a stock launcher or "
-        "sweeper, and run and sweep folders inside the working folder"
+        "sweeper by name, and run and sweep folders inside the working folder"
     )
+
+
+def _stays_inside(folder: str, together: list[dict[str, Any]]) -> bool:
+    """Whether a folder lies below the working folder, whatever the time, the job's number and the keys it names."""
+    path = _CLOCK.sub(r"\1", folder).replace("${hydra.job.num}", "0")
+    for key in set(_ROOT_KEY.findall(path)):
+        values = [tree[key] for tree in together if key in tree] + [_grid(tree).get(key, "") for tree in together]
+        if any(part in str(value) for value in values for part in ("/", "\\", "..", "~", "${")):
+            return False
+        path = path.replace(f"${{{key}}}", "x")
+    return not ("${" in path or path.startswith(("/", "~", "\\")) or ".." in PurePosixPath(path).parts)
+
+
+def _grid(tree: dict[str, Any]) -> dict[str, Any]:
+    """hydra.sweeper.params of a recipe."""
+    for key in ("hydra", "sweeper", "params"):
+        found = tree.get(key)
+        tree = found if isinstance(found, dict) else {}
+    return tree
+
+
+def _refuse_resolvers(where: str, value: Any) -> None:
+    if isinstance(value, str) and "${" in _REFERENCE.sub("", value):
+        raise Refused(f"{where}={value!r}: a recipe may not read the machine it runs on; ${{key}} is allowed")
+
+
+def _refuse_package(path: Path, where: str) -> None:
+    """A @package header would put the file's keys elsewhere, such as into `hydra`."""
+    if "@package" in path.read_text(encoding="utf-8", errors="replace"):
+        raise Refused(f"{where}: @package: a recipe's folder may not bring options of Hydra itself")
+
+
+def _defaults(tree: dict[str, Any], where: str) -> list[Any]:
+    found = tree.get("defaults") or []
+    if not isinstance(found, list):
+        raise Refused(f"{where}: defaults={found!r} must be a list")
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file as Hydra will read it, with nothing resolved."""
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+        raise Refused(f"recipe {path.stem} cannot be read as YAML: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(tree, dict):
+        raise Refused(f"recipe {path.stem} must be a mapping of keys to values")
+    return {str(key): value for key, value in tree.items()}
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted leaves of nested containers; an empty mapping has none."""
+    if isinstance(node, list):
+        node = dict(enumerate(node))
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _leaves(value, f"{prefix}.{name}" if prefix else str(name))
+    else:
+        yield prefix, node

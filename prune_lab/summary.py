@@ -61,8 +61,17 @@ def from_dict(values: dict[str, Any]) -> Summary:
 
 
 def write_json(path: Path, value: Any) -> Path:
-    """Writes JSON (finite numbers only) by way of a temporary file and returns the path."""
+    """Writes JSON by way of a temporary file and returns the path; what JSON has no number for becomes text."""
     half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    half.write_text(json.dumps(value, indent=2, allow_nan=False, default=str) + "\n", encoding="utf-8")
+    half.write_text(json.dumps(_finite(value), indent=2, allow_nan=False, default=str) + "\n", encoding="utf-8")
     half.replace(path)
     return path
+
+
+def _finite(node: Any) -> Any:
+    """The containers with NaN and infinities, such as a refused amount=nan, as text."""
+    if isinstance(node, dict):
+        return {key: _finite(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_finite(value) for value in node]
+    return str(node) if isinstance(node, float) and not math.isfinite(node) else node

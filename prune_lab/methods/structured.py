@@ -60,7 +60,9 @@ class Structured(Method):
         total = anatomy.unit_count(kind)
         count = max(1, total - count_to_remove(total, amount))
         if kind == "mlp" and self.round_to is not None and amount > 0:
-            count = min(total, max(1, round(count / self.round_to)) * self.round_to)
+            if self.round_to > total:
+                raise Refused(f"method.round_to={self.round_to} is more than the {total} MLP channels of a block")
+            count = min(max(1, round(count / self.round_to)), total // self.round_to) * self.round_to
         possible = anatomy.possible_counts(kind)
         if self.physical and count not in possible:
             amounts = ", ".join(f"{n} (amount={1 - n / total:g})" for n in possible)

@@ -18,7 +18,7 @@ from prune_lab.models.hub import check_available
 
 TINY = Path(__file__).parent / "tiny"
 WEIGHTS = ("pretrained", "random")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 @dataclass
@@ -37,62 +37,89 @@ class Loaded:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model option: a place in the Hugging Face layout, its weights or random ones."""
+    """A model option: where a model comes from, with its weights or with random ones."""
 
-    name: str = ""
-    revision: str | None = None
     weights: str = "pretrained"
 
     def __post_init__(self) -> None:
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights={self.weights!r} is none of {', '.join(WEIGHTS)}")
-        place = Path(self.name).expanduser()
-        if place.is_dir():
-            _check_folder(place, self.weights)
-        elif not _HUB_ID.fullmatch(self.name):
-            raise ValueError(f"name={self.name!r} is neither a folder here nor a Hub id such as Qwen/Qwen2.5-0.5B")
 
     def load(self, device: Device, seed: int) -> Loaded:
         """Loads model and tokenizer; `seed` is that of random weights. Raises Refused where it cannot."""
-        place: dict[str, Any] = {"revision": self.revision, "trust_remote_code": False}
-        folder = Path(self.name).expanduser()
-        source = str(folder) if folder.is_dir() else self.name
-        if not folder.is_dir():
-            check_available(self.name, self.revision)
-        from transformers import AutoConfig, AutoTokenizer
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()  # its bars and advice speak of parts; the console speaks of the run
-        logging.set_verbosity_error()
-        try:
-            config = AutoConfig.from_pretrained(source, **place)
-            family_of(config.model_type)
-            tokenizer = AutoTokenizer.from_pretrained(source, **place)
-            model = _build(source, config, self.weights, place, device, seed)
-        except Refused:
-            raise
-        except Exception as error:  # transformers, the Hub's client and safetensors each have their own
-            raise Refused(f"model.name={self.name!r} cannot be loaded: {_short(error)}") from error
-        _check_finite(model, self.name)
-        return Loaded(model.to(device.torch_device).eval(), tokenizer, self.name, config.model_type)
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class HubModel(ModelSource):
     """model=hf: a folder in the Hub's layout or a Hub id."""
 
+    name: str = ""
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name and self._folder.is_dir():
+            _check_folder(self._folder, self.weights)
+        elif not _HUB_ID.fullmatch(self.name):
+            raise ValueError(f"name={self.name!r} is neither a folder here nor a Hub id such as Qwen/Qwen2.5-0.5B")
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.name).expanduser()
+
+    def load(self, device: Device, seed: int) -> Loaded:
+        """Loads from the folder, else from the Hub or its cache on this machine."""
+        if self._folder.is_dir():
+            return _load(str(self._folder), None, self.weights, self.name, device, seed)
+        check_available(self.name, self.revision)
+        return _load(self.name, self.revision, self.weights, self.name, device, seed)
+
 
 @dataclass(frozen=True)
 class Tiny(ModelSource):
     """model=tiny: the model shipped with the package."""
 
-    name: str = str(TINY)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_folder(TINY, self.weights)
 
     def load(self, device: Device, seed: int) -> Loaded:
         """Loads the shipped model under its own name."""
-        loaded = super().load(device, seed)
-        loaded.name = "tiny"
-        return loaded
+        return _load(str(TINY), None, self.weights, "tiny", device, seed)
+
+
+def _load(source: str, revision: str | None, weights: str, name: str, device: Device, seed: int) -> Loaded:
+    """The model and tokenizer of a folder or Hub id, to be called `name`."""
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # its bars and advice speak of parts; the console speaks of the run
+    logging.set_verbosity_error()
+    place: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(source, **place)
+        family_of(config.model_type)
+        tokenizer = _load_tokenizer(source, place, name)
+        model = _build(source, config, weights, place, device, seed)
+    except Refused:
+        raise
+    except Exception as error:  # transformers, the Hub's client and safetensors each have their own
+        raise Refused(f"model.name={name!r} cannot be loaded: {_short(error)}") from error
+    _check_finite(model, name)
+    return Loaded(model.to(device.torch_device).eval(), tokenizer, name, config.model_type)
+
+
+def _load_tokenizer(source: str, place: dict[str, Any], name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, **place)
+    except Exception as error:  # what it says of a missing file is about packages to install
+        raise Refused(
+            f"model.name={name!r} cannot be loaded: there is no tokenizer.json, nor other files of a tokenizer, that "
+            f"can be read beside config.json ({type(error).__name__})"
+        ) from error
 
 
 def weights_sha256(model: Any) -> str:
@@ -128,7 +155,7 @@ def _check_folder(folder: Path, weights: str) -> None:
     if not config.is_file():
         raise ValueError(f"name={str(folder)!r} has no config.json: give a folder in the Hugging Face layout")
     try:
-        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type", "")
+        model_type = str(json.loads(config.read_text(encoding="utf-8")).get("model_type", ""))
     except (ValueError, AttributeError) as error:
         raise ValueError(f"name={str(folder)!r}: config.json is not a JSON object ({error})") from error
     family_of(model_type)
@@ -153,4 +180,4 @@ def _tokenizer_sha256(tokenizer: Any) -> str:
 
 
 def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -45,6 +45,8 @@ def remove_units(anatomy: Anatomy, kind: str, keep: list[Tensor]) -> None:
     if len(counts) != 1:
         raise ValueError(f"every block must keep the same number of units, not {sorted(counts)}")
     count = counts.pop()
+    if count == anatomy.unit_count(kind):
+        return
     for parts, kept in zip(anatomy.unit_linears(kind), keep, strict=True):
         for part in parts:
             _cut(part.linear, part.side, part.lines(kept).nonzero().flatten())

@@ -35,7 +35,7 @@ class Finetune(Recovery):
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1)")
-        if self.clip_norm <= 0:
+        if not self.clip_norm > 0:
             raise ValueError(f"clip_norm={self.clip_norm} must be above 0")
         if self.autocast not in AUTOCAST:
             raise ValueError(f"autocast={self.autocast!r} is none of {', '.join(AUTOCAST)}")

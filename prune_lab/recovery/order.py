@@ -27,7 +27,7 @@ class WindowOrder:
     def _window(self, number: int) -> Tensor:
         of_pass, index = divmod(number, self.windows_per_pass)
         if of_pass != self._pass:
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + of_pass)
+            generator = torch.Generator().manual_seed((self._seed * 1_000_003 + of_pass) % 2**63)
             slack = len(self._stream) - self.windows_per_pass * self._seq_len
             offset = int(torch.randint(slack + 1, (1,), generator=generator))
             order = torch.randperm(self.windows_per_pass, generator=generator)

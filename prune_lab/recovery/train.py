@@ -71,10 +71,10 @@ def train(model: Any, recipe: Finetune, training: Training, loss_of: Callable[[A
 
 def lr_factor(step: int, recipe: Finetune) -> float:
     """Fraction of the peak learning rate at a step: linear warm-up, then cosine down to recipe.final_lr."""
-    warmup = math.ceil(recipe.warmup * recipe.steps)
+    warmup = math.ceil(round(recipe.warmup * recipe.steps, 6))  # 0.07 * 100 is a little more than 7
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, recipe.steps - warmup)
+    progress = (step - warmup) / max(1, recipe.steps - 1 - warmup)
     return recipe.final_lr + (1 - recipe.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

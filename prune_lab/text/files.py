@@ -50,7 +50,9 @@ class TextFiles(TextSource):
 
     def _rows(self, kind: str, files: list[str], where: str) -> list[str]:
         from datasets import load_dataset
+        from datasets.utils import logging
 
+        logging.set_verbosity(logging.CRITICAL)  # it logs the errors that it raises
         column = "text" if kind == ".txt" else self.column
         options = {"sample_by": "document"} if kind == ".txt" else {}
         try:

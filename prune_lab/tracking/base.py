@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -20,23 +21,29 @@ class RunLog(Protocol):
         """Logs what came out: metrics, artifacts, and a tag for each diverged metric."""
 
 
-class Tracker(Protocol):
+class Tracker(ABC):
     """A tracking option. `name` is the experiment throughout."""
 
+    @abstractmethod
     def start_run(self, name: str, summary: Summary, place: Place) -> AbstractContextManager[RunLog]:
         """Opens the record of a run; it ends FINISHED, FAILED or KILLED, whatever happens inside."""
 
+    @abstractmethod
     def find_finished(self, name: str, fingerprint: str) -> Summary | None:
         """The summary of the finished run with this fingerprint, or None."""
 
+    @abstractmethod
     def enter_again(self, name: str, summary: Summary, place: Place) -> None:
         """Enters a finished run's result into the comparison of the sweep that asked for it again."""
 
+    @abstractmethod
     def open_sweep(self, name: str, folder: Path) -> None:
         """Opens the record of a sweep, before its first job."""
 
+    @abstractmethod
     def close_sweep(self, name: str, folder: Path, status: str, summaries: list[Summary]) -> list[str]:
         """Closes it with its files and dense figures; returns lines that tell how to look at it."""
 
+    @abstractmethod
     def discard_sweep(self, name: str, folder: Path) -> None:
         """Takes back the record of a sweep that was refused before its first job."""

@@ -20,6 +20,7 @@ from prune_lab.explain import one_line
 from prune_lab.place import Place
 from prune_lab.summary import Summary, from_dict
 from prune_lab.tracking import links
+from prune_lab.tracking.base import Tracker
 from prune_lab.tracking.ownership import is_alive, owner_tags
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -31,7 +32,7 @@ _GROUPS = ("method", "schedule", "recovery", "post")
 
 
 @dataclass(frozen=True)
-class Mlflow:
+class Mlflow(Tracker):
     """Tracks in the store that MLFLOW_TRACKING_URI names, or in mlflow.db in the working folder."""
 
     @contextmanager
@@ -123,8 +124,8 @@ class _MlflowLog:
         import yaml
 
         self.metrics(summary.metrics)
-        for name in diverged:
-            self._client.set_tag(self._run_id, "diverged", name)
+        if diverged:
+            self._client.set_tag(self._run_id, "diverged", ", ".join(diverged))
         for file in (summary_file, layers_file):
             self._client.log_artifact(self._run_id, str(file))
         self._client.log_text(self._run_id, yaml.safe_dump(summary.config, sort_keys=False), "config.yaml")

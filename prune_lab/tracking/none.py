@@ -11,6 +11,7 @@ from prune_lab.cache import cache_folder
 from prune_lab.fingerprint import text_sha256
 from prune_lab.place import Place
 from prune_lab.summary import Summary, read_summary
+from prune_lab.tracking.base import Tracker
 
 
 class _Silent:
@@ -24,7 +25,7 @@ class _Silent:
 
 
 @dataclass(frozen=True)
-class NoTracking:
+class NoTracking(Tracker):
     """A tracker that tracks nothing; finished runs are found by their fingerprint all the same."""
 
     def _entry(self, name: str, fingerprint: str) -> Path:
