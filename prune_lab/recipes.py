@@ -1,8 +1,8 @@
 """Guards against recipes: a shared YAML file is untrusted input, and Hydra acts on it before our code runs.
 
-Hydra instantiates the callbacks, launchers and sweepers that a configuration names and sets the environment from it. So
-when a command line brings a folder of its own (-cd), its files are read first, with Hydra's own YAML reader, and refused
-where they hold more than data: the recipe and the recipes it builds on, and every option that could be chosen from it.
+Hydra instantiates the callbacks, launchers and sweepers that a configuration names, and sets the environment from it.
+So when a command line brings a folder of its own (-cd), its files are read first, with Hydra's own YAML reader, and
+refused where they hold more than data: the recipe, the recipes it builds on, and every option it could choose.
 """
 
 from __future__ import annotations

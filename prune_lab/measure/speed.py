@@ -35,7 +35,7 @@ class Paired:
         ratios = self.dense / self.compressed
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randint(len(ratios), (RESAMPLES, len(ratios)), generator=generator)
-        medians = ratios[drawn].quantile(0.5, dim=1)  # of an even number: between the middle two, as torch.median is not
+        medians = ratios[drawn].quantile(0.5, dim=1)  # torch.median would take the lower of two middle ones
         low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=ratios.dtype))
         return float(low), float(high)
 

@@ -1,4 +1,4 @@
-"""Whether a Hub id can be had at all: asked first, since the Hub's client retries for half a minute without a network."""
+"""Whether a Hub id can be had at all: asked first, since the Hub's client retries for half a minute offline."""
 
 from __future__ import annotations
 

@@ -1,0 +1,179 @@
+"""The package as a whole: imports point down the story, the wheel works elsewhere, the shipped model is trained."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CPU, ROOT
+
+from prune_lab import __version__
+from prune_lab.console import Console
+from prune_lab.measure.perplexity import measure_quality
+from prune_lab.models.load import TINY, Tiny
+from prune_lab.text.stdlib import Stdlib
+from prune_lab.text.tokens import Tokens
+
+MODULES = sorted((ROOT / "prune_lab").rglob("*.py"))
+# Parts that the story uses, and what they must not know of.
+PARTS = ("methods", "pruning", "recovery", "post", "measure", "models", "text")
+ABOVE = ("runner", "job", "sweep", "tracking", "config", "recipes", "bench", "report", "comparison", "figures")
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{name.name}" for name in node.names}
+    return found
+
+
+def modules_of(part: str) -> list[Path]:
+    return [path for path in MODULES if path.relative_to(ROOT / "prune_lab").parts[0] in (part, f"{part}.py")]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_do_not_know_who_runs_them(part: str) -> None:
+    assert modules_of(part)
+    for path in modules_of(part):
+        known = imports(path)
+        for name in ABOVE:
+            assert not any(found.startswith(f"prune_lab.{name}") for found in known), f"{path.name} imports {name}"
+        assert not any(found.split(".")[0] in ("hydra", "omegaconf", "mlflow") for found in known), path.name
+
+
+def test_measures_do_not_know_the_methods() -> None:
+    for part in ("measure", "models", "text"):
+        for path in modules_of(part):
+            assert not any(re.match(r"prune_lab\.(methods|pruning|recovery|post)", name) for name in imports(path))
+
+
+def test_omegaconf_stops_at_the_door() -> None:
+    allowed = {"__main__.py", "config.py", "explain.py", "recipes.py", "sweep.py"}
+    users = {path.name for path in MODULES if any(name.split(".")[0] == "omegaconf" for name in imports(path))}
+    assert users <= allowed
+
+
+def test_mlflow_is_known_in_one_file() -> None:
+    users = {path.name for path in MODULES if any(name.split(".")[0] == "mlflow" for name in imports(path))}
+    assert users == {"mlflow_store.py"}
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    """By what is imported while a module loads, not inside functions."""
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in MODULES}
+    graph = {}
+    for path, name in names.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        loaded = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
+        wanted = {node.module for node in loaded} | {f"{n.module}.{a.name}" for n in loaded for a in n.names}
+        graph[name] = wanted & set(names.values()) - {name, "prune_lab"}
+
+    def reach(start: str, seen: frozenset[str] = frozenset()) -> frozenset[str]:
+        for following in graph[start] - seen:
+            seen = reach(following, seen | {following})
+        return seen
+
+    for name in graph:
+        assert name not in reach(name), name
+
+
+def test_every_module_and_public_name_says_what_it_is() -> None:
+    for path in MODULES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree), path.name
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                inner = any(node in outer.body for outer in ast.walk(tree) if isinstance(outer, ast.FunctionDef))
+                assert inner or ast.get_docstring(node), f"{path.name}: {node.name}"
+
+
+def test_the_contract_of_the_project_file() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(project["optional-dependencies"]) == {"test", "parallel", "slurm", "ray", "search", "tasks", "postgres"}
+    assert project["scripts"] == {"prune-lab": "prune_lab.__main__:main"}
+    assert project["requires-python"] == ">=3.11,<3.14"
+    assert {"torch>=2.6,<2.14", "mlflow>=3.13,<4", "hydra-core>=1.3.8,<1.4"} <= set(project["dependencies"])
+
+
+# The shipped model.
+
+
+def test_the_shipped_model_is_small_and_safe() -> None:
+    assert sum(path.stat().st_size for path in TINY.glob("*.safetensors")) <= 8e6
+    assert {path.suffix for path in TINY.iterdir()} == {".json", ".safetensors"}
+
+
+def test_the_shipped_model_is_a_grouped_query_llama_with_its_own_tokenizer() -> None:
+    loaded = Tiny().load(CPU, seed=0)
+    config = loaded.model.config
+    assert (loaded.name, loaded.family) == ("tiny", "llama")
+    assert config.num_key_value_heads < config.num_attention_heads
+    assert len(loaded.tokenizer) == config.vocab_size
+    text = "def f(x):\n    return x ** 2  # naïve\n"
+    assert loaded.tokenizer.decode(loaded.tokenizer(text)["input_ids"]) == text
+
+
+def test_the_shipped_model_is_trained() -> None:
+    """On text it never saw; a model that guesses needs about 3.5 bits. Other Pythons have slightly other text."""
+    loaded = Tiny().load(CPU, seed=0)
+    tokens = Tokens(Stdlib().documents(), loaded.tokenizer)
+    windows = tokens.windows("test", 256)[:40]
+    quality = measure_quality(loaded.model, windows, tokens.bytes_per_token("test"), 8, CPU, Console(quiet=True))
+    assert 0.8 < quality.bits_per_byte < 1.6
+    prompt = loaded.tokenizer("import os\n\n\ndef main(", return_tensors="pt")["input_ids"]
+    written = loaded.model.generate(prompt, max_new_tokens=12, do_sample=False)
+    assert ")" in loaded.tokenizer.decode(written[0, prompt.shape[1] :])
+    assert torch.isfinite(loaded.model(input_ids=prompt).logits).all()
+
+
+# The wheel.
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package built as a wheel, with the build backend that is installed for the tests."""
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_runs_in_another_folder(wheel: Path, tmp_path: Path) -> None:
+    """In an environment that has the wheel and, from this one, what it depends on; the checkout is out of sight."""
+    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    find = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+    site = Path(subprocess.run([python, "-c", find], capture_output=True, text=True, check=True).stdout.strip())
+    packages = [path for path in map(Path, sys.path) if path.name in ("site-packages", "dist-packages")]
+    # A .pth file of an editable install is not read from folders named in another .pth: the checkout stays hidden.
+    (site / "dependencies.pth").write_text("".join(f"{path}\n" for path in packages))
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(install, check=True)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"MLFLOW_TRACKING_URI": ""}
+    arguments = ["amount=0.3", "measure=quality_only", "measure.max_windows=4", "hydra.run.dir=here"]
+    done = subprocess.run(
+        [python, "-m", "prune_lab", *arguments], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "here" / "summary.json").read_text())
+    assert (summary["status"], summary["environment"]["prune_lab"]) == ("FINISHED", __version__)
+    assert summary["metrics"]["amount/realized"] == pytest.approx(0.3, abs=1e-5)
+    where = subprocess.run(
+        [python, "-c", "import prune_lab; print(prune_lab.__file__)"],
+        cwd=tmp_path, env=env, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert str(site) in where.stdout
