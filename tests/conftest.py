@@ -19,13 +19,24 @@ from prune_lab.text.train_tokenizer import train_tokenizer
 ROOT = Path(__file__).parent.parent
 CPU = Device(torch.device("cpu"), torch.float32)
 
-# What a config of each family needs beside the common fields.
+# What a config of each family needs beside the common fields. These name their parts as Llama does ...
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": None},
     "qwen2": {},  # has biases in q, k and v
     "qwen3": {"head_dim": 8},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},  # low enough to matter
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8},
 }
+# ... and these do not: fused or transposed matrices, other names, no grouped queries.
+OTHER_FAMILIES: dict[str, dict[str, Any]] = {
+    "phi3": {},
+    "gpt2": {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gpt_neox": {},
+}
+ALL_FAMILIES = FAMILIES | OTHER_FAMILIES
 
 
 def make_folder(folder: Path, family: str = "llama", seed: int = 0, **changes: Any) -> Path:
@@ -37,7 +48,11 @@ def make_folder(folder: Path, family: str = "llama", seed: int = 0, **changes: A
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
         "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0,
     }  # fmt: skip
-    config = AutoConfig.for_model(family, **{**shape, **FAMILIES[family], **changes})
+    if family == "gpt2":
+        shape = {key: value for key, value in shape.items() if key.endswith(("id", "size", "embeddings"))}
+        for renamed in ("hidden_size", "intermediate_size", "max_position_embeddings"):
+            del shape[renamed]
+    config = AutoConfig.for_model(family, **{**shape, **ALL_FAMILIES[family], **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # far enough from zero that biases and norms matter in every comparison

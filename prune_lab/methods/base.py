@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prune_lab.checks import check_amount
 from prune_lab.errors import Refused
-from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.anatomy import Anatomy, out_in
 from prune_lab.pruning.masks import Masks
 from prune_lab.pruning.selection import Pattern, keep_global, keep_layer, keep_pattern
 
@@ -78,7 +78,7 @@ class WeightMethod(Method):
             Pattern.parse(self.pattern)
 
     def score(self, weight: Tensor, generator: torch.Generator) -> Tensor:
-        """Importance of each weight, of the weight's shape; the lowest are pruned first."""
+        """Importance of each weight, shape (out, in) as `weight`; the lowest are pruned first."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -86,7 +86,7 @@ class WeightMethod(Method):
         """Zeroes weights of every prunable Linear and returns the masks that keep them so."""
         layers = dict(anatomy.linears())
         generator = torch.Generator().manual_seed(seed)
-        scores = {name: self.score(linear.weight, generator) for name, linear in layers.items()}
+        scores = {name: self.score(out_in(linear, linear.weight), generator) for name, linear in layers.items()}
         if self.pattern is not None:
             pattern, keep = Pattern.parse(self.pattern), {}
             for name, values in scores.items():
@@ -100,7 +100,7 @@ class WeightMethod(Method):
             keep = dict(zip(scores, keep_global(list(scores.values()), amount), strict=True))
         else:
             keep = {name: keep_layer(values, amount) for name, values in scores.items()}
-        pruned = Pruned(masks=Masks(keep))
+        pruned = Pruned(masks=Masks({name: out_in(layers[name], mask) for name, mask in keep.items()}))
         pruned.masks.hold(anatomy.model)
         for name, mask in keep.items():
             pruned.rows.append(LayerRow(name, mask.numel(), mask.numel() - int(mask.sum())))

@@ -9,18 +9,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prune_lab.errors import Refused
 
+HEADS_OF_RUN = {"kv": 1, "qkv": 3}  # a run named "query" has all query heads of a KV group
+
 
 @dataclass(frozen=True)
 class Slot:
-    """One Linear of a unit, and whether the unit is a run of its rows (outputs) or columns (inputs)."""
+    """One Linear of a unit: whether units are its rows (outputs) or columns (inputs), and the runs they come in.
+
+    A fused Linear holds several runs, one after the other: Phi-3's qkv_proj has the query heads of all KV groups, then
+    their keys, then their values. Runs of attention: "query" (the query heads of a KV group), "kv" (its one key or
+    value head), "qkv" (query, key and value of one head, interleaved). Of an MLP: "channel".
+    """
 
     linear: str
     side: str  # "rows" | "columns"
-    heads: str = "kv"  # attention only: a KV group owns one head here ("kv") or all its query heads ("query")
+    runs: tuple[str, ...] = ("channel",)
 
 
 @dataclass(frozen=True)
@@ -28,29 +36,65 @@ class Family:
     """Where the parts of one architecture are, and which config fields hold their counts."""
 
     blocks: str  # the ModuleList of decoder blocks
-    mlp: tuple[Slot, ...]  # a channel is one row or column of each
-    attention: tuple[Slot, ...]  # a KV group is head_dim rows or columns for each of its heads
+    mlp: tuple[Slot, ...]
+    attention: tuple[Slot, ...]
     mlp_width: str = "intermediate_size"
     query_heads: str = "num_attention_heads"
-    kv_heads: str = "num_key_value_heads"
-    # The family's config refuses a hidden_size that the number of query heads does not divide, even where
-    # head_dim is set (seen with transformers 5.23).
-    heads_divide_hidden: bool = False
+    kv_heads: str | None = "num_key_value_heads"  # None: every query head has its own key and value
+    # What its config can hold beside the present number of heads (seen with transformers 5.23). "any": head_dim is a
+    # field of its own; "divisors": it is, but the query heads must divide hidden_size; "present": head_dim is always
+    # hidden_size / heads, so that fewer heads would be other heads.
+    head_counts: str = "any"
 
 
 _LLAMA_MLP = (Slot("mlp.gate_proj", "rows"), Slot("mlp.up_proj", "rows"), Slot("mlp.down_proj", "columns"))
 _LLAMA_ATTENTION = (
-    Slot("self_attn.q_proj", "rows", heads="query"),
-    Slot("self_attn.k_proj", "rows"),
-    Slot("self_attn.v_proj", "rows"),
-    Slot("self_attn.o_proj", "columns", heads="query"),
+    Slot("self_attn.q_proj", "rows", ("query",)),
+    Slot("self_attn.k_proj", "rows", ("kv",)),
+    Slot("self_attn.v_proj", "rows", ("kv",)),
+    Slot("self_attn.o_proj", "columns", ("query",)),
 )
+_LLAMA_LIKE = Family("model.layers", _LLAMA_MLP, _LLAMA_ATTENTION)
 
 FAMILIES = {
-    "llama": Family("model.layers", _LLAMA_MLP, _LLAMA_ATTENTION, heads_divide_hidden=True),
-    "mistral": Family("model.layers", _LLAMA_MLP, _LLAMA_ATTENTION),
-    "qwen2": Family("model.layers", _LLAMA_MLP, _LLAMA_ATTENTION),
-    "qwen3": Family("model.layers", _LLAMA_MLP, _LLAMA_ATTENTION),
+    "llama": Family("model.layers", _LLAMA_MLP, _LLAMA_ATTENTION, head_counts="divisors"),
+    "mistral": _LLAMA_LIKE,
+    "qwen2": _LLAMA_LIKE,
+    "qwen3": _LLAMA_LIKE,
+    "gemma": _LLAMA_LIKE,
+    "gemma2": Family("model.layers", _LLAMA_MLP, _LLAMA_ATTENTION, head_counts="divisors"),
+    "gemma3_text": Family("model.layers", _LLAMA_MLP, _LLAMA_ATTENTION, head_counts="divisors"),
+    "phi3": Family(
+        "model.layers",
+        (Slot("mlp.gate_up_proj", "rows", ("channel", "channel")), Slot("mlp.down_proj", "columns")),
+        (Slot("self_attn.qkv_proj", "rows", ("query", "kv", "kv")), Slot("self_attn.o_proj", "columns", ("query",))),
+    ),
+    "gpt2": Family(
+        "transformer.h",
+        (Slot("mlp.c_fc", "rows"), Slot("mlp.c_proj", "columns")),
+        (Slot("attn.c_attn", "rows", ("kv", "kv", "kv")), Slot("attn.c_proj", "columns", ("kv",))),
+        mlp_width="n_inner",
+        kv_heads=None,
+        head_counts="present",
+    ),
+    "opt": Family(
+        "model.decoder.layers",
+        (Slot("fc1", "rows"), Slot("fc2", "columns")),
+        (
+            *(Slot(f"self_attn.{name}_proj", "rows", ("kv",)) for name in "qkv"),
+            Slot("self_attn.out_proj", "columns", ("kv",)),
+        ),
+        mlp_width="ffn_dim",
+        kv_heads=None,
+        head_counts="present",
+    ),
+    "gpt_neox": Family(
+        "gpt_neox.layers",
+        (Slot("mlp.dense_h_to_4h", "rows"), Slot("mlp.dense_4h_to_h", "columns")),
+        (Slot("attention.query_key_value", "rows", ("qkv",)), Slot("attention.dense", "columns", ("kv",))),
+        kv_heads=None,
+        head_counts="present",
+    ),
 }
 
 
@@ -64,18 +108,28 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
+def out_in(module: nn.Module, tensor: Tensor) -> Tensor:
+    """A view of a weight, or of its mask, as (out, in); and back, since GPT-2's Conv1D stores (in, out)."""
+    return tensor if isinstance(module, nn.Linear) else tensor.T
+
+
 @dataclass(frozen=True)
 class UnitLinear:
-    """One Linear of a block's units: each unit is `width` consecutive rows or columns of it."""
+    """One Linear of a block's units: each unit is `width` consecutive rows or columns in each of its runs."""
 
     name: str
-    linear: nn.Linear
+    linear: Any  # an nn.Linear, or GPT-2's Conv1D
     side: str
-    width: int
+    widths: tuple[int, ...]  # of a unit in each run
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as a view of shape (out, in)."""
+        return out_in(self.linear, self.linear.weight)
 
     def lines(self, units: Tensor) -> Tensor:
-        """Widens one bool for each unit to one for each row or column."""
-        return units.repeat_interleave(self.width).to(self.linear.weight.device)
+        """Widens one value for each unit to one for each row or column."""
+        return torch.cat([units.repeat_interleave(width) for width in self.widths]).to(self.linear.weight.device)
 
 
 class Anatomy:
@@ -91,11 +145,13 @@ class Anatomy:
         """The decoder blocks in order."""
         return list(self.model.get_submodule(self.family.blocks))
 
-    def linears(self) -> Iterator[tuple[str, nn.Linear]]:
-        """Every prunable Linear with its full name, block by block: those inside decoder blocks, no others."""
+    def linears(self) -> Iterator[tuple[str, Any]]:
+        """Every prunable Linear (or Conv1D) with its full name, block by block: those inside decoder blocks."""
+        from transformers.pytorch_utils import Conv1D
+
         for index, block in enumerate(self.blocks):
             for name, module in block.named_modules():
-                if isinstance(module, nn.Linear):
+                if isinstance(module, nn.Linear | Conv1D):
                     yield f"{self.family.blocks}.{index}.{name}", module
 
     def unit_linears(self, kind: str) -> list[list[UnitLinear]]:
@@ -103,15 +159,23 @@ class Anatomy:
         slots = self.family.mlp if kind == "mlp" else self.family.attention
         return [
             [
-                UnitLinear(f"{self.family.blocks}.{index}.{slot.linear}", _linear(block, slot), slot.side, width)
-                for slot, width in ((slot, self._width(kind, slot)) for slot in slots)
+                UnitLinear(
+                    f"{self.family.blocks}.{index}.{slot.linear}",
+                    block.get_submodule(slot.linear),
+                    slot.side,
+                    tuple(self._width(run) for run in slot.runs),
+                )
+                for slot in slots
             ]
             for index, block in enumerate(self.blocks)
         ]
 
     def unit_count(self, kind: str) -> int:
         """How many units of a kind each block has: MLP channels (mlp) or KV groups (heads)."""
-        return int(getattr(self.config, self.family.mlp_width if kind == "mlp" else self.family.kv_heads))
+        if kind == "mlp":  # as built: a config may leave its width to a default
+            last = self.unit_linears("mlp")[0][-1]
+            return int(last.weight.shape[1])
+        return int(getattr(self.config, self.family.kv_heads or self.family.query_heads))
 
     @property
     def head_dim(self) -> int:
@@ -123,34 +187,38 @@ class Anatomy:
         """Number of query heads of each block."""
         return int(getattr(self.config, self.family.query_heads))
 
-    def _width(self, kind: str, slot: Slot) -> int:
-        if kind == "mlp":
+    def _width(self, run: str) -> int:
+        if run == "channel":
             return 1
-        heads = self.query_heads // self.unit_count("heads") if slot.heads == "query" else 1
+        heads = self.query_heads // self.unit_count("heads") if run == "query" else HEADS_OF_RUN[run]
         return heads * self.head_dim
 
     def possible_counts(self, kind: str) -> list[int]:
         """Unit counts that the family's config can hold, up to the present one, ascending."""
         present = self.unit_count(kind)
-        counts = range(1, present + 1)
-        if kind == "mlp" or not self.family.heads_divide_hidden:
-            return list(counts)
+        if kind == "mlp" or self.family.head_counts == "any":
+            return list(range(1, present + 1))
+        if self.family.head_counts == "present":
+            return [present]
         per_group = self.query_heads // present
-        return [n for n in counts if self.config.hidden_size % (n * per_group) == 0]
+        return [n for n in range(1, present + 1) if self.config.hidden_size % (n * per_group) == 0]
 
     def set_unit_count(self, kind: str, count: int) -> None:
-        """Writes a new unit count into the config, so that stock transformers builds the smaller model."""
+        """Writes a new unit count into the config, and into the modules that keep a copy of it."""
         if kind == "mlp":
             setattr(self.config, self.family.mlp_width, count)
+            self._set_in_modules({"intermediate_size": count})
             return
         per_group, head_dim = self.query_heads // self.unit_count("heads"), self.head_dim
         self.config.head_dim = head_dim
         setattr(self.config, self.family.query_heads, count * per_group)
-        setattr(self.config, self.family.kv_heads, count)
+        if self.family.kv_heads is not None:
+            setattr(self.config, self.family.kv_heads, count)
+        self._set_in_modules({"num_key_value_heads": count, "num_heads": count * per_group})
 
-
-def _linear(block: nn.Module, slot: Slot) -> nn.Linear:
-    found = block.get_submodule(slot.linear)
-    if not isinstance(found, nn.Linear):
-        raise Refused(f"{slot.linear} is a {type(found).__name__}, not a Linear: this model cannot be cut")
-    return found
+    def _set_in_modules(self, values: dict[str, int]) -> None:
+        for block in self.blocks:
+            for module in block.modules():
+                for name, value in values.items():
+                    if isinstance(getattr(module, name, None), int):
+                        setattr(module, name, value)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from prune_lab.models.anatomy import Anatomy, UnitLinear
+from prune_lab.models.anatomy import Anatomy, UnitLinear, out_in
 
 
 def unit_weights(part: UnitLinear) -> Tensor:
-    """The weights of each unit in one Linear, shape (units, width * other side)."""
-    lines = part.linear.weight if part.side == "rows" else part.linear.weight.T
-    return lines.reshape(lines.shape[0] // part.width, -1)
+    """The weights of each unit in one Linear, shape (units, weights of a unit)."""
+    lines = part.weight if part.side == "rows" else part.weight.T
+    units = lines.shape[0] // sum(part.widths)
+    runs = lines.split([units * width for width in part.widths])
+    return torch.cat([run.reshape(units, -1) for run in runs], dim=1)
 
 
 def unit_masks(anatomy: Anatomy, kind: str, keep: list[Tensor]) -> dict[str, Tensor]:
@@ -20,7 +22,8 @@ def unit_masks(anatomy: Anatomy, kind: str, keep: list[Tensor]) -> dict[str, Ten
     for parts, kept in zip(anatomy.unit_linears(kind), keep, strict=True):
         for part in parts:
             lines = part.lines(kept)
-            masks[part.name] = (lines[:, None] if part.side == "rows" else lines).expand_as(part.linear.weight)
+            mask = (lines[:, None] if part.side == "rows" else lines).expand_as(part.weight)
+            masks[part.name] = out_in(part.linear, mask)
     return masks
 
 
@@ -49,17 +52,16 @@ def remove_units(anatomy: Anatomy, kind: str, keep: list[Tensor]) -> None:
         return
     for parts, kept in zip(anatomy.unit_linears(kind), keep, strict=True):
         for part in parts:
-            _cut(part.linear, part.side, part.lines(kept).nonzero().flatten())
-    if kind == "mlp":  # modules that keep the width as an attribute must not contradict their weights
-        for module in anatomy.model.modules():
-            if isinstance(getattr(module, "intermediate_size", None), int):
-                module.intermediate_size = count
+            _cut(part, part.lines(kept).nonzero().flatten())
     anatomy.set_unit_count(kind, count)
 
 
-def _cut(linear: nn.Linear, side: str, index: Tensor) -> None:
-    dim = 0 if side == "rows" else 1
-    linear.weight = nn.Parameter(linear.weight.index_select(dim, index), requires_grad=False)
-    linear.out_features, linear.in_features = linear.weight.shape
-    if side == "rows" and linear.bias is not None:
+def _cut(part: UnitLinear, index: Tensor) -> None:
+    linear = part.linear
+    weight = part.weight.index_select(0 if part.side == "rows" else 1, index)
+    linear.weight = nn.Parameter(out_in(linear, weight).contiguous(), requires_grad=False)
+    if part.side == "rows" and linear.bias is not None:
         linear.bias = nn.Parameter(linear.bias.index_select(0, index), requires_grad=False)
+    sizes = ("out_features", "in_features") if isinstance(linear, nn.Linear) else ("nf", "nx")
+    for name, size in zip(sizes, weight.shape, strict=True):
+        setattr(linear, name, size)
