@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ class Bench:
     def copy_of_dense(self) -> Loaded:
         """A copy of the dense model to be pruned."""
         dense = self.dense
-        return Loaded(copy.deepcopy(dense.model), dense.tokenizer, dense.name, dense.family)
+        return replace(dense, model=copy.deepcopy(dense.model))
 
     def figures(self, loaded: Loaded, folder: Path, console: Console) -> Figures:
         """Quality, size and memory of a model that is saved in `folder`."""

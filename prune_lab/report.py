@@ -5,7 +5,6 @@ from __future__ import annotations
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from prune_lab.bench import Bench
 from prune_lab.comparison import speedup
 from prune_lab.console import Console
 from prune_lab.summary import Summary
@@ -22,14 +21,16 @@ _ROWS = (  # title, compressed, dense, format
 _TIMED = (("prefill, ms (speed-up)", "prefill", "ms"), ("decode, ms per token (speed-up)", "decode", "ms_per_token"))
 
 
-def header(bench: Bench, summary: Summary, console: Console) -> None:
+def header(summary: Summary, console: Console) -> None:
     """Says what is about to run, a line each."""
-    dense, protocol = bench.dense, summary.protocol
-    params = sum(w.numel() for w in dense.model.parameters())
-    console.note(f"model     {dense.name} ({dense.family}), {params:,} parameters")
-    console.note(f"text      {protocol['dataset']}, {protocol['windows']} test windows of {protocol['seq_len']} tokens")
-    hardware = summary.environment["gpu"] or summary.environment["cpu"]
-    console.note(f"device    {protocol['device']} ({hardware}), {protocol['dtype']}")
+    model, protocol = summary.model, summary.protocol
+    at = f" at {model['revision'][:12]}" if model["revision"] else ""
+    console.note(f"model     {model['name']}{at} ({model['family']}), {model['parameters']:,} parameters")
+    windows, seq_len = protocol["windows"], protocol["seq_len"]
+    tokens = f"{windows} test windows of {seq_len} tokens, {windows * seq_len:,} in all"
+    console.note(f"text      {protocol['dataset']}: {tokens}")
+    console.note(f"device    {protocol['device']} ({summary.environment['gpu'] or summary.environment['cpu']})")
+    console.note(f"dtype     {protocol['dtype']}")
     chosen = summary.choices
     console.note("run       " + ", ".join(f"{g} {chosen.get(g)}" for g in ("method", "schedule", "recovery", "post")))
 

@@ -46,12 +46,13 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
         overrides=place.overrides,
         config=config,
         folder=str(place.folder),
+        model=bench.dense.facts(),
         environment=describe_environment(device),
         protocol=bench.protocol,
         not_applicable={group: list(getattr(parts, group).not_applicable) for group in ("method", "recovery")},
         fingerprint=fingerprint(config, protocol=bench.protocol, hashes=bench.hashes),
     )
-    report.header(bench, summary, console)
+    report.header(summary, console)
     finished = parts.tracking.find_finished(settings.name, summary.fingerprint) if settings.resume else None
     if finished is not None and (not settings.export or (Path(finished.folder) / "export").is_dir()):
         parts.tracking.enter_again(settings.name, finished, place)

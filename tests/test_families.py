@@ -120,7 +120,8 @@ def zero_by_hand(model: Any, family: str, kind: str, drop: int) -> None:
     for block in model.get_submodule(blocks):
         norms = torch.stack([torch.cat([w.flatten() for w in read(block, i)[0]]).norm() for i in range(count)])
         for i in norms.argsort(stable=True)[:drop].tolist():
-            for part in sum(read(block, i), []):
+            weights, biases = read(block, i)
+            for part in weights + biases:
                 part.zero_()
 
 

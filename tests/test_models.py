@@ -253,6 +253,22 @@ def test_a_folder_without_weights_is_refused(own: Path) -> None:
     refuses(own, "no weights", "model.weights=random")
 
 
+def test_a_sharded_checkpoint_with_a_missing_file_is_refused(own: Path, loaded: Loaded) -> None:
+    (own / "model.safetensors").unlink()
+    loaded.model.save_pretrained(own, max_shard_size="50KB")
+    shards = sorted(own.glob("*.safetensors"))
+    assert len(shards) > 1
+    assert load(own).fingerprint() == loaded.fingerprint()
+    shards[1].unlink()
+    refuses(own, f"name={str(own)!r} lacks {shards[1].name}", "not complete")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}'])
+def test_a_broken_index_is_refused(own: Path, text: str) -> None:
+    (own / "model.safetensors.index.json").write_text(text)
+    refuses(own, f"name={str(own)!r}", "model.safetensors.index.json")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(own: Path, value: float) -> None:
     tensors = load_file(own / "model.safetensors")

@@ -245,7 +245,7 @@ def test_head_counts_a_config_cannot_hold_are_refused(tmp_path: Path, units: tup
     after = weights(loaded.model)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert loaded.model.config.num_attention_heads == 8
-    with pytest.raises(Exception, match="divisible|multiple"):  # what stock transformers says of 3 groups
+    with pytest.raises(Exception, match=r"divisible|multiple"):  # what stock transformers says of 3 groups
         make_folder(tmp_path / "three", family, num_attention_heads=6, num_key_value_heads=3, head_dim=4)
 
 

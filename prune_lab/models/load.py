@@ -13,8 +13,8 @@ import torch
 
 from prune_lab.device import Device
 from prune_lab.errors import Refused
+from prune_lab.hub import cached_file, check_reachable, commit_of, why_not
 from prune_lab.models.anatomy import family_of
-from prune_lab.models.hub import check_available
 
 TINY = Path(__file__).parent / "tiny"
 WEIGHTS = ("pretrained", "random")
@@ -29,6 +29,12 @@ class Loaded:
     tokenizer: Any
     name: str
     family: str
+    revision: str | None = None  # the Hub's commit, where it comes from there
+
+    def facts(self) -> dict[str, Any]:
+        """Name, family, parameters (a tied matrix once) and revision."""
+        parameters = sum(weight.numel() for weight in self.model.parameters())
+        return {"name": self.name, "family": self.family, "parameters": parameters, "revision": self.revision}
 
     def fingerprint(self) -> dict[str, str]:
         """sha256 of the weights (names, types, shapes, bytes) and of the tokenizer."""
@@ -72,8 +78,12 @@ class HubModel(ModelSource):
         """Loads from the folder, else from the Hub or its cache on this machine."""
         if self._folder.is_dir():
             return _load(str(self._folder), None, self.weights, self.name, device, seed)
-        check_available(self.name, self.revision)
-        return _load(self.name, self.revision, self.weights, self.name, device, seed)
+        if cached_file(self.name, "config.json", self.revision) is None:
+            check_reachable("model.name", self.name)
+        loaded = _load(self.name, self.revision, self.weights, self.name, device, seed)
+        config = cached_file(self.name, "config.json", self.revision)
+        loaded.revision = commit_of(config, "config.json") if config else None
+        return loaded
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,7 @@ def _load(source: str, revision: str | None, weights: str, name: str, device: De
     except Refused:
         raise
     except Exception as error:  # transformers, the Hub's client and safetensors each have their own
-        raise Refused(f"model.name={name!r} cannot be loaded: {_short(error)}") from error
+        raise Refused(f"model.name={name!r} cannot be loaded: {why_not(name, error)}") from error
     _check_finite(model, name)
     return Loaded(model.to(device.torch_device).eval(), tokenizer, name, config.model_type)
 
@@ -165,6 +175,23 @@ def _check_folder(folder: Path, weights: str) -> None:
         raise ValueError(
             f"name={str(folder)!r} holds {held}: only *.safetensors are read; convert it, or give model.weights=random"
         )
+    if weights == "pretrained" and (missing := _missing_shards(folder)):
+        raise ValueError(
+            f"name={str(folder)!r} lacks {', '.join(missing[:3])}, which its model.safetensors.index.json names: "
+            "the download is not complete; fetch it again"
+        )
+
+
+def _missing_shards(folder: Path) -> list[str]:
+    """Files that the index of a sharded checkpoint names and that are not there."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"name={str(folder)!r}: model.safetensors.index.json cannot be read ({error})") from error
+    return sorted(name for name in shards if not (folder / str(name)).is_file())
 
 
 def _check_finite(model: Any, name: str) -> None:
@@ -177,7 +204,3 @@ def _tokenizer_sha256(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
