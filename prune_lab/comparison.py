@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     infinite = float("inf")
     for row in sorted(rows, key=lambda r: r.summary.metrics.get("quality/perplexity", infinite)):
         m = row.summary.metrics
-        label = " ".join(o for o in row.summary.overrides if o not in shared) or "defaults"
+        label = " ".join(_short(o) for o in row.summary.overrides if o not in shared) or "defaults"
         cells = [row.job + ("*" if row.job in on_front else ""), label]
         if row.summary.status != "FINISHED":
             cells += [f"{row.summary.status}: {row.summary.reason}"]
@@ -111,6 +112,11 @@ def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
             ]
         lines.append(cells)
     return header, [cells + [""] * (len(header) - len(cells)) for cells in lines]
+
+
+def _short(override: str) -> str:
+    """range(0.1,0.6,0.2) gives 0.30000000000000004, which nobody asked for."""
+    return re.sub(r"\d\.\d{9,}", lambda number: f"{float(number[0]):g}", override)
 
 
 def speedup(metrics: dict[str, float], stage: str) -> str:

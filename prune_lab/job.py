@@ -27,7 +27,7 @@ def run(build: Callable[[], Parts], config: dict[str, Any], place: Place) -> flo
     In a sweep a job that is refused or fails leaves its summary and returns None, so that the others go on; a
     single run ends the program with exit code 2 or 1.
     """
-    _end_on_sigterm()
+    _end_on_signals()
     try:
         parts = build()
         console = Console(parts.settings.quiet)
@@ -64,10 +64,14 @@ def _write(place: Place, config: dict[str, Any], status: str, reason: str) -> No
         summary.write(place.folder)
 
 
-def _end_on_sigterm() -> None:
-    """SIGTERM ends the program as an exception, so that the run is recorded as KILLED."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminated)
+def _end_on_signals() -> None:
+    """SIGTERM, and a terminal that closes, end the program as an exception, so that the run is recorded as KILLED."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it: so do we
+            signal.signal(number, _terminated)
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

@@ -38,6 +38,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
     settings = parts.settings
     device = devices.resolve(settings.device, settings.dtype)
     devices.seed_all(settings.seed)
+    console.note("loading model and text")
     seed_of_weights = settings.seed if parts.model.weights == "random" else 0
     bench = open_bench(parts.model, parts.dataset, parts.measure, device, seed_of_weights)
     summary = Summary(

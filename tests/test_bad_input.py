@@ -53,10 +53,11 @@ def check_nothing_runs(folder: Path) -> None:
 
 @pytest.fixture
 def own_signals() -> Iterator[None]:
-    """A job takes SIGTERM for itself: gives it back."""
-    before = signal.getsignal(signal.SIGTERM)
+    """A job takes SIGTERM and SIGHUP for itself: gives them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

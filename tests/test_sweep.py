@@ -336,6 +336,14 @@ def test_a_speedup_whose_interval_contains_1_is_no_change(low: float, value: flo
     assert speedup({name: value, f"{name}_low": low, f"{name}_high": high}, "decode") == "-"
 
 
+def test_a_swept_number_reads_as_it_was_meant(tmp_path: Path) -> None:
+    rows = [finished("0", 20, 500), finished("1", 30, 400)]
+    rows[0].summary.overrides = ["amount=0.1", "dataset.path=a0.123456789.txt"]
+    rows[1].summary.overrides = ["amount=0.30000000000000004"]
+    comparison.write(tmp_path, rows)
+    assert "| amount=0.3 |" in (tmp_path / "results.md").read_text()
+
+
 def finished(job: str, perplexity: float, nonzero: float) -> Row:
     """A job that finished with these figures."""
     metrics = {

@@ -73,6 +73,7 @@ class Stopped:
 SWEEP = ["amount=0.2,0.4", "hydra.sweep.dir=here", "-m"]
 STOPS = {
     "SIGTERM": (signal.SIGTERM, ["hydra.run.dir=here"]),
+    "SIGHUP": (signal.SIGHUP, ["hydra.run.dir=here"]),
     "SIGINT": (signal.SIGINT, ["hydra.run.dir=here"]),
     "SIGKILL": (signal.SIGKILL, ["hydra.run.dir=here"]),
     "SIGINT to a sweep": (signal.SIGINT, SWEEP),
@@ -122,7 +123,7 @@ def start_training(place: Path, folder: Path, corpus: Path, *overrides: str) -> 
         stderr=subprocess.PIPE,
         text=True,
         # Tests that run in the background of a shell ignore Ctrl-C, and so would their children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
     )
 
 
@@ -134,7 +135,7 @@ def trains(store: Path) -> bool:
         return False
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
 def test_a_run_that_is_told_to_stop_is_killed(name: str, code: int, stopped: dict[str, Stopped]) -> None:
     ended = stopped[name]
     assert [run.status for run in ended.before] == ["RUNNING"]

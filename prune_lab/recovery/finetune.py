@@ -24,6 +24,7 @@ class Finetune(Recovery):
     beta1: float = 0.9
     beta2: float = 0.95
     clip_norm: float = 1.0
+    dropout: float = 0.0
     autocast: str = "auto"
     checkpoint_every: int = 200
 
@@ -32,7 +33,7 @@ class Finetune(Recovery):
         for name in ("warmup", "final_lr", "weight_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1]")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1)")
         if not self.clip_norm > 0:

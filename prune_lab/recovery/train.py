@@ -13,6 +13,7 @@ from prune_lab.device import Device, native_bfloat16
 from prune_lab.errors import Refused
 from prune_lab.recovery import checkpoint
 from prune_lab.recovery.base import Training
+from prune_lab.recovery.dropout import residual_dropout
 from prune_lab.recovery.order import WindowOrder
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def train(model: Any, recipe: Finetune, training: Training, loss_of: Callable[[A
     if start:
         training.console.note(f"going on from the checkpoint at step {start}")
     tokens_per_step = recipe.batch_size * training.seq_len
-    with training.console.progress(recipe.steps * tokens_per_step, "training", unit="tok") as bar:
+    progress = training.console.progress(recipe.steps * tokens_per_step, "training", unit="tok")
+    with progress as bar, residual_dropout(model, recipe.dropout):
         bar.update(start * tokens_per_step)
         for step in range(start, recipe.steps):
             for group in optimizer.param_groups:
