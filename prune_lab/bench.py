@@ -7,7 +7,7 @@ import hashlib
 import json
 import tempfile
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,28 +39,30 @@ class Figures:
 class Bench:
     """The dense model on its device and the tokenised text; measures models by one protocol."""
 
-    def __init__(self, model: ModelSource, text: TextSource, measure: Measure, device: Device, seed: int) -> None:
+    def __init__(
+        self, model: ModelSource, text: TextSource, measure: Measure, device: Device, seed: int, console: Console
+    ) -> None:
         self.device, self.measure, self.seq_len = device, measure, text.seq_len
         self._baseline: Figures | None = None
-        documents = text.documents()
+        corpus = text.corpus()
         self.dense: Loaded = model.load(device, seed)
         context = getattr(self.dense.model.config, "max_position_embeddings", None)
         if context is not None and text.seq_len > context:
             raise Refused(f"dataset.seq_len={text.seq_len} is above the model's context of {context} tokens")
-        self.tokens = Tokens(documents, self.dense.tokenizer)
+        self.tokens = Tokens(corpus, self.dense.tokenizer, console)
         self.windows = self.tokens.windows("test", text.seq_len)[: measure.max_windows]
         if int(self.windows.max()) >= self.dense.model.config.vocab_size:
             raise Refused("the tokenizer gives ids beyond the model's vocabulary: they do not belong together")
         room = (context or 10**9) - measure.decode_tokens
         stream = self.tokens.stream("test")
-        self.prompt: Tensor = stream[: max(1, min(measure.prompt_tokens, room))][None]
+        self.prompt: Tensor = stream[: max(1, min(measure.prompt_tokens, room))][None].long()
 
     @cached_property
     def protocol(self) -> dict[str, Any]:
         """What the figures depend on beside the model: runs with other stamps must not be compared."""
         return {
-            "dataset": self.tokens.documents.name,
-            "dataset_facts": self.tokens.documents.facts,
+            "dataset": self.tokens.corpus.name,
+            "dataset_facts": self.tokens.corpus.facts,
             "test_tokens_sha256": sha256(self.windows),
             "seq_len": self.seq_len,
             "windows": len(self.windows),
@@ -74,7 +76,7 @@ class Bench:
     @cached_property
     def hashes(self) -> dict[str, str]:
         """sha256 of weights, tokenizer and text."""
-        return self.dense.fingerprint() | {"text": self.tokens.documents.fingerprint()}
+        return self.dense.fingerprint() | {"text": self.tokens.corpus.fingerprint()}
 
     def copy_of_dense(self) -> Loaded:
         """A copy of the dense model to be pruned."""
@@ -111,10 +113,19 @@ class Bench:
         return self._baseline
 
 
-@lru_cache(maxsize=1)
-def open_bench(model: ModelSource, text: TextSource, measure: Measure, device: Device, seed: int) -> Bench:
-    """The bench of these parts; the jobs of a sweep in one process get the same one."""
-    return Bench(model, text, measure, device, seed)
+_open: dict[tuple[Any, ...], Bench] = {}
+
+
+def open_bench(
+    model: ModelSource, text: TextSource, measure: Measure, device: Device, seed: int, console: Console
+) -> Bench:
+    """The bench of these parts; the jobs of a sweep in one process get the same one. One is kept at a time."""
+    parts = (model, text, measure, device, seed)
+    if parts not in _open:
+        _open.clear()
+        _open[parts] = Bench(*parts, console)
+    _open[parts].tokens.console = console
+    return _open[parts]
 
 
 def _read_figures(path: Path) -> Figures:

@@ -31,9 +31,12 @@ class Console:
         if not self.quiet:
             self._rich.print(shown, markup=False) if isinstance(shown, str) else self._rich.print(shown)
 
-    def progress(self, total: int, what: str, unit: str = "it") -> Any:
-        """A progress bar (a tqdm bar: update, set_postfix, context manager) that leaves nothing behind."""
+    def progress(self, total: int | None, what: str, unit: str = "it") -> Any:
+        """A progress bar (a tqdm bar: update, set_postfix, context manager) that leaves nothing behind.
+
+        total=None: not known beforehand.
+        """
         return tqdm(
-            total=total, desc=what, unit=unit, unit_scale=unit == "tok", leave=False, disable=not self._live,
+            total=total, desc=what, unit=unit, unit_scale=unit in ("tok", "B"), leave=False, disable=not self._live,
             dynamic_ncols=True,
         )  # fmt: skip

@@ -40,7 +40,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
     devices.seed_all(settings.seed)
     console.note("loading model and text")
     seed_of_weights = settings.seed if parts.model.weights == "random" else 0
-    bench = open_bench(parts.model, parts.dataset, parts.measure, device, seed_of_weights)
+    bench = open_bench(parts.model, parts.dataset, parts.measure, device, seed_of_weights, console)
     summary = Summary(
         status="RUNNING",
         choices=place.choices,
@@ -69,7 +69,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
             if parts.measure.latency:
                 models = bench.dense.model, loaded.model
                 latency = measure_latency(*models, bench.prompt, parts.measure, device, console)
-            check_reload(loaded.model, folder, bench.windows[:1])
+            check_reload(loaded.model, folder, bench.windows[:1].long())
         summary.warnings += pruned.notes
         metrics = compare(parts.method, dense, figures, latency, pruned) | seconds
         diverged = summary.set_metrics(metrics)

@@ -20,8 +20,9 @@ from hub_server import COMMIT, Hub
 
 from prune_lab.errors import Refused
 from prune_lab.models.load import HubModel
+from prune_lab.text.corpus import Documents
 from prune_lab.text.hub import C4, Wikitext2
-from prune_lab.text.splits import SPLITS, Documents
+from prune_lab.text.splits import SPLITS
 from prune_lab.text.tokens import Tokens
 
 WIKITEXT, C4_NAME = "Salesforce/wikitext", "allenai/c4"
@@ -61,14 +62,14 @@ def c4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wikitext_rows_are_its_test_text(wikitext: Path) -> None:
     """The published protocol: every row, the empty ones too, joined by a blank line."""
-    found = Wikitext2(name=str(wikitext)).documents()
+    found = Wikitext2(name=str(wikitext)).corpus()
     assert list(found.test) == wikitext_rows(200, 5)
     assert list(found.validation) == wikitext_rows(100, 4)
     assert found.facts["revision"] == "local folder"
 
 
 def test_wikitext_training_text_is_its_articles(wikitext: Path) -> None:
-    found = Wikitext2(name=str(wikitext)).documents()
+    found = Wikitext2(name=str(wikitext)).corpus()
     # An article ends where the next heading stands, with the empty row before that.
     rows = wikitext_rows(0, 60)
     starts = [0, *(i for i, row in enumerate(rows) if row.startswith(" = Article") and i > 1), len(rows)]
@@ -94,13 +95,13 @@ def test_the_real_text_gives_the_published_number_of_tokens(tmp_path: Path) -> N
         Dataset.from_dict({"text": of}).to_parquet(
             tmp_path / "wikitext-2-raw-v1" / f"{split}-00000-of-00001.parquet"
         )  # fmt: skip
-    tokens = Tokens(Wikitext2(name=str(tmp_path)).documents(), tokenizer)
+    tokens = Tokens(Wikitext2(name=str(tmp_path)).corpus(), tokenizer)
     assert len(tokens.stream("test")) == 287_644
 
 
 def test_c4_takes_the_first_documents_of_each_shard(c4: Path) -> None:
     source = C4(name=str(c4), train_documents=20, calibration_documents=5, test_documents=7)
-    found = source.documents()
+    found = source.corpus()
     assert list(found.calibration) == [story(i) for i in range(5)]
     assert list(found.train) == [story(i) for i in range(5, 25)]
     assert list(found.test) == [story(900 + i) for i in range(7)]
@@ -111,7 +112,7 @@ def test_c4_takes_the_first_documents_of_each_shard(c4: Path) -> None:
 
 def test_a_folder_without_the_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"dataset\.name=.* has no file wikitext-2-raw-v1/train-00000"):
-        Wikitext2(name=str(tmp_path)).documents()
+        Wikitext2(name=str(tmp_path)).corpus()
 
 
 # With the real client, in processes of their own, for it reads the environment once.
@@ -160,7 +161,7 @@ def test_the_hubs_refusals_say_what_to_do(hub: Hub, tmp_path: Path) -> None:
     code = (
         "print(json.dumps([outcome(lambda: HubModel(**keys).load(CPU, 0).name) for keys in (dict(name='me/gated'), "
         "dict(name='me/nothing'), dict(name='me/llama', revision='v9'))] + "
-        "[outcome(lambda: Wikitext2(name='me/gated').documents().name)]))"
+        "[outcome(lambda: Wikitext2(name='me/gated').corpus().name)]))"
     )
     gated, absent, revision, gated_text = ask(code, tmp_path, HF_ENDPOINT=hub.url)
     assert gated.startswith("model.name='me/gated'")
@@ -175,15 +176,15 @@ def test_the_hubs_refusals_say_what_to_do(hub: Hub, tmp_path: Path) -> None:
 
 def test_corpora_are_fetched_or_streamed_and_their_commit_recorded(hub: Hub, tmp_path: Path) -> None:
     code = (
-        "texts = [Wikitext2().documents(), C4(train_documents=20, calibration_documents=5, test_documents=7)"
-        ".documents()]\nprint(json.dumps([[d.fingerprint(), d.facts] for d in texts]))"
+        "texts = [Wikitext2().corpus(), C4(train_documents=20, calibration_documents=5, test_documents=7)"
+        ".corpus()]\nprint(json.dumps([[d.fingerprint(), d.facts] for d in texts]))"
     )
     (wikitext, facts), (c4, c4_facts) = ask(code, tmp_path, HF_ENDPOINT=hub.url)
     assert facts == {"repository": WIKITEXT, "config": "wikitext-2-raw-v1", "revision": COMMIT}
     assert c4_facts == {"repository": C4_NAME, "config": "en", "revision": COMMIT}
-    assert wikitext == Wikitext2(name=str(fixture_folder(hub, WIKITEXT))).documents().fingerprint()
+    assert wikitext == Wikitext2(name=str(fixture_folder(hub, WIKITEXT))).corpus().fingerprint()
     sizes = {"train_documents": 20, "calibration_documents": 5, "test_documents": 7}
-    assert c4 == C4(name=str(fixture_folder(hub, C4_NAME)), **sizes).documents().fingerprint()
+    assert c4 == C4(name=str(fixture_folder(hub, C4_NAME)), **sizes).corpus().fingerprint()
     # Streamed: the shard is in no cache; fetched: it is.
     kept = {path.name for path in (tmp_path / "home" / "hub").rglob("*-of-*")}
     assert kept == {f"{split}-00000-of-00001.parquet" for split in ("train", "validation", "test")}
@@ -205,22 +206,22 @@ def test_corpora_are_read_from_the_hubs_cache(wikitext: Path, c4: Path, tmp_path
     in_cache(wikitext, tmp_path / "home", WIKITEXT)
     in_cache(c4, tmp_path / "home", C4_NAME)
     code = (
-        "texts = [Wikitext2().documents(), C4(train_documents=9, calibration_documents=5, test_documents=7)"
-        ".documents()]\nprint(json.dumps([[d.fingerprint(), d.facts['revision']] for d in texts]))"
+        "texts = [Wikitext2().corpus(), C4(train_documents=9, calibration_documents=5, test_documents=7)"
+        ".corpus()]\nprint(json.dumps([[d.fingerprint(), d.facts['revision']] for d in texts]))"
     )
     sizes = {"train_documents": 9, "calibration_documents": 5, "test_documents": 7}
-    expected: list[Documents] = [Wikitext2(name=str(wikitext)).documents(), C4(name=str(c4), **sizes).documents()]
+    expected: list[Documents] = [Wikitext2(name=str(wikitext)).corpus(), C4(name=str(c4), **sizes).corpus()]
     assert ask(code, tmp_path, HF_HUB_OFFLINE="1") == [[d.fingerprint(), COMMIT] for d in expected]
 
 
 def test_offline_and_not_in_the_cache_is_refused(tmp_path: Path) -> None:
-    code = "print(json.dumps([outcome(lambda: source().documents().name) for source in (Wikitext2, C4)]))"
+    code = "print(json.dumps([outcome(lambda: source().corpus().name) for source in (Wikitext2, C4)]))"
     for message, name in zip(ask(code, tmp_path, HF_HUB_OFFLINE="1"), (WIKITEXT, C4_NAME), strict=True):
         assert message.startswith(f"dataset.name={name!r} is no folder here and is not in the Hub's cache")
         assert "HF_HUB_OFFLINE is set" in message
 
 
 def test_no_split_shares_text_with_another(wikitext: Path, c4: Path) -> None:
-    for documents in (Wikitext2(name=str(wikitext)).documents(), C4(name=str(c4), train_documents=20).documents()):
+    for documents in (Wikitext2(name=str(wikitext)).corpus(), C4(name=str(c4), train_documents=20).corpus()):
         texts = [{text for text in documents.split(split) if len(text) > 40} for split in SPLITS]
         assert sum(map(len, texts)) == len(set().union(*texts))

@@ -26,7 +26,7 @@ from prune_lab.measure.size import measure_size
 from prune_lab.measure.speed import Paired, measure_latency
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.summary import Summary
-from prune_lab.text.splits import Documents
+from prune_lab.text.corpus import Documents
 from prune_lab.text.tokens import Tokens
 
 QUIET = Console(quiet=True)

@@ -129,7 +129,7 @@ def test_the_shipped_model_is_a_grouped_query_llama_with_its_own_tokenizer() -> 
 def test_the_shipped_model_is_trained() -> None:
     """On text it never saw; a model that guesses needs about 3.5 bits. Other Pythons have slightly other text."""
     loaded = Tiny().load(CPU, seed=0)
-    tokens = Tokens(Stdlib().documents(), loaded.tokenizer)
+    tokens = Tokens(Stdlib().corpus(), loaded.tokenizer)
     windows = tokens.windows("test", 256)[:40]
     quality = measure_quality(loaded.model, windows, tokens.bytes_per_token("test"), 8, CPU, Console(quiet=True))
     assert 0.8 < quality.bits_per_byte < 1.6

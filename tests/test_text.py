@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import story
+from conftest import ROOT, story
 from datasets import Dataset
+from transformers import AutoTokenizer
 
 from prune_lab.errors import Refused
-from prune_lab.models.load import Loaded
+from prune_lab.models.load import TINY, Loaded
+from prune_lab.text import corpus as corpora
+from prune_lab.text import joined
+from prune_lab.text.corpus import Corpus, Documents, LongDocument
 from prune_lab.text.files import TextFiles
 from prune_lab.text.source import Calibration
-from prune_lab.text.splits import SPLITS, Documents, by_position
+from prune_lab.text.splits import SPLITS, by_position
 from prune_lab.text.stdlib import Stdlib
 from prune_lab.text.tokens import Tokens, sha256
 
@@ -28,17 +37,17 @@ def digest_mod_20(text: str) -> int:
     return int(hashlib.sha256(text.encode()).hexdigest(), 16) % 20
 
 
-def read(path: Path, **keys: str) -> Documents:
-    return TextFiles(path=str(path), **keys).documents()
+def read(path: Path, **keys: str) -> Corpus:
+    return TextFiles(path=str(path), **keys).corpus()
 
 
-def everything(documents: Documents) -> list[str]:
-    return [text for split in SPLITS for text in documents.split(split)]
+def everything(corpus: Corpus) -> list[str]:
+    return [text for split in SPLITS for text in corpus.split(split)]
 
 
 def test_the_standard_library_is_split_by_the_hash_of_each_path() -> None:
     """The rule of the design: 0 is test, 1 is validation, the rest is for training and calibration."""
-    library, found = Path(sysconfig.get_paths()["stdlib"]), Stdlib().documents()
+    library, found = Path(sysconfig.get_paths()["stdlib"]), Stdlib().corpus()
     expected: dict[str, set[str]] = {"test": set(), "validation": set(), "rest": set()}
     for path in library.rglob("*.py"):
         below = path.relative_to(library)
@@ -54,7 +63,7 @@ def test_the_standard_library_is_split_by_the_hash_of_each_path() -> None:
 
 
 def test_the_standard_library_is_in_one_order_and_names_its_python() -> None:
-    one, two = Stdlib().documents(), Stdlib(seq_len=64).documents()
+    one, two = Stdlib().corpus(), Stdlib(seq_len=64).corpus()
     assert one.fingerprint() == two.fingerprint()
     assert one.facts["python"].count(".") == 2
 
@@ -63,9 +72,9 @@ def test_every_text_has_one_split(corpus: Path) -> None:
     found = read(corpus)
     assert sorted(everything(found)) == sorted(path.read_text() for path in corpus.glob("*.txt"))
     for split, buckets in {"test": [0], "validation": [1]}.items():
-        assert found.split(split)
+        assert list(found.split(split))
         assert all(digest_mod_20(text) in buckets for text in found.split(split))
-    assert all(digest_mod_20(text) > 1 for text in found.train + found.calibration)
+    assert all(digest_mod_20(text) > 1 for split in ("train", "calibration") for text in found.split(split))
 
 
 def test_a_document_stays_in_its_split_when_others_come_and_go(corpus: Path, tmp_path: Path) -> None:
@@ -126,10 +135,10 @@ def test_a_test_text_of_its_own_leaves_the_rest_to_training(corpus: Path, tmp_pa
     held_out = [story(3), story(500)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in held_out))
     found, without = read(corpus, test_path=str(tmp_path / "test.jsonl")), read(corpus)
-    assert list(found.test) == held_out
-    others = found.train + found.calibration + found.validation
+    assert list(found.split("test")) == held_out
+    others = [text for split in ("train", "calibration", "validation") for text in found.split(split)]
     assert set(others) == set(everything(without)) - {story(3)}
-    assert set(without.test) - {story(3)} <= set(found.train)
+    assert set(without.split("test")) - {story(3)} <= set(found.split("train"))
 
 
 def test_blank_documents_are_left_out(tmp_path: Path) -> None:
@@ -190,3 +199,183 @@ def test_the_stamp_tells_token_ids_apart(loaded: Loaded) -> None:
     changed[5] += 1
     assert sha256(stream) == hashlib.sha256(b"".join(int(t).to_bytes(8, "little") for t in stream)).hexdigest()
     assert sha256(changed) != sha256(stream)
+
+
+# One long file, in pieces.
+
+
+@pytest.mark.parametrize("piece", [7, 64, 1000, 2**20])
+@pytest.mark.parametrize("kind", ["lines", "one line", "two bytes a character", "four bytes a character"])
+def test_a_long_file_is_read_in_pieces_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, piece: int
+) -> None:
+    monkeypatch.setattr(corpora, "PIECE", piece)
+    letters = {"two bytes a character": "äöü", "four bytes a character": "😀😁😂"}.get(kind, "abc")
+    text = "".join(letters[i % 3] for i in range(5000))
+    if kind == "lines":
+        text = "".join(f"{text[i : i + 23]}\n" for i in range(0, 5000, 23))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    long = LongDocument("a", tmp_path / "a.txt")
+    assert "".join("".join(long.pieces(split)) for split in SPLITS) == text
+    sizes = [len("".join(long.pieces(split))) / len(text) for split in SPLITS]
+    assert sizes == pytest.approx([0.85, 0.05, 0.05, 0.05], abs=0.01)
+    if kind == "lines":
+        assert all(part.endswith("\n") for split in SPLITS for part in long.split(split) if len(part) > 23)
+
+
+def test_a_long_file_and_its_text_in_memory_are_cut_alike(tmp_path: Path) -> None:
+    text = "\n".join(story(seed) for seed in range(30))
+    (tmp_path / "a.txt").write_text(text)
+    found = read(tmp_path / "a.txt")
+    assert isinstance(found, LongDocument)
+    assert {split: ["".join(found.pieces(split))] for split in SPLITS} == by_position(text)
+
+
+def test_a_long_file_with_a_test_text_of_its_own(tmp_path: Path) -> None:
+    text = "\n".join(story(seed) for seed in range(30))
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": story(seed)}) + "\n" for seed in (80, 81)))
+    found = read(tmp_path / "a.txt", test_path=str(tmp_path / "b.jsonl"))
+    cut = by_position(text)
+    assert "".join(found.pieces("test")) == story(80) + "\n\n" + story(81)
+    assert "".join(found.pieces("train")) == cut["train"][0] + cut["test"][0]
+    assert "".join(found.pieces("validation")) == cut["validation"][0]
+
+
+class Counting:
+    """A tokenizer without a fast backend, which counts how often it is called."""
+
+    backend_tokenizer = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, self.calls = tokenizer, 0
+
+    def __call__(self, *arguments: Any, **keys: Any) -> Any:
+        self.calls += 1
+        return self._tokenizer(*arguments, **keys)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+def with_special_tokens(tokenizer: Any) -> Any:
+    """The tokenizer, putting token 5 before and token 6 after every text, as Llama's puts its BOS."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(tokenizer)
+    names = [(tokenizer.convert_ids_to_tokens(i), i) for i in (5, 6)]
+    template = f"{names[0][0]} $A {names[1][0]}"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=names)
+    return tokenizer
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("at_once", [1000, 5000, 2**22])
+def test_a_text_in_pieces_has_the_tokens_of_one_go(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, at_once: int, special: bool
+) -> None:
+    """Source code, with its blank lines and indents, by the shipped tokenizer."""
+    monkeypatch.setattr(joined, "AT_ONCE", at_once)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer = with_special_tokens(tokenizer) if special else tokenizer
+    text = "\n\n".join(Stdlib().corpus().test)[:60_000]
+    pieces = [text[i : i + 777] for i in range(0, len(text), 777)]
+    runs = list(joined.tokenise_joined(tokenizer, iter(pieces)))
+    expected = tokenizer(text, verbose=False)["input_ids"]
+    assert [token for ids, _ in runs for token in ids] == expected
+    assert sum(size for _, size in runs) == len(text.encode())
+    assert (len(runs) > 5) is (at_once < 60_000)
+    assert (expected[0], expected[-1]) == (5, 6) or not special
+
+
+def test_a_text_that_cannot_be_cut_is_not_cut(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One endless line: right comes before small."""
+    monkeypatch.setattr(joined, "AT_ONCE", 1000)
+    text = "the cat sees " * 400
+    runs = list(joined.tokenise_joined(loaded.tokenizer, iter([text])))
+    assert [token for ids, _ in runs for token in ids] == loaded.tokenizer(text, verbose=False)["input_ids"]
+
+
+def test_tokens_are_kept_and_found_again_by_what_they_are(loaded: Loaded, corpus: Path, tmp_path: Path) -> None:
+    counting = Counting(loaded.tokenizer)
+    first = Tokens(read(corpus), counting)
+    streams = {split: first.stream(split).tolist() for split in SPLITS}
+    places = first.calibration_windows(5, 8, seed=1)[1]
+    asked = counting.calls
+    assert asked > 0
+    again = Tokens(read(corpus), counting)
+    assert {split: again.stream(split).tolist() for split in SPLITS} == streams
+    assert again.calibration_windows(5, 8, seed=1)[1] == places
+    assert again.bytes_per_token("test") == first.bytes_per_token("test")
+    assert counting.calls == asked
+    (tmp_path / "other").mkdir()
+    for path in corpus.glob("*.txt"):
+        (tmp_path / "other" / path.name).write_text(path.read_text() + ".")
+    assert Tokens(read(tmp_path / "other"), counting).stream("test").tolist() != streams["test"]
+    assert counting.calls > asked
+    longer = copy.deepcopy(loaded.tokenizer)
+    longer.add_tokens(["thing"])
+    assert Tokens(read(corpus), longer).stream("test").tolist() != streams["test"]
+
+
+@pytest.mark.parametrize("damage", ["a changed token", "cut short", "no facts", "broken facts"])
+def test_damaged_tokens_are_made_again(
+    loaded: Loaded, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    tokens = Tokens(Documents("text", ("",), ("",), ("",), (story(1),)), loaded.tokenizer)
+    expected = tokens.stream("test").tolist()
+    (entry,) = (tmp_path / "cache" / "tokens").iterdir()
+    content = bytearray((entry / "tokens.i32").read_bytes())
+    if damage == "a changed token":
+        content[40] ^= 1
+    if damage == "cut short":
+        content = content[:-4]
+    if "facts" not in damage:
+        (entry / "tokens.i32").unlink()  # not in place: the first stream is still read from that file
+        (entry / "tokens.i32").write_bytes(content)
+    elif damage == "no facts":
+        (entry / "facts.json").unlink()
+    else:
+        (entry / "facts.json").write_text("{")
+    again = Tokens(tokens.corpus, loaded.tokenizer)
+    assert again.stream("test").tolist() == expected
+    assert "are damaged" in caplog.text
+    caplog.clear()
+    assert Tokens(tokens.corpus, loaded.tokenizer).stream("test").tolist() == expected
+    assert "damaged" not in caplog.text
+
+
+def peak_mb(code: str, *arguments: str) -> float:
+    """Peak memory that a fresh process reports of itself after `code`, less what it held before."""
+    program = (
+        "import resource, sys\nfrom prune_lab.models.load import TINY\nfrom prune_lab.text.files import TextFiles\n"
+        "from prune_lab.text.tokens import Tokens\nfrom transformers import AutoTokenizer\nimport datasets\n"
+        "tokenizer = AutoTokenizer.from_pretrained(TINY)\ntokenizer(['warm up'] * 100)\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3\nbefore = peak()\n"
+        f"{code}\nprint(peak() - before)\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], env=env, capture_output=True, text=True, check=True
+    )
+    return float(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_memory_does_not_grow_with_the_text(tmp_path: Path, kind: str) -> None:
+    """All splits of 40 MB and of 120 MB, tokenised."""
+    page, found = "\n".join(story(seed) for seed in range(50)), []
+    for megabytes in (40, 120):  # beyond what is held at once in every split
+        path = tmp_path / f"{megabytes}.{kind}"
+        with path.open("w") as file:
+            for number in range(megabytes * 10**6 // len(page)):
+                text = f"page {number}\n{page}\n"
+                file.write(text if kind == "txt" else json.dumps({"text": text}) + "\n")
+        code = (
+            "tokens = Tokens(TextFiles(path=sys.argv[1]).corpus(), tokenizer)\n"
+            "for split in ('train', 'calibration', 'validation', 'test'):\n    assert len(tokens.stream(split)) > 9\n"
+            "tokens.calibration_windows(16, 64, 0)"
+        )
+        found.append(peak_mb(code, str(path)))
+    assert found[1] < found[0] + 80, found

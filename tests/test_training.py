@@ -29,11 +29,12 @@ from prune_lab.models.load import HubModel, Loaded
 from prune_lab.pruning.masks import Masks
 from prune_lab.recovery import train as loop
 from prune_lab.recovery.base import Training
+from prune_lab.recovery.dropout import residual_dropout
 from prune_lab.recovery.finetune import Finetune
 from prune_lab.recovery.none import NoRecovery
 from prune_lab.recovery.order import WindowOrder
 from prune_lab.recovery.train import lr_factor
-from prune_lab.text.splits import Documents
+from prune_lab.text.corpus import Documents
 from prune_lab.text.tokens import Tokens
 
 STORIES = tuple(story(seed) for seed in range(8))
@@ -319,6 +320,53 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_weights(loaded: Loaded,
     assert all(weight.dtype == torch.float32 for weight in loaded.model.parameters())
 
 
+def test_dropout_zeroes_what_is_added_to_the_residual_stream(loaded: Loaded) -> None:
+    """Half of it, the rest doubled, in every block and after the embedding; and nothing is left of it afterwards."""
+    model, ids = loaded.model, torch.arange(40)[None]
+    seen: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Any:
+        return lambda module, inputs, output: seen.__setitem__(name, output)
+
+    names = ["model.embed_tokens"]
+    names += [f"model.layers.{i}.{part}" for i in (0, 1) for part in ("mlp.down_proj", "self_attn.o_proj")]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        torch.manual_seed(0)
+        with residual_dropout(model, 0.5):
+            hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
+            first = model(input_ids=ids).logits
+            embedded = seen["model.embed_tokens"]
+            second = model(input_ids=ids).logits
+        for hook in hooks:
+            hook.remove()
+        for name in names:
+            assert float((seen[name] == 0).float().mean()) == pytest.approx(0.5, abs=0.1), name
+        kept = embedded != 0
+        table = model.get_input_embeddings().weight[ids]
+        torch.testing.assert_close(embedded[kept], 2 * table[kept])
+        assert not torch.equal(first, second)
+        with residual_dropout(model, 0.0):
+            assert torch.equal(model(input_ids=ids).logits, expected)
+        assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_an_interrupted_training_with_dropout_ends_in_the_same_weights(folder: Path, tmp_path: Path) -> None:
+    """What dropout draws goes on from the checkpoint too."""
+    recipe = replace(SHORT, dropout=0.2)
+    whole, cut, again, plain = (HubModel(name=str(folder)).load(CPU, 0) for _ in range(4))
+    torch.manual_seed(1)
+    recipe.recover(whole.model, training_of(whole, tmp_path / "whole"))
+    torch.manual_seed(1)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.recover(cut.model, training_of(cut, tmp_path / "cut", Interrupter(at=10)))
+    torch.manual_seed(77)
+    recipe.recover(again.model, training_of(again, tmp_path / "cut"))
+    assert same(weights_of(whole.model), weights_of(again.model))
+    SHORT.recover(plain.model, training_of(plain, tmp_path / "plain"))
+    assert not same(weights_of(whole.model), weights_of(plain.model))
+
+
 def test_no_recovery_changes_nothing(loaded: Loaded, tmp_path: Path) -> None:
     before = weights_of(loaded.model)
     NoRecovery().recover(loaded.model, training_of(loaded, tmp_path))
@@ -378,7 +426,7 @@ def test_too_little_training_text_is_refused(loaded: Loaded, tmp_path: Path) -> 
     [
         ("steps", 0), ("steps", -1), ("lr", 0.0), ("lr", 1.0), ("lr", -0.1), ("lr", math.nan), ("batch_size", 0),
         ("warmup", -0.1), ("warmup", 1.1), ("final_lr", 2.0), ("weight_decay", -1.0), ("weight_decay", math.nan),
-        ("beta1", 1.0), ("beta2", -0.1), ("clip_norm", 0.0), ("clip_norm", math.nan), ("autocast", "float16"),
+        ("beta1", 1.0), ("beta2", -0.1), ("clip_norm", 0.0), ("clip_norm", math.nan), ("dropout", 1.0), ("dropout", -0.1), ("autocast", "float16"),
         ("checkpoint_every", 0),
     ],
 )  # fmt: skip

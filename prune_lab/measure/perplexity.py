@@ -33,7 +33,7 @@ def measure_quality(
     losses: list[Tensor] = []
     with console.progress(windows.numel(), "perplexity", unit="tok") as bar:
         for batch in windows.split(batch_size):
-            losses.append(window_losses(model, batch.to(device.torch_device)).double().cpu())
+            losses.append(window_losses(model, batch.to(device.torch_device, torch.int64)).double().cpu())
             bar.update(batch.numel())
     mean = float(torch.cat(losses).mean())
     # A diverged model is reported as infinite, never as an OverflowError.

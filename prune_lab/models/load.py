@@ -15,6 +15,7 @@ from prune_lab.device import Device
 from prune_lab.errors import Refused
 from prune_lab.hub import cached_file, check_reachable, commit_of, why_not
 from prune_lab.models.anatomy import family_of
+from prune_lab.text.encode import tokenizer_sha256
 
 TINY = Path(__file__).parent / "tiny"
 WEIGHTS = ("pretrained", "random")
@@ -38,7 +39,7 @@ class Loaded:
 
     def fingerprint(self) -> dict[str, str]:
         """sha256 of the weights (names, types, shapes, bytes) and of the tokenizer."""
-        return {"weights": weights_sha256(self.model), "tokenizer": _tokenizer_sha256(self.tokenizer)}
+        return {"weights": weights_sha256(self.model), "tokenizer": tokenizer_sha256(self.tokenizer)}
 
 
 @dataclass(frozen=True)
@@ -198,9 +199,3 @@ def _check_finite(model: Any, name: str) -> None:
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise Refused(f"model.name={name!r}: {key} holds NaN or infinite weights: the checkpoint is damaged")
-
-
-def _tokenizer_sha256(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

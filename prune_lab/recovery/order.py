@@ -20,9 +20,9 @@ class WindowOrder:
         self._starts = torch.empty(0, dtype=torch.int64)
 
     def batch(self, step: int) -> Tensor:
-        """The batch of a step, shape (batch_size, seq_len)."""
+        """The batch of a step, shape (batch_size, seq_len), int64."""
         first = step * self._batch_size
-        return torch.stack([self._window(number) for number in range(first, first + self._batch_size)])
+        return torch.stack([self._window(number) for number in range(first, first + self._batch_size)]).long()
 
     def _window(self, number: int) -> Tensor:
         of_pass, index = divmod(number, self.windows_per_pass)

@@ -3,74 +3,80 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from prune_lab.errors import Refused
+from prune_lab.text.corpus import Corpus, Documents, LongDocument, Stream
+from prune_lab.text.rows import read_rows
 from prune_lab.text.source import TextSource
-from prune_lab.text.splits import Documents, of_documents
+from prune_lab.text.splits import by_position
 
 _READERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
 class TextFiles(TextSource):
-    """Files named by a path, a folder or a glob. A txt file is one document; so is a row of the others."""
+    """Files named by a path, a folder or a glob. A txt file is one document; so is a row of the others.
+
+    Documents are split by the hash of each; where there is one alone, by position.
+    """
 
     path: str = ""
     test_path: str | None = None
     column: str = "text"
 
-    def documents(self) -> Documents:
-        """Reads the files; with `test_path` its documents are the test split, and none of `path` is."""
-        texts = self._read(self.path, "dataset.path")
-        facts = {"path": self.path}
-        if self.test_path is None:
-            return of_documents(f"dataset.path={self.path}", texts, facts)
-        test = [text for text in self._read(self.test_path, "dataset.test_path") if text.strip()]
-        if not test:
-            raise Refused(f"dataset.test_path={self.test_path}: there is no text in it")
-        seen = set(test)
-        rest = of_documents(f"dataset.path={self.path}", [text for text in texts if text not in seen], facts)
-        return Documents(
-            rest.name,
-            train=rest.train + rest.test,
-            calibration=rest.calibration,
-            validation=rest.validation,
-            test=tuple(test),
-            facts=facts | {"test_path": self.test_path},
-        )
+    def corpus(self) -> Corpus:
+        """The files as a corpus that is read when it is used; with `test_path` its documents are the test split."""
+        files, name = _files(self.path, "dataset.path"), f"dataset.path={self.path}"
+        facts, read_test = {"path": self.path}, None
+        if self.test_path is not None:
+            test_files, test_name = _files(self.test_path, "dataset.test_path"), f"dataset.test_path={self.test_path}"
+            read_test = partial(self._rows, test_files, test_name)
+            facts["test_path"] = self.test_path
+            _first(read_test(), 1, test_name)
+        read = partial(self._rows, files, name)
+        if len(files) == 1 and files[0].suffix == ".txt":
+            whole = LongDocument(name, files[0], facts, read_test)
+            _first(whole.split("train"), 1, name)
+            return whole
+        first = _first(read(), 2, name)
+        if len(first) == 1 and read_test is None:
+            parts = {split: tuple(texts) for split, texts in by_position(first[0]).items()}
+            return Documents(name, **parts, facts=facts)
+        return Stream(name, read, facts, read_test)
 
-    def _read(self, path: str, key: str) -> list[str]:
-        files = _files(path, key)
-        by_kind: dict[str, list[str]] = {}
-        for file in files:
-            by_kind.setdefault(file.suffix, []).append(str(file))
-        return [text for kind, names in by_kind.items() for text in self._rows(kind, names, f"{key}={path}")]
+    def _rows(self, files: list[Path], where: str) -> Iterator[str]:
+        """The documents of all files, kind by kind, read as they are asked for."""
+        for kind in sorted({file.suffix for file in files}):
+            yield from self._rows_of(kind, [str(file) for file in files if file.suffix == kind], where)
 
-    def _rows(self, kind: str, files: list[str], where: str) -> list[str]:
-        from datasets import load_dataset
-        from datasets.utils import logging
-
-        logging.set_verbosity(logging.CRITICAL)  # it logs the errors that it raises
+    def _rows_of(self, kind: str, files: list[str], where: str) -> Iterator[str]:
         column = "text" if kind == ".txt" else self.column
         options = {"sample_by": "document"} if kind == ".txt" else {}
         try:
-            # Streaming reads the files as they are: no copy of the corpus in a cache.
-            rows = load_dataset(_READERS[kind], data_files=files, split="train", streaming=True, **options)
-            documents = []
-            for row in rows:
+            for row in read_rows(_READERS[kind], files, **options):
                 if not isinstance(row.get(column), str):
                     raise Refused(
                         f"dataset.column={column!r} is not a column of text in {where}; "
                         f"its columns are {', '.join(row)}: give dataset.column=..."
                     )
-                documents.append(row[column])
+                yield row[column]
         except Refused:
             raise
         except Exception as error:  # the readers' own errors: broken JSON, not parquet, not UTF-8
             raise Refused(f"{where} cannot be read as {_READERS[kind]}: {_innermost(error)}") from error
-        return documents
+
+
+def _first(texts: Iterable[str], count: int, where: str) -> list[str]:
+    """The first texts that are not blank; raises Refused where there is none."""
+    found = list(islice(filter(str.strip, texts), count))
+    if not found:
+        raise Refused(f"{where}: there is no text in it")
+    return found
 
 
 def _files(path: str, key: str) -> list[Path]:

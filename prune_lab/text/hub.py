@@ -15,8 +15,10 @@ from typing import ClassVar
 
 from prune_lab.errors import Refused
 from prune_lab.hub import cached_file, check_reachable, commit_of, why_not
+from prune_lab.text.corpus import JOIN, Documents
+from prune_lab.text.rows import read_rows
 from prune_lab.text.source import TextSource
-from prune_lab.text.splits import Documents, by_hash
+from prune_lab.text.splits import by_hash
 
 _HEADING = re.compile(r" = [^=].*[^=] = \n?")  # of an article; a section's has more signs
 
@@ -59,13 +61,9 @@ class HubText(TextSource):
         return str(path), commit_of(path, file)
 
     def _read(self, source: str) -> Iterator[str]:
-        from datasets import load_dataset
-        from datasets.utils import logging
-
-        logging.set_verbosity(logging.CRITICAL)  # it logs the errors that it raises
         kind = "parquet" if source.endswith(".parquet") else "json"
         try:
-            for row in load_dataset(kind, data_files=source, split="train", streaming=True):
+            for row in read_rows(kind, source):
                 yield row["text"]
         except Exception as error:  # the readers' own errors
             why = why_not(self.name, error)
@@ -83,7 +81,7 @@ class Wikitext2(HubText):
     name: str = "Salesforce/wikitext"
     FILE: ClassVar[str] = "wikitext-2-raw-v1/{split}-00000-of-00001.parquet"
 
-    def documents(self) -> Documents:
+    def corpus(self) -> Documents:
         """Reads all three splits; articles of the training split are set aside for calibration."""
         rows = {}
         for split in ("train", "validation", "test"):
@@ -122,7 +120,7 @@ class C4(HubText):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
 
-    def documents(self) -> Documents:
+    def corpus(self) -> Documents:
         """Streams as many documents of both shards as are asked for."""
         train_rows, commit = self.rows(self.TRAIN, keep=False)
         held_out, _ = self.rows(self.VALIDATION, keep=False)
@@ -141,8 +139,8 @@ def _articles(rows: Iterable[str]) -> Iterator[str]:
     article: list[str] = []
     for row in rows:
         if _HEADING.fullmatch(row) and any(part.strip() for part in article):
-            yield "\n\n".join(article)
+            yield JOIN.join(article)
             article = []
         article.append(row)
     if any(part.strip() for part in article):
-        yield "\n\n".join(article)
+        yield JOIN.join(article)

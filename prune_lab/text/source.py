@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from prune_lab.text.splits import Documents
+from prune_lab.text.corpus import Corpus
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,6 @@ class TextSource:
         if self.seq_len < 2:
             raise ValueError(f"seq_len={self.seq_len} must be at least 2 tokens")
 
-    def documents(self) -> Documents:
+    def corpus(self) -> Corpus:
         """Reads the corpus; raises Refused where there is none."""
         raise NotImplementedError

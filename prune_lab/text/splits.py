@@ -8,79 +8,36 @@ is set aside for calibration, so that no statistic is taken from text that a rec
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-
-from prune_lab.errors import Refused
+from collections.abc import Iterable
 
 BUCKETS = 20
 SPLITS = ("train", "calibration", "validation", "test")
 _BUCKET_SPLIT = {0: "test", 1: "validation", 2: "calibration"}
+# Of one document: 17 parts for training, then one each, in this order.
+POSITIONS = {"train": (0, 17), "calibration": (17, 18), "validation": (18, 19), "test": (19, 20)}
 
 
-@dataclass(frozen=True)
-class Documents:
-    """A corpus in its splits, each a tuple of documents' texts.
-
-    `facts` says where the text came from, for the protocol stamp and the tracker.
-    """
-
-    name: str
-    train: tuple[str, ...]
-    calibration: tuple[str, ...]
-    validation: tuple[str, ...]
-    test: tuple[str, ...]
-    facts: dict[str, str] = field(default_factory=dict)
-
-    def split(self, name: str) -> tuple[str, ...]:
-        """The documents of one split."""
-        if name not in SPLITS:
-            raise ValueError(f"split={name!r} is none of {', '.join(SPLITS)}")
-        documents: tuple[str, ...] = getattr(self, name)
-        return documents
-
-    def fingerprint(self) -> str:
-        """sha256 over all splits' texts."""
-        digest = hashlib.sha256()
-        for name in SPLITS:
-            for text in self.split(name):
-                digest.update(f"{name}:{len(text)}:".encode())
-                digest.update(text.encode())
-        return digest.hexdigest()
+def split_of(key: str) -> str:
+    """The split of a document, from the sha256 of `key`, which is its text or its path."""
+    bucket = int(hashlib.sha256(key.encode()).hexdigest(), 16) % BUCKETS
+    return _BUCKET_SPLIT.get(bucket, "train")
 
 
-def bucket(key: str) -> int:
-    """The bucket of a document in [0, 20), from the sha256 of `key`."""
-    return int(hashlib.sha256(key.encode()).hexdigest(), 16) % BUCKETS
-
-
-def by_hash(texts: Iterable[str], key: Callable[[str], str] = str) -> dict[str, list[str]]:
-    """Documents sorted into splits by the bucket of key(document)."""
+def by_hash(texts: Iterable[str]) -> dict[str, list[str]]:
+    """Documents sorted into splits by the hash of each."""
     splits: dict[str, list[str]] = {name: [] for name in SPLITS}
     for text in texts:
-        splits[_BUCKET_SPLIT.get(bucket(key(text)), "train")].append(text)
+        splits[split_of(text)].append(text)
     return splits
 
 
 def by_position(text: str) -> dict[str, list[str]]:
-    """One document cut into 17 parts training, 1 calibration, 1 validation, 1 test, in this order.
+    """One document cut into its splits by position, at line ends where there are any, else between characters."""
 
-    Cuts fall on line ends where there are any, else between characters.
-    """
-    cuts = [_line_end_near(text, len(text) * part // BUCKETS) for part in (0, 17, 18, 19, 20)]
-    return {name: [text[start:end]] for name, start, end in zip(SPLITS, cuts, cuts[1:], strict=False)}
+    def cut(part: int) -> int:
+        position = len(text) * part // BUCKETS
+        end = text.find("\n", position)
+        near = 0 <= end - position < len(text) // (2 * BUCKETS)
+        return end + 1 if 0 < position < len(text) and near else position
 
-
-def of_documents(name: str, texts: list[str], facts: dict[str, str]) -> Documents:
-    """A corpus split by the hash of each document, or by position where there is one document."""
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise Refused(f"{name}: there is no text in it")
-    splits = by_position(texts[0]) if len(texts) == 1 else by_hash(texts)
-    return Documents(name, **{split: tuple(found) for split, found in splits.items()}, facts=facts)
-
-
-def _line_end_near(text: str, position: int) -> int:
-    end = text.find("\n", position)
-    near = 0 <= end - position < len(text) // (2 * BUCKETS)
-    return end + 1 if 0 < position < len(text) and near else position
+    return {name: [text[cut(first) : cut(last)]] for name, (first, last) in POSITIONS.items()}

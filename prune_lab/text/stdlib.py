@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prune_lab.errors import Refused
+from prune_lab.text.corpus import Documents
 from prune_lab.text.source import TextSource
-from prune_lab.text.splits import SPLITS, Documents, by_hash
+from prune_lab.text.splits import SPLITS, split_of
 
 _LEFT_OUT = {
     "site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "ensurepip",
@@ -21,14 +22,13 @@ _LEFT_OUT = {
 class Stdlib(TextSource):
     """A module is a document; its split is decided by the hash of its path below the library's folder."""
 
-    def documents(self) -> Documents:
+    def corpus(self) -> Documents:
         """Reads every module that has text, in the order of their paths."""
         library = Path(sysconfig.get_paths()["stdlib"])
         texts = {path: text for path in _modules(library) if (text := _read(library / path)).strip()}
         if not texts:
             raise Refused(f"dataset=stdlib: no Python source in {library}: use dataset=text dataset.path=...")
-        splits = {name: tuple(texts[path] for path in found) for name, found in by_hash(texts).items()}
-        assert set(splits) == set(SPLITS)
+        splits = {name: tuple(text for path, text in texts.items() if split_of(path) == name) for name in SPLITS}
         return Documents("stdlib", **splits, facts={"python": platform.python_version()})
 
 

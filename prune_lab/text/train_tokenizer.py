@@ -33,4 +33,4 @@ def train_tokenizer(documents: tuple[str, ...], vocab_size: int, folder: Path, c
 
 
 if __name__ == "__main__":
-    train_tokenizer(Stdlib().documents().train, int(sys.argv[1]), Path(sys.argv[2]), context=512)
+    train_tokenizer(Stdlib().corpus().train, int(sys.argv[1]), Path(sys.argv[2]), context=512)

@@ -15,7 +15,7 @@ TRIES = 5
 if __name__ == "__main__":
     device = devices.resolve("auto", "auto")
     dense = Tiny().load(device, seed=0)
-    prompt = Tokens(Stdlib().documents(), dense.tokenizer).stream("test")[:256][None]
+    prompt = Tokens(Stdlib().corpus(), dense.tokenizer).stream("test")[:256][None]
     for number in range(TRIES):
         latency = measure_latency(dense.model, dense.model, prompt, Measure(), device, Console())
         for stage in ("prefill", "decode"):

@@ -27,7 +27,7 @@ def bare(model: torch.nn.Module, windows: torch.Tensor) -> None:
 if __name__ == "__main__":
     device = devices.resolve("cpu", "float32")
     model = Tiny().load(device, seed=0)
-    windows = Tokens(Stdlib().documents(), model.tokenizer).windows("test", 256)[:WINDOWS]
+    windows = Tokens(Stdlib().corpus(), model.tokenizer).windows("test", 256)[:WINDOWS]
     ratios = []
     for repeat in range(REPEATS + 1):
         began = time.perf_counter()

@@ -43,7 +43,7 @@ def bare(model: torch.nn.Module, tokens: Tokens) -> None:
 if __name__ == "__main__":
     device = devices.resolve("cpu", "float32")
     loaded = Tiny().load(device, seed=0)
-    tokens = Tokens(Stdlib().documents(), loaded.tokenizer)
+    tokens = Tokens(Stdlib().corpus(), loaded.tokenizer)
     tokens.stream("train")
     masks = Magnitude(amount=0.5).prune(Anatomy(loaded.model), 0.5, seed=0).masks
     recipe = Finetune(steps=STEPS, batch_size=BATCH, checkpoint_every=10**6)
