@@ -11,15 +11,18 @@ from typing import Any
 # Keys that change where a result goes, not what it is.
 _NOT_PART = ("tracking", "name", "resume", "quiet", "device", "dtype")
 # Where text and weights lie is not what they are: their hashes stand for them.
-_PLACES = {"model": ("name",), "dataset": ("path", "test_path")}
+_PLACES = {"model": ("name", "revision"), "dataset": ("name", "revision", "path", "test_path")}
+_PROTOCOL_PLACES = ("dataset", "dataset_facts")
 
 
-def fingerprint(config: dict[str, Any], **facts: Any) -> str:
-    """sha256 over the resolved configuration and `facts`, which must be JSON."""
+def fingerprint(config: dict[str, Any], protocol: dict[str, Any], hashes: dict[str, str]) -> str:
+    """sha256 over the resolved configuration, the protocol stamp, and the hashes of weights, tokenizer and text."""
     kept = {key: value for key, value in config.items() if key not in _NOT_PART}
     for group, names in _PLACES.items():
         kept[group] = {key: value for key, value in kept[group].items() if key not in names}
-    text = json.dumps({"config": kept, "source": source_sha256(), **facts}, sort_keys=True, allow_nan=False)
+    stamp = {key: value for key, value in protocol.items() if key not in _PROTOCOL_PLACES}
+    whole = {"config": kept, "source": source_sha256(), "protocol": stamp, "hashes": hashes}
+    text = json.dumps(whole, sort_keys=True, allow_nan=False)
     return text_sha256(text)
 
 

@@ -55,7 +55,9 @@ def show(summary: Summary, console: Console) -> None:
     for warning in summary.warnings:
         console.result(f"note      {warning}")
     if summary.reused_from:
-        console.result(f"note      finished before in {summary.folder}; resume=false computes it anew")
+        console.result(
+            f"note      finished before, not computed again ({summary.folder}); resume=false computes it anew"
+        )
 
 
 def _table(m: dict[str, float]) -> Table:

@@ -24,6 +24,7 @@ from conftest import ROOT, Cli, make_folder
 from safetensors.torch import load_file, save_file
 
 from prune_lab import __main__ as program
+from prune_lab.models.load import TINY
 
 LONGEST_MESSAGE = 400  # characters
 
@@ -211,6 +212,12 @@ def without_tokenizer(model: Path) -> tuple[str, ...]:
     return "model.name=", "tokenizer.json"
 
 
+def with_a_tokenizer_of_another_model(model: Path) -> tuple[str, ...]:
+    for file in Path(TINY).glob("tokenizer*"):
+        shutil.copy(file, model)
+    return "tokenizer", "vocabulary has 300", "do not belong together"
+
+
 def change_config(model: Path, **changes: Any) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | changes))
@@ -219,6 +226,7 @@ def change_config(model: Path, **changes: Any) -> None:
 BROKEN_MODELS = [
     of_unknown_family, without_config, with_broken_config, without_weights, with_a_pickle_only, with_nan_weights,
     with_a_weight_missing, with_a_weight_of_another_shape, cut_short, without_tokenizer,
+    with_a_tokenizer_of_another_model,
 ]  # fmt: skip
 
 

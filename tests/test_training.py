@@ -426,7 +426,8 @@ def test_too_little_training_text_is_refused(loaded: Loaded, tmp_path: Path) -> 
     [
         ("steps", 0), ("steps", -1), ("lr", 0.0), ("lr", 1.0), ("lr", -0.1), ("lr", math.nan), ("batch_size", 0),
         ("warmup", -0.1), ("warmup", 1.1), ("final_lr", 2.0), ("weight_decay", -1.0), ("weight_decay", math.nan),
-        ("beta1", 1.0), ("beta2", -0.1), ("clip_norm", 0.0), ("clip_norm", math.nan), ("dropout", 1.0), ("dropout", -0.1), ("autocast", "float16"),
+        ("beta1", 1.0), ("beta2", -0.1), ("clip_norm", 0.0), ("clip_norm", math.nan), ("dropout", 1.0),
+        ("dropout", -0.1), ("autocast", "float16"),
         ("checkpoint_every", 0),
     ],
 )  # fmt: skip

@@ -28,6 +28,7 @@ class Stored:
     ids: Tensor
     starts: Tensor
     n_bytes: int
+    largest: int  # id; -1 where there is no token
 
 
 def stored_tokens(folder: Path, key: str, make: Callable[[], Iterator[Run]]) -> Stored:
@@ -49,17 +50,20 @@ def _write(entry: Path, runs: Iterator[Run]) -> None:
     half = entry.with_name(f".{entry.name}.{uuid.uuid4().hex[:8]}.tmp")
     half.mkdir(parents=True)
     try:
-        digest, starts, n_bytes = hashlib.sha256(), array("q", [0]), 0
+        digest, starts, n_bytes, largest = hashlib.sha256(), array("q", [0]), 0, -1
         with (half / TOKENS).open("wb") as file:
             for ids, size in runs:
                 block = array("i", ids)
                 digest.update(block.tobytes())
                 file.write(block.tobytes())
                 starts.append(starts[-1] + len(block))
-                n_bytes += size
+                n_bytes, largest = n_bytes + size, max(largest, max(block, default=-1))
         (half / STARTS).write_bytes(starts.tobytes())
         digest.update(starts.tobytes())
-        facts = {"tokens": starts[-1], "runs": len(starts) - 1, "bytes": n_bytes, "sha256": digest.hexdigest()}
+        facts = {
+            "tokens": starts[-1], "runs": len(starts) - 1, "bytes": n_bytes, "largest": largest,
+            "sha256": digest.hexdigest(),
+        }  # fmt: skip
         (half / FACTS).write_text(json.dumps(facts), encoding="utf-8")
         with suppress(OSError):  # another process was faster: its entry is the same
             half.rename(entry)
@@ -76,7 +80,8 @@ def _read(entry: Path) -> Stored | None:
         if _sha256(entry) != facts["sha256"]:
             raise ValueError("its checksum is another one")
         ids = _from_disk(entry / TOKENS, facts["tokens"], torch.int32)
-        return Stored(ids, _from_disk(entry / STARTS, facts["runs"] + 1, torch.int64), int(facts["bytes"]))
+        starts = _from_disk(entry / STARTS, facts["runs"] + 1, torch.int64)
+        return Stored(ids, starts, int(facts["bytes"]), int(facts["largest"]))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         log.warning("the cached tokens in %s are damaged (%s): they are made again", entry, error)
         shutil.rmtree(entry, ignore_errors=True)

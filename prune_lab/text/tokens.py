@@ -23,10 +23,15 @@ BATCH_BYTES = 2**21  # of documents that are tokenised at once
 
 
 class Tokens:
-    """A corpus as tokens of one tokenizer, split by split, tokenised when first asked for and then kept on disk."""
+    """A corpus as tokens of one tokenizer, split by split, tokenised when first asked for and then kept on disk.
 
-    def __init__(self, corpus: Corpus, tokenizer: Any, console: Console | None = None) -> None:
-        self.corpus = corpus
+    Raises Refused, when a split is asked for, where a token is beyond a model's vocabulary of `vocab_size`.
+    """
+
+    def __init__(
+        self, corpus: Corpus, tokenizer: Any, console: Console | None = None, vocab_size: int | None = None
+    ) -> None:
+        self.corpus, self.vocab_size = corpus, vocab_size
         self.console = console or Console(quiet=True)
         self._tokenizer = tokenizer
         self._splits: dict[str, Stored] = {}
@@ -89,10 +94,16 @@ class Tokens:
     def _stored(self, split: str) -> Stored:
         if split not in self._splits:
             joined = split not in ("train", "calibration") or self.corpus.is_one_document(split)
-            of = [self.corpus.fingerprints[split], tokenizer_sha256(self._tokenizer), split, joined, "v1"]
+            of = [self.corpus.fingerprints[split], tokenizer_sha256(self._tokenizer), split, joined, "v2"]
             key = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:32]
             make = self._as_one_text if joined else self._each_by_itself
-            self._splits[split] = stored_tokens(cache_folder() / "tokens", key, lambda: self._watched(split, make))
+            stored = stored_tokens(cache_folder() / "tokens", key, lambda: self._watched(split, make))
+            if self.vocab_size is not None and stored.largest >= self.vocab_size:
+                raise Refused(
+                    f"the tokenizer gives the id {stored.largest} and the model's vocabulary has {self.vocab_size} "
+                    "entries: they do not belong together; give the folder or Hub id whose tokenizer it is"
+                )
+            self._splits[split] = stored
         return self._splits[split]
 
     def _as_one_text(self, split: str) -> Iterator[Run]:

@@ -25,6 +25,7 @@ from prune_lab.tracking.ownership import is_alive, owner_tags
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # the console shows progress, once
 
 PARENT, SWEEP = "mlflow.parentRunId", "prune_lab.sweep"
 FINGERPRINT, REUSED = "prune_lab.fingerprint", "prune_lab.reused_from"
