@@ -22,6 +22,7 @@ from prune_lab.summary import Summary, from_dict
 from prune_lab.tracking import links
 from prune_lab.tracking.base import Tracker
 from prune_lab.tracking.ownership import is_alive, owner_tags
+from prune_lab.tracking.params import params_of, run_name
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
@@ -29,7 +30,6 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # the co
 
 PARENT, SWEEP = "mlflow.parentRunId", "prune_lab.sweep"
 FINGERPRINT, REUSED = "prune_lab.fingerprint", "prune_lab.reused_from"
-_GROUPS = ("method", "schedule", "recovery", "post")
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ def _create_run(client: Any, experiment: str, summary: Summary, place: Place, ta
     tags = {"prune_lab.version": __version__, "device": summary.protocol["device"], **tags, **owner_tags()}
     if place.sweep is not None and (parent := _parent(client, experiment, place.sweep)):
         tags[PARENT] = parent
-    run = client.create_run(experiment, run_name=_run_name(summary), tags=tags)
-    params = [Param(key, str(value)) for key, value in _params(summary).items()]
+    run = client.create_run(experiment, run_name=run_name(summary), tags=tags)
+    params = [Param(key, str(value)) for key, value in params_of(summary).items()]
     client.log_batch(run.info.run_id, params=params)
     protocol = summary.protocol
     dataset = Dataset(
@@ -184,28 +184,6 @@ def _create_run(client: Any, experiment: str, summary: Summary, place: Place, ta
     )  # fmt: skip
     client.log_inputs(run.info.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "test")])])
     return str(run.info.run_id)
-
-
-def _run_name(summary: Summary) -> str:
-    """What was done, short: structured 0.4 + finetune."""
-    extra = [summary.choices[group] for group in ("recovery", "post") if summary.choices.get(group) != "none"]
-    return " + ".join([f"{summary.choices.get('method')} {summary.config['amount']:g}", *map(str, extra)])
-
-
-def _params(summary: Summary) -> dict[str, Any]:
-    """The few, telling parameters: chosen options, amount, seed, device, and the chosen options' own keys."""
-    from prune_lab.config import flatten
-
-    config = summary.config
-    params = {group: summary.choices.get(group) for group in ("model", "dataset", *_GROUPS)}
-    params |= {key: config[key] for key in ("amount", "seed")}
-    params |= {"dtype": summary.protocol["dtype"], "device": summary.protocol["device"]}
-    for group in _GROUPS:
-        unused = summary.not_applicable.get(group, [])
-        for key, value in flatten(config[group], f"{group}.").items():
-            if key != "method.amount":
-                params[key] = "n/a" if key.removeprefix(f"{group}.") in unused else value
-    return params
 
 
 def _end(client: Any, run_id: str, status: str, reason: str | None) -> None:

@@ -1,0 +1,31 @@
+"""A run's name and its parameters, as a tracker shows them: few and telling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prune_lab.config import flatten
+from prune_lab.summary import Summary
+
+_GROUPS = ("method", "schedule", "recovery", "post")
+
+
+def run_name(summary: Summary) -> str:
+    """What was done, short: structured 0.4 + finetune, or magnitude 2:4."""
+    how_much = summary.config["method"].get("pattern") or f"{summary.config['amount']:g}"
+    extra = [summary.choices[group] for group in ("recovery", "post") if summary.choices.get(group) != "none"]
+    return " + ".join([f"{summary.choices.get('method')} {how_much}", *map(str, extra)])
+
+
+def params_of(summary: Summary) -> dict[str, Any]:
+    """The few, telling parameters: chosen options, amount, seed, device, and the chosen options' own keys."""
+    config = summary.config
+    params = {group: summary.choices.get(group) for group in ("model", "dataset", *_GROUPS)}
+    params |= {key: config[key] for key in ("amount", "seed")}
+    params |= {"dtype": summary.protocol["dtype"], "device": summary.protocol["device"]}
+    for group in _GROUPS:
+        unused = summary.not_applicable.get(group, [])
+        for key, value in flatten(config[group], f"{group}.").items():
+            if key != "method.amount":
+                params[key] = "n/a" if key.removeprefix(f"{group}.") in unused else value
+    return params
