@@ -17,6 +17,7 @@ def prefill(model: Any, prompt: Tensor) -> Any:
 @torch.no_grad()
 def decode(model: Any, output: Any, tokens: int) -> None:
     """Decodes `tokens` tokens greedily, one forward pass each, after `prefill`."""
+    name = "cache" if hasattr(output, "cache") else "past_key_values"  # renamed in transformers 5.24
     for _ in range(tokens):
         last = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=last, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=last, use_cache=True, **{name: getattr(output, name)})
