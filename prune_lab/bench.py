@@ -65,6 +65,7 @@ class Bench:
             "seq_len": self.seq_len,
             "windows": len(self.windows),
             "join": JOIN,
+            "calibration": None,  # [document, first token] of each window, once a method looks at any
             "dtype": self.device.dtype_name,
             "device": str(self.device.torch_device),
             "prompt_tokens": self.prompt.shape[1],
