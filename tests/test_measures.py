@@ -309,6 +309,14 @@ def test_memory_counts_the_weights_and_grows_with_them(tmp_path: Path) -> None:
     assert large_peak - small_peak == pytest.approx(large - small, rel=0.3)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+def test_memory_of_configs_that_list_their_layers_or_name_them_otherwise(tmp_path: Path, family: str) -> None:
+    """The process warms up on a model of one layer, made from the same config."""
+    made = make_folder(tmp_path / family, family)
+    model = HubModel(name=str(made)).load(CPU, seed=0).model
+    assert 0 < measure_memory(model, made, windows_of(1, 16), Measure(decode_tokens=2), CPU) < 100
+
+
 def test_a_memory_process_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the process that measures memory failed"):
         measure_memory(None, tmp_path / "nothing", windows_of(1, 8), Measure(), CPU)

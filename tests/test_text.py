@@ -242,6 +242,14 @@ def test_a_long_file_with_a_test_text_of_its_own(tmp_path: Path) -> None:
     assert "".join(found.pieces("validation")) == cut["validation"][0]
 
 
+def test_a_long_file_is_not_its_own_test_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(story(1))
+    (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
+    for test_path in (tmp_path / "a.txt", tmp_path / "link.txt", tmp_path):
+        with pytest.raises(Refused, match=r"^dataset\.test_path=.* is the text of dataset\.path too"):
+            read(tmp_path / "a.txt", test_path=str(test_path))
+
+
 class Counting:
     """A tokenizer without a fast backend, which counts how often it is called."""
 

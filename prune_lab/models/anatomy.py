@@ -6,7 +6,7 @@ A further family is one entry in FAMILIES. Names are those of `transformers`, re
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,15 +55,16 @@ _LLAMA_ATTENTION = (
     Slot("self_attn.o_proj", "columns", ("query",)),
 )
 _LLAMA_LIKE = Family("model.layers", _LLAMA_MLP, _LLAMA_ATTENTION)
+_LLAMA_STRICT = replace(_LLAMA_LIKE, head_counts="divisors")
 
 FAMILIES = {
-    "llama": Family("model.layers", _LLAMA_MLP, _LLAMA_ATTENTION, head_counts="divisors"),
+    "llama": _LLAMA_STRICT,
     "mistral": _LLAMA_LIKE,
     "qwen2": _LLAMA_LIKE,
     "qwen3": _LLAMA_LIKE,
     "gemma": _LLAMA_LIKE,
-    "gemma2": Family("model.layers", _LLAMA_MLP, _LLAMA_ATTENTION, head_counts="divisors"),
-    "gemma3_text": Family("model.layers", _LLAMA_MLP, _LLAMA_ATTENTION, head_counts="divisors"),
+    "gemma2": _LLAMA_STRICT,
+    "gemma3_text": _LLAMA_STRICT,
     "phi3": Family(
         "model.layers",
         (Slot("mlp.gate_up_proj", "rows", ("channel", "channel")), Slot("mlp.down_proj", "columns")),

@@ -38,6 +38,12 @@ class TextFiles(TextSource):
             read_test = partial(self._rows, test_files, test_name)
             facts["test_path"] = self.test_path
             _first(read_test(), 1, test_name)
+            if (
+                len(files) == 1
+                and files[0].suffix == ".txt"
+                and files[0].resolve() in {f.resolve() for f in test_files}
+            ):
+                raise Refused(f"{test_name} is the text of dataset.path too: what is tested on may not be trained on")
         read = partial(self._rows, files, name)
         if len(files) == 1 and files[0].suffix == ".txt":
             whole = LongDocument(name, files[0], facts, read_test)
