@@ -22,8 +22,10 @@ from prune_lab.measure.perplexity import Quality, measure_quality
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.size import Size, measure_size
 from prune_lab.models.load import Loaded, ModelSource
+from prune_lab.pruning.calibration import Calibrator
 from prune_lab.summary import write_json
-from prune_lab.text.source import TextSource
+from prune_lab.text.calibration import calibration_corpus
+from prune_lab.text.source import Calibration, TextSource
 from prune_lab.text.tokens import JOIN, Tokens, sha256
 
 
@@ -44,14 +46,16 @@ class Bench:
     ) -> None:
         self.device, self.measure, self.seq_len = device, measure, text.seq_len
         self._baseline: Figures | None = None
+        self._calibration: Calibration = text.calibration
+        self._calibrators: dict[int, tuple[Calibrator, dict[str, Any]]] = {}
         corpus = text.corpus()
         self.dense: Loaded = model.load(device, seed)
-        context = getattr(self.dense.model.config, "max_position_embeddings", None)
-        if context is not None and text.seq_len > context:
-            raise Refused(f"dataset.seq_len={text.seq_len} is above the model's context of {context} tokens")
+        self.context: int | None = getattr(self.dense.model.config, "max_position_embeddings", None)
+        if self.context is not None and text.seq_len > self.context:
+            raise Refused(f"dataset.seq_len={text.seq_len} is above the model's context of {self.context} tokens")
         self.tokens = Tokens(corpus, self.dense.tokenizer, console, self.dense.model.config.vocab_size)
         self.windows = self.tokens.windows("test", text.seq_len)[: measure.max_windows]
-        room = (context or 10**9) - measure.decode_tokens
+        room = (self.context or 10**9) - measure.decode_tokens
         stream = self.tokens.stream("test")
         self.prompt: Tensor = stream[: max(1, min(measure.prompt_tokens, room))][None].long()
 
@@ -65,7 +69,7 @@ class Bench:
             "seq_len": self.seq_len,
             "windows": len(self.windows),
             "join": JOIN,
-            "calibration": None,  # [document, first token] of each window, once a method looks at any
+            "calibration": None,  # of a run whose method looks at any: see `calibrator`
             "dtype": self.device.dtype_name,
             "device": str(self.device.torch_device),
             "prompt_tokens": self.prompt.shape[1],
@@ -76,6 +80,36 @@ class Bench:
     def hashes(self) -> dict[str, str]:
         """sha256 of weights, tokenizer and text."""
         return self.dense.fingerprint() | {"text": self.tokens.corpus.fingerprint()}
+
+    def calibrator(self, seed: int, console: Console) -> tuple[Calibrator, dict[str, Any]]:
+        """The calibration windows of a seed, and their stamp: source, sizes, propagation, where each window begins.
+
+        Raises Refused where the model's context or the text is too short.
+        """
+        if seed not in self._calibrators:
+            asked = self._calibration
+            if self.context is not None and asked.seq_len > self.context:
+                raise Refused(
+                    f"dataset.calibration.seq_len={asked.seq_len} is above the model's context of {self.context} tokens"
+                )
+            corpus = calibration_corpus(asked)
+            tokens = self.tokens
+            if corpus is not None:
+                tokens = Tokens(corpus, self.dense.tokenizer, console, self.dense.model.config.vocab_size)
+            windows, places = tokens.calibration_windows(asked.n_samples, asked.seq_len, seed)
+            stamp = {
+                "source": tokens.corpus.name,
+                "own": corpus is None,
+                "n_samples": asked.n_samples,
+                "seq_len": asked.seq_len,
+                "propagate": asked.propagate,
+                "seed": seed,
+                "windows": places,  # [document, first token] of each
+                "tokens_sha256": sha256(windows),
+            }
+            self._calibrators[seed] = Calibrator(windows, asked.propagate, asked.batch_size), stamp
+        calibrator, stamp = self._calibrators[seed]
+        return replace(calibrator, console=console), stamp
 
     def copy_of_dense(self) -> Loaded:
         """A copy of the dense model to be pruned."""

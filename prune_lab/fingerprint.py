@@ -19,11 +19,18 @@ def fingerprint(config: dict[str, Any], protocol: dict[str, Any], hashes: dict[s
     """sha256 over the resolved configuration, the protocol stamp, and the hashes of weights, tokenizer and text."""
     kept = {key: value for key, value in config.items() if key not in _NOT_PART}
     for group, names in _PLACES.items():
-        kept[group] = {key: value for key, value in kept[group].items() if key not in names}
-    stamp = {key: value for key, value in protocol.items() if key not in _PROTOCOL_PLACES}
+        kept[group] = _without(kept[group], names)
+    stamp = _without(protocol, _PROTOCOL_PLACES)
+    for part, name in ((kept["dataset"], "name"), (stamp, "source")):
+        if isinstance(part.get("calibration"), dict):
+            part["calibration"] = _without(part["calibration"], (name,))
     whole = {"config": kept, "source": source_sha256(), "protocol": stamp, "hashes": hashes}
     text = json.dumps(whole, sort_keys=True, allow_nan=False)
     return text_sha256(text)
+
+
+def _without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in names}
 
 
 def text_sha256(text: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -31,8 +33,19 @@ def header(summary: Summary, console: Console) -> None:
     console.note(f"text      {protocol['dataset']}: {tokens}")
     console.note(f"device    {protocol['device']} ({summary.environment['gpu'] or summary.environment['cpu']})")
     console.note(f"dtype     {protocol['dtype']}")
+    if (seen := protocol["calibration"]) is not None:
+        windows = f"{seen['n_samples']} windows of {seen['seq_len']} tokens of {seen['source']}"
+        console.note(f"calibration  {windows}, behind {seen['propagate']} blocks")
     chosen = summary.choices
     console.note("run       " + ", ".join(f"{g} {chosen.get(g)}" for g in ("method", "schedule", "recovery", "post")))
+
+
+def calibration_notes(protocol: dict[str, Any]) -> list[str]:
+    """Plain words about the calibration text, where a run looked at any."""
+    seen = protocol["calibration"]
+    if seen is None or not seen["own"]:
+        return []
+    return [f"calibrated on {seen['source']} itself, apart from its test split: in-domain, which flatters perplexity"]
 
 
 def observations(metrics: dict[str, float]) -> list[str]:

@@ -24,10 +24,11 @@ from prune_lab.export import check_reload, save_model
 from prune_lab.figures import compare
 from prune_lab.fingerprint import fingerprint
 from prune_lab.measure.speed import measure_latency
-from prune_lab.methods.base import LayerRow, Pruned
+from prune_lab.methods.base import Pruned
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import Loaded
 from prune_lab.place import Place
+from prune_lab.pruning.calibration import Calibrator
 from prune_lab.recovery.base import Training
 from prune_lab.summary import Summary
 from prune_lab.tracking.base import RunLog
@@ -41,6 +42,10 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
     console.note("loading model and text")
     seed_of_weights = settings.seed if parts.model.weights == "random" else 0
     bench = open_bench(parts.model, parts.dataset, parts.measure, device, seed_of_weights, console)
+    calibrator, protocol = None, bench.protocol
+    if parts.method.calibrated:
+        calibrator, stamp = bench.calibrator(settings.seed, console)
+        protocol = protocol | {"calibration": stamp}
     summary = Summary(
         status="RUNNING",
         choices=place.choices,
@@ -49,9 +54,9 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
         folder=str(place.folder),
         model=bench.dense.facts(),
         environment=describe_environment(device),
-        protocol=bench.protocol,
+        protocol=protocol,
         not_applicable={group: list(getattr(parts, group).not_applicable) for group in ("method", "recovery")},
-        fingerprint=fingerprint(config, protocol=bench.protocol, hashes=bench.hashes),
+        fingerprint=fingerprint(config, protocol=protocol, hashes=bench.hashes),
     )
     report.header(summary, console)
     finished = parts.tracking.find_finished(settings.name, summary.fingerprint) if settings.resume else None
@@ -62,7 +67,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
 
     with parts.tracking.start_run(settings.name, summary, place) as log:
         dense = bench.baseline(place.sweep, console)
-        loaded, pruned, seconds = _compress(parts, bench, summary.fingerprint, console, log)
+        loaded, pruned, seconds = _compress(parts, bench, calibrator, summary.fingerprint, console, log)
         with _saved(loaded, place.folder, settings.export) as folder, _stopwatch(seconds, "time/measure_s"):
             figures = bench.figures(loaded, folder, console)
             latency = None
@@ -70,7 +75,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
                 models = bench.dense.model, loaded.model
                 latency = measure_latency(*models, bench.prompt, parts.measure, device, console)
             check_reload(loaded.model, folder, bench.windows[:1].long())
-        summary.warnings += pruned.notes
+        summary.warnings += pruned.notes + report.calibration_notes(protocol)
         metrics = compare(parts.method, dense, figures, latency, pruned) | seconds
         diverged = summary.set_metrics(metrics)
         summary.warnings += report.observations(summary.metrics)
@@ -78,13 +83,13 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
         if settings.export:
             card = model_card(summary, bench.dense.name, place.command)
             (place.folder / "export" / "README.md").write_text(card, encoding="utf-8")
-        log.result(summary, summary.write(place.folder), _write_layers(place.folder, pruned.rows), diverged)
+        log.result(summary, [summary.write(place.folder), *_write_files(place.folder, pruned)], diverged)
     shutil.rmtree(_checkpoints(summary.fingerprint), ignore_errors=True)
     return summary
 
 
 def _compress(
-    parts: Parts, bench: Bench, run_id: str, console: Console, log: RunLog
+    parts: Parts, bench: Bench, calibrator: Calibrator | None, run_id: str, console: Console, log: RunLog
 ) -> tuple[Loaded, Pruned, dict[str, float]]:
     """Prunes a copy of the dense model as the schedule says, recovers after each step, post-compresses."""
     seed, device = parts.settings.seed, bench.device
@@ -93,7 +98,7 @@ def _compress(
     pruned = Pruned()
     for step, amount in enumerate(parts.schedule.amounts(parts.method.amount)):
         with _stopwatch(seconds, "time/prune_s"):
-            pruned = parts.method.prune(Anatomy(loaded.model), amount, seed)
+            pruned = parts.method.prune(Anatomy(loaded.model), amount, seed, calibrator)
         checkpoint = _checkpoints(run_id) / f"{step}.safetensors"
         with _stopwatch(seconds, "time/recover_s"):
             parts.recovery.recover(
@@ -126,11 +131,13 @@ def _stopwatch(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
 
 
-def _write_layers(folder: Path, rows: list[LayerRow]) -> Path:
-    """layers.csv: what was removed from each Linear."""
+def _write_files(folder: Path, pruned: Pruned) -> list[Path]:
+    """layers.csv, what was removed from each Linear; and the files that the method leaves."""
     path = folder / "layers.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, ["layer", "before", "removed"])
         table.writeheader()
-        table.writerows(asdict(row) for row in rows)
-    return path
+        table.writerows(asdict(row) for row in pruned.rows)
+    for name, content in pruned.files.items():
+        (folder / name).write_bytes(content)
+    return [path, *(folder / name for name in pruned.files)]

@@ -20,11 +20,12 @@ from prune_lab.console import Console
 from prune_lab.export import save_model
 from prune_lab.measure import perplexity
 from prune_lab.measure.memory import measure_memory
-from prune_lab.measure.perplexity import Quality, measure_quality, window_losses
+from prune_lab.measure.perplexity import Quality, measure_quality
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.size import measure_size
 from prune_lab.measure.speed import Paired, measure_latency
 from prune_lab.models.load import HubModel, Loaded
+from prune_lab.models.loss import window_losses
 from prune_lab.summary import Summary
 from prune_lab.text.corpus import Documents
 from prune_lab.text.tokens import Tokens

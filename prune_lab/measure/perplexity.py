@@ -11,8 +11,7 @@ from torch import Tensor
 
 from prune_lab.console import Console
 from prune_lab.device import Device
-
-LOGITS_AT_ONCE = 2**22  # elements; so peak memory does not grow with vocabulary x window
+from prune_lab.models.loss import window_losses
 
 
 @dataclass(frozen=True)
@@ -38,21 +37,3 @@ def measure_quality(
     mean = float(torch.cat(losses).mean())
     # A diverged model is reported as infinite, never as an OverflowError.
     return Quality(math.exp(mean) if mean < 700 else math.inf, mean / math.log(2) / bytes_per_token)
-
-
-@torch.no_grad()
-def window_losses(model: Any, batch: Tensor) -> Tensor:
-    """Mean cross-entropy of each window in nats, shape (windows,), fp32; `batch` has shape (windows, seq_len).
-
-    The head runs over a few positions at a time, so the logits of a whole window are never held.
-    """
-    hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1]
-    head, targets = model.get_output_embeddings(), batch[:, 1:].reshape(-1, 1)
-    rows = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2 bends its logits after the head
-    losses = []
-    for states, wanted in zip(hidden.reshape(-1, hidden.shape[-1]).split(rows), targets.split(rows), strict=True):
-        logits = head(states).float()
-        logits = logits if cap is None else cap * torch.tanh(logits / cap)
-        losses.append(logits.logsumexp(-1) - logits.gather(1, wanted)[:, 0])
-    return torch.cat(losses).view(len(batch), -1).mean(1)

@@ -5,16 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from prune_lab.checks import check_amount
-from prune_lab.errors import Refused
-from prune_lab.models.anatomy import Anatomy, out_in
+from prune_lab.models.anatomy import Anatomy
+from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.masks import Masks
-from prune_lab.pruning.selection import Pattern, keep_global, keep_layer, keep_pattern
-
-SCOPES = ("layer", "global")
 
 
 @dataclass(frozen=True)
@@ -28,11 +22,12 @@ class LayerRow:
 
 @dataclass
 class Pruned:
-    """What a method did: the table of its scope, the masks to hold, and notes worth telling."""
+    """What a method did: the table of its scope, the masks to hold, notes worth telling, and files to keep by name."""
 
     rows: list[LayerRow] = field(default_factory=list)
     masks: Masks = field(default_factory=Masks)
     notes: list[str] = field(default_factory=list)
+    files: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def realized(self) -> float:
@@ -55,57 +50,14 @@ class Method:
     def __post_init__(self) -> None:
         check_amount(self.amount)
 
-    def prune(self, anatomy: Anatomy, amount: float, seed: int) -> Pruned:
-        """Removes, in place, `amount` of what the dense model had in scope; raises Refused where it cannot."""
+    @property
+    def calibrated(self) -> bool:
+        """Whether it looks at calibration text."""
+        return False
+
+    def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
+        """Removes, in place, `amount` of what the dense model had in scope; raises Refused where it cannot.
+
+        `calibrator` is there if the method is `calibrated`.
+        """
         raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class WeightMethod(Method):
-    """Zeroes single weights of lowest score; subclasses give the score.
-
-    pattern: N:M kept, such as 2:4; it fixes the amount. scope: the weights that are ranked together.
-    """
-
-    pattern: str | None = None
-    scope: str = "layer"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.scope not in SCOPES:
-            raise ValueError(f"scope={self.scope!r} is none of {', '.join(SCOPES)}")
-        if self.pattern is not None:
-            Pattern.parse(self.pattern)
-
-    def score(self, weight: Tensor, generator: torch.Generator) -> Tensor:
-        """Importance of each weight, shape (out, in) as `weight`; the lowest are pruned first."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def prune(self, anatomy: Anatomy, amount: float, seed: int) -> Pruned:
-        """Zeroes weights of every prunable Linear and returns the masks that keep them so."""
-        layers = dict(anatomy.linears())
-        generator = torch.Generator().manual_seed(seed)
-        scores = {name: self.score(out_in(linear, linear.weight), generator) for name, linear in layers.items()}
-        if self.pattern is not None:
-            pattern, keep = Pattern.parse(self.pattern), {}
-            for name, values in scores.items():
-                if values.shape[1] % pattern.m:
-                    raise Refused(
-                        f"method.pattern={self.pattern}: {name} has {values.shape[1]} inputs, not a multiple of "
-                        f"{pattern.m}"
-                    )
-                keep[name] = keep_pattern(values, pattern)
-        elif self.scope == "global":
-            keep = dict(zip(scores, keep_global(list(scores.values()), amount), strict=True))
-        else:
-            keep = {name: keep_layer(values, amount) for name, values in scores.items()}
-        pruned = Pruned(masks=Masks({name: out_in(layers[name], mask) for name, mask in keep.items()}))
-        pruned.masks.hold(anatomy.model)
-        for name, mask in keep.items():
-            pruned.rows.append(LayerRow(name, mask.numel(), mask.numel() - int(mask.sum())))
-        if self.pattern is not None and abs(pruned.realized - amount) > 1e-6:
-            pruned.notes.append(
-                f"method.pattern={self.pattern} fixes the amount at {pruned.realized:g}; amount={amount:g} was not used"
-            )
-        return pruned

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from prune_lab.methods.base import WeightMethod
+from prune_lab.methods.weights import WeightMethod
+from prune_lab.pruning import scores
+from prune_lab.pruning.statistics import Seen
 
 
 @dataclass(frozen=True)
 class Magnitude(WeightMethod):
     """|W| of single weights (Han et al., 1506.02626)."""
 
-    def score(self, weight: Tensor, generator: torch.Generator) -> Tensor:
+    def score(self, weight: Tensor, seen: Seen) -> Tensor:
         """The absolute value, in the weight's own number type."""
-        return weight.abs()
+        return scores.magnitude(weight, seen)

@@ -5,16 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from prune_lab.methods.base import Pruned, WeightMethod
+from prune_lab.methods.base import Pruned
+from prune_lab.methods.weights import WeightMethod
 from prune_lab.models.anatomy import Anatomy
+from prune_lab.pruning.calibration import Calibrator
 
 
 @dataclass(frozen=True)
 class NoPruning(WeightMethod):
     """Removes nothing."""
 
-    not_applicable: ClassVar[tuple[str, ...]] = ("amount", "pattern", "scope")
+    not_applicable: ClassVar[tuple[str, ...]] = ("amount", "pattern", "scope", "allocation")
 
-    def prune(self, anatomy: Anatomy, amount: float, seed: int) -> Pruned:
+    @property
+    def calibrated(self) -> bool:
+        """It looks at nothing."""
+        return False
+
+    def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
         """Leaves the model as it is."""
         return Pruned()

@@ -148,12 +148,21 @@ class Anatomy:
 
     def linears(self) -> Iterator[tuple[str, Any]]:
         """Every prunable Linear (or Conv1D) with its full name, block by block: those inside decoder blocks."""
+        for of_block in self.linears_by_block():
+            yield from of_block
+
+    def linears_by_block(self) -> list[list[tuple[str, Any]]]:
+        """The prunable Linears of each block, with their full names."""
         from transformers.pytorch_utils import Conv1D
 
-        for index, block in enumerate(self.blocks):
-            for name, module in block.named_modules():
-                if isinstance(module, nn.Linear | Conv1D):
-                    yield f"{self.family.blocks}.{index}.{name}", module
+        return [
+            [
+                (f"{self.family.blocks}.{index}.{name}", module)
+                for name, module in block.named_modules()
+                if isinstance(module, nn.Linear | Conv1D)
+            ]
+            for index, block in enumerate(self.blocks)
+        ]
 
     def unit_linears(self, kind: str) -> list[list[UnitLinear]]:
         """For each block, the Linears that make up its units of a kind: mlp (MLP channels) or heads (KV groups)."""
@@ -216,6 +225,31 @@ class Anatomy:
         if self.family.kv_heads is not None:
             setattr(self.config, self.family.kv_heads, count)
         self._set_in_modules({"num_key_value_heads": count, "num_heads": count * per_group})
+
+    def keep_blocks(self, kept: list[int]) -> None:
+        """Keeps the blocks with these indices, in order, renumbered, and writes their number into the config.
+
+        The key-value cache goes by a block's number. Settings with one entry for each block, such as Gemma's
+        layer_types, keep those of the blocks. Raises Refused where a block's number is part of what it computes.
+        """
+        count, config = len(self.blocks), self.config
+        if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+            raise Refused(
+                "blocks cannot be removed: scale_attn_by_inverse_layer_idx=true scales attention by a block's number, "
+                "which removal changes"
+            )
+        for name, value in list(vars(config).items()):
+            if isinstance(value, list | tuple) and len(value) == count:
+                setattr(config, name, type(value)(value[index] for index in kept))
+        config.num_hidden_layers = len(kept)
+        blocks = self.blocks
+        parent, _, last = self.family.blocks.rpartition(".")
+        setattr(self.model.get_submodule(parent), last, nn.ModuleList(blocks[index] for index in kept))
+        for number, block in enumerate(self.blocks):
+            module: Any
+            for module in block.modules():
+                if isinstance(getattr(module, "layer_idx", None), int):
+                    module.layer_idx = number
 
     def _set_in_modules(self, values: dict[str, int]) -> None:
         for block in self.blocks:

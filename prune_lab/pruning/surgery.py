@@ -8,34 +8,42 @@ from torch import Tensor, nn
 from prune_lab.models.anatomy import Anatomy, UnitLinear, out_in
 
 
-def unit_weights(part: UnitLinear) -> Tensor:
-    """The weights of each unit in one Linear, shape (units, weights of a unit)."""
-    lines = part.weight if part.side == "rows" else part.weight.T
-    units = lines.shape[0] // sum(part.widths)
+def unit_sums(part: UnitLinear, values: Tensor) -> Tensor:
+    """Sums over each unit of one Linear, fp32, shape (units,), of values with the weight's shape (out, in)."""
+    lines = values.float().sum(1 if part.side == "rows" else 0)
+    units = len(lines) // sum(part.widths)
     runs = lines.split([units * width for width in part.widths])
-    return torch.cat([run.reshape(units, -1) for run in runs], dim=1)
+    return torch.stack([run.view(units, -1).sum(1) for run in runs]).sum(0)
 
 
-def unit_masks(anatomy: Anatomy, kind: str, keep: list[Tensor]) -> dict[str, Tensor]:
-    """Keep-masks of the Linears' weights by name, from what each block keeps: (units,) bools a block."""
+def unit_masks(parts: list[UnitLinear], kept: Tensor) -> dict[str, Tensor]:
+    """Keep-masks of a block's Linears' weights by name, from the units it keeps: bools of shape (units,)."""
     masks = {}
-    for parts, kept in zip(anatomy.unit_linears(kind), keep, strict=True):
-        for part in parts:
-            lines = part.lines(kept)
-            mask = (lines[:, None] if part.side == "rows" else lines).expand_as(part.weight)
-            masks[part.name] = out_in(part.linear, mask)
+    for part in parts:
+        lines = part.lines(kept)
+        mask = (lines[:, None] if part.side == "rows" else lines).expand_as(part.weight)
+        masks[part.name] = out_in(part.linear, mask)
     return masks
 
 
 @torch.no_grad()
-def zero_units(anatomy: Anatomy, kind: str, keep: list[Tensor]) -> None:
-    """Zeroes the units that `keep` drops, biases too, and leaves every shape."""
-    masks = unit_masks(anatomy, kind, keep)
-    for parts, kept in zip(anatomy.unit_linears(kind), keep, strict=True):
-        for part in parts:
-            part.linear.weight.masked_fill_(~masks[part.name], 0)
-            if part.side == "rows" and part.linear.bias is not None:
-                part.linear.bias[~part.lines(kept)] = 0
+def zero_units(parts: list[UnitLinear], kept: Tensor) -> None:
+    """Zeroes a block's units where `kept`, bools of shape (units,), is False, biases too, and leaves every shape."""
+    for part, mask in zip(parts, unit_masks(parts, kept).values(), strict=True):
+        part.linear.weight.masked_fill_(~mask, 0)
+        if part.side == "rows" and part.linear.bias is not None:
+            part.linear.bias[~part.lines(kept)] = 0
+
+
+@torch.no_grad()
+def compensate(part: UnitLinear, kept: Tensor, mean: Tensor) -> None:
+    """Adds to the bias what the units that go gave on average; `mean` is that of each of its inputs, shape (in,).
+
+    FLAP's bias compensation (2312.11983). `part` reads the units (its columns) and has a bias.
+    """
+    gone = ~part.lines(kept)
+    shift = part.weight.float()[:, gone] @ mean[gone]
+    part.linear.bias.copy_(part.linear.bias.float() + shift)
 
 
 @torch.no_grad()

@@ -6,19 +6,43 @@ from dataclasses import dataclass, field
 
 from prune_lab.text.corpus import Corpus
 
+SOURCES = ("own", "stdlib", "text", "wikitext2", "c4")
+PROPAGATE = ("pruned", "dense")
+
 
 @dataclass(frozen=True)
 class Calibration:
-    """How many windows of calibration text a method may look at: n_samples windows of seq_len tokens."""
+    """What calibrated methods look at: n_samples windows of seq_len tokens.
+
+    source: "own", the dataset's own calibration split (apart from its training text); or the name of another dataset.
+    name: where that one lies: a Hub repository or a local folder in its layout, or the path of a "text".
+    propagate: whether blocks are calibrated behind "pruned" or "dense" ones.
+    """
 
     n_samples: int = 128
     seq_len: int = 256
+    source: str = "own"
+    name: str | None = None
+    propagate: str = "pruned"
+    batch_size: int = 16
 
     def __post_init__(self) -> None:
         if self.n_samples < 1:
             raise ValueError(f"n_samples={self.n_samples} must be at least 1")
         if self.seq_len < 2:
             raise ValueError(f"seq_len={self.seq_len} must be at least 2 tokens")
+        if self.source not in SOURCES:
+            raise ValueError(f"source={self.source!r} is none of {', '.join(SOURCES)}")
+        if self.name is not None and self.source in ("own", "stdlib"):
+            raise ValueError(
+                f"name={self.name!r} with source={self.source}: it has no name; give source=text, wikitext2 or c4"
+            )
+        if self.name is None and self.source == "text":
+            raise ValueError("name is required with source=text: give the path of the text")
+        if self.propagate not in PROPAGATE:
+            raise ValueError(f"propagate={self.propagate!r} is none of {', '.join(PROPAGATE)}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
 
 
 @dataclass(frozen=True)

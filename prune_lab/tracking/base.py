@@ -17,7 +17,7 @@ class RunLog(Protocol):
     def figures(self, step: int, values: dict[str, float]) -> None:
         """Logs figures of a training step."""
 
-    def result(self, summary: Summary, summary_file: Path, layers_file: Path, diverged: list[str]) -> None:
+    def result(self, summary: Summary, files: list[Path], diverged: list[str]) -> None:
         """Logs what came out: metrics, artifacts, and a tag for each diverged metric."""
 
 

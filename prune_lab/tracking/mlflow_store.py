@@ -120,14 +120,14 @@ class _MlflowLog:
         now = get_current_time_millis()
         self._client.log_batch(self._run_id, [Metric(name, value, now, step) for name, value in values.items()])
 
-    def result(self, summary: Summary, summary_file: Path, layers_file: Path, diverged: list[str]) -> None:
-        """Logs metrics, summary.json, layers.csv, config.yaml, and marks what diverged."""
+    def result(self, summary: Summary, files: list[Path], diverged: list[str]) -> None:
+        """Logs metrics, the run's files (summary.json the first), config.yaml, and marks what diverged."""
         import yaml
 
         self.metrics(summary.metrics)
         if diverged:
             self._client.set_tag(self._run_id, "diverged", ", ".join(diverged))
-        for file in (summary_file, layers_file):
+        for file in files:
             self._client.log_artifact(self._run_id, str(file))
         self._client.log_text(self._run_id, yaml.safe_dump(summary.config, sort_keys=False), "config.yaml")
 

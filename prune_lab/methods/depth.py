@@ -1,0 +1,76 @@
+"""method=depth: whole decoder blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from prune_lab.methods.base import LayerRow, Method, Pruned
+from prune_lab.models.anatomy import Anatomy
+from prune_lab.pruning.blocks import bypassed
+from prune_lab.pruning.calibration import Calibrator
+from prune_lab.pruning.selection import count_to_remove
+
+WAYS = ("bi", "perplexity")
+
+
+@dataclass(frozen=True)
+class Depth(Method):
+    """Removes the blocks that matter least; at least one stays.
+
+    by: bi, the blocks that change the direction of the states least in the dense model (ShortGPT: Men et al.,
+    2403.03853); perplexity, one block after the other, each time the one whose absence hurts calibration text least
+    (SLEB: Song et al., 2402.09025).
+    """
+
+    by: str = "bi"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.by not in WAYS:
+            raise ValueError(f"by={self.by!r} is none of {', '.join(WAYS)}")
+
+    @property
+    def calibrated(self) -> bool:
+        """It looks at calibration text either way."""
+        return True
+
+    @torch.no_grad()
+    def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
+        """Takes blocks out of the model and returns what went with them."""
+        assert calibrator is not None
+        count = len(anatomy.blocks)
+        remove = min(count_to_remove(count, amount), count - 1)
+        dropped = (_by_influence if self.by == "bi" else _by_perplexity)(anatomy, remove, calibrator) if remove else []
+        rows = []
+        for index, of_block in enumerate(anatomy.linears_by_block()):
+            for name, linear in of_block:
+                size = linear.weight.numel()
+                rows.append(LayerRow(name, size, size if index in dropped else 0))
+        if dropped:
+            anatomy.keep_blocks([index for index in range(count) if index not in dropped])
+        gone = ", ".join(str(index) for index in sorted(dropped))
+        return Pruned(rows, notes=[f"blocks removed of {count}, counted from 0: {gone}"] if dropped else [])
+
+
+def _by_influence(anatomy: Anatomy, remove: int, calibrator: Calibrator) -> list[int]:
+    """The `remove` blocks of lowest influence, the first ones among equals."""
+    influence = calibrator.block_influence(anatomy)
+    return sorted(range(len(influence)), key=lambda index: (influence[index], index))[:remove]
+
+
+def _by_perplexity(anatomy: Anatomy, remove: int, calibrator: Calibrator) -> list[int]:
+    """Blocks in the order of their removal; each is the one without which the loss is lowest at that point."""
+    left, dropped = list(range(len(anatomy.blocks))), list[int]()
+    passes = sum(len(left) - step for step in range(remove))
+    with calibrator.console.progress(passes, "trying blocks", unit="pass") as bar:
+        for _ in range(remove):
+            losses = {}
+            for index in left:
+                with bypassed(anatomy, [*dropped, index]):
+                    losses[index] = calibrator.loss(anatomy.model)
+                bar.update()
+            dropped.append(min(losses, key=lambda index: (losses[index], index)))
+            left.remove(dropped[-1])
+    return dropped

@@ -1,0 +1,121 @@
+"""Calibration: what methods see of the activations, block by block, each distinct input observed once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prune_lab.console import Console
+from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.loss import window_losses
+from prune_lab.pruning.blocks import BlockStream
+from prune_lab.pruning.statistics import NEEDS, InputStatistics, Seen
+
+PROPAGATE = ("pruned", "dense")
+
+
+@dataclass(frozen=True)
+class Calibrator:
+    """Puts calibration windows, shape (windows, seq_len), through models.
+
+    propagate: what the blocks after a pruned one see: its outputs as "pruned", or those of the "dense" block, which
+    costs half and makes the statistics independent of the amount.
+    """
+
+    windows: Tensor
+    propagate: str = "pruned"
+    batch_size: int = 16
+    console: Console = Console(quiet=True)  # noqa: RUF009 - it has no state
+
+    def walk(self, anatomy: Anatomy, needs: frozenset[str], dense: bool = False) -> Iterator[dict[str, Seen]]:
+        """For each block in order, what was seen at each of its Linears, by full name.
+
+        Statistics of one block are held at a time. The block is free to be changed before the next one is asked for:
+        with propagate="pruned" its inputs come from the changed block. `dense` overrules that: one pass.
+        """
+        wanted = needs & frozenset(NEEDS)
+        linears = anatomy.linears_by_block()
+        if not wanted:
+            yield from ({name: Seen() for name, _ in of_block} for of_block in linears)
+            return
+        stream, propagate_pruned = (
+            BlockStream(anatomy, self.windows, self.batch_size),
+            not dense and (self.propagate == "pruned"),
+        )
+        passes = 2 if propagate_pruned else 1
+        with self.console.progress(len(linears) * passes * self.windows.numel(), "calibrating", unit="tok") as bar:
+            for index, of_block in enumerate(linears):
+                with _observing(anatomy.blocks[index], of_block, wanted) as statistics:
+                    self._forward(stream, index, bar, keep=not propagate_pruned)
+                yield {name: found.seen() for name, found in statistics.items()}
+                if propagate_pruned:
+                    self._forward(stream, index, bar, keep=True)
+
+    def _forward(self, stream: BlockStream, block: int, bar: Any, keep: bool) -> None:
+        for number, states in enumerate(stream.states):
+            out = stream.output(block, number)
+            if keep:
+                stream.states[number] = out
+            bar.update(states.shape[0] * states.shape[1])
+
+    def loss(self, model: Any, windows: int | None = None) -> float:
+        """Mean cross-entropy of the next token in nats over the first `windows` windows (all of them by default)."""
+        device = next(model.parameters()).device
+        losses = [window_losses(model, batch.to(device)) for batch in self.windows[:windows].split(self.batch_size)]
+        return float(torch.cat(losses).double().mean())
+
+    @torch.no_grad()
+    def block_influence(self, anatomy: Anatomy) -> list[float]:
+        """How much each block changes the direction of the states: 1 - mean over tokens of cos(before, after).
+
+        ShortGPT's BI (Men et al., 2403.03853), between the block's own input and output: the model's last hidden
+        state would be the one after the final norm.
+        """
+        stream, found = BlockStream(anatomy, self.windows, self.batch_size), []
+        count = len(anatomy.blocks)
+        with self.console.progress(count * self.windows.numel(), "block influence", unit="tok") as bar:
+            for index in range(count):
+                before = list(stream.states)
+                self._forward(stream, index, bar, keep=True)
+                pairs = zip(before, stream.states, strict=True)
+                found.append(block_influence((was.flatten(0, 1), now.flatten(0, 1)) for was, now in pairs))
+        return found
+
+
+def block_influence(pairs: Any) -> float:
+    """1 - mean cosine between rows of the first and second of each pair, both of shape (tokens, hidden)."""
+    cosines = [torch.cosine_similarity(was.float(), now.float(), dim=1) for was, now in pairs]
+    return 1 - float(torch.cat(cosines).double().mean())
+
+
+@contextmanager
+def _observing(
+    block: nn.Module, linears: list[tuple[str, Any]], needs: frozenset[str]
+) -> Iterator[dict[str, InputStatistics]]:
+    """Statistics by name of Linear, gathered while `block` runs; Linears that are given one tensor share them."""
+    statistics: dict[str, InputStatistics] = {}
+    of_this_call: list[tuple[Tensor, InputStatistics]] = []
+
+    def look(name: str, rows: Tensor) -> None:
+        for other, known in of_this_call:
+            if other is rows:
+                statistics[name] = known
+                return
+        mine = statistics.setdefault(name, InputStatistics(needs))
+        of_this_call.append((rows, mine))
+        mine.add(rows.reshape(-1, rows.shape[-1]))
+
+    hooks = [block.register_forward_pre_hook(lambda *_: of_this_call.clear())]
+    for name, linear in linears:
+        hooks.append(linear.register_forward_pre_hook(lambda _, args, name=name: look(name, args[0])))
+    try:
+        yield statistics
+    finally:
+        of_this_call.clear()
+        for hook in hooks:
+            hook.remove()

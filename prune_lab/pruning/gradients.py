@@ -1,0 +1,69 @@
+"""First- and second-order Taylor saliency: gradients of the loss, summed up as they come and freed at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from prune_lab.console import Console
+from prune_lab.errors import Refused
+from prune_lab.models.anatomy import Anatomy, out_in
+
+Reduce = Callable[[str, Tensor], Tensor]
+FLOAT16_SCALE = 2.0**10  # of the loss, since gradients of a mean loss vanish in float16; scores only compare
+
+
+def saliency(
+    anatomy: Anatomy,
+    windows: Tensor,
+    order: int,
+    console: Console,
+    reduce: Reduce = lambda name, value: value,
+    only: Collection[str] | None = None,
+) -> dict[str, Tensor]:
+    """Mean over windows of |w * g| (order 1) or (w * g)^2 (order 2) by Linear, all of them or `only` those; float32.
+
+    g is the gradient of one window's mean next-token loss (Molchanov et al., 1611.06440 and 1906.10771; LLM-Pruner,
+    2305.11627, whose second order is w^2 times the mean squared per-sample gradient). `reduce(name, values)` turns
+    the values of one Linear, shape (out, in), into what is summed up, such as sums over units. Raises Refused where a
+    gradient is not finite.
+    """
+    model, sums = anatomy.model, dict[str, Tensor]()
+    linears = {name: linear for name, linear in anatomy.linears() if only is None or name in only}
+    scale = FLOAT16_SCALE if next(iter(linears.values())).weight.dtype == torch.float16 else 1.0
+
+    def take(name: str, linear: Any) -> Callable[[Tensor], None]:
+        def gather(weight: Tensor) -> None:
+            assert weight.grad is not None
+            value = (weight.detach().float() * weight.grad.float() / scale).abs()
+            part = reduce(name, out_in(linear, value if order == 1 else value.square()))
+            sums[name] = part if name not in sums else sums[name].add_(part)
+            weight.grad = None
+
+        return gather
+
+    hooks = []
+    for name, linear in linears.items():
+        linear.weight.requires_grad_(True)
+        hooks.append(linear.weight.register_post_accumulate_grad_hook(take(name, linear)))
+    try:
+        device = next(model.parameters()).device
+        with console.progress(windows.numel(), "gradients", unit="tok") as bar, torch.enable_grad():
+            for window in windows.split(1):
+                tokens = window.to(device)
+                logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
+                (cross_entropy(logits, tokens[0, 1:]) * scale).backward()
+                bar.update(tokens.numel())
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for linear in linears.values():
+            linear.weight.requires_grad_(False)
+    for name, value in sums.items():
+        if not value.isfinite().all():
+            raise Refused(f"the gradient of {name} is not finite: give dtype=float32 or bfloat16")
+    return {name: value / len(windows) for name, value in sums.items()}

@@ -1,0 +1,104 @@
+"""SparseGPT's solver: prune a weight column by column and let the columns to come make up for the error.
+
+The paper's code applies every error to all later columns through U, the upper factor of the inverse gram G^-1 = U^T U.
+Here G = R R^T is factored instead, R upper and R = U^-1. The errors E of all columns and the change D = W - Q of the
+weight obey E = D R, so what the columns before a window did to it is D R[before, window] U[window, window]: one product
+a window, and only triangles as wide as a window are ever inverted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prune_lab.errors import Refused
+from prune_lab.pruning.selection import Pattern, keep_layer, keep_pattern
+
+WINDOW = 128  # columns whose weights are ranked together
+STRIP = 16  # columns that are updated one by one before the rest of the window is, in one product
+DAMPING = 0.01  # of the mean of the gram's diagonal
+LARGEST_DAMPING = 1e4
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A pruned weight (out, in), its keep-mask, and the damping that made the gram positive definite."""
+
+    weight: Tensor
+    keep: Tensor
+    damping: float
+
+
+def solve(weight: Tensor, gram: Tensor, amount: float, pattern: Pattern | None = None) -> Solved:
+    """Prunes `amount` of every WINDOW columns, or to a pattern (Frantar & Alistarh, 2301.00774).
+
+    weight: (out, in). gram: X^T X (in, in), float32; its scale does not matter. What is zero stays zero, and so do
+    the weights of inputs that were never anything but zero; they are the first to count as removed.
+    """
+    columns = weight.float().T.contiguous()  # (in, out): a column of the weight is a row here, contiguous
+    gram = gram.float().clone()
+    dead = gram.diagonal() == 0
+    gram.diagonal()[dead] = 1
+    columns[dead] = 0
+    factor, damping = factor_of(gram)
+    zero, keep, changes = columns == 0, torch.ones_like(columns, dtype=torch.bool), torch.zeros_like(columns)
+    m = pattern.m if pattern is not None else 1
+    window = max(m, WINDOW - WINDOW % m)
+    for first in range(0, len(columns), window):
+        part = slice(first, min(first + window, len(columns)))
+        diagonal_block = factor[part, part]
+        inverse = torch.linalg.solve_triangular(diagonal_block, torch.eye(len(diagonal_block)).to(gram), upper=True)
+        was = columns[part].clone()
+        columns[part].addmm_(inverse.T, factor[:first, part].T @ changes[:first])
+        _prune_window(columns[part], keep[part], zero[part], inverse, amount, pattern)
+        torch.sub(was, columns[part], out=changes[part])
+    return Solved(columns.T.contiguous(), keep.T.contiguous(), damping)
+
+
+def _prune_window(
+    columns: Tensor, keep: Tensor, zero: Tensor, inverse: Tensor, amount: float, pattern: Pattern | None
+) -> None:
+    """Prunes the columns of a window, shape (columns, out), in place, and sets `keep`; `inverse` is U of the window."""
+    errors, scale = torch.empty_like(columns), inverse.diagonal()[:, None]
+    gone_by_scale = torch.empty_like(columns)  # 1 / U_ii where a weight goes, else 0
+
+    def choose(first: int, last: int) -> None:
+        scores = (columns[first:last] / scale[first:last]).square().masked_fill_(zero[first:last], -1)
+        scores = scores.T.contiguous()  # (out, columns): ties by that order
+        chosen = keep_layer(scores, amount) if pattern is None else keep_pattern(scores, pattern)
+        keep[first:last] = chosen.T
+        gone_by_scale[first:last] = (~keep[first:last] | zero[first:last]) / scale[first:last]
+
+    group = len(columns) if pattern is None else pattern.m
+    strip = STRIP if pattern is None else pattern.m * max(1, STRIP // pattern.m)
+    for first in range(0, len(columns), strip):
+        last = min(first + strip, len(columns))
+        for i in range(first, last):
+            if i % group == 0:
+                choose(i, i + group)
+            torch.mul(columns[i], gone_by_scale[i], out=errors[i])
+            columns[i + 1 : last].addr_(inverse[i, i + 1 : last], errors[i], alpha=-1)
+        columns[last:].addmm_(inverse[first:last, last:].T, errors[first:last], alpha=-1)
+    columns.masked_fill_(gone_by_scale != 0, 0)
+
+
+def factor_of(gram: Tensor) -> tuple[Tensor, float]:
+    """R, upper triangular, with R R^T the damped gram; and the damping used, as a fraction of the mean diagonal.
+
+    R is the Cholesky factor of the gram read backwards. Damping grows tenfold until it exists; raises Refused where
+    it never does.
+    """
+    mean, damping = gram.diagonal().mean(), DAMPING
+    while damping <= LARGEST_DAMPING:
+        damped = gram.flip(0, 1)
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed and lower.isfinite().all():
+            return lower.flip(0, 1), damping
+        damping *= 10
+    raise Refused(
+        f"SparseGPT: the inputs' gram matrix has no Cholesky factor even with damping {LARGEST_DAMPING:g} of its mean "
+        "diagonal: the activations are not finite; give dtype=float32"
+    )

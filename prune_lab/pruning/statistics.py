@@ -1,0 +1,78 @@
+"""What is gathered about the inputs of a Linear while calibration text passes: running sums in float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+NEEDS = ("input_norm", "variance", "gram")
+GRADIENTS = ("saliency", "saliency2")  # of the whole model's loss: prune_lab/pruning/gradients.py
+
+
+def _no_generator() -> torch.Generator:
+    return torch.Generator()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a score may go by beside the weight (out, in); a field that was not asked for is None.
+
+    input_norm: L2 norm of each input over all tokens, (in,). mean, variance: of each input over all tokens, (in,),
+    the variance unbiased. gram: X^T X over all tokens, (in, in). saliency: mean over windows of |w * gradient|,
+    saliency2: of (w * gradient)^2, both (out, in). random: the run's generator, for scores that draw.
+    """
+
+    input_norm: Tensor | None = None
+    mean: Tensor | None = None
+    variance: Tensor | None = None
+    gram: Tensor | None = None
+    saliency: Tensor | None = None
+    saliency2: Tensor | None = None
+    random: torch.Generator = field(default_factory=_no_generator)
+
+
+class InputStatistics:
+    """Running statistics of one input, float32, fed with rows of activations; only what `needs` names is kept."""
+
+    def __init__(self, needs: frozenset[str]) -> None:
+        self._needs = needs
+        self._tokens = 0
+        self._squares: Tensor | None = None
+        self._mean: Tensor | None = None
+        self._deviations: Tensor | None = None  # sum of squared distances from the mean
+        self._gram: Tensor | None = None
+
+    def add(self, rows: Tensor) -> None:
+        """Takes in activations of shape (tokens, in)."""
+        rows = rows.float()
+        if "input_norm" in self._needs:
+            squares = rows.square().sum(0)
+            self._squares = squares if self._squares is None else self._squares + squares
+        if "variance" in self._needs:
+            self._add_moments(rows)
+        if "gram" in self._needs:
+            self._gram = rows.T @ rows if self._gram is None else self._gram.addmm_(rows.T, rows)
+        self._tokens += len(rows)
+
+    def _add_moments(self, rows: Tensor) -> None:
+        """Welford's update, a batch at a time (Chan, Golub & LeVeque, 1979)."""
+        mean = rows.mean(0)
+        deviations = (rows - mean).square().sum(0)
+        if self._mean is None or self._deviations is None:
+            self._mean, self._deviations = mean, deviations
+            return
+        n, more = self._tokens, len(rows)
+        apart = mean - self._mean
+        self._deviations = self._deviations + deviations + apart.square() * (n * more / (n + more))
+        self._mean = self._mean + apart * (more / (n + more))
+
+    def seen(self) -> Seen:
+        """What was gathered."""
+        return Seen(
+            input_norm=None if self._squares is None else self._squares.sqrt(),
+            mean=self._mean,
+            variance=None if self._deviations is None else self._deviations / max(1, self._tokens - 1),
+            gram=self._gram,
+        )
