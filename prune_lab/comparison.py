@@ -11,6 +11,7 @@ from rich.table import Table
 
 from prune_lab.console import Console
 from prune_lab.pareto import Point, draw, front
+from prune_lab.series import Position, pivot, plain, position
 from prune_lab.summary import Summary, read_summary, write_json
 
 RESULTS, LEADERBOARD, PLOT = "results.json", "results.md", "pareto.png"
@@ -43,15 +44,23 @@ def write(folder: Path, rows: list[Row]) -> None:
 
 def show(folder: Path, rows: list[Row], console: Console) -> None:
     """Prints the leaderboard and where the plot is."""
+    by_series = pivot([(point.position, point.metrics["quality/perplexity"]) for point in _points(rows)])
+    if by_series:
+        console.result(_table("Perplexity, over seeds the mean and the range", by_series, left=1))
     header, lines = _cells(rows)
     title = f"Leaderboard, by perplexity (* on the size/quality front)   {' '.join(_shared_overrides(rows))}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
-    for cells in lines:
-        table.add_row(*cells)
-    console.result(table)
+    console.result(_table(title, [header, *lines], left=2))
     console.result(f"Files: {_shown(folder / LEADERBOARD)}  {_shown(folder / PLOT)}")
+
+
+def _table(title: str, lines: list[list[str]], left: int) -> Table:
+    """A table to print; its first line is the header, its first `left` columns are text."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for number, name in enumerate(lines[0]):
+        table.add_column(name, justify="left" if number < left else "right", overflow="fold")
+    for cells in lines[1:]:
+        table.add_row(*cells)
+    return table
 
 
 def _shared_overrides(rows: list[Row]) -> list[str]:
@@ -60,9 +69,10 @@ def _shared_overrides(rows: list[Row]) -> list[str]:
 
 
 def _points(rows: list[Row]) -> list[Point]:
+    shared = _shared_overrides(rows)
     finished = [row for row in rows if row.summary.status == "FINISHED"]
     return [
-        Point(row.job, row.summary.choices.get("method", ""), row.summary.metrics)
+        Point(row.job, position(row.summary, shared), row.summary.metrics)
         for row in finished
         if {"quality/perplexity", "params/nonzero", "size/disk_mb"} <= set(row.summary.metrics)
     ]
@@ -78,7 +88,7 @@ def _dense_points(rows: list[Row]) -> list[Point]:
             "params/nonzero": m["params/dense_total"],
             "size/disk_mb": m["size/dense_disk_mb"],
         }
-        found[tuple(figures.values())] = Point("dense", "dense", figures)
+        found[tuple(figures.values())] = Point("dense", Position("dense", ""), figures)
     return list(found.values())
 
 
@@ -116,7 +126,7 @@ def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 def _short(override: str) -> str:
     """range(0.1,0.6,0.2) gives 0.30000000000000004, which nobody asked for."""
-    return re.sub(r"\d\.\d{9,}", lambda number: f"{float(number[0]):g}", override)
+    return re.sub(r"\d\.\d{9,}", lambda number: f"{float(number[0]):g}", plain(override))
 
 
 def speedup(metrics: dict[str, float], stage: str) -> str:
@@ -135,8 +145,14 @@ def _number(metrics: dict[str, float], name: str, form: str, sign: int = 1) -> s
 
 def _markdown(rows: list[Row]) -> str:
     header, lines = _cells(rows)
-    table = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in table) + "\n"
+    by_series = pivot([(point.position, point.metrics["quality/perplexity"]) for point in _points(rows)])
+    tables = ([by_series] if by_series else []) + [[header, *lines]]
+    return "\n".join(_markdown_table(table) for table in tables)
+
+
+def _markdown_table(table: list[list[str]]) -> str:
+    lines = [table[0], ["---"] * len(table[0]), *table[1:]]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines) + "\n"
 
 
 def _shown(path: Path) -> str:

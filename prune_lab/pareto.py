@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
+from statistics import mean
+
+from prune_lab.series import Position
 
 QUALITY = "quality/perplexity"
 SIZES = {"params/nonzero": "non-zero parameters (millions)", "size/disk_mb": "bytes on disk (MB)"}
@@ -15,7 +19,7 @@ class Point:
     """A run on the plot."""
 
     job: str
-    method: str
+    position: Position
     metrics: dict[str, float]
 
 
@@ -29,6 +33,15 @@ def front(points: list[Point], size: str) -> list[Point]:
     return chosen
 
 
+def _lines(points: list[Point]) -> dict[str, list[Point]]:
+    """The points of each line by its label: a series; its N:M patterns are a line of their own."""
+    lines: dict[str, list[Point]] = {}
+    for point in points:
+        label = point.position.series + (" N:M" if ":" in point.position.step else "")
+        lines.setdefault(label, []).append(point)
+    return lines
+
+
 def draw(points: list[Point], dense: list[Point], path: Path) -> None:
     """Draws perplexity against both sizes side by side, since zeros shrink the first and not the second."""
     import matplotlib
@@ -38,13 +51,15 @@ def draw(points: list[Point], dense: list[Point], path: Path) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    many = len(_lines(points)) > 10
+    colours = [pyplot.get_cmap("tab20" if many else "tab10")(index) for index in range(20 if many else 10)]
     for panel, (size, label) in zip(panels, SIZES.items(), strict=True):
         unit = _UNIT[size]
-        for method in sorted({point.method for point in points}):
-            line = sorted((p for p in points if p.method == method), key=lambda p: p.metrics["params/nonzero"])
-            panel.plot(
-                [p.metrics[size] / unit for p in line], [p.metrics[QUALITY] for p in line], "o-", label=method
-            )  # fmt: skip
+        for colour, (label, runs) in zip(cycle(colours), sorted(_lines(points).items()), strict=False):
+            x, y = [p.metrics[size] / unit for p in runs], [p.metrics[QUALITY] for p in runs]
+            panel.plot(x, y, "o", color=colour, markersize=4)
+            steps = sorted({(value, round(mean(b for a, b in zip(x, y, strict=True) if a == value), 9)) for value in x})
+            panel.plot([a for a, _ in steps], [b for _, b in steps], "-", color=colour, label=label)
         for point in dense:
             panel.plot(point.metrics[size] / unit, point.metrics[QUALITY], "k*", markersize=13, label="dense")
         marked = front(points + dense, size)
@@ -59,7 +74,11 @@ def draw(points: list[Point], dense: list[Point], path: Path) -> None:
         panel.yaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("perplexity (log scale, lower is better)")
-    panels[0].legend()
+    handles, labels = panels[0].get_legend_handles_labels()
+    if len(labels) <= 6:
+        panels[0].legend()
+    else:
+        figure.legend(handles, labels, loc="outside right upper", fontsize="small")
     half = path.with_name(f".{path.name}")
     figure.savefig(half, dpi=130, format="png")
     pyplot.close(figure)

@@ -29,7 +29,7 @@ _DATA = re.compile(
     r"|array_parallelism|partition|max_num_timeout|ray\.(init|remote)\.(num_cpus|num_gpus|max_calls))"
 )
 _FOLDER = re.compile(r"run\.dir|sweep\.(dir|subdir)|launcher\.submitit_folder")
-_GRID = "sweeper.params."
+_GRID = re.compile(r"sweeper\.(params|grids\.\d+)\.")
 _GRID_KEY = re.compile(r"\+{0,2}(?!hydra\b)[A-Za-z_]\w*(\.\w+)*")
 _NAME = re.compile(r"[\w-]+")  # of a recipe or an option: no path, no package
 _CHOICE = re.compile(rf"(override )?({'|'.join(GROUPS)})|override hydra/(launcher|sweeper)")
@@ -111,8 +111,8 @@ def _check_option(path: Path, shown: str) -> None:
 
 def _check_hydra(key: str, value: Any, where: str, together: list[dict[str, Any]]) -> None:
     shown = f"{where}: hydra.{key}"
-    if key.startswith(_GRID):
-        name = key.removeprefix(_GRID)
+    if found := _GRID.match(key):
+        name = key[found.end() :]
         group_elsewhere = name.lstrip("+") in GROUPS and "/" in str(value)
         if _GRID_KEY.fullmatch(name) and not group_elsewhere:
             _refuse_resolvers(shown, value)
@@ -124,8 +124,8 @@ def _check_hydra(key: str, value: Any, where: str, together: list[dict[str, Any]
         _refuse_resolvers(shown, value)
         return
     raise Refused(
-        f"{shown}={value!r} is not allowed: a recipe may set hydra.mode, hydra.sweeper.params, a stock launcher or "
-        "sweeper by name, and run and sweep folders inside the working folder"
+        f"{shown}={value!r} is not allowed: a recipe may set hydra.mode, hydra.sweeper.params and .grids, a stock "
+        "launcher or sweeper by name, and run and sweep folders inside the working folder"
     )
 
 
@@ -133,19 +133,19 @@ def _stays_inside(folder: str, together: list[dict[str, Any]]) -> bool:
     """Whether a folder lies below the working folder, whatever the time, the job's number and the keys it names."""
     path = _CLOCK.sub(r"\1", folder).replace("${hydra.job.num}", "0")
     for key in set(_ROOT_KEY.findall(path)):
-        values = [tree[key] for tree in together if key in tree] + [_grid(tree).get(key, "") for tree in together]
+        values = [tree[key] for tree in together if key in tree]
+        values += [value for tree in together for name, value in _grid_keys(tree) if name == key]
         if any(part in str(value) for value in values for part in ("/", "\\", "..", "~", "${")):
             return False
         path = path.replace(f"${{{key}}}", "x")
     return not ("${" in path or path.startswith(("/", "~", "\\")) or ".." in PurePosixPath(path).parts)
 
 
-def _grid(tree: dict[str, Any]) -> dict[str, Any]:
-    """hydra.sweeper.params of a recipe."""
-    for key in ("hydra", "sweeper", "params"):
-        found = tree.get(key)
-        tree = found if isinstance(found, dict) else {}
-    return tree
+def _grid_keys(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The swept keys of a recipe with their values."""
+    for key, value in _leaves(tree.get("hydra", {})):
+        if found := _GRID.match(key):
+            yield key[found.end() :], value
 
 
 def _refuse_resolvers(where: str, value: Any) -> None:

@@ -1,0 +1,63 @@
+"""Which jobs of a sweep belong together: a series is one recipe at several amounts, each perhaps with several seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import mean
+
+from prune_lab.summary import Summary
+
+_STEPS = ("amount", "method.pattern")
+_NOT_SERIES = (*_STEPS, "seed")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a job stands: its series, and its step in it, which is an amount or an N:M pattern."""
+
+    series: str
+    step: str
+
+
+def position(summary: Summary, shared: Iterable[str]) -> Position:
+    """The position of a job, by what it was asked for beyond what all jobs share."""
+    asked, common = _keys(summary.overrides), _keys(shared)
+    own = {key: value for key, value in asked.items() if key not in (*common, *_NOT_SERIES, "method")}
+    parts = [summary.choices.get("method", ""), *(f"{key.removeprefix('method.')}={own[key]}" for key in own)]
+    pattern = asked.get("method.pattern", "null")
+    amount = summary.metrics.get("amount/requested")
+    step = pattern if pattern != "null" else f"{amount:g}" if amount is not None else ""
+    return Position(" ".join(parts), step)
+
+
+def _keys(overrides: Iterable[str]) -> dict[str, str]:
+    split = (plain(override).partition("=") for override in overrides)
+    return {key.lstrip("+~"): value for key, _, value in split}
+
+
+def plain(override: str) -> str:
+    """An override as a person would type it: Hydra escapes the colon of 2:4."""
+    return override.replace("\\:", ":")
+
+
+def pivot(found: list[tuple[Position, float]]) -> list[list[str]]:
+    """Perplexities as a table, a row for each series, a column for each step, over seeds the mean and the range.
+
+    Empty where that would not be a table: fewer than two rows or columns.
+    """
+    series = list(dict.fromkeys(place.series for place, _ in found))
+    steps = sorted(dict.fromkeys(place.step for place, _ in found), key=lambda step: (":" in step, step))
+    if len(series) < 2 or len(steps) < 2:
+        return []
+    table = [["perplexity", *steps]]
+    for name in series:
+        cells = [[value for place, value in found if place == Position(name, step)] for step in steps]
+        table.append([name, *(_cell(values) for values in cells)])
+    return table
+
+
+def _cell(values: list[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.4g}" if values else ""
+    return f"{mean(values):.4g} [{min(values):.4g}, {max(values):.4g}]"
