@@ -19,6 +19,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 
 from prune_lab.checks import check_amount
 from prune_lab.errors import Refused
+from prune_lab.explain import no_such_key
 
 _PACKAGE = Path(__file__).parent
 CONF_DIR = str(next(p for p in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if p.is_dir()))
@@ -178,7 +179,7 @@ def _construct(cls: type, values: dict[str, Any], prefix: str) -> Any:
         raise
     except ConfigKeyError as error:
         wrong = sorted(set(values) - set(names))
-        raise Refused(f"{prefix}{', '.join(wrong)}: no such key; allowed are {', '.join(names)}") from error
+        raise Refused(no_such_key(f"{prefix}{', '.join(wrong)}", ", ".join(names))) from error
     except ValidationError as error:
         raise Refused(f"{prefix}{error.full_key or error.key}: {_first_line(error)}") from error
     except ValueError as error:

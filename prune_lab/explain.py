@@ -8,12 +8,28 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 
+_SINGLE_WEIGHTS = "is for methods that prune single weights; for units a stock config holds one width for all blocks"
+_REASONS = {
+    "method.allocation": f"an allocation over blocks {_SINGLE_WEIGHTS}",
+    "method.scope": f"a ranking over several matrices {_SINGLE_WEIGHTS}",
+    "method.pattern": f"an N:M pattern {_SINGLE_WEIGHTS}",
+    "method.units": "units are for structured methods: method=structured, taylor, wifv",
+    "method.score": "the score is the method; to choose one by name: method=unstructured, structured",
+}
+
+
+def no_such_key(key: str, allowed: str) -> str:
+    """That an option has no such key, what it has, and why, where the key is one of other options."""
+    reason = f" ({_REASONS[key]})" if key in _REASONS else ""
+    return f"{key}: no such key{reason}; allowed are {allowed}"
+
+
 def one_line(error: BaseException) -> str:
     """The message of `error` as one line, with the allowed keys where a key is unknown."""
     cause = error.__cause__
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
         allowed = ", ".join(str(key) for key in cause.parent_node if key not in ("_target_", "hydra"))
-        return f"{cause.full_key}: no such key; allowed here are {allowed}"
+        return no_such_key(str(cause.full_key), allowed)
     if isinstance(cause, OmegaConfBaseException):
         return f"{cause.full_key}: {str(cause).splitlines()[0]}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -61,6 +61,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
     report.header(summary, console)
     finished = parts.tracking.find_finished(settings.name, summary.fingerprint) if settings.resume else None
     if finished is not None and (not settings.export or (Path(finished.folder) / "export").is_dir()):
+        finished.overrides = place.overrides  # the same run may have been asked for in other words
         parts.tracking.enter_again(settings.name, finished, place)
         finished.write(place.folder)
         return finished
