@@ -7,7 +7,6 @@ import sys
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-
 _SINGLE_WEIGHTS = "is for methods that prune single weights; for units a stock config holds one width for all blocks"
 _REASONS = {
     "method.allocation": f"an allocation over blocks {_SINGLE_WEIGHTS}",

@@ -8,6 +8,7 @@ import torch
 
 from prune_lab.methods.base import LayerRow, Method, Pruned
 from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.resize import keep_blocks
 from prune_lab.pruning.blocks import bypassed
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.selection import count_to_remove
@@ -49,7 +50,7 @@ class Depth(Method):
                 size = linear.weight.numel()
                 rows.append(LayerRow(name, size, size if index in dropped else 0))
         if dropped:
-            anatomy.keep_blocks([index for index in range(count) if index not in dropped])
+            keep_blocks(anatomy, [index for index in range(count) if index not in dropped])
         gone = ", ".join(str(index) for index in sorted(dropped))
         return Pruned(rows, notes=[f"blocks removed of {count}, counted from 0: {gone}"] if dropped else [])
 

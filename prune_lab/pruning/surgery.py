@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.models.anatomy import Anatomy, UnitLinear, out_in
+from prune_lab.models.resize import set_unit_count
 
 
 def unit_sums(part: UnitLinear, values: Tensor) -> Tensor:
@@ -56,20 +57,21 @@ def remove_units(anatomy: Anatomy, kind: str, keep: list[Tensor]) -> None:
     if len(counts) != 1:
         raise ValueError(f"every block must keep the same number of units, not {sorted(counts)}")
     count = counts.pop()
-    if count == anatomy.unit_count(kind):
+    was = len(keep[0])
+    if count == was:
         return
     for parts, kept in zip(anatomy.unit_linears(kind), keep, strict=True):
         for part in parts:
             _cut(part, part.lines(kept).nonzero().flatten())
-    anatomy.set_unit_count(kind, count)
+    set_unit_count(anatomy, kind, count, was)
 
 
 def _cut(part: UnitLinear, index: Tensor) -> None:
-    linear = part.linear
+    linear, learns = part.linear, part.linear.weight.requires_grad
     weight = part.weight.index_select(0 if part.side == "rows" else 1, index)
-    linear.weight = nn.Parameter(out_in(linear, weight).contiguous(), requires_grad=False)
+    linear.weight = nn.Parameter(out_in(linear, weight).contiguous(), requires_grad=learns)
     if part.side == "rows" and linear.bias is not None:
-        linear.bias = nn.Parameter(linear.bias.index_select(0, index), requires_grad=False)
+        linear.bias = nn.Parameter(linear.bias.index_select(0, index), requires_grad=learns)
     sizes = ("out_features", "in_features") if isinstance(linear, nn.Linear) else ("nf", "nx")
     for name, size in zip(sizes, weight.shape, strict=True):
         setattr(linear, name, size)

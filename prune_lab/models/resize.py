@@ -1,0 +1,74 @@
+"""What a model must be told when units or blocks are taken out of it, and what it was before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from prune_lab.errors import Refused
+from prune_lab.models.anatomy import Anatomy
+
+_DENSE, _BLOCKS = "_dense_counts", "_original_blocks"  # kept with a model while it is pruned; in no export
+
+
+def dense_count(anatomy: Anatomy, kind: str) -> int:
+    """How many units of a kind each block had, or how many "blocks" there were, before anything was removed."""
+    counts = anatomy.model.__dict__.get(_DENSE, {})
+    return int(counts.get(kind, len(anatomy.blocks) if kind == "blocks" else anatomy.unit_count(kind)))
+
+
+def original_blocks(anatomy: Anatomy) -> list[int]:
+    """Which of the dense model's blocks are still there, in order."""
+    return list(anatomy.model.__dict__.get(_BLOCKS, range(len(anatomy.blocks))))
+
+
+def set_unit_count(anatomy: Anatomy, kind: str, count: int, was: int) -> None:
+    """Writes a new unit count into the config, and into the modules that keep a copy of it; `was` is the old one."""
+    anatomy.model.__dict__.setdefault(_DENSE, {}).setdefault(kind, was)
+    config, family = anatomy.config, anatomy.family
+    if kind == "mlp":
+        setattr(config, family.mlp_width, count)
+        _set_in_modules(anatomy, {"intermediate_size": count})
+        return
+    per_group, head_dim = anatomy.query_heads // was, anatomy.head_dim
+    config.head_dim = head_dim
+    setattr(config, family.query_heads, count * per_group)
+    if family.kv_heads is not None:
+        setattr(config, family.kv_heads, count)
+    _set_in_modules(anatomy, {"num_key_value_heads": count, "num_heads": count * per_group})
+
+
+def keep_blocks(anatomy: Anatomy, kept: list[int]) -> None:
+    """Keeps the blocks with these indices, in order, renumbered, and writes their number into the config.
+
+    The key-value cache goes by a block's number. Settings with one entry for each block, such as Gemma's
+    layer_types, keep those of the blocks. Raises Refused where a block's number is part of what it computes.
+    """
+    blocks, config, original = anatomy.blocks, anatomy.config, original_blocks(anatomy)
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise Refused(
+            "blocks cannot be removed: scale_attn_by_inverse_layer_idx=true scales attention by a block's number, "
+            "which removal changes"
+        )
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list | tuple) and len(value) == len(blocks):
+            setattr(config, name, type(value)(value[index] for index in kept))
+    config.num_hidden_layers = len(kept)
+    anatomy.model.__dict__.setdefault(_DENSE, {}).setdefault("blocks", len(blocks))
+    anatomy.model.__dict__[_BLOCKS] = [original[index] for index in kept]
+    parent, _, last = anatomy.family.blocks.rpartition(".")
+    setattr(anatomy.model.get_submodule(parent), last, nn.ModuleList(blocks[index] for index in kept))
+    for number, block in enumerate(anatomy.blocks):
+        module: Any
+        for module in block.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = number
+
+
+def _set_in_modules(anatomy: Anatomy, values: dict[str, int]) -> None:
+    for block in anatomy.blocks:
+        for module in block.modules():
+            for name, value in values.items():
+                if isinstance(getattr(module, name, None), int):
+                    setattr(module, name, value)
