@@ -92,23 +92,32 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
 def _compress(
     parts: Parts, bench: Bench, calibrator: Calibrator | None, run_id: str, console: Console, log: RunLog
 ) -> tuple[Loaded, Pruned, dict[str, float]]:
-    """Prunes a copy of the dense model as the schedule says, recovers after each step, post-compresses."""
-    seed, device = parts.settings.seed, bench.device
+    """Prunes a copy of the dense model as the schedule says while recovery trains it, then post-compresses."""
     seconds = {"time/prune_s": 0.0, "time/recover_s": 0.0, "time/post_s": 0.0}
-    loaded = bench.copy_of_dense()
-    pruned = Pruned()
-    for step, amount in enumerate(parts.schedule.amounts(parts.method.amount)):
+    loaded, seed = bench.copy_of_dense(), parts.settings.seed
+
+    def prune(amount: float) -> Pruned:
         with _stopwatch(seconds, "time/prune_s"):
-            pruned = parts.method.prune(Anatomy(loaded.model), amount, seed, calibrator)
-        checkpoint = _checkpoints(run_id) / f"{step}.safetensors"
-        with _stopwatch(seconds, "time/recover_s"):
-            parts.recovery.recover(
-                loaded.model,
-                Training(bench.tokens, bench.seq_len, pruned.masks, device, seed, console, checkpoint, log.figures),
-            )
+            return parts.method.prune(Anatomy(loaded.model), amount, seed, calibrator)
+
+    training = Training(
+        dense=bench.dense,
+        tokens=bench.tokens,
+        seq_len=bench.seq_len,
+        events=parts.schedule.events(parts.method.amount, parts.recovery.training_steps),
+        prune=prune,
+        device=bench.device,
+        seed=seed,
+        console=console,
+        checkpoint=_checkpoints(run_id) / "training.safetensors",
+        log=log.figures,
+    )
+    with _stopwatch(seconds, "time/recover_s"):
+        parts.recovery.recover(loaded.model, training)
+    seconds["time/recover_s"] -= seconds["time/prune_s"]
     with _stopwatch(seconds, "time/post_s"):
         parts.post.compress(Anatomy(loaded.model))
-    return loaded, pruned, seconds
+    return loaded, training.pruned, seconds
 
 
 def _checkpoints(run_id: str) -> Path:

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from prune_lab.console import Console
 from prune_lab.export import save_model
-from prune_lab.measure import perplexity
 from prune_lab.measure.memory import measure_memory
 from prune_lab.measure.perplexity import Quality, measure_quality
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.size import measure_size
 from prune_lab.measure.speed import Paired, measure_latency
+from prune_lab.models import loss
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.models.loss import window_losses
 from prune_lab.summary import Summary
@@ -77,7 +77,7 @@ def test_logits_are_made_a_few_positions_at_a_time(loaded: Loaded, monkeypatch: 
     whole = quality(loaded.model, windows).perplexity
     made: list[int] = []
     hook = loaded.model.lm_head.register_forward_hook(lambda module, inputs, output: made.append(output.numel()))
-    monkeypatch.setattr(perplexity, "LOGITS_AT_ONCE", limit)
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", limit)
     in_parts = quality(loaded.model, windows).perplexity
     hook.remove()
     assert max(made) <= max(limit, 300)
@@ -89,15 +89,15 @@ def test_logits_are_made_a_few_positions_at_a_time(loaded: Loaded, monkeypatch: 
 def test_the_last_hidden_state_of_a_window_is_not_scored(loaded: Loaded) -> None:
     """seq_len - 1 targets: the first token is never one, the last is one and never only context."""
     batch = windows_of(1)
-    loss = window_losses(loaded.model, batch)
-    assert loss.shape == (1,)
-    assert loss.dtype == torch.float32
+    found = window_losses(loaded.model, batch)
+    assert found.shape == (1,)
+    assert found.dtype == torch.float32
     changed = batch.clone()
     changed[0, -1] = (changed[0, -1] + 1) % 300
     with torch.no_grad():
         last = loaded.model(input_ids=batch).logits[0, -2].double().log_softmax(-1)
     moved = float(last[batch[0, -1]] - last[changed[0, -1]]) / 23
-    assert float(window_losses(loaded.model, changed) - loss) == pytest.approx(moved, abs=1e-5)
+    assert float(window_losses(loaded.model, changed) - found) == pytest.approx(moved, abs=1e-5)
 
 
 def test_windows_do_not_overlap_and_the_tail_is_dropped(loaded: Loaded) -> None:

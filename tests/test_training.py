@@ -25,6 +25,7 @@ from torch import Tensor
 from prune_lab.console import Console
 from prune_lab.device import Device
 from prune_lab.errors import Refused
+from prune_lab.methods.base import Pruned
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.pruning.masks import Masks
 from prune_lab.recovery import train as loop
@@ -42,12 +43,26 @@ SHORT = Finetune(steps=24, lr=0.003, batch_size=4, warmup=0.1, autocast="none", 
 Log = Callable[[int, dict[str, float]], None]
 
 
-def training_of(loaded: Loaded, folder: Path, log: Log | None = None, **changes: Any) -> Training:
-    """A training on short stories, in windows of 32 tokens."""
-    tokens = Tokens(Documents("stories", STORIES, (), (), ()), loaded.tokenizer)
-    checkpoint = folder / "training" / "0.safetensors"
+def nothing_to_prune(amount: float) -> Pruned:
+    raise AssertionError("no schedule asked for it")
+
+
+def training_of(
+    loaded: Loaded, folder: Path, log: Log | None = None, masks: Masks | None = None, **changes: Any
+) -> Training:
+    """A training on short stories, in windows of 32 tokens, of a model that `masks` have pruned beforehand."""
     training = Training(
-        tokens, 32, Masks(), CPU, 0, Console(quiet=True), checkpoint, log or (lambda step, values: None)
+        dense=loaded,
+        tokens=Tokens(Documents("stories", STORIES, (), (), ()), loaded.tokenizer),
+        seq_len=32,
+        events=[],
+        prune=nothing_to_prune,
+        device=CPU,
+        seed=0,
+        console=Console(quiet=True),
+        checkpoint=folder / "training" / "training.safetensors",
+        log=log or (lambda step, values: None),
+        pruned=Pruned(masks=masks or Masks()),
     )
     return replace(training, **changes)
 
@@ -168,7 +183,7 @@ def test_an_interrupted_training_ends_in_the_same_weights(folder: Path, tmp_path
     SHORT.recover(whole.model, training_of(whole, tmp_path / "whole", masks=masks))
     with pytest.raises(KeyboardInterrupt):
         SHORT.recover(cut.model, training_of(cut, tmp_path / "cut", Interrupter(at=10), masks=masks))
-    assert step_of(tmp_path / "cut/training/0.safetensors") == 8
+    assert step_of(tmp_path / "cut/training/training.safetensors") == 8
     torch.manual_seed(77)  # another process has drawn other numbers
     heard = Interrupter()
     SHORT.recover(again.model, training_of(again, tmp_path / "cut", heard, masks=masks))
@@ -190,10 +205,10 @@ def test_a_resumed_training_does_only_the_steps_that_are_left(
 
 
 def test_a_checkpoint_is_safetensors_and_replaced_whole(loaded: Loaded, tmp_path: Path) -> None:
-    checkpoint = tmp_path / "training/0.safetensors"
+    checkpoint = tmp_path / "training/training.safetensors"
     with pytest.raises(KeyboardInterrupt):
         SHORT.recover(loaded.model, training_of(loaded, tmp_path, Interrupter(at=10)))
-    assert [path.name for path in checkpoint.parent.iterdir()] == ["0.safetensors"]
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["training.safetensors"]
     older = tmp_path / "older.safetensors"
     older.hardlink_to(checkpoint)  # the file itself: writing into it would show here
     before = load_file(older)
@@ -201,7 +216,7 @@ def test_a_checkpoint_is_safetensors_and_replaced_whole(loaded: Loaded, tmp_path
     SHORT.recover(loaded.model, training_of(loaded, tmp_path))
     assert same(load_file(older), before)
     assert (step_of(older), step_of(checkpoint)) == (8, 24)
-    assert [path.name for path in checkpoint.parent.iterdir()] == ["0.safetensors"]
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["training.safetensors"]
 
 
 def step_of(path: Path) -> int:
@@ -213,7 +228,7 @@ def seen_steps(process: subprocess.Popen[str], cache: Path) -> Iterator[int]:
     """The steps of the checkpoints that a process leaves, as they appear, until it ends."""
     deadline = time.monotonic() + 100
     while process.poll() is None and time.monotonic() < deadline:
-        for path in cache.glob("training/*/0.safetensors"):
+        for path in cache.glob("training/*/training.safetensors"):
             try:
                 yield step_of(path)
             except FileNotFoundError:  # the run has finished and cleaned up
@@ -249,7 +264,7 @@ def test_a_killed_process_goes_on_and_exports_the_same_model(small: list[str], t
     assert killed_after is not None
     assert killed_after < 100
     assert not (tmp_path / "killed/export").exists()
-    left = step_of(next(cache.glob("training/*/0.safetensors")))
+    left = step_of(next(cache.glob("training/*/training.safetensors")))
 
     second = start("again", cache)
     steps = list(seen_steps(second, cache))

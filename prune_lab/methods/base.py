@@ -9,6 +9,7 @@ from prune_lab.checks import check_amount
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.masks import Masks
+from prune_lab.pruning.surgery import Cut
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,13 @@ class LayerRow:
 
 @dataclass
 class Pruned:
-    """What a method did: the table of its scope, the masks to hold, notes worth telling, and files to keep by name."""
+    """What a method did: the table of its scope, masks to hold, notes worth telling, files to keep, tensors it cut."""
 
     rows: list[LayerRow] = field(default_factory=list)
     masks: Masks = field(default_factory=Masks)
     notes: list[str] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
+    cuts: list[Cut] = field(default_factory=list)
 
     @property
     def realized(self) -> float:

@@ -8,7 +8,7 @@ import torch
 
 from prune_lab.methods.base import LayerRow, Method, Pruned
 from prune_lab.models.anatomy import Anatomy
-from prune_lab.models.resize import keep_blocks
+from prune_lab.models.resize import dense_count, keep_blocks, original_blocks
 from prune_lab.pruning.blocks import bypassed
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.selection import count_to_remove
@@ -41,18 +41,24 @@ class Depth(Method):
     def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
         """Takes blocks out of the model and returns what went with them."""
         assert calibrator is not None
-        count = len(anatomy.blocks)
-        remove = min(count_to_remove(count, amount), count - 1)
+        count, total = len(anatomy.blocks), dense_count(anatomy, "blocks")
+        remove = max(0, count - max(1, total - count_to_remove(total, amount)))
         dropped = (_by_influence if self.by == "bi" else _by_perplexity)(anatomy, remove, calibrator) if remove else []
-        rows = []
-        for index, of_block in enumerate(anatomy.linears_by_block()):
-            for name, linear in of_block:
-                size = linear.weight.numel()
-                rows.append(LayerRow(name, size, size if index in dropped else 0))
         if dropped:
             keep_blocks(anatomy, [index for index in range(count) if index not in dropped])
-        gone = ", ".join(str(index) for index in sorted(dropped))
-        return Pruned(rows, notes=[f"blocks removed of {count}, counted from 0: {gone}"] if dropped else [])
+        gone = [index for index in range(total) if index not in original_blocks(anatomy)]
+        notes = [f"blocks removed of {total}, counted from 0: {', '.join(map(str, gone))}"] if gone else []
+        return Pruned(_rows(anatomy, total, gone), notes=notes)
+
+
+def _rows(anatomy: Anatomy, total: int, gone: list[int]) -> list[LayerRow]:
+    """The per-layer table of the dense model: all blocks are built alike."""
+    of_block = [(name.split(".0.", 1), linear.weight.numel()) for name, linear in anatomy.linears_by_block()[0]]
+    return [
+        LayerRow(f"{before}.{index}.{after}", size, size if index in gone else 0)
+        for index in range(total)
+        for (before, after), size in of_block
+    ]
 
 
 def _by_influence(anatomy: Anatomy, remove: int, calibrator: Calibrator) -> list[int]:

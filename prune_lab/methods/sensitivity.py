@@ -43,7 +43,7 @@ class Sensitivity(Method):
         object.__setattr__(self, "amounts", tuple(self.amounts))
         if not self.parts or set(self.parts) - set(PARTS) or len(set(self.parts)) != len(self.parts):
             raise ValueError(f"parts={list(self.parts)} must be some of {', '.join(PARTS)}")
-        rising = all(0 < a < b < 1 for a, b in zip(self.amounts, (*self.amounts[1:], 1 - 1e-12), strict=True))
+        rising = list(self.amounts) == sorted(set(self.amounts)) and all(0 < amount < 1 for amount in self.amounts)
         if not self.amounts or not rising:
             raise ValueError(f"amounts={list(self.amounts)} must rise, each between 0 and 1")
         if self.score not in SCORES:

@@ -11,7 +11,7 @@ from torch import Tensor
 from prune_lab.methods.base import Pruned
 from prune_lab.methods.weights import WeightMethod
 from prune_lab.models.anatomy import out_in
-from prune_lab.pruning.selection import Pattern
+from prune_lab.pruning.selection import Pattern, count_to_remove
 from prune_lab.pruning.sparsegpt import DAMPING, solve
 from prune_lab.pruning.statistics import Seen
 
@@ -40,7 +40,7 @@ class SparseGPT(WeightMethod):
         """Prunes and updates one Linear in place and returns its keep-mask, shape (out, in)."""
         weight = out_in(linear, linear.weight)
         assert seen.gram is not None
-        if amount == 0 and self.pattern is None:
+        if self.pattern is None and count_to_remove(weight.numel(), amount) == 0:
             return torch.ones_like(weight, dtype=torch.bool)
         solved = solve(weight, seen.gram, amount, Pattern.parse(self.pattern) if self.pattern else None)
         weight.copy_(solved.weight)

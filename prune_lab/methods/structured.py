@@ -11,6 +11,7 @@ from torch import Tensor
 from prune_lab.errors import Refused
 from prune_lab.methods.base import LayerRow, Method, Pruned
 from prune_lab.models.anatomy import Anatomy, UnitLinear
+from prune_lab.models.resize import dense_count
 from prune_lab.pruning import gradients, sensitivity
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.scores import OF_UNITS, SCORES
@@ -64,12 +65,12 @@ class Structured(Method):
             for kind, count in kept.items():
                 parts = parts_of[kind][index]
                 scores = self.unit_scores(parts, seen)
-                keep[kind].append(keep_rows(scores[None], len(scores) - count)[0])
+                keep[kind].append(keep_rows(scores[None], max(0, len(scores) - count))[0])
                 self._zero(parts, keep[kind][-1], seen, pruned)
         for kind, count in kept.items():
-            pruned.rows += _rows(anatomy, kind, anatomy.unit_count(kind), count)
+            pruned.rows += _rows(anatomy, kind, dense_count(anatomy, kind), count)
             if self.physical:
-                remove_units(anatomy, kind, keep[kind])
+                pruned.cuts += remove_units(anatomy, kind, keep[kind])
             else:
                 for parts, mask in zip(parts_of[kind], keep[kind], strict=True):
                     pruned.masks.keep.update(unit_masks(parts, mask))
@@ -150,13 +151,13 @@ class Structured(Method):
         return total
 
     def _count_to_keep(self, anatomy: Anatomy, kind: str, amount: float) -> int:
-        total = anatomy.unit_count(kind)
+        total = dense_count(anatomy, kind)
         count = max(1, total - count_to_remove(total, amount))
         if kind == "mlp" and self.round_to is not None and amount > 0:
             if self.round_to > total:
                 raise Refused(f"method.round_to={self.round_to} is more than the {total} MLP channels of a block")
             count = min(max(1, round(count / self.round_to)), total // self.round_to) * self.round_to
-        possible = anatomy.possible_counts(kind)
+        possible, count = anatomy.possible_counts(kind), min(count, anatomy.unit_count(kind))
         if self.physical and count not in possible:
             amounts = ", ".join(f"{n} (amount={1 - n / total:g})" for n in possible)
             raise Refused(
@@ -167,12 +168,13 @@ class Structured(Method):
 
 
 def _rows(anatomy: Anatomy, kind: str, total: int, count: int) -> list[LayerRow]:
-    """The per-layer table, before the cut: a unit owns an equal share of each of its Linears."""
-    rows = []
+    """The per-layer table, before the cut: a unit owns an equal share of each of its Linears; `total` were dense."""
+    rows, present = [], anatomy.unit_count(kind)
     for parts in anatomy.unit_linears(kind):
         for part in parts:
             owned = part.linear.weight.numel()
             if part.side == "rows" and part.linear.bias is not None:
                 owned += part.linear.bias.numel()
-            rows.append(LayerRow(part.name, owned, owned // total * (total - count)))
+            unit = owned // present
+            rows.append(LayerRow(part.name, unit * total, unit * (total - count)))
     return rows

@@ -171,12 +171,13 @@ class WeightMethod(Method):
         return sensitivity.scan(anatomy, walk, prune_block, calibrator, amounts)
 
     def _checked_score(self, name: str, linear: Any, seen: Seen) -> Tensor:
-        values = self.importance(out_in(linear, linear.weight), seen)
+        weight = out_in(linear, linear.weight)
+        values = self.importance(weight, seen)
         if not values.isfinite().all():
             raise Refused(
                 f"the scores of {name} are not finite: its weights or activations overflow; give another dtype"
             )
-        return values
+        return values.masked_fill(weight == 0, -1)  # below every score: what is gone stays gone
 
     def _check_pattern(self, anatomy: Anatomy) -> None:
         if self.pattern is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,20 @@ from prune_lab.errors import Refused
 from prune_lab.models.anatomy import Anatomy
 
 _DENSE, _BLOCKS = "_dense_counts", "_original_blocks"  # kept with a model while it is pruned; in no export
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How much of a model there is: units of each kind in a block, and which of the dense model's blocks."""
+
+    mlp: int
+    heads: int
+    blocks: list[int]
+
+
+def shape_of(anatomy: Anatomy) -> Shape:
+    """The present shape."""
+    return Shape(anatomy.unit_count("mlp"), anatomy.unit_count("heads"), original_blocks(anatomy))
 
 
 def dense_count(anatomy: Anatomy, kind: str) -> int:

@@ -46,7 +46,8 @@ def saliency(
 
         return gather
 
-    hooks = []
+    hooks, learned = [], {weight: weight.requires_grad for weight in model.parameters()}
+    model.requires_grad_(False)
     for name, linear in linears.items():
         linear.weight.requires_grad_(True)
         hooks.append(linear.weight.register_post_accumulate_grad_hook(take(name, linear)))
@@ -61,8 +62,8 @@ def saliency(
     finally:
         for hook in hooks:
             hook.remove()
-        for linear in linears.values():
-            linear.weight.requires_grad_(False)
+        for weight, learns in learned.items():
+            weight.requires_grad_(learns)
     for name, value in sums.items():
         if not value.isfinite().all():
             raise Refused(f"the gradient of {name} is not finite: give dtype=float32 or bfloat16")

@@ -34,8 +34,8 @@ class Solved:
 def solve(weight: Tensor, gram: Tensor, amount: float, pattern: Pattern | None = None) -> Solved:
     """Prunes `amount` of every WINDOW columns, or to a pattern (Frantar & Alistarh, 2301.00774).
 
-    weight: (out, in). gram: X^T X (in, in), float32; its scale does not matter. What is zero stays zero, and so do
-    the weights of inputs that were never anything but zero; they are the first to count as removed.
+    weight: (out, in). gram: X^T X (in, in), float32; its scale does not matter. What is zero stays zero, and the
+    weights of inputs that were never anything but zero become it; all these count as removed, even beyond `amount`.
     """
     columns = weight.float().T.contiguous()  # (in, out): a column of the weight is a row here, contiguous
     gram = gram.float().clone()
@@ -54,7 +54,7 @@ def solve(weight: Tensor, gram: Tensor, amount: float, pattern: Pattern | None =
         columns[part].addmm_(inverse.T, factor[:first, part].T @ changes[:first])
         _prune_window(columns[part], keep[part], zero[part], inverse, amount, pattern)
         torch.sub(was, columns[part], out=changes[part])
-    return Solved(columns.T.contiguous(), keep.T.contiguous(), damping)
+    return Solved(columns.T.contiguous(), (keep & ~zero).T.contiguous(), damping)
 
 
 def _prune_window(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from prune_lab.models.anatomy import Anatomy, UnitLinear, out_in
-from prune_lab.models.resize import set_unit_count
+from prune_lab.models.resize import Shape, keep_blocks, original_blocks, set_unit_count
 
 
 def unit_sums(part: UnitLinear, values: Tensor) -> Tensor:
@@ -47,31 +49,59 @@ def compensate(part: UnitLinear, kept: Tensor, mean: Tensor) -> None:
     part.linear.bias.copy_(part.linear.bias.float() + shift)
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A parameter that took another's place: what `old` has at `index` of dimension `dim`."""
+
+    old: nn.Parameter
+    new: nn.Parameter
+    dim: int
+    index: Tensor
+
+
 @torch.no_grad()
-def remove_units(anatomy: Anatomy, kind: str, keep: list[Tensor]) -> None:
-    """Cuts the units that `keep` drops out of every block and writes the new count into the config.
+def remove_units(anatomy: Anatomy, kind: str, keep: list[Tensor]) -> list[Cut]:
+    """Cuts the units that `keep` drops out of every block, writes the new count into the config, says what it cut.
 
     Every block must keep the same count: stock transformers builds all blocks from one config.
     """
     counts = {int(kept.sum()) for kept in keep}
     if len(counts) != 1:
         raise ValueError(f"every block must keep the same number of units, not {sorted(counts)}")
-    count = counts.pop()
-    was = len(keep[0])
+    count, was, cuts = counts.pop(), len(keep[0]), list[Cut]()
     if count == was:
-        return
+        return cuts
     for parts, kept in zip(anatomy.unit_linears(kind), keep, strict=True):
         for part in parts:
-            _cut(part, part.lines(kept).nonzero().flatten())
+            cuts += _cut(part, part.lines(kept).nonzero().flatten())
     set_unit_count(anatomy, kind, count, was)
+    return cuts
 
 
-def _cut(part: UnitLinear, index: Tensor) -> None:
-    linear, learns = part.linear, part.linear.weight.requires_grad
-    weight = part.weight.index_select(0 if part.side == "rows" else 1, index)
-    linear.weight = nn.Parameter(out_in(linear, weight).contiguous(), requires_grad=learns)
+def take_shape(anatomy: Anatomy, shape: Shape) -> None:
+    """Cuts a dense model to a shape, whatever its weights: those of a checkpoint are put in afterwards."""
+    if shape.blocks != original_blocks(anatomy):
+        keep_blocks(anatomy, shape.blocks)
+    for kind, count in (("mlp", shape.mlp), ("heads", shape.heads)):
+        first = torch.arange(anatomy.unit_count(kind)) < count
+        remove_units(anatomy, kind, [first for _ in anatomy.blocks])
+
+
+def _cut(part: UnitLinear, index: Tensor) -> list[Cut]:
+    linear, is_linear = part.linear, isinstance(part.linear, nn.Linear)
+    dim = int((part.side == "rows") != is_linear)  # of the weight as it is stored: Conv1D's is (in, out)
+    cuts = [_cut_parameter(linear, "weight", dim, index)]
     if part.side == "rows" and linear.bias is not None:
-        linear.bias = nn.Parameter(linear.bias.index_select(0, index), requires_grad=learns)
-    sizes = ("out_features", "in_features") if isinstance(linear, nn.Linear) else ("nf", "nx")
-    for name, size in zip(sizes, weight.shape, strict=True):
+        cuts.append(_cut_parameter(linear, "bias", 0, index))
+    for name, size in zip(
+        ("out_features", "in_features") if is_linear else ("nf", "nx"), part.weight.shape, strict=True
+    ):
         setattr(linear, name, size)
+    return cuts
+
+
+def _cut_parameter(linear: nn.Module, name: str, dim: int, index: Tensor) -> Cut:
+    old = linear.get_parameter(name)
+    new = nn.Parameter(old.detach().index_select(dim, index).contiguous(), requires_grad=old.requires_grad)
+    setattr(linear, name, new)
+    return Cut(old, new, dim, index)

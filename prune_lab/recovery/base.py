@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from prune_lab.console import Console
 from prune_lab.device import Device
-from prune_lab.pruning.masks import Masks
+from prune_lab.methods.base import Pruned
+from prune_lab.models.load import Loaded
+from prune_lab.schedules import Event
 from prune_lab.text.tokens import Tokens
 
 
-@dataclass(frozen=True)
+@dataclass
 class Training:
-    """What a recovery works with, beside the model."""
+    """What a recovery works with, beside the model; `pruned` is what pruning has done so far."""
 
+    dense: Loaded
     tokens: Tokens
     seq_len: int
-    masks: Masks
+    events: list[Event]  # when to prune, in order
+    prune: Callable[[float], Pruned]  # to a cumulative amount
     device: Device
     seed: int
     console: Console
     checkpoint: Path  # where to put a checkpoint, and to go on from if it is there
     log: Callable[[int, dict[str, float]], None]  # figures of a step
+    pruned: Pruned = field(default_factory=Pruned)
+
+    def prune_before(self, step: int) -> bool:
+        """Prunes as the schedule has it before a step; returns whether it did."""
+        due = [event for event in self.events if event.step == step]
+        for event in due:
+            notes = self.pruned.notes
+            self.pruned = self.prune(event.amount)
+            self.pruned.notes = list(dict.fromkeys(notes + self.pruned.notes))
+            if len(self.events) > 1:
+                self.log(step, {"train/amount": self.pruned.realized})
+        return bool(due)
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,11 @@ class Recovery:
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
 
+    @property
+    def training_steps(self) -> int:
+        """How many steps it trains."""
+        return self.steps
+
     def recover(self, model: Any, training: Training) -> None:
-        """Trains `model` in place; pruned weights stay exactly zero."""
+        """Trains `model` in place and prunes it as `training.events` say; pruned weights stay exactly zero."""
         raise NotImplementedError

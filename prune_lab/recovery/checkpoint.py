@@ -4,39 +4,77 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.optim import Optimizer
 
+from prune_lab.methods.base import LayerRow, Pruned
+from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.resize import Shape, shape_of
+from prune_lab.pruning.masks import Masks
+from prune_lab.pruning.surgery import take_shape
 
-def save(path: Path, step: int, model: Any, optimizer: Optimizer) -> None:
-    """Writes weights, optimizer state and random state after `step` steps."""
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A state read back: first the model takes its shape, then, once there is an optimizer, its values."""
+
+    step: int
+    shape: Shape
+    pruned: Pruned
+    tensors: dict[str, Tensor]
+
+    def shape_model(self, model: Any) -> None:
+        """Takes out of a dense model the units and blocks that were gone."""
+        take_shape(Anatomy(model), self.shape)
+
+    @torch.no_grad()
+    def fill(self, model: Any, optimizer: Optimizer) -> None:
+        """Puts weights, optimizer state and random state back."""
+        torch.set_rng_state(self.tensors["rng"])
+        of_optimizer: dict[str, dict[str, Tensor]] = {}
+        for key, value in self.tensors.items():
+            if key.startswith("optimizer/"):
+                _, field, name = key.split("/", 2)
+                of_optimizer.setdefault(name, {})[field] = value
+        for name, weight in model.named_parameters():
+            weight.copy_(self.tensors[f"weight/{name}"])
+            optimizer.state[weight] = {field: v.to(weight.device) for field, v in of_optimizer.get(name, {}).items()}
+
+
+def save(path: Path, step: int, model: Any, optimizer: Optimizer, pruned: Pruned) -> None:
+    """Writes weights, shape, optimizer state, masks and random state after `step` steps."""
     tensors = {"rng": torch.get_rng_state()}
     for name, weight in model.named_parameters():
         tensors[f"weight/{name}"] = weight.detach().contiguous()
         for key, value in optimizer.state[weight].items():
             tensors[f"optimizer/{key}/{name}"] = value.contiguous()
+    tensors |= {f"mask/{name}": mask.contiguous() for name, mask in pruned.masks.keep.items()}
+    facts = {
+        "step": step,
+        "shape": asdict(shape_of(Anatomy(model))),
+        "rows": [asdict(row) for row in pruned.rows],
+        "notes": pruned.notes,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, half, metadata={"training": json.dumps({"step": step})})
+    save_file(tensors, half, metadata={"training": json.dumps(facts)})
     half.replace(path)
 
 
-@torch.no_grad()
-def restore(path: Path, model: Any, optimizer: Optimizer) -> int:
-    """Puts the state of `path` back and returns its step; 0 where there is no checkpoint."""
+def read(path: Path) -> Checkpoint | None:
+    """The state in `path`, or None where there is none."""
     if not path.exists():
-        return 0
+        return None
     with safe_open(path, framework="pt") as file:
-        torch.set_rng_state(file.get_tensor("rng"))
-        keys = set(file.keys())
-        for name, weight in model.named_parameters():
-            weight.copy_(file.get_tensor(f"weight/{name}"))
-            stored = [key for key in keys if key.startswith("optimizer/") and key.split("/", 2)[2] == name]
-            optimizer.state[weight] = {key.split("/", 2)[1]: file.get_tensor(key).to(weight.device) for key in stored}
-        step: int = json.loads(file.metadata()["training"])["step"]
-    return step
+        facts = json.loads(file.metadata()["training"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
+    masks = {key.removeprefix("mask/"): tensors.pop(key) for key in list(tensors) if key.startswith("mask/")}
+    pruned = Pruned([LayerRow(**row) for row in facts["rows"]], Masks(masks), facts["notes"])
+    return Checkpoint(facts["step"], Shape(**facts["shape"]), pruned, tensors)

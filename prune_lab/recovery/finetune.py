@@ -25,6 +25,7 @@ class Finetune(Recovery):
     beta2: float = 0.95
     clip_norm: float = 1.0
     dropout: float = 0.0
+    accumulate: int = 1
     autocast: str = "auto"
     checkpoint_every: int = 200
 
@@ -40,6 +41,8 @@ class Finetune(Recovery):
             raise ValueError(f"clip_norm={self.clip_norm} must be above 0")
         if self.autocast not in AUTOCAST:
             raise ValueError(f"autocast={self.autocast!r} is none of {', '.join(AUTOCAST)}")
+        if self.accumulate < 1 or self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate={self.accumulate} must be from 1 to batch_size={self.batch_size}")
         if self.checkpoint_every < 1:
             raise ValueError(f"checkpoint_every={self.checkpoint_every} must be at least 1 step")
 

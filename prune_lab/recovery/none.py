@@ -1,4 +1,4 @@
-"""recovery=none: no training after pruning."""
+"""recovery=none: pruning without training."""
 
 from __future__ import annotations
 
@@ -14,5 +14,11 @@ class NoRecovery(Recovery):
 
     not_applicable: ClassVar[tuple[str, ...]] = ("steps", "lr", "batch_size")
 
+    @property
+    def training_steps(self) -> int:
+        """None."""
+        return 0
+
     def recover(self, model: Any, training: Training) -> None:
-        """Does nothing."""
+        """Prunes as the schedule says."""
+        training.prune_before(0)

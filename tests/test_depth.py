@@ -1,0 +1,277 @@
+"""Whole blocks leave: the ones that a plain computation names, and what is left is a stock model of fewer blocks."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ALL_FAMILIES, CPU, make_folder
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from prune_lab.errors import Refused
+from prune_lab.export import check_reload, save_model
+from prune_lab.measure.size import measure_size
+from prune_lab.methods.base import Pruned
+from prune_lab.methods.depth import Depth
+from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.load import HubModel, Loaded
+from prune_lab.models.resize import keep_blocks
+from prune_lab.pruning.blocks import bypassed
+from prune_lab.pruning.calibration import Calibrator
+
+BLOCKS = 4
+WINDOWS = torch.randint(1, 300, (5, 24), generator=torch.Generator().manual_seed(4))  # 0 is padding
+
+
+def deep(family: str) -> dict[str, Any]:
+    return {"n_layer": BLOCKS} if family == "gpt2" else {"num_hidden_layers": BLOCKS}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
+    """A model of four blocks of each family, in float32, each block of another strength; to be copied."""
+    place = tmp_path_factory.mktemp("depth")
+    made = {}
+    for family in ALL_FAMILIES:
+        loaded = HubModel(name=str(make_folder(place / family, family, **deep(family)))).load(CPU, seed=0)
+        with torch.no_grad():
+            for linears, strength in zip(Anatomy(loaded.model).linears_by_block(), (0.6, 0.3, 1.0, 0.1), strict=True):
+                for _, linear in linears:
+                    linear.weight.mul_(strength)
+        made[family] = loaded
+    return made
+
+
+def copied(loaded: Loaded) -> Loaded:
+    return Loaded(copy.deepcopy(loaded.model), loaded.tokenizer, loaded.name, loaded.family)
+
+
+def prune(model: Any, amount: float, by: str = "bi", batch_size: int = 16) -> Pruned:
+    method = Depth(amount=amount, by=by)
+    return method.prune(Anatomy(model), amount, 0, Calibrator(WINDOWS, batch_size=batch_size))
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(input_ids=WINDOWS, use_cache=False).logits
+
+
+def stock_without(model: Any, dropped: list[int]) -> Any:
+    """A new stock model of fewer blocks, from a config written by hand, with the weights of the blocks that stay."""
+    kept = [index for index in range(BLOCKS) if index not in dropped]
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = [config.layer_types[index] for index in kept]
+    prefix, weights = Anatomy(model).family.blocks + ".", {}
+    for name, value in model.state_dict().items():
+        if name.startswith(prefix):
+            number, _, rest = name.removeprefix(prefix).partition(".")
+            if int(number) in dropped:
+                continue
+            name = f"{prefix}{kept.index(int(number))}.{rest}"
+        weights[name] = value
+    made = AutoModelForCausalLM.from_config(config).eval()
+    made.load_state_dict(weights)
+    return made
+
+
+@torch.no_grad()
+def naive_influence(model: Any) -> list[float]:
+    """1 - the mean cosine of what enters and leaves each block, in a stock forward pass, token by token."""
+    model, found = copy.deepcopy(model), list[float]()
+
+    def look(block: Any, args: Any, kwargs: Any, out: Any) -> None:
+        before = (args[0] if args else kwargs["hidden_states"]).flatten(0, 1).double()
+        after = (out[0] if isinstance(out, tuple) else out).flatten(0, 1).double()
+        cosines = [float(a @ b / (a.norm() * b.norm())) for a, b in zip(before, after, strict=True)]
+        found.append(1 - sum(cosines) / len(cosines))
+
+    for block in model.get_submodule(Anatomy(model).family.blocks):
+        block.register_forward_hook(look, with_kwargs=True)
+    model(input_ids=WINDOWS, use_cache=False)
+    return found
+
+
+@torch.no_grad()
+def naive_loss(model: Any) -> float:
+    return sum(float(model(input_ids=w[None], labels=w[None], use_cache=False).loss) for w in WINDOWS) / len(WINDOWS)
+
+
+def said(pruned: Pruned) -> list[int]:
+    """The blocks that the run's note names."""
+    (note,) = pruned.notes
+    assert note.startswith(f"blocks removed of {BLOCKS}, counted from 0: ")
+    return [int(part) for part in note.rpartition(": ")[2].split(", ")]
+
+
+@pytest.mark.parametrize(("amount", "count"), [(0.25, 1), (0.5, 2), (0.75, 3)])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_the_blocks_of_least_influence_go(models: dict[str, Loaded], family: str, amount: float, count: int) -> None:
+    """What is left computes what a stock model built without them does."""
+    dense, model = models[family].model, copied(models[family]).model
+    influence = naive_influence(dense)
+    expected = sorted(sorted(range(BLOCKS), key=lambda index: influence[index])[:count])
+    pruned = prune(model, amount, batch_size=2)
+    assert said(pruned) == expected
+    torch.testing.assert_close(logits(model), logits(stock_without(dense, expected)), atol=1e-5, rtol=1e-5)
+    assert len(Anatomy(model).blocks) == model.config.num_hidden_layers == BLOCKS - count
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt"])
+def test_by_perplexity_each_step_drops_the_block_that_is_missed_least(models: dict[str, Loaded], family: str) -> None:
+    """Greedily, by building every smaller stock model and measuring it with its own loss."""
+    dense, model = models[family].model, copied(models[family]).model
+    dropped: list[int] = []
+    for _ in range(2):
+        left = [index for index in range(BLOCKS) if index not in dropped]
+        dropped.append(min(left, key=lambda index: naive_loss(stock_without(dense, [*dropped, index]))))
+    assert said(prune(model, 0.5, by="perplexity", batch_size=2)) == sorted(dropped)
+    torch.testing.assert_close(logits(model), logits(stock_without(dense, dropped)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dropped", [[0], [3], [1, 2]], ids=str)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_a_bypassed_block_is_as_if_it_were_not_there(
+    models: dict[str, Loaded], family: str, dropped: list[int]
+) -> None:
+    """And is there again afterwards."""
+    model = models[family].model
+    before = logits(model)
+    with bypassed(Anatomy(model), dropped):
+        without = logits(model)
+    torch.testing.assert_close(without, logits(stock_without(model, dropped)), atol=1e-5, rtol=1e-5)
+    assert (without - before).abs().max() > 1e-3
+    assert torch.equal(logits(model), before)
+    assert not any(block._forward_hooks for block in Anatomy(model).blocks)
+
+
+@pytest.mark.parametrize("by", ["bi", "perplexity"])
+@pytest.mark.parametrize("amount", [0.9, 0.99])
+def test_one_block_always_stays(models: dict[str, Loaded], by: str, amount: float) -> None:
+    model = copied(models["llama"]).model
+    pruned = prune(model, amount, by)
+    assert len(said(pruned)) == BLOCKS - 1
+    assert model.config.num_hidden_layers == 1
+    assert pruned.realized == pytest.approx(0.75)
+    assert logits(model).isfinite().all()
+
+
+@pytest.mark.parametrize("by", ["bi", "perplexity"])
+@pytest.mark.parametrize("amount", [0.0, 0.1])
+def test_less_than_half_a_block_changes_nothing(models: dict[str, Loaded], by: str, amount: float) -> None:
+    model = copied(models["gemma2"]).model
+    before = model.config.to_dict()
+    pruned = prune(model, amount, by)
+    assert pruned.realized == 0
+    assert pruned.notes == []
+    assert torch.equal(logits(model), logits(models["gemma2"].model))
+    assert model.config.to_dict() == before
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_blocks_are_renumbered_and_generate_alike_with_and_without_cache(
+    models: dict[str, Loaded], family: str, tmp_path: Path
+) -> None:
+    """The cache goes by a block's number; the export is a stock model, with nothing of what left."""
+    loaded = copied(models[family])
+    prune(loaded.model, 0.5)
+    for number, block in enumerate(Anatomy(loaded.model).blocks):
+        numbers = {module.layer_idx for module in block.modules() if getattr(module, "layer_idx", None) is not None}
+        assert numbers == {number}
+    save_model(loaded, tmp_path / "export")
+    check_reload(loaded.model, tmp_path / "export", WINDOWS[:1])
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32).eval()
+    assert again.config.num_hidden_layers == 2
+    torch.testing.assert_close(logits(again), logits(loaded.model), atol=1e-6, rtol=1e-6)
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    prompt = WINDOWS[:2, :9]
+    for model in (loaded.model, again):
+        with_cache, without = (
+            model.generate(prompt, attention_mask=torch.ones_like(prompt), use_cache=use, **options)
+            for use in (True, False)
+        )
+        assert with_cache.shape == (2, 21)
+        assert torch.equal(with_cache, without)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "qwen2", "mistral"])
+def test_settings_of_each_block_leave_with_it(models: dict[str, Loaded], family: str, tmp_path: Path) -> None:
+    """Each kept block is of the kind it was, in the config that is saved too."""
+    loaded = copied(models[family])
+    kinds = getattr(loaded.model.config, "layer_types", None)
+    dropped = said(prune(loaded.model, 0.5))
+    if kinds is None:
+        assert getattr(loaded.model.config, "layer_types", None) is None
+        return
+    expected = [kind for index, kind in enumerate(kinds) if index not in dropped]
+    assert list(loaded.model.config.layer_types) == expected
+    save_model(loaded, tmp_path / "export")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
+    assert list(again.config.layer_types) == expected
+
+
+@pytest.mark.parametrize("kept", [kept for n in (1, 2, 3) for kept in itertools.combinations(range(BLOCKS), n)])
+def test_a_window_of_attention_stays_with_its_block(models: dict[str, Loaded], kept: tuple[int, ...]) -> None:
+    """Gemma 2 alternates: with a window shorter than the text, a block of the other kind computes something else."""
+    model = copied(models["gemma2"]).model
+    model.config.sliding_window = 5
+    for block in Anatomy(model).blocks:
+        for module in block.modules():
+            if isinstance(getattr(module, "sliding_window", None), int):
+                module.sliding_window = 5
+    dropped = [index for index in range(BLOCKS) if index not in kept]
+    expected = logits(stock_without(model, dropped))
+    with bypassed(Anatomy(model), dropped):
+        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+    keep_blocks(Anatomy(model), list(kept))
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+    apart = float((expected - logits(stock_without(models["gemma2"].model, dropped))).abs().max())
+    assert (apart > 1e-4) == ("sliding_attention" in model.config.layer_types)  # there is something to lose
+
+
+def test_a_model_whose_blocks_compute_with_their_number_is_refused(tmp_path: Path) -> None:
+    """And is as it was."""
+    folder = make_folder(tmp_path / "scaled", "gpt2", n_layer=BLOCKS, scale_attn_by_inverse_layer_idx=True)
+    model = HubModel(name=str(folder)).load(CPU, seed=0).model
+    before = logits(model)
+    with pytest.raises(Refused, match="scale_attn_by_inverse_layer_idx=true"):
+        prune(model, 0.5)
+    assert len(Anatomy(model).blocks) == model.config.num_hidden_layers == BLOCKS
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_embeddings_are_counted_once(tmp_path: Path, tied: bool) -> None:
+    """By hand: 4 blocks of 7 matrices and 2 norms, a last norm, an embedding, and a head where it is its own."""
+    keys = {"tie_word_embeddings": tied, **deep("llama")}
+    loaded = HubModel(name=str(make_folder(tmp_path / "model", **keys))).load(CPU, seed=0)
+    block = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32 + 2 * 32
+    rest = 300 * 32 * (1 if tied else 2) + 32
+    pruned = prune(loaded.model, 0.5)
+    save_model(loaded, tmp_path / "export")
+    size = measure_size(loaded.model, tmp_path / "export")
+    assert size.params == 2 * block + rest
+    assert (loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight) == tied
+    assert sum(row.before for row in pruned.rows) == 4 * (block - 2 * 32)  # what could be pruned: the matrices
+    assert sum(row.removed for row in pruned.rows) == 2 * (block - 2 * 32)
+    assert pruned.realized == 0.5
+    held = size.disk_mb * 1e6 - 4 * size.params
+    assert 0 <= held < 10_000  # float32, and a header
+
+
+@pytest.mark.parametrize("by", ["bi", "perplexity"])
+def test_more_blocks_go_beside_those_that_went_before(models: dict[str, Loaded], by: str) -> None:
+    """A larger amount of the dense model drops what a smaller one dropped."""
+    gone = [set(said(prune(copied(models["llama"]).model, amount, by))) for amount in (0.25, 0.5, 0.75)]
+    assert gone[0] < gone[1] < gone[2]
+
+
+def test_an_unknown_way_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"by='nope' is none of bi, perplexity"):
+        Depth(by="nope")
