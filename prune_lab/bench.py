@@ -98,7 +98,7 @@ class Bench:
                 tokens = Tokens(corpus, self.dense.tokenizer, console, self.dense.model.config.vocab_size)
             windows, places = tokens.calibration_windows(asked.n_samples, asked.seq_len, seed)
             stamp = {
-                "source": tokens.corpus.name,
+                "source": f"dataset.calibration.name={asked.name}" if asked.source == "text" else tokens.corpus.name,
                 "own": corpus is None,
                 "n_samples": asked.n_samples,
                 "seq_len": asked.seq_len,

@@ -64,14 +64,14 @@ class Sensitivity(Method):
             columns += [part] if part == "block" else [f"{part} {a:g}" for a in self.amounts]
             for of_block, found in zip(rises, self._scan(part, anatomy, seed, calibrator, dense), strict=True):
                 of_block += found
-        ratios = [[math.exp(min(rise, 700.0)) for rise in of_block] for of_block in rises]
+        ratios = [[_perplexity(rise) for rise in of_block] for of_block in rises]
         table = {
             "what": "perplexity of calibration text, times the dense model's, when one block alone loses that much",
             "score": self.score,
             "windows": min(WINDOWS, len(calibrator.windows)),
-            "dense_perplexity": math.exp(dense),
+            "dense_perplexity": _json(_perplexity(dense)),
             "columns": columns,
-            "blocks": ratios,
+            "blocks": [[_json(ratio) for ratio in of_block] for of_block in ratios],
         }
         files = {
             "sensitivity.json": (json.dumps(table, indent=1) + "\n").encode(),
@@ -91,6 +91,16 @@ class Sensitivity(Method):
             with bypassed(anatomy, [index]):
                 found.append([calibrator.loss(anatomy.model, WINDOWS) - dense])
         return found
+
+
+def _perplexity(loss: float) -> float:
+    """exp(loss); infinite where the model diverged, which is said and does not end the scan."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _json(value: float) -> float | str:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else "inf"
 
 
 def _markdown(columns: list[str], ratios: list[list[float]]) -> str:
