@@ -11,7 +11,11 @@ from typing import Any
 # Keys that change where a result goes, not what it is.
 _NOT_PART = ("tracking", "name", "resume", "quiet", "device", "dtype")
 # Where text and weights lie is not what they are: their hashes stand for them.
-_PLACES = {"model": ("name", "revision"), "dataset": ("name", "revision", "path", "test_path")}
+_PLACES = {
+    "model": ("name", "revision"),
+    "dataset": ("name", "revision", "path", "test_path"),
+    "recovery": ("teacher",),
+}
 _PROTOCOL_PLACES = ("dataset", "dataset_facts")
 
 

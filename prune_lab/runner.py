@@ -56,7 +56,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
         environment=describe_environment(device),
         protocol=protocol,
         not_applicable={group: list(getattr(parts, group).not_applicable) for group in ("method", "recovery")},
-        fingerprint=fingerprint(config, protocol=protocol, hashes=bench.hashes),
+        fingerprint=fingerprint(config, protocol=protocol, hashes=bench.hashes | parts.recovery.hashes(device)),
     )
     report.header(summary, console)
     finished = parts.tracking.find_finished(settings.name, summary.fingerprint) if settings.resume else None

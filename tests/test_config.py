@@ -245,7 +245,7 @@ def test_other_packages_are_let_in_by_the_environment_alone(tmp_path: Path) -> N
         command = [sys.executable, "-c", program, target, size]
         return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.strip()
 
-    assert answer("mine", "mine.parts.Mine") == "Mine(size=5)"
+    assert answer("mine", "mine.parts.Mine") == "Mine(start=0.0, size=5)"
     assert answer("a,mine,", "mine.parts.Mine", "12") == "Refused schedule.size=12 is above 9"
     assert answer(None, "mine.parts.Mine").startswith("Refused schedule._target_='mine.parts.Mine' is not allowed")
     assert answer("mine", "mine.parts.Foreign").startswith("Refused schedule._target_=")

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, ROOT, story
+from conftest import CPU, ROOT, make_folder, story
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -30,6 +30,7 @@ from prune_lab.models.load import HubModel, Loaded
 from prune_lab.pruning.masks import Masks
 from prune_lab.recovery import train as loop
 from prune_lab.recovery.base import Training
+from prune_lab.recovery.distill import Distill, soft_loss
 from prune_lab.recovery.dropout import residual_dropout
 from prune_lab.recovery.finetune import Finetune
 from prune_lab.recovery.none import NoRecovery
@@ -349,10 +350,13 @@ def test_dropout_zeroes_what_is_added_to_the_residual_stream(loaded: Loaded) -> 
         expected = model(input_ids=ids).logits
         torch.manual_seed(0)
         with residual_dropout(model, 0.5):
+            assert torch.equal(model(input_ids=ids).logits, expected)  # in eval mode, where pruning looks at it
+            model.train()
             hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
             first = model(input_ids=ids).logits
             embedded = seen["model.embed_tokens"]
             second = model(input_ids=ids).logits
+        model.eval()
         for hook in hooks:
             hook.remove()
         for name in names:
@@ -450,3 +454,73 @@ def test_a_wrong_setting_is_refused_by_its_name(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{key}=") as refused:
         Finetune(**{key: value})
     assert len(str(refused.value)) < 120
+
+
+# Distillation.
+
+
+def test_the_soft_loss_by_hand() -> None:
+    """Two tokens over three words, with plain exponentials; averaged over tokens, not over the vocabulary."""
+    student, teacher, temperature = [[1.0, 0.0, -1.0], [0.0, 2.0, 0.5]], [[0.5, 0.5, 0.0], [1.0, 1.0, -1.0]], 2.0
+
+    def softened(logits: list[float]) -> list[float]:
+        powers = [math.exp(value / temperature) for value in logits]
+        return [power / sum(powers) for power in powers]
+
+    divergences = [
+        sum(p * math.log(p / q) for p, q in zip(softened(wanted), softened(found), strict=True))
+        for found, wanted in zip(student, teacher, strict=True)
+    ]
+    expected = temperature**2 * sum(divergences) / 2
+    assert float(soft_loss(torch.tensor(student), torch.tensor(teacher), temperature)) == pytest.approx(expected)
+
+
+def test_alpha_0_is_finetune_and_alpha_1_never_looks_at_the_text(folder: Path, tmp_path: Path) -> None:
+    plain, hard, soft = (HubModel(name=str(folder)).load(CPU, 0) for _ in range(3))
+    SHORT.recover(plain.model, training_of(plain, tmp_path / "plain"))
+    teacher = HubModel(name=str(folder)).load(CPU, 0)
+    keys = {"steps": 24, "lr": 0.003, "batch_size": 4, "warmup": 0.1, "autocast": "none", "weight_decay": 0.1}
+    Distill(**keys, alpha=0.0).recover(hard.model, training_of(hard, tmp_path / "hard", dense=teacher))
+    assert same(weights_of(hard.model), weights_of(plain.model))
+    losses: list[float] = []
+    Distill(**keys, alpha=1.0).recover(
+        soft.model,
+        training_of(soft, tmp_path / "soft", lambda step, values: losses.append(values["train/loss"]), dense=teacher),
+    )
+    assert len(losses) == 3
+    assert max(losses) < 5e-2  # its own teacher has nothing to teach it, where the text has 5 nats
+
+
+def test_a_pruned_student_comes_closer_to_its_teacher(folder: Path, tmp_path: Path) -> None:
+    """And the teacher is as it was, in eval mode, without gradients."""
+    teacher, student = (HubModel(name=str(folder)).load(CPU, 0) for _ in range(2))
+    masks, before = half_masks(student.model), weights_of(teacher.model)
+    masks.hold(student.model)
+    tokens = torch.randint(300, (4, 32), generator=torch.Generator().manual_seed(2))
+
+    def apart() -> float:
+        with torch.no_grad():
+            found, wanted = (model(input_ids=tokens).logits.flatten(0, 1) for model in (student.model, teacher.model))
+        return float(soft_loss(found, wanted, 1.0))
+
+    was = apart()
+    recipe = Distill(steps=60, lr=0.003, batch_size=4, warmup=0.1, autocast="none", alpha=1.0)
+    recipe.recover(student.model, training_of(student, tmp_path, masks=masks, dense=teacher))
+    assert apart() < 0.9 * was
+    assert same(weights_of(teacher.model), before)
+    assert not teacher.model.training
+    assert all(weight.grad is None for weight in teacher.model.parameters())
+    for name, keep in masks.keep.items():
+        assert (student.model.get_submodule(name).weight[~keep] == 0).all()
+
+
+def test_another_teacher_must_have_the_same_tokenizer(loaded: Loaded, tmp_path: Path) -> None:
+    other = make_folder(tmp_path / "other", vocab_size=310)
+    with pytest.raises(Refused, match=r"recovery\.teacher='.*other' has another tokenizer \(vocabulary of 310\)"):
+        Distill(teacher=str(other)).recover(loaded.model, training_of(loaded, tmp_path))
+
+
+def test_another_teacher_is_part_of_what_a_run_is(folder: Path, tmp_path: Path) -> None:
+    first, second = Distill(teacher=str(folder)), Distill(teacher=str(make_folder(tmp_path / "second", seed=1)))
+    assert Distill().hashes(CPU) == {}
+    assert first.hashes(CPU)["teacher_weights"] != second.hashes(CPU)["teacher_weights"]

@@ -66,6 +66,10 @@ class Recovery:
         """How many steps it trains."""
         return self.steps
 
+    def hashes(self, device: Device) -> dict[str, str]:
+        """sha256 of what it brings to a run beside its keys."""
+        return {}
+
     def recover(self, model: Any, training: Training) -> None:
         """Trains `model` in place and prunes it as `training.events` say; pruned weights stay exactly zero."""
         raise NotImplementedError
