@@ -21,13 +21,13 @@ QUIET = Console(quiet=True)
 
 
 class Lab:
-    """The shipped model, 64 windows of its calibration text and 60 test windows."""
+    """The shipped model, 32 windows of its calibration text and 30 test windows."""
 
     def __init__(self) -> None:
         self.dense: Loaded = Tiny().load(CPU, seed=0)
         self.tokens = Tokens(Stdlib().corpus(), self.dense.tokenizer)
-        self.calibrator = Calibrator(self.tokens.calibration_windows(64, 256, seed=0)[0])
-        self.windows = self.tokens.windows("test", 256)[::10][:60]
+        self.calibrator = Calibrator(self.tokens.calibration_windows(32, 256, seed=0)[0])
+        self.windows = self.tokens.windows("test", 256)[::20][:30]
 
     def perplexity(self, option: str, amount: float = 0.6, **keys: object) -> float:
         model = copy.deepcopy(self.dense.model)
