@@ -55,11 +55,11 @@ def draw(points: list[Point], dense: list[Point], path: Path) -> None:
     colours = [pyplot.get_cmap("tab20" if many else "tab10")(index) for index in range(20 if many else 10)]
     for panel, (size, label) in zip(panels, SIZES.items(), strict=True):
         unit = _UNIT[size]
-        for colour, (label, runs) in zip(cycle(colours), sorted(_lines(points).items()), strict=False):
+        for colour, (series, runs) in zip(cycle(colours), sorted(_lines(points).items()), strict=False):
             x, y = [p.metrics[size] / unit for p in runs], [p.metrics[QUALITY] for p in runs]
             panel.plot(x, y, "o", color=colour, markersize=4)
             steps = sorted({(value, round(mean(b for a, b in zip(x, y, strict=True) if a == value), 9)) for value in x})
-            panel.plot([a for a, _ in steps], [b for _, b in steps], "-", color=colour, label=label)
+            panel.plot([a for a, _ in steps], [b for _, b in steps], "-", color=colour, label=series)
         for point in dense:
             panel.plot(point.metrics[size] / unit, point.metrics[QUALITY], "k*", markersize=13, label="dense")
         marked = front(points + dense, size)
