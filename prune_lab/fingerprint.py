@@ -23,7 +23,7 @@ def fingerprint(config: dict[str, Any], protocol: dict[str, Any], hashes: dict[s
     """sha256 over the resolved configuration, the protocol stamp, and the hashes of weights, tokenizer and text."""
     kept = {key: value for key, value in config.items() if key not in _NOT_PART}
     for group, names in _PLACES.items():
-        kept[group] = _without(kept[group], names)
+        kept[group] = _without(kept.get(group, {}), names)
     stamp = _without(protocol, _PROTOCOL_PLACES)
     for part, name in ((kept["dataset"], "name"), (stamp, "source")):
         if isinstance(part.get("calibration"), dict):
