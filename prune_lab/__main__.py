@@ -9,7 +9,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from prune_lab import config, explain, recipes, sweep
+from prune_lab import config, explain, launch, recipes, sweep
 
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -32,6 +32,7 @@ def _run(arguments: list[str]) -> int:
     config.register_schema()
     try:
         recipes.check(arguments)
+        sys.argv[1:] = launch.for_this_process(arguments)
         _job()
     except KeyboardInterrupt:
         explain.to_stderr("interrupted")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from prune_lab import launch
 from prune_lab.errors import Refused
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,6 +41,8 @@ def resolve(device: str, dtype: str) -> Device:
     name = device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and launch.size() > 1:
+            name = f"cuda:{launch.local_rank()}"
     try:
         place = torch.device(name)
     except RuntimeError:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import prune_lab
+from prune_lab import launch
 from prune_lab.device import Device
 
 _PACKAGES = ("transformers", "tokenizers", "safetensors", "datasets", "hydra-core", "mlflow")
@@ -27,6 +28,7 @@ def describe_environment(device: Device) -> dict[str, Any]:
         "platform": f"{sys.platform}-{platform.machine()}",
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
+        "processes": launch.size(),
         "gpu": torch.cuda.get_device_name(device.torch_device) if device.is_cuda else None,
         "cuda": torch.version.cuda if device.is_cuda else None,
     }

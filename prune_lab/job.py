@@ -10,7 +10,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-from prune_lab import explain, report, runner
+from prune_lab import explain, launch, report, runner
 from prune_lab.config import Parts
 from prune_lab.console import Console
 from prune_lab.errors import Refused
@@ -45,7 +45,8 @@ def run(build: Callable[[], Parts], config: dict[str, Any], place: Place) -> flo
     except BaseException as error:  # Ctrl-C, or a signal
         _write(place, config, "KILLED", type(error).__name__)
         raise
-    report.show(summary, console)
+    if launch.rank() == 0:
+        report.show(summary, console)
     return summary.metrics.get("quality/perplexity")
 
 

@@ -30,15 +30,19 @@ from prune_lab.models.load import Loaded
 from prune_lab.place import Place
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.recovery.base import Training
+from prune_lab.schedules import Event, Rewind
 from prune_lab.summary import Summary
 from prune_lab.tracking.base import RunLog
+from prune_lab.world import World, join
 
 
 def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) -> Summary:
     """Runs one experiment, or finds it finished, and returns its summary, written and tracked."""
     settings = parts.settings
+    _plan(parts)  # what does not fit together is refused before anything is loaded
     device = devices.resolve(settings.device, settings.dtype)
     devices.seed_all(settings.seed)
+    world = join(device.is_cuda)
     console.note("loading model and text")
     seed_of_weights = settings.seed if parts.model.weights == "random" else 0
     bench = open_bench(parts.model, parts.dataset, parts.measure, device, seed_of_weights, console)
@@ -59,8 +63,13 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
         fingerprint=fingerprint(config, protocol=protocol, hashes=bench.hashes | parts.recovery.hashes(device)),
     )
     report.header(summary, console)
-    finished = parts.tracking.find_finished(settings.name, summary.fingerprint) if settings.resume else None
-    if finished is not None and (not settings.export or (Path(finished.folder) / "export").is_dir()):
+    run_id, finished = world.from_main(summary.fingerprint), _find_finished(parts, summary) if world.is_main else None
+    is_finished = world.from_main(finished is not None)
+    if not world.is_main:
+        if not is_finished:
+            _compress(parts, bench, calibrator, run_id, world, console)
+        return _helped(summary, place)
+    if finished is not None:
         finished.overrides = place.overrides  # the same run may have been asked for in other words
         parts.tracking.enter_again(settings.name, finished, place)
         finished.write(place.folder)
@@ -68,7 +77,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
 
     with parts.tracking.start_run(settings.name, summary, place) as log:
         dense = bench.baseline(place.sweep, console)
-        loaded, pruned, seconds = _compress(parts, bench, calibrator, summary.fingerprint, console, log)
+        loaded, pruned, seconds = _compress(parts, bench, calibrator, run_id, world, console, log)
         with _saved(loaded, place.folder, settings.export) as folder, _stopwatch(seconds, "time/measure_s"):
             figures = bench.figures(loaded, folder, console)
             latency = None
@@ -89,12 +98,33 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
     return summary
 
 
+def _find_finished(parts: Parts, summary: Summary) -> Summary | None:
+    """The same run, finished earlier and with its export if one is asked for."""
+    settings = parts.settings
+    found = parts.tracking.find_finished(settings.name, summary.fingerprint) if settings.resume else None
+    return None if found is None or (settings.export and not (Path(found.folder) / "export").is_dir()) else found
+
+
+def _helped(summary: Summary, place: Place) -> Summary:
+    """What a process leaves that only helped to train: the main one measures and records."""
+    summary.status = "FINISHED"
+    summary.write(place.folder)
+    return summary
+
+
 def _compress(
-    parts: Parts, bench: Bench, calibrator: Calibrator | None, run_id: str, console: Console, log: RunLog
+    parts: Parts,
+    bench: Bench,
+    calibrator: Calibrator | None,
+    run_id: str,
+    world: World,
+    console: Console,
+    log: RunLog | None = None,
 ) -> tuple[Loaded, Pruned, dict[str, float]]:
     """Prunes a copy of the dense model as the schedule says while recovery trains it, then post-compresses."""
     seconds = {"time/prune_s": 0.0, "time/recover_s": 0.0, "time/post_s": 0.0}
     loaded, seed = bench.copy_of_dense(), parts.settings.seed
+    events, rewind = _plan(parts)
 
     def prune(amount: float) -> Pruned:
         with _stopwatch(seconds, "time/prune_s"):
@@ -104,13 +134,15 @@ def _compress(
         dense=bench.dense,
         tokens=bench.tokens,
         seq_len=bench.seq_len,
-        events=parts.schedule.events(parts.method.amount, parts.recovery.training_steps),
+        events=events,
         prune=prune,
         device=bench.device,
         seed=seed,
         console=console,
         checkpoint=_checkpoints(run_id) / "training.safetensors",
-        log=log.figures,
+        log=log.figures if log is not None else lambda step, values: None,
+        rewind=rewind,
+        world=world,
     )
     with _stopwatch(seconds, "time/recover_s"):
         parts.recovery.recover(loaded.model, training)
@@ -118,6 +150,12 @@ def _compress(
     with _stopwatch(seconds, "time/post_s"):
         parts.post.compress(Anatomy(loaded.model))
     return loaded, training.pruned, seconds
+
+
+def _plan(parts: Parts) -> tuple[list[Event], Rewind | None]:
+    """When to prune how much, and what to go back to, in the training that recovery does."""
+    steps = parts.recovery.training_steps
+    return parts.schedule.events(parts.method.amount, steps), parts.schedule.rewinding(steps)
 
 
 def _checkpoints(run_id: str) -> Path:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from prune_lab.errors import Refused
 
 SPACINGS = ("linear", "geometric")
+REWINDS = ("weights", "lr", "random")
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,14 @@ class Event:
 
     step: int
     amount: float
+
+
+@dataclass(frozen=True)
+class Rewind:
+    """What goes back, after each pruning, to where it was before a step of the training."""
+
+    what: str  # one of REWINDS
+    step: int
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,10 @@ class Schedule:
         """
         raise NotImplementedError
 
+    def rewinding(self, steps: int) -> Rewind | None:
+        """What goes back after each pruning of a training of `steps`, if anything does; raises Refused."""
+        return None
+
     def first(self, steps: int) -> int:
         """The step that `start` names."""
         return _step("start", self.start, steps)
@@ -57,10 +70,17 @@ class Iterative(Schedule):
     """schedule=iterative: in rounds, each followed by an equal share of the training (Han et al., 1506.02626).
 
     spacing: linear, equal steps of the amount; geometric, an equal fraction of what is left in each round.
+    rewind: what goes back to an earlier point after each pruning. weights (Frankle et al., 1903.01611): the weights
+    that stay and the learning rate, to where both were at rewind_to; lr (Renda et al., 2003.02389): the learning rate
+    alone; random: the learning rate to the beginning, and the weights that stay are drawn anew, the control that shows
+    whether it is the weights or only their places that matter (Frankle & Carbin, 1803.03635).
+    rewind_to: a fraction of the training (up to 1) or a step of it, `start` at the latest.
     """
 
     rounds: int = 4
     spacing: str = "linear"
+    rewind: str | None = None
+    rewind_to: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,6 +88,12 @@ class Iterative(Schedule):
             raise ValueError(f"rounds={self.rounds} must be at least 1")
         if self.spacing not in SPACINGS:
             raise ValueError(f"spacing={self.spacing!r} is none of {', '.join(SPACINGS)}")
+        if self.rewind is not None and self.rewind not in REWINDS:
+            raise ValueError(f"rewind={self.rewind!r} is none of null, {', '.join(REWINDS)}")
+        if not self.rewind_to >= 0:
+            raise ValueError(f"rewind_to={self.rewind_to} must be at least 0")
+        if self.rewind_to and self.rewind in (None, "random"):
+            raise ValueError(f"rewind_to={self.rewind_to} has no use with rewind={self.rewind}: give weights or lr")
 
     def events(self, final: float, steps: int) -> list[Event]:
         """One for each round; without training all of them at once."""
@@ -84,6 +110,23 @@ class Iterative(Schedule):
             step = first + (number - 1) * (steps - first) // self.rounds
             found.append(Event(step, final if number == self.rounds else amount))
         return found
+
+    def rewinding(self, steps: int) -> Rewind | None:
+        """As `rewind` and `rewind_to` say."""
+        if self.rewind is None:
+            return None
+        if steps == 0:
+            raise Refused(
+                f"schedule.rewind={self.rewind} goes back in a training, and recovery=none trains nothing: choose "
+                "recovery=finetune or another training"
+            )
+        step, first = _step("rewind_to", self.rewind_to, steps), self.first(steps)
+        if step > first:
+            raise Refused(
+                f"schedule.rewind_to={self.rewind_to:g} (step {step}) is after schedule.start={self.start:g} "
+                f"(step {first}), the first pruning: it goes back to a point before that"
+            )
+        return Rewind(self.rewind, step)
 
 
 @dataclass(frozen=True)

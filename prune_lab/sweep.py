@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from prune_lab import explain
+from prune_lab import explain, launch
 from prune_lab.config import build
 from prune_lab.errors import Refused
 from prune_lab.place import Place
@@ -95,6 +95,8 @@ def _close(interrupted: bool) -> None:
 
     rows = [comparison.read_job(folder) for folder in jobs]
     sweep.failed = any(row.summary.status != "FINISHED" for row in rows)
+    if launch.rank() > 0:  # it only helped to train: the first process has the figures
+        return
     status = "KILLED" if interrupted else "FAILED" if sweep.failed else "FINISHED"
     comparison.write(sweep.folder, rows)
     hints = sweep.tracker.close_sweep(sweep.name, sweep.folder, status, [row.summary for row in rows])

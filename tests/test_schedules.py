@@ -26,7 +26,7 @@ from prune_lab.recovery import train as loop
 from prune_lab.recovery.base import Training
 from prune_lab.recovery.finetune import Finetune
 from prune_lab.recovery.none import NoRecovery
-from prune_lab.recovery.train import follow
+from prune_lab.recovery.optimizer import follow
 from prune_lab.schedules import Gradual, Iterative, OneShot, Schedule
 from prune_lab.text.corpus import Documents
 from prune_lab.text.tokens import Tokens

@@ -34,8 +34,8 @@ from prune_lab.recovery.distill import Distill, soft_loss
 from prune_lab.recovery.dropout import residual_dropout
 from prune_lab.recovery.finetune import Finetune
 from prune_lab.recovery.none import NoRecovery
+from prune_lab.recovery.optimizer import lr_factor
 from prune_lab.recovery.order import WindowOrder
-from prune_lab.recovery.train import lr_factor
 from prune_lab.text.corpus import Documents
 from prune_lab.text.tokens import Tokens
 
@@ -88,6 +88,11 @@ def half_masks(model: Any) -> Masks:
     return Masks({name: torch.rand(weight.shape, generator=generator) < 0.5 for name, weight in linears.items()})
 
 
+def factor(step: int, recipe: Finetune) -> float:
+    """The fraction of the peak learning rate at a step."""
+    return lr_factor(step, recipe.steps, recipe.warmup, recipe.final_lr)
+
+
 def test_the_loss_falls(loaded: Loaded, tmp_path: Path) -> None:
     unseen = torch.tensor(loaded.tokenizer(story(99))["input_ids"])[:512].view(16, 32)
 
@@ -122,7 +127,7 @@ def test_the_loop_is_a_plain_pytorch_loop(folder: Path, tmp_path: Path) -> None:
     clipped = []
     for step in range(5):
         for group in optimizer.param_groups:
-            group["lr"] = 0.002 * lr_factor(step, recipe)
+            group["lr"] = 0.002 * factor(step, recipe)
         batch = order.batch(step)
         optimizer.zero_grad()
         model(input_ids=batch, labels=batch).loss.backward()
@@ -140,27 +145,27 @@ def test_the_loop_is_a_plain_pytorch_loop(folder: Path, tmp_path: Path) -> None:
 
 def test_the_learning_rate_by_hand() -> None:
     recipe = Finetune(steps=101, warmup=0.1, final_lr=0.2)  # 11 steps of warm-up, then 90 of decay
-    assert lr_factor(0, recipe) == pytest.approx(1 / 11)
-    assert lr_factor(4, recipe) == pytest.approx(5 / 11)
-    assert lr_factor(10, recipe) == 1.0
-    assert lr_factor(11, recipe) == 1.0
-    assert lr_factor(11 + 45, recipe) == pytest.approx(0.6, abs=0.02)  # half way between 1 and 0.2
-    factors = [lr_factor(step, recipe) for step in range(11, 101)]
+    assert factor(0, recipe) == pytest.approx(1 / 11)
+    assert factor(4, recipe) == pytest.approx(5 / 11)
+    assert factor(10, recipe) == 1.0
+    assert factor(11, recipe) == 1.0
+    assert factor(11 + 45, recipe) == pytest.approx(0.6, abs=0.02)  # half way between 1 and 0.2
+    factors = [factor(step, recipe) for step in range(11, 101)]
     assert factors == sorted(factors, reverse=True)
-    assert lr_factor(0, Finetune(steps=10, warmup=0.0)) == 1.0
-    assert lr_factor(0, Finetune(steps=1)) == 1.0
+    assert factor(0, Finetune(steps=10, warmup=0.0)) == 1.0
+    assert factor(0, Finetune(steps=1)) == 1.0
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(10, 0.0), (10, 0.2), (101, 0.1)])
 def test_the_last_step_has_the_final_learning_rate(steps: int, warmup: float) -> None:
     """conf/recovery/finetune.yaml: final_lr is the fraction of lr at the last step."""
-    assert lr_factor(steps - 1, Finetune(steps=steps, warmup=warmup, final_lr=0.2)) == pytest.approx(0.2)
+    assert factor(steps - 1, Finetune(steps=steps, warmup=warmup, final_lr=0.2)) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(("steps", "warmup", "expected"), [(100, 0.07, 7), (100, 0.29, 29), (200, 0.05, 10)])
 def test_a_fraction_of_the_steps_is_not_rounded_up_by_float_noise(steps: int, warmup: float, expected: int) -> None:
     recipe = Finetune(steps=steps, warmup=warmup)
-    assert lr_factor(expected - 1, recipe) == 1.0
+    assert factor(expected - 1, recipe) == 1.0
 
 
 class Interrupter:

@@ -31,6 +31,11 @@ class Pruned:
     files: dict[str, bytes] = field(default_factory=dict)
     cuts: list[Cut] = field(default_factory=list)
 
+    def after(self, earlier: Pruned) -> Pruned:
+        """This pruning as one that followed an earlier one of the same model: with the notes of both."""
+        self.notes = list(dict.fromkeys(earlier.notes + self.notes))
+        return self
+
     @property
     def realized(self) -> float:
         """Fraction of the weights in scope that were removed or zeroed."""

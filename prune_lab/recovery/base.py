@@ -11,8 +11,9 @@ from prune_lab.console import Console
 from prune_lab.device import Device
 from prune_lab.methods.base import Pruned
 from prune_lab.models.load import Loaded
-from prune_lab.schedules import Event
+from prune_lab.schedules import Event, Rewind
 from prune_lab.text.tokens import Tokens
+from prune_lab.world import World
 
 
 @dataclass
@@ -29,18 +30,29 @@ class Training:
     console: Console
     checkpoint: Path  # where to put a checkpoint, and to go on from if it is there
     log: Callable[[int, dict[str, float]], None]  # figures of a step
+    rewind: Rewind | None = None  # what goes back after each pruning
+    world: World = field(default_factory=World)  # the processes that train together
     pruned: Pruned = field(default_factory=Pruned)
 
-    def prune_before(self, step: int) -> bool:
-        """Prunes as the schedule has it before a step; returns whether it did."""
-        due = [event for event in self.events if event.step == step]
-        for event in due:
-            notes = self.pruned.notes
-            self.pruned = self.prune(event.amount)
-            self.pruned.notes = list(dict.fromkeys(notes + self.pruned.notes))
-            if len(self.events) > 1:
-                self.log(step, {"train/amount": self.pruned.realized})
-        return bool(due)
+    def is_due(self, step: int) -> bool:
+        """Whether there is something to prune before a step."""
+        return any(event.step == step for event in self.events)
+
+    @property
+    def last_event(self) -> int:
+        """The step before which the whole amount is reached."""
+        return max((event.step for event in self.events), default=0)
+
+    def prune_before(self, step: int) -> None:
+        """Prunes as the schedule has it before a step."""
+        for event in self.events:
+            if event.step == step:
+                self.pruned = self.prune(event.amount).after(self.pruned)
+
+    def say(self, note: str) -> None:
+        """Puts a note into the run's record, once."""
+        if note not in self.pruned.notes:
+            self.pruned.notes.append(note)
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,17 @@ class Checkpoint:
     step: int
     shape: Shape
     pruned: Pruned
+    best: dict[str, Any]  # what the validation remembers
     tensors: dict[str, Tensor]
 
     def shape_model(self, model: Any) -> None:
         """Takes out of a dense model the units and blocks that were gone."""
         take_shape(Anatomy(model), self.shape)
+
+    def kept(self, what: str) -> dict[str, Tensor]:
+        """Weights by name that were kept under that name, none where there were none."""
+        prefix = f"kept/{what}/"
+        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
 
     @torch.no_grad()
     def fill(self, model: Any, optimizer: Optimizer) -> None:
@@ -48,16 +54,24 @@ class Checkpoint:
             optimizer.state[weight] = {field: v.to(weight.device) for field, v in of_optimizer.get(name, {}).items()}
 
 
-def save(path: Path, step: int, model: Any, optimizer: Optimizer, pruned: Pruned) -> None:
-    """Writes weights, shape, optimizer state, masks and random state after `step` steps."""
+def save(
+    path: Path, step: int, model: Any, optimizer: Optimizer, pruned: Pruned, *,
+    kept: dict[str, dict[str, Tensor]], best: dict[str, Any],
+) -> None:  # fmt: skip
+    """Writes weights, shape, optimizer state, masks and random state after `step` steps, and other weights it needs.
+
+    kept: those to go back to and the best ones, each by name. best: what the validation remembers beside them.
+    """
     tensors = {"rng": torch.get_rng_state()}
     for name, weight in model.named_parameters():
         tensors[f"weight/{name}"] = weight.detach().contiguous()
-        for key, value in optimizer.state[weight].items():
+        for key, value in optimizer.state.get(weight, {}).items():
             tensors[f"optimizer/{key}/{name}"] = value.contiguous()
     tensors |= {f"mask/{name}": mask.contiguous() for name, mask in pruned.masks.keep.items()}
+    tensors |= {f"kept/{what}/{name}": value.contiguous() for what, of in kept.items() for name, value in of.items()}
     facts = {
         "step": step,
+        "best": best,
         "shape": asdict(shape_of(Anatomy(model))),
         "rows": [asdict(row) for row in pruned.rows],
         "notes": pruned.notes,
@@ -77,4 +91,4 @@ def read(path: Path) -> Checkpoint | None:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
     masks = {key.removeprefix("mask/"): tensors.pop(key) for key in list(tensors) if key.startswith("mask/")}
     pruned = Pruned([LayerRow(**row) for row in facts["rows"]], Masks(masks), facts["notes"])
-    return Checkpoint(facts["step"], Shape(**facts["shape"]), pruned, tensors)
+    return Checkpoint(facts["step"], Shape(**facts["shape"]), pruned, facts["best"], tensors)

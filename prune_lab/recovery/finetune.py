@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -16,7 +16,12 @@ AUTOCAST = ("auto", "bfloat16", "none")
 
 @dataclass(frozen=True)
 class Finetune(Recovery):
-    """AdamW with warm-up and cosine decay (Loshchilov & Hutter, 1711.05101 and 1608.03983)."""
+    """AdamW with warm-up and cosine decay (Loshchilov & Hutter, 1711.05101 and 1608.03983).
+
+    validate_every: steps between measurements of the perplexity on `validate_windows` windows of validation text; 0:
+    none. keep_best: ends with the weights of the lowest one. patience: ends the training when that many measurements
+    in a row were no better, with the best weights; 0: never.
+    """
 
     warmup: float = 0.05
     final_lr: float = 0.1
@@ -27,7 +32,14 @@ class Finetune(Recovery):
     dropout: float = 0.0
     accumulate: int = 1
     autocast: str = "auto"
+    gradient_checkpointing: bool = False
+    validate_every: int = 50
+    validate_windows: int = 32
+    keep_best: bool = False
+    patience: int = 0
     checkpoint_every: int = 200
+
+    restarts: ClassVar[bool] = False  # whether `begin` makes new parameters, for which an optimizer must begin anew
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,6 +57,23 @@ class Finetune(Recovery):
             raise ValueError(f"accumulate={self.accumulate} must be from 1 to batch_size={self.batch_size}")
         if self.checkpoint_every < 1:
             raise ValueError(f"checkpoint_every={self.checkpoint_every} must be at least 1 step")
+        if self.validate_windows < 1:
+            raise ValueError(f"validate_windows={self.validate_windows} must be at least 1")
+        for name in ("validate_every", "patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        if self.validate_every == 0 and (self.patience or self.keep_best):
+            raise ValueError(
+                f"validate_every=0 measures nothing that patience={self.patience}, keep_best={self.keep_best} could "
+                "go by: give a number of steps"
+            )
+
+    def begin(self, model: Any, training: Training, step: int) -> None:
+        """Says what is trained from `step` on: here all parameters."""
+        model.requires_grad_(True)
+
+    def end(self, model: Any, training: Training) -> None:
+        """Leaves a model of plain weights, before a pruning and when the training is over."""
 
     def recover(self, model: Any, training: Training) -> None:
         """Trains on the mean cross-entropy of the next token."""

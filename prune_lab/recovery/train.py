@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,115 +11,165 @@ from torch import Tensor
 
 from prune_lab.device import Device, native_bfloat16
 from prune_lab.errors import Refused
-from prune_lab.pruning.surgery import Cut
 from prune_lab.recovery import checkpoint
 from prune_lab.recovery.base import Training
 from prune_lab.recovery.dropout import residual_dropout
+from prune_lab.recovery.optimizer import adamw, follow, lr_factor
 from prune_lab.recovery.order import WindowOrder
+from prune_lab.recovery.rewinding import Rewinder
+from prune_lab.recovery.validation import Validation
 
 if TYPE_CHECKING:
     from prune_lab.recovery.finetune import Finetune
 
 LOG_EVERY = 10  # steps
+Loss = Callable[[Any, Tensor], Tensor]
 
 
-def train(model: Any, recipe: Finetune, training: Training, loss_of: Callable[[Any, Tensor], Tensor]) -> None:
+def train(model: Any, recipe: Finetune, training: Training, loss_of: Loss) -> None:
     """Trains `model` in place for recipe.steps steps, pruning as the schedule says, and leaves it in eval mode.
 
     The weights are float32 while they train, whatever the run's number type: small updates vanish in 16 bits.
     A checkpoint left by an interrupted run is gone on from, and ends in the same weights.
     """
-    device, stream = training.device, training.tokens.stream("train")
-    if len(stream) < training.seq_len:
-        raise Refused(
-            f"dataset.seq_len={training.seq_len}: the train split has only {len(stream)} tokens: give more text"
-        )
-    order = WindowOrder(stream, training.seq_len, recipe.batch_size, training.seed)
-    saved = checkpoint.read(training.checkpoint)
-    if saved is None:
-        training.prune_before(0)
-    else:
-        saved.shape_model(model)
-        training.pruned = saved.pruned
-        training.console.note(f"going on from the checkpoint at step {saved.step}")
-    _cast_weights(model, torch.float32)
-    model.train()
-    optimizer = _optimizer(model, recipe)
-    if saved is not None:
-        saved.fill(model, optimizer)
-    start = saved.step if saved is not None else 0
-    autocast = torch.autocast(device.torch_device.type, torch.bfloat16, enabled=uses_autocast(recipe.autocast, device))
-    tokens_per_step = recipe.batch_size * training.seq_len
-    progress = training.console.progress(recipe.steps * tokens_per_step, "training", unit="tok")
-    with progress as bar, residual_dropout(model, recipe.dropout):
-        bar.update(start * tokens_per_step)
-        for step in range(start, recipe.steps):
-            if step > 0:
-                _prune(model, optimizer, training, step)
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.lr * lr_factor(step, recipe)
-            loss = _accumulate(model, order.batch(step), recipe.accumulate, loss_of, autocast, device)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            training.pruned.masks.hold(model)
-            bar.update(tokens_per_step)
-            if (step + 1) % LOG_EVERY == 0 or step + 1 == recipe.steps:
-                figures = {"train/loss": loss, "train/lr": optimizer.param_groups[0]["lr"]}
-                bar.set_postfix(loss=f"{figures['train/loss']:.3f}")
-                training.log(step + 1, figures)
-            if (step + 1) % recipe.checkpoint_every == 0:
-                checkpoint.save(training.checkpoint, step + 1, model, optimizer, training.pruned)
-        _prune(model, optimizer, training, recipe.steps)
-    model.eval()
-    _cast_weights(model, device.dtype)
+    with _gradient_checkpointing(model, recipe.gradient_checkpointing), residual_dropout(model, recipe.dropout):
+        loop = _Loop(model, recipe, training, loss_of)
+        loop.run()
+    _cast_weights(model, training.device.dtype)
     training.pruned.masks.hold(model)
-    model.requires_grad_(False)
 
 
-def _accumulate(
-    model: Any, batch: Tensor, parts: int, loss_of: Callable[[Any, Tensor], Tensor], autocast: Any, device: Device
-) -> float:
-    """Gradients of the mean loss over a batch, computed in `parts` parts one after the other; returns that loss."""
-    total = 0.0
-    for part in batch.chunk(parts):
-        with autocast:
-            loss = loss_of(model, part.to(device.torch_device)) * (len(part) / len(batch))
-        loss.backward()
-        total += float(loss.detach())
-    return total
+class _Loop:
+    """One training under way."""
 
+    def __init__(self, model: Any, recipe: Finetune, training: Training, loss_of: Loss) -> None:
+        self.model, self.recipe, self.training, self.loss_of = model, recipe, training, loss_of
+        stream, batch_size, world = training.tokens.stream("train"), recipe.batch_size, training.world
+        if len(stream) < training.seq_len:
+            raise Refused(
+                f"dataset.seq_len={training.seq_len}: the train split has only {len(stream)} tokens: give more text"
+            )
+        if batch_size % world.size or batch_size < world.size * recipe.accumulate:
+            raise Refused(
+                f"recovery.batch_size={batch_size} cannot be shared equally by {world.size} processes in "
+                f"recovery.accumulate={recipe.accumulate} parts: give a multiple of {world.size * recipe.accumulate}"
+            )
+        self.order = WindowOrder(stream, training.seq_len, batch_size, training.seed)
+        self.rewinder = Rewinder(training.rewind, training.events, recipe.steps, training.seed)
+        self.autocast = torch.autocast(
+            training.device.torch_device.type, torch.bfloat16, enabled=uses_autocast(recipe.autocast, training.device)
+        )
+        self.start = self._begin()
 
-def _prune(model: Any, optimizer: torch.optim.Optimizer, training: Training, step: int) -> None:
-    """Prunes if it is time to; the optimizer goes on with the state of what stays."""
-    model.eval()
-    if training.prune_before(step):
-        follow(optimizer, model, training.pruned.cuts)
-    model.train()
+    def _begin(self) -> int:
+        """Prepares the model and its optimizer, as they were if there is a checkpoint; returns the first step."""
+        model, training = self.model, self.training
+        saved = checkpoint.read(training.checkpoint)
+        if saved is not None:
+            saved.shape_model(model)
+            training.pruned = saved.pruned
+            training.console.note(f"going on from the checkpoint at step {saved.step}")
+        else:
+            self.rewinder.look(model, 0)
+            names = _names(model)
+            training.prune_before(0)
+            self.rewinder.follow(names, model, training.pruned.cuts)
+        self.validation = Validation(self.recipe, training)
+        _cast_weights(model, torch.float32)
+        if saved is None and training.is_due(0):
+            self.rewinder.go_back(model, 0)
+            training.pruned.masks.hold(model)
+        start = saved.step if saved is not None else 0
+        self.recipe.begin(model, training, start)
+        self.optimizer = adamw(model, self.recipe)
+        if saved is None:
+            return 0
+        saved.fill(model, self.optimizer)
+        self.rewinder.kept = saved.kept("rewind")
+        self.validation.go_on(saved.best, saved.kept("best"))
+        return start
 
+    def run(self) -> None:
+        """The steps that are left."""
+        model, recipe, training, validation = self.model, self.recipe, self.training, self.validation
+        tokens_per_step, step = recipe.batch_size * training.seq_len, self.start
+        model.train()
+        with training.console.progress(recipe.steps * tokens_per_step, "training", unit="tok") as bar:
+            bar.update(step * tokens_per_step)
+            if step == 0 and validation.every:
+                self._validate(0)
+            while step < recipe.steps and not validation.says_stop:
+                figures = self._step(step)
+                step += 1
+                bar.update(tokens_per_step)
+                if step % LOG_EVERY == 0 or step == recipe.steps:
+                    bar.set_postfix(loss=f"{figures['train/loss']:.3f}")
+                    training.log(step, figures)
+                if validation.is_due(step):
+                    self._validate(step)
+                if step % recipe.checkpoint_every == 0 and training.world.is_main:
+                    self._save(step)
+        validation.restore_best(model, step)
+        recipe.end(model, training)
+        model.eval()
+        training.prune_before(recipe.steps)
+        model.requires_grad_(False)
 
-def follow(optimizer: torch.optim.Optimizer, model: Any, cuts: list[Cut]) -> None:
-    """Has an optimizer train the parameters that took others' places, with the same part of their state."""
-    for cut in cuts:
-        state = optimizer.state.pop(cut.old, {})
-        optimizer.state[cut.new] = {
-            key: value.index_select(cut.dim, cut.index) if value.shape == cut.old.shape else value
-            for key, value in state.items()
-        }
-    places, alive = {cut.old: cut.new for cut in cuts}, set(model.parameters())
-    for group in optimizer.param_groups:
-        group["params"] = [weight for old in group["params"] if (weight := places.get(old, old)) in alive]
-    for gone in [weight for weight in optimizer.state if weight not in alive]:
-        del optimizer.state[gone]
+    def _step(self, step: int) -> dict[str, float]:
+        """One step of the optimizer, after a pruning if it is time for one; what there is to log of it."""
+        model, recipe, training = self.model, self.recipe, self.training
+        if step > 0:
+            self.rewinder.look(model, step)
+            if training.is_due(step):
+                self._prune(step)
+        for group in self.optimizer.param_groups:
+            position, steps = self.rewinder.lr_position(step)
+            group["lr"] = recipe.lr * lr_factor(position, steps, recipe.warmup, recipe.final_lr)
+        loss = self._gradients(self.order.batch(step))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        training.pruned.masks.hold(model)
+        lr = self.optimizer.param_groups[0]["lr"]
+        return {"train/loss": loss, "train/lr": lr, "train/sparsity": training.pruned.realized}
 
+    def _gradients(self, batch: Tensor) -> float:
+        """Gradients of the mean loss over a batch, computed in parts one after the other; returns that loss."""
+        world, place = self.training.world, self.training.device.torch_device
+        mine, total = world.share(batch), 0.0
+        for part in mine.chunk(self.recipe.accumulate):
+            with self.autocast:
+                loss = self.loss_of(self.model, part.to(place)) * (len(part) / len(mine))
+            loss.backward()
+            total += float(loss.detach())
+        mean = torch.tensor([total], device=place)
+        world.average([mean, *(w.grad for w in self.model.parameters() if w.grad is not None)])
+        return float(mean)
 
-def lr_factor(step: int, recipe: Finetune) -> float:
-    """Fraction of the peak learning rate at a step: linear warm-up, then cosine down to recipe.final_lr."""
-    warmup = math.ceil(round(recipe.warmup * recipe.steps, 6))  # 0.07 * 100 is a little more than 7
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, recipe.steps - 1 - warmup)
-    return recipe.final_lr + (1 - recipe.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    def _prune(self, step: int) -> None:
+        """Prunes, goes back if the schedule has it, and trains what is left; the optimizer keeps its part of it."""
+        model, training, rewinder = self.model, self.training, self.rewinder
+        self.recipe.end(model, training)
+        model.eval()
+        names = _names(model)
+        training.prune_before(step)
+        rewinder.follow(names, model, training.pruned.cuts)
+        rewinder.go_back(model, step)
+        training.pruned.masks.hold(model)
+        self.recipe.begin(model, training, step)
+        if self.recipe.restarts or rewinder.moves_weights:
+            self.optimizer = adamw(model, self.recipe)
+        else:
+            follow(self.optimizer, model, training.pruned.cuts)
+        model.train()
+
+    def _validate(self, step: int) -> None:
+        self.validation.measure(self.model, step, self.autocast, self.training.world.from_main)
+
+    def _save(self, step: int) -> None:
+        kept = {"rewind": self.rewinder.kept, "best": self.validation.kept}
+        state = self.model, self.optimizer, self.training.pruned
+        checkpoint.save(self.training.checkpoint, step, *state, kept=kept, best=self.validation.remembered)
 
 
 def uses_autocast(setting: str, device: Device) -> bool:
@@ -127,17 +177,23 @@ def uses_autocast(setting: str, device: Device) -> bool:
     return native_bfloat16(device.torch_device) if setting == "auto" else setting == "bfloat16"
 
 
+@contextmanager
+def _gradient_checkpointing(model: Any, wanted: bool) -> Iterator[None]:
+    """Has each block computed again in the backward pass, in place of keeping its activations (1604.06174)."""
+    if wanted:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if wanted:
+            model.gradient_checkpointing_disable()
+
+
+def _names(model: Any) -> dict[Tensor, str]:
+    return {weight: name for name, weight in model.named_parameters()}
+
+
 def _cast_weights(model: Any, dtype: torch.dtype) -> None:
     """Casts the weights, not the buffers: rotary frequencies stay float32, as in a model loaded from disk."""
     for weight in model.parameters():
         weight.data = weight.data.to(dtype)
-
-
-def _optimizer(model: Any, recipe: Finetune) -> torch.optim.AdamW:
-    for weight in model.parameters():
-        weight.requires_grad_(True)
-    groups = [
-        {"params": [w for w in model.parameters() if w.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [w for w in model.parameters() if w.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), fused=True)

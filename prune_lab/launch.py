@@ -1,0 +1,32 @@
+"""What a launcher of several processes (accelerate launch, torchrun) says in the environment. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+
+def size() -> int:
+    """How many processes there are; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's number among them."""
+    return int(os.environ.get("RANK", "0")) if size() > 1 else 0
+
+
+def local_rank() -> int:
+    """Its number among those of this machine, which is that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def for_this_process(arguments: list[str]) -> list[str]:
+    """The command line as this process is to run it: the first records the run, the others only help to train."""
+    if rank() == 0:
+        return arguments
+    folder = tempfile.mkdtemp(prefix="prune_lab-")
+    helping = ["tracking=none", "quiet=true", "export=false", f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
+    given = [number for number, word in enumerate(arguments) if "=" in word and not word.startswith("-")]
+    end = given[-1] + 1 if given else len(arguments)  # overrides must stand together, and the last one counts
+    return [*arguments[:end], *helping, *arguments[end:]]

@@ -1,0 +1,62 @@
+"""Low-rank adapters: what LoRA trains in place of the weights, merged into them at the end."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear as apply_linear
+
+from prune_lab.models.anatomy import Anatomy, out_in
+from prune_lab.pruning.masks import Masks
+
+_A, _B = "lora_a", "lora_b"
+
+
+def attach(anatomy: Anatomy, masks: Masks, rank: int, scale: float, seed: int) -> None:
+    """Gives every prunable Linear an update scale * B A to train, and freezes everything else.
+
+    A, shape (rank, in), is drawn uniformly from +-1/sqrt(in); B, shape (out, rank), is zero, so the model computes what
+    it did (Hu et al., 2106.09685). Where a mask prunes single weights, the update is masked as it is used, so what is
+    trained is what `merge` leaves.
+    """
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    anatomy.model.requires_grad_(False)
+    for _, name, linear in _linears(anatomy):
+        out_features, in_features = out_in(linear, linear.weight).shape
+        a = (torch.rand(rank, in_features, generator=generator) * 2 - 1) / in_features**0.5
+        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        linear.register_parameter(_A, nn.Parameter(a.to(**like)))
+        linear.register_parameter(_B, nn.Parameter(torch.zeros(out_features, rank, **like)))
+        keep = masks.keep.get(name)
+        if keep is not None:
+            keep = out_in(linear, keep).to(linear.weight.device)
+        linear.__dict__["forward"] = partial(_forward, linear, keep, scale)
+
+
+@torch.no_grad()
+def merge(anatomy: Anatomy, masks: Masks, scale: float) -> None:
+    """Adds every update to its weights, through the masks, and takes the adapters off."""
+    for _, name, linear in _linears(anatomy):
+        update = scale * (getattr(linear, _B) @ getattr(linear, _A))
+        keep = masks.keep.get(name)
+        if keep is not None:
+            update.masked_fill_(~out_in(linear, keep).to(update.device), 0)
+        out_in(linear, linear.weight).add_(update)
+        del linear.__dict__["forward"], linear._parameters[_A], linear._parameters[_B]
+
+
+def _linears(anatomy: Anatomy) -> list[tuple[int, str, Any]]:
+    by_block = anatomy.linears_by_block()
+    return [(index, name, linear) for index, of_block in enumerate(by_block) for name, linear in of_block]
+
+
+def _forward(linear: Any, keep: Tensor | None, scale: float, inputs: Tensor) -> Tensor:
+    """What a Linear with an adapter computes."""
+    weight, a, b = out_in(linear, linear.weight), getattr(linear, _A), getattr(linear, _B)
+    if keep is None:
+        low = apply_linear(apply_linear(inputs, a), b)
+        return apply_linear(inputs, weight, linear.bias) + scale * low
+    return apply_linear(inputs, weight + scale * (b @ a) * keep, linear.bias)

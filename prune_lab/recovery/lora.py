@@ -1,0 +1,42 @@
+"""recovery=lora: training low-rank updates of the weights instead of the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from prune_lab.models.anatomy import Anatomy
+from prune_lab.recovery import adapters
+from prune_lab.recovery.base import Training
+from prune_lab.recovery.finetune import Finetune
+
+
+@dataclass(frozen=True)
+class Lora(Finetune):
+    """LoRA (Hu et al., 2106.09685) of every Linear inside the blocks, merged through the masks at the end.
+
+    The optimizer's state is that of the adapters alone. Pruned weights stay exactly zero: a merge of unmasked updates
+    would fill them. A pruning during the training merges first, and goes on with new adapters.
+    rank: of the updates. scale: what they are multiplied by (alpha / rank in the paper's terms).
+    """
+
+    rank: int = 8
+    scale: float = 2.0
+    weight_decay: float = 0.0
+
+    restarts: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank} must be at least 1")
+        if not self.scale > 0:
+            raise ValueError(f"scale={self.scale} must be above 0")
+
+    def begin(self, model: Any, training: Training, step: int) -> None:
+        """Attaches new adapters and freezes the weights."""
+        adapters.attach(Anatomy(model), training.pruned.masks, self.rank, self.scale, training.seed + step)
+
+    def end(self, model: Any, training: Training) -> None:
+        """Merges them."""
+        adapters.merge(Anatomy(model), training.pruned.masks, self.scale)

@@ -1,0 +1,102 @@
+"""Watching a training: perplexity on the validation text as it goes, the best weights, and when to stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from prune_lab.errors import Refused
+from prune_lab.models.loss import window_losses
+from prune_lab.recovery.base import Training
+
+if TYPE_CHECKING:
+    from prune_lab.recovery.finetune import Finetune
+
+
+class Validation:
+    """Measures a model on the first windows of the validation split, and remembers the best.
+
+    The best counts from the last pruning on: before it the model is not yet what was asked for.
+    """
+
+    def __init__(self, recipe: Finetune, training: Training) -> None:
+        self.every, self._recipe, self._training = recipe.validate_every, recipe, training
+        self._patience, self._keeps = recipe.patience, recipe.keep_best or recipe.patience > 0
+        self.best, self.best_step, self.worse = math.inf, -1, 0  # worse: measurements since the best
+        self.kept: dict[str, Tensor] = {}
+        self._windows = self._read_windows() if self.every else torch.empty(0, 0)
+
+    def _read_windows(self) -> Tensor:
+        training = self._training
+        try:
+            windows = training.tokens.windows("validation", training.seq_len)
+        except Refused as error:
+            if self._keeps:
+                raise
+            self.every = 0
+            training.say(f"no validation perplexity while it trained: {error}")
+            return torch.empty(0, 0)
+        return windows[: self._recipe.validate_windows]
+
+    def is_due(self, step: int) -> bool:
+        """Whether to measure after `step` steps."""
+        return self.every > 0 and (step % self.every == 0 or step == self._recipe.steps)
+
+    @torch.no_grad()
+    def measure(self, model: Any, step: int, autocast: Any, share: Callable[[float], float]) -> float:
+        """Perplexity after `step` steps, logged; the weights are kept if it is the best so far.
+
+        The model is in eval mode meanwhile. `share` has every process of a training go by the same figure.
+        """
+        model.eval()
+        losses = []
+        with autocast:
+            for batch in self._windows.split(self._recipe.batch_size):
+                losses.append(window_losses(model, batch.to(self._training.device.torch_device, torch.int64)).cpu())
+        model.train()
+        mean = share(float(torch.cat(losses).double().mean()))
+        perplexity = math.exp(mean) if mean < 700 else math.inf
+        if math.isfinite(perplexity):
+            self._training.log(step, {"validation/perplexity": perplexity})
+        if self._keeps and step >= max(1, self._training.last_event):
+            self._compare(model, step, perplexity)
+        return perplexity
+
+    @property
+    def remembered(self) -> dict[str, float]:
+        """What a checkpoint needs of it, beside the best weights."""
+        return {"best": self.best, "best_step": self.best_step, "worse": self.worse} if self.kept else {}
+
+    def go_on(self, remembered: dict[str, Any], kept: dict[str, Tensor]) -> None:
+        """Takes up what a checkpoint has."""
+        self.kept = kept
+        if kept:
+            self.best, self.best_step, self.worse = (remembered[key] for key in ("best", "best_step", "worse"))
+
+    def _compare(self, model: Any, step: int, perplexity: float) -> None:
+        if perplexity < self.best:
+            self.best, self.best_step, self.worse = perplexity, step, 0
+            self.kept = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        else:
+            self.worse += 1
+
+    @property
+    def says_stop(self) -> bool:
+        """Whether it has not improved for `patience` measurements."""
+        return 0 < self._patience <= self.worse
+
+    @torch.no_grad()
+    def restore_best(self, model: Any, step: int) -> None:
+        """Puts the best weights back, where the last ones, after `step` steps, are not the best, and says so."""
+        if not self.kept or self.best_step == step:
+            return
+        for name, weight in model.named_parameters():
+            weight.copy_(self.kept[name])
+        self._training.say(
+            f"trained {step} of {self._recipe.steps} steps; kept are the weights of step {self.best_step}, where the "
+            f"validation perplexity was lowest: {self.best:.4g}"
+        )

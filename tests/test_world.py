@@ -1,0 +1,107 @@
+"""Two processes train one model together: the same weights as one process, one record, the same command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Cli
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from prune_lab import launch
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+
+TRAINING = [
+    "measure=quality_only", "recovery.steps=8", "recovery.batch_size=4", "recovery.lr=0.003", "recovery.autocast=none",
+    "recovery.validate_every=4", "export=true",
+]  # fmt: skip
+
+
+def together(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Two processes under torchrun, which sets the variables that accelerate launch sets."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "-m", "prune_lab", *arguments],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+
+
+@pytest.mark.parametrize("recovery", ["finetune", "distill", "lora"])
+def test_two_processes_train_what_one_does(small: list[str], cli: Cli, tmp_path: Path, recovery: str) -> None:
+    """At the same global batch: gradients are averaged over equal shares of it."""
+    arguments = [
+        *small, *TRAINING, f"recovery={recovery}", "method=structured", "amount=0.25", "schedule=iterative",
+        "schedule.rounds=2", "tracking=none", "resume=false",
+    ]  # fmt: skip
+    done = together(tmp_path, *arguments, f"hydra.run.dir={tmp_path / 'two'}")
+    assert done.returncode == 0, done.stderr
+    alone = cli(*arguments, f"hydra.run.dir={tmp_path / 'one'}", OMP_NUM_THREADS="1")
+    assert alone.returncode == 0, alone.stderr
+    one, two = (load_file(tmp_path / name / "export/model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        assert_close(two[name], weight, atol=2e-4, rtol=2e-3)
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")]
+    assert [summary["environment"]["processes"] for summary in summaries] == [1, 2]
+    assert summaries[0]["fingerprint"] == summaries[1]["fingerprint"]
+    assert done.stdout.count("perplexity") == alone.stdout.count("perplexity")  # one table, not two
+
+
+def test_a_sweep_of_two_processes_is_recorded_once_and_found_again(small: list[str], tmp_path: Path) -> None:
+    arguments = [
+        "-m",
+        *small,
+        *TRAINING,
+        "recovery=finetune",
+        "amount=0.3,0.5",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}",
+    ]
+    done = together(tmp_path, *arguments)
+    assert done.returncode == 0, done.stderr
+    client = MlflowClient("sqlite:///" + str(tmp_path / "mlflow.db"))
+    experiment = client.get_experiment_by_name("prune_lab")
+    runs = client.search_runs([experiment.experiment_id])
+    assert [run.info.status for run in runs] == ["FINISHED"] * 3
+    assert sum("mlflow.parentRunId" in run.data.tags for run in runs) == 2
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
+        validated = "select step from metrics where key = 'validation/perplexity' and run_uuid = ? order by step"
+        assert store.execute(validated, (runs[0].info.run_id,)).fetchall() == [(0,), (4,), (8,)]
+    again = together(tmp_path, *arguments)
+    assert again.returncode == 0, again.stderr
+    for job in ("0", "1"):
+        assert json.loads((tmp_path / "sweep" / job / "summary.json").read_text())["reused_from"]
+
+
+def test_a_batch_that_cannot_be_shared_equally_is_refused(small: list[str], tmp_path: Path) -> None:
+    done = together(tmp_path, *small, "recovery=finetune", "recovery.batch_size=3", "tracking=none")
+    assert done.returncode != 0
+    assert "recovery.batch_size=3 cannot be shared equally by 2 processes" in done.stderr
+
+
+def test_helping_processes_write_nowhere_and_track_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is added stands beside the other overrides, after them: the last one counts."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    given = ["method=random", "amount=0.1,0.2", "-m"]
+    assert launch.for_this_process(given) == given
+    monkeypatch.setenv("RANK", "1")
+    helping = launch.for_this_process(given)
+    assert helping[:2] == given[:2]
+    assert helping[-1] == "-m"
+    assert {"tracking=none", "quiet=true", "export=false"} < set(helping[2:-1])
+    assert launch.for_this_process(["-cd", "experiments", "-cn", "x"])[:4] == ["-cd", "experiments", "-cn", "x"]
