@@ -37,15 +37,25 @@ def attach(anatomy: Anatomy, masks: Masks, rank: int, scale: float, seed: int) -
 
 
 @torch.no_grad()
+def merged(anatomy: Anatomy, masks: Masks, scale: float) -> dict[str, Tensor]:
+    """The weights by name as `merge` would leave them."""
+    found = {n: w for n, w in anatomy.model.named_parameters() if n.rpartition(".")[2] not in (_A, _B)}
+    for _, name, linear in _linears(anatomy):
+        found[f"{name}.weight"] = linear.weight + out_in(linear, _update(linear, masks.keep.get(name), scale))
+    return found
+
+
+@torch.no_grad()
 def merge(anatomy: Anatomy, masks: Masks, scale: float) -> None:
     """Adds every update to its weights, through the masks, and takes the adapters off."""
     for _, name, linear in _linears(anatomy):
-        update = scale * (getattr(linear, _B) @ getattr(linear, _A))
-        keep = masks.keep.get(name)
-        if keep is not None:
-            update.masked_fill_(~out_in(linear, keep).to(update.device), 0)
-        out_in(linear, linear.weight).add_(update)
+        out_in(linear, linear.weight).add_(_update(linear, masks.keep.get(name), scale))
         del linear.__dict__["forward"], linear._parameters[_A], linear._parameters[_B]
+
+
+def _update(linear: Any, keep: Tensor | None, scale: float) -> Tensor:
+    update = scale * (getattr(linear, _B) @ getattr(linear, _A))
+    return update if keep is None else update.masked_fill_(~out_in(linear, keep).to(update.device), 0)
 
 
 def _linears(anatomy: Anatomy) -> list[tuple[int, str, Any]]:

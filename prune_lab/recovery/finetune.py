@@ -75,6 +75,10 @@ class Finetune(Recovery):
     def end(self, model: Any, training: Training) -> None:
         """Leaves a model of plain weights, before a pruning and when the training is over."""
 
+    def weights(self, model: Any, training: Training) -> dict[str, Tensor]:
+        """The plain weights that `end` would leave now, by name."""
+        return dict(model.named_parameters())
+
     def recover(self, model: Any, training: Training) -> None:
         """Trains on the mean cross-entropy of the next token."""
         train(model, self, training, next_token_loss)

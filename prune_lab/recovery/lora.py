@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.recovery import adapters
 from prune_lab.recovery.base import Training
@@ -20,6 +22,7 @@ class Lora(Finetune):
     rank: of the updates. scale: what they are multiplied by (alpha / rank in the paper's terms).
     """
 
+    lr: float = 3e-3
     rank: int = 8
     scale: float = 2.0
     weight_decay: float = 0.0
@@ -40,3 +43,7 @@ class Lora(Finetune):
     def end(self, model: Any, training: Training) -> None:
         """Merges them."""
         adapters.merge(Anatomy(model), training.pruned.masks, self.scale)
+
+    def weights(self, model: Any, training: Training) -> dict[str, Tensor]:
+        """The frozen weights with the updates added, through the masks."""
+        return adapters.merged(Anatomy(model), training.pruned.masks, self.scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,10 +25,10 @@ class Rewinder:
         """Whether weights are replaced after a pruning, so that an optimizer must begin anew."""
         return self._rewind is not None and self._rewind.what != "lr"
 
-    def look(self, model: Any, step: int) -> None:
+    def look(self, weights: Callable[[], dict[str, Tensor]], step: int) -> None:
         """Keeps the weights (float32) if this is the step to go back to; called before a pruning at that step."""
         if self._rewind is not None and self._rewind.what == "weights" and step == self._rewind.step:
-            self.kept = {name: weight.detach().float().clone() for name, weight in model.named_parameters()}
+            self.kept = {name: weight.detach().float().clone() for name, weight in weights().items()}
 
     def follow(self, names: dict[Tensor, str], model: Any, cuts: list[Cut]) -> None:
         """Cuts what is kept as a pruning has cut the model; `names` are those of its parameters before that."""

@@ -70,7 +70,7 @@ class _Loop:
             training.pruned = saved.pruned
             training.console.note(f"going on from the checkpoint at step {saved.step}")
         else:
-            self.rewinder.look(model, 0)
+            self.rewinder.look(lambda: dict(model.named_parameters()), 0)
             names = _names(model)
             training.prune_before(0)
             self.rewinder.follow(names, model, training.pruned.cuts)
@@ -119,7 +119,7 @@ class _Loop:
         """One step of the optimizer, after a pruning if it is time for one; what there is to log of it."""
         model, recipe, training = self.model, self.recipe, self.training
         if step > 0:
-            self.rewinder.look(model, step)
+            self.rewinder.look(lambda: recipe.weights(model, training), step)
             if training.is_due(step):
                 self._prune(step)
         for group in self.optimizer.param_groups:
@@ -180,13 +180,16 @@ def uses_autocast(setting: str, device: Device) -> bool:
 @contextmanager
 def _gradient_checkpointing(model: Any, wanted: bool) -> Iterator[None]:
     """Has each block computed again in the backward pass, in place of keeping its activations (1604.06174)."""
-    if wanted:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if not wanted:
+        yield
+        return
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # of older transformers
+    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
     try:
         yield
     finally:
-        if wanted:
-            model.gradient_checkpointing_disable()
+        getattr(model, f"{name}_checkpointing_disable")()
+        model.disable_input_require_grads()
 
 
 def _names(model: Any) -> dict[Tensor, str]:

@@ -62,20 +62,20 @@ class Validation:
         perplexity = math.exp(mean) if mean < 700 else math.inf
         if math.isfinite(perplexity):
             self._training.log(step, {"validation/perplexity": perplexity})
-        if self._keeps and step >= max(1, self._training.last_event):
+        if self._keeps and step > self._training.last_event:
             self._compare(model, step, perplexity)
         return perplexity
 
     @property
-    def remembered(self) -> dict[str, float]:
+    def remembered(self) -> dict[str, float | None]:
         """What a checkpoint needs of it, beside the best weights."""
-        return {"best": self.best, "best_step": self.best_step, "worse": self.worse} if self.kept else {}
+        best = self.best if self.kept else None  # JSON has no infinity
+        return {"best": best, "best_step": self.best_step, "worse": self.worse}
 
     def go_on(self, remembered: dict[str, Any], kept: dict[str, Tensor]) -> None:
         """Takes up what a checkpoint has."""
-        self.kept = kept
-        if kept:
-            self.best, self.best_step, self.worse = (remembered[key] for key in ("best", "best_step", "worse"))
+        self.kept, self.best = kept, remembered["best"] if kept else math.inf
+        self.best_step, self.worse = remembered["best_step"], remembered["worse"]
 
     def _compare(self, model: Any, step: int, perplexity: float) -> None:
         if perplexity < self.best:
