@@ -60,7 +60,9 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
         environment=describe_environment(device),
         protocol=protocol,
         not_applicable={group: list(getattr(parts, group).not_applicable) for group in ("method", "recovery")},
-        fingerprint=fingerprint(config, protocol=protocol, hashes=bench.hashes | parts.recovery.hashes(device)),
+        fingerprint=fingerprint(
+            config, protocol=protocol, hashes=bench.hashes | parts.recovery.hashes(bench.dense, device)
+        ),
     )
     report.header(summary, console)
     run_id, finished = world.from_main(summary.fingerprint), _find_finished(parts, summary) if world.is_main else None

@@ -41,7 +41,7 @@ def together(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("recovery", ["finetune", "distill", "lora"])
+@pytest.mark.parametrize("recovery", ["finetune", "distill", pytest.param("lora", marks=pytest.mark.slow)])
 def test_two_processes_train_what_one_does(small: list[str], cli: Cli, tmp_path: Path, recovery: str) -> None:
     """At the same global batch: gradients are averaged over equal shares of it."""
     arguments = [

@@ -78,8 +78,8 @@ class Recovery:
         """How many steps it trains."""
         return self.steps
 
-    def hashes(self, device: Device) -> dict[str, str]:
-        """sha256 of what it brings to a run beside its keys."""
+    def hashes(self, dense: Loaded, device: Device) -> dict[str, str]:
+        """sha256 of what it brings to a run beside its keys; raises Refused where that does not fit the dense model."""
         return {}
 
     def recover(self, model: Any, training: Training) -> None:

@@ -37,15 +37,22 @@ class Distill(Finetune):
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha} is outside [0, 1]")
 
-    def hashes(self, device: Device) -> dict[str, str]:
-        """sha256 of the teacher, where it is not the dense model."""
+    def hashes(self, dense: Loaded, device: Device) -> dict[str, str]:
+        """sha256 of the teacher, where it is not the dense model; raises Refused where its tokenizer is another."""
         if self.teacher is None:
             return {}
-        return {f"teacher_{key}": value for key, value in _load(self.teacher, device).fingerprint().items()}
+        teacher = _load(self.teacher, device)
+        other, mine = (loaded.model.config.vocab_size for loaded in (teacher, dense))
+        if other != mine or tokenizer_sha256(teacher.tokenizer) != tokenizer_sha256(dense.tokenizer):
+            raise Refused(
+                f"recovery.teacher={self.teacher!r} has another tokenizer (vocabulary of {other}) than the model "
+                f"(vocabulary of {mine}): predictions of the same tokens are compared"
+            )
+        return {f"teacher_{key}": value for key, value in teacher.fingerprint().items()}
 
     def recover(self, model: Any, training: Training) -> None:
         """Trains on the mixed loss; the teacher is in eval mode, has no gradients and is not changed."""
-        teacher = self._teacher(training)
+        teacher = training.dense if self.teacher is None else _load(self.teacher, training.device)
 
         def loss_of(student: Any, batch: Tensor) -> Tensor:
             with torch.no_grad():
@@ -56,20 +63,6 @@ class Distill(Finetune):
             return self.alpha * soft + (1 - self.alpha) * hard
 
         train(model, self, training, loss_of)
-
-    def _teacher(self, training: Training) -> Loaded:
-        if self.teacher is None:
-            return training.dense
-        teacher = _load(self.teacher, training.device)
-        mine, other = training.dense, teacher.model.config.vocab_size
-        if other != mine.model.config.vocab_size or tokenizer_sha256(teacher.tokenizer) != tokenizer_sha256(
-            mine.tokenizer
-        ):
-            raise Refused(
-                f"recovery.teacher={self.teacher!r} has another tokenizer (vocabulary of {other}) than the model "
-                f"(vocabulary of {mine.model.config.vocab_size}): predictions of the same tokens are compared"
-            )
-        return teacher
 
 
 def soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
