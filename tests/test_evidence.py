@@ -47,10 +47,15 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 
 def test_at_0_6_sparsegpt_is_best_and_chance_is_worst(lab: Lab) -> None:
-    """Wanda and magnitude are not compared: this model's weak rows favour a ranking within the matrix, as RIA's."""
+    """Wanda and magnitude rank other sets of weights: below they are compared with the same ones."""
     found = [lab.perplexity(option) for option in ("none", "sparsegpt", "ria", "magnitude", "random")]
     assert all(a < b for a, b in itertools.pairwise(found)), found
     assert found[1] < lab.perplexity("wanda") < found[-1]
+
+
+@pytest.mark.parametrize("scope", ["row", "layer"])
+def test_among_the_same_weights_wanda_chooses_better_than_magnitude(lab: Lab, scope: str) -> None:
+    assert lab.perplexity("wanda", scope=scope) < lab.perplexity("magnitude", scope=scope)
 
 
 def test_a_looser_pattern_costs_less(lab: Lab) -> None:
