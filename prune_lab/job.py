@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-import signal
-import threading
 from collections.abc import Callable
 from contextlib import suppress
-from types import FrameType
 from typing import Any
 
-from prune_lab import explain, launch, report, runner
+from prune_lab import explain, interrupt, launch, report, runner
 from prune_lab.config import Parts
 from prune_lab.console import Console
 from prune_lab.errors import Refused
@@ -27,7 +24,7 @@ def run(build: Callable[[], Parts], config: dict[str, Any], place: Place) -> flo
     In a sweep a job that is refused or fails leaves its summary and returns None, so that the others go on; a
     single run ends the program with exit code 2 or 1.
     """
-    _end_on_signals()
+    interrupt.end_on_signals()
     try:
         parts = build()
         console = Console(parts.settings.quiet)
@@ -63,17 +60,3 @@ def _write(place: Place, config: dict[str, Any], status: str, reason: str) -> No
     summary = Summary(status, choices=place.choices, overrides=place.overrides, config=config, reason=reason)
     with suppress(OSError):  # a full or read-only disk must not hide the reason itself
         summary.write(place.folder)
-
-
-def _end_on_signals() -> None:
-    """SIGTERM, and a terminal that closes, end the program as an exception, so that the run is recorded as KILLED."""
-    if threading.current_thread() is not threading.main_thread():
-        return
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it: so do we
-            signal.signal(number, _terminated)
-
-
-def _terminated(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)

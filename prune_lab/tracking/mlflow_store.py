@@ -17,6 +17,7 @@ from typing import Any
 
 from prune_lab.errors import Refused
 from prune_lab.explain import one_line
+from prune_lab.interrupt import whole
 from prune_lab.place import Place
 from prune_lab.summary import Summary, from_dict
 from prune_lab.tracking import links
@@ -41,13 +42,15 @@ class Mlflow(Tracker):
         """A run under its sweep's parent, if it has one; what ends it decides its status."""
         client, experiment = _connect(name)
         _reconcile(client, experiment)
-        run_id = _create_run(client, experiment, summary, place, {FINGERPRINT: summary.fingerprint})
+        run_id = ""
         try:
+            with whole():
+                run_id = _create_run(client, experiment, summary, place, {FINGERPRINT: summary.fingerprint})
             yield _MlflowLog(client, run_id)
         except Exception as error:
             _end(client, run_id, "FAILED", f"{type(error).__name__}: {error}")
             raise
-        except BaseException as error:  # Ctrl-C, or a signal turned into SystemExit
+        except BaseException as error:  # Ctrl-C, or a signal
             _end(client, run_id, "KILLED", type(error).__name__)
             raise
         _end(client, run_id, "FINISHED", None)
@@ -102,6 +105,16 @@ class Mlflow(Tracker):
             client.delete_run(parent)
 
 
+class _Whole:
+    """An MlflowClient whose calls are not cut in two by a signal."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        return whole()(getattr(self._client, name))
+
+
 class _MlflowLog:
     """Writes to one run."""
 
@@ -143,7 +156,8 @@ def _connect(name: str) -> tuple[Any, str]:
     for chatty in ("mlflow", "alembic"):  # they announce every table they make
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        client = MlflowClient(tracking_uri=_uri())
+        with whole():
+            client = _Whole(MlflowClient(tracking_uri=_uri()))
         return client, _experiment(client, name)
     except Exception as error:  # each kind of store has its own errors
         uri = links.without_password(_uri())
@@ -187,9 +201,12 @@ def _create_run(client: Any, experiment: str, summary: Summary, place: Place, ta
 
 
 def _end(client: Any, run_id: str, status: str, reason: str | None) -> None:
-    if reason is not None:
-        client.set_tag(run_id, "status_reason", reason[:1000])
-    client.set_terminated(run_id, status)
+    if not run_id:  # it was never made
+        return
+    with whole():
+        if reason is not None:
+            client.set_tag(run_id, "status_reason", reason[:1000])
+        client.set_terminated(run_id, status)
 
 
 def _parent(client: Any, experiment: str, folder: Path) -> str | None:
