@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from prune_lab import explain, interrupt, launch, report, runner
+from prune_lab import explain, interrupt, launch, outcome, runner
 from prune_lab.config import Parts
 from prune_lab.console import Console
 from prune_lab.errors import Refused
@@ -43,7 +43,7 @@ def run(build: Callable[[], Parts], config: dict[str, Any], place: Place) -> flo
         _write(place, config, "KILLED", type(error).__name__)
         raise
     if launch.rank() == 0:
-        report.show(summary, console)
+        outcome.show(summary, console)
     return summary.metrics.get("quality/perplexity")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab import device as devices
-from prune_lab import report
+from prune_lab import notes, outcome
 from prune_lab.bench import Bench, open_bench
 from prune_lab.cache import cache_folder
 from prune_lab.card import model_card
@@ -64,7 +64,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
             config, protocol=protocol, hashes=bench.hashes | parts.recovery.hashes(bench.dense, device)
         ),
     )
-    report.header(summary, console)
+    outcome.header(summary, console)
     run_id, finished = world.from_main(summary.fingerprint), _find_finished(parts, summary) if world.is_main else None
     is_finished = world.from_main(finished is not None)
     if not world.is_main:
@@ -87,10 +87,10 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
                 models = bench.dense.model, loaded.model
                 latency = measure_latency(*models, bench.prompt, parts.measure, device, console)
             check_reload(loaded.model, folder, bench.windows[:1].long())
-        summary.warnings += pruned.notes + report.calibration_notes(protocol)
+        summary.warnings += pruned.notes + notes.of_calibration(protocol)
         metrics = compare(parts.method, dense, figures, latency, pruned) | seconds
         diverged = summary.set_metrics(metrics)
-        summary.warnings += report.observations(summary.metrics)
+        summary.warnings += notes.of_figures(summary.metrics)
         summary.status = "FINISHED"
         if settings.export:
             card = model_card(summary, bench.dense.name, place.command)

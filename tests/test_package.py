@@ -26,7 +26,20 @@ from prune_lab.text.tokens import Tokens
 MODULES = sorted((ROOT / "prune_lab").rglob("*.py"))
 # Parts that the story uses, and what they must not know of.
 PARTS = ("methods", "pruning", "recovery", "post", "measure", "models", "text")
-ABOVE = ("runner", "job", "sweep", "tracking", "config", "recipes", "bench", "report", "comparison", "figures")
+ABOVE = (
+    "runner",
+    "job",
+    "sweep",
+    "tracking",
+    "config",
+    "recipes",
+    "bench",
+    "outcome",
+    "notes",
+    "report",
+    "comparison",
+    "figures",
+)
 
 
 def imports(path: Path) -> set[str]:

@@ -1,8 +1,6 @@
-"""What a person sees of one run: its header, its table dense -> compressed -> change, and plain words."""
+"""What a person sees of one run: its header, its table dense -> compressed -> change, and its notes."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -38,25 +36,6 @@ def header(summary: Summary, console: Console) -> None:
         console.note(f"calibration  {windows}, behind {seen['propagate']} blocks")
     chosen = summary.choices
     console.note("run       " + ", ".join(f"{g} {chosen.get(g)}" for g in ("method", "schedule", "recovery", "post")))
-
-
-def calibration_notes(protocol: dict[str, Any]) -> list[str]:
-    """Plain words about the calibration text, where a run looked at any."""
-    seen = protocol["calibration"]
-    if seen is None or not seen["own"]:
-        return []
-    return [f"calibrated on {seen['source']} itself, apart from its test split: in-domain, which flatters perplexity"]
-
-
-def observations(metrics: dict[str, float]) -> list[str]:
-    """Plain words where the figures could mislead."""
-    notes = []
-    zeros = metrics["params/reduction"] - metrics["params/physical_reduction"]
-    if zeros > 0.01:
-        notes.append(
-            f"{zeros:.0%} of the parameters are zeros in dense tensors: same bytes, same memory, no speed-up to expect"
-        )
-    return notes
 
 
 def show(summary: Summary, console: Console) -> None:
