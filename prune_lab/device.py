@@ -26,6 +26,11 @@ class Device:
         return str(self.dtype).removeprefix("torch.")
 
     @property
+    def name(self) -> str:
+        """What a person calls it."""
+        return torch.cuda.get_device_name(self.torch_device) if self.is_cuda else "a CPU"
+
+    @property
     def is_cuda(self) -> bool:
         """Whether this is a GPU."""
         return self.torch_device.type == "cuda"

@@ -20,6 +20,7 @@ from prune_lab.card import model_card
 from prune_lab.config import Parts
 from prune_lab.console import Console
 from prune_lab.environment import describe_environment
+from prune_lab.errors import Refused
 from prune_lab.export import check_reload, save_model
 from prune_lab.figures import compare
 from prune_lab.fingerprint import fingerprint
@@ -41,11 +42,17 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
     settings = parts.settings
     _plan(parts)  # what does not fit together is refused before anything is loaded
     device = devices.resolve(settings.device, settings.dtype)
+    parts.post.check(device)
     devices.seed_all(settings.seed)
     world = join(device.is_cuda)
     console.note("loading model and text")
     seed_of_weights = settings.seed if parts.model.weights == "random" else 0
     bench = open_bench(parts.model, parts.dataset, parts.measure, device, seed_of_weights, console)
+    if bench.dense.is_low_bit and any(place.choices.get(group) != "none" for group in ("method", "recovery", "post")):
+        raise Refused(
+            f"model.name={bench.dense.name!r} has its weights in few bits already: it can be measured (method=none "
+            "recovery=none post=none); to compress it further, give the model that it was made from"
+        )
     calibrator, protocol = None, bench.protocol
     if parts.method.calibrated:
         calibrator, stamp = bench.calibrator(settings.seed, console)
@@ -86,7 +93,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
             if parts.measure.latency:
                 models = bench.dense.model, loaded.model
                 latency = measure_latency(*models, bench.prompt, parts.measure, device, console)
-            check_reload(loaded.model, folder, bench.windows[:1].long())
+            check_reload(loaded.model, folder, bench.windows[:1].long(), parts.post.exact)
         summary.warnings += pruned.notes + notes.of_calibration(protocol)
         metrics = compare(parts.method, dense, figures, latency, pruned) | seconds
         diverged = summary.set_metrics(metrics)
@@ -150,7 +157,7 @@ def _compress(
         parts.recovery.recover(loaded.model, training)
     seconds["time/recover_s"] -= seconds["time/prune_s"]
     with _stopwatch(seconds, "time/post_s"):
-        parts.post.compress(Anatomy(loaded.model))
+        training.pruned.notes += parts.post.compress(Anatomy(loaded.model))
     return loaded, training.pruned, seconds
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from prune_lab.device import Device
 from prune_lab.measure.inference import decode, prefill
 from prune_lab.measure.settings import Measure
-from prune_lab.measure.size import MB
+from prune_lab.measure.size import MB, held_bytes
 
 # glibc then gives freed pages back at once instead of keeping them in per-thread pools: four runs on a model of 11 MB
 # spread over 0.3 MB instead of 5 MB.
@@ -45,7 +45,7 @@ def _peak_of_allocator(model: Any, prompt: Tensor, decode_tokens: int, device: D
     torch.cuda.reset_peak_memory_stats(device.torch_device)
     decode(model, prefill(model, prompt), decode_tokens)
     device.synchronize()
-    weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    weights = sum(held_bytes(tensor) for tensor in [*model.parameters(), *model.buffers()])
     return weights + torch.cuda.max_memory_allocated(device.torch_device) - before
 
 
@@ -53,6 +53,8 @@ def _peak_of_this_process(folder: str, prompt_tokens: int, decode_tokens: int) -
     """Bytes by which loading and running the model of `folder` raised this process's peak resident memory."""
     import psutil
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from prune_lab.models import low_bit_format
 
     config = AutoConfig.from_pretrained(folder)
     # A first, tiny model brings in the code, the thread pool and the kernels that every model needs.
@@ -63,7 +65,7 @@ def _peak_of_this_process(folder: str, prompt_tokens: int, decode_tokens: int) -
     del small
     before = psutil.Process().memory_info().rss
     _reset_peak()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype, use_safetensors=True).eval()
+    model = low_bit_format.load(folder, config, dtype=config.dtype, use_safetensors=True).eval()
     decode(model, prefill(model, prompt), decode_tokens)
     return _peak() - before
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from prune_lab.models.low_bits import count_weights
 
 MB = 1e6
 
@@ -21,13 +21,20 @@ class Size:
     disk_mb: float
 
 
+def held_bytes(tensor: Any) -> int:
+    """Bytes that a tensor holds; of one made of others (2:4 values and their places), those of its parts."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(held_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return int(tensor.numel() * tensor.element_size())
+
+
 def measure_size(model: Any, folder: Path) -> Size:
     """Sizes of `model` and of the safetensors it was saved as in `folder`."""
-    weights = list(model.parameters())  # yields a tied parameter once
-    held = [*weights, *model.buffers()]
+    params, nonzero = count_weights(model)
+    held = [*model.parameters(), *model.buffers()]  # a tied matrix once
     return Size(
-        params=sum(w.numel() for w in weights),
-        nonzero=sum(int(torch.count_nonzero(w)) for w in weights),
-        weights_mb=sum(t.numel() * t.element_size() for t in held) / MB,
+        params=params,
+        nonzero=nonzero,
+        weights_mb=sum(held_bytes(t) for t in held) / MB,
         disk_mb=sum(file.stat().st_size for file in folder.glob("*.safetensors")) / MB,
     )

@@ -14,7 +14,9 @@ import torch
 from prune_lab.device import Device
 from prune_lab.errors import Refused
 from prune_lab.hub import cached_file, check_reachable, commit_of, why_not
+from prune_lab.models import low_bit_format
 from prune_lab.models.anatomy import family_of
+from prune_lab.models.low_bits import count_weights
 from prune_lab.text.encode import tokenizer_sha256
 
 TINY = Path(__file__).parent / "tiny"
@@ -34,8 +36,13 @@ class Loaded:
 
     def facts(self) -> dict[str, Any]:
         """Name, family, parameters (a tied matrix once) and revision."""
-        parameters = sum(weight.numel() for weight in self.model.parameters())
+        parameters, _ = count_weights(self.model)
         return {"name": self.name, "family": self.family, "parameters": parameters, "revision": self.revision}
+
+    @property
+    def is_low_bit(self) -> bool:
+        """Whether its weights are integers already: an export of a post-compression."""
+        return getattr(self.model.config, "quantization_config", None) is not None
 
     def fingerprint(self) -> dict[str, str]:
         """sha256 of the weights (names, types, shapes, bytes) and of the tokenizer."""
@@ -147,13 +154,12 @@ def _build(source: str, config: Any, weights: str, place: dict[str, Any], device
     from transformers import AutoModelForCausalLM
 
     if weights == "random":
+        config.quantization_config = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=device.dtype)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source, **place, dtype=device.dtype, use_safetensors=True, output_loading_info=True
-    )
-    model, report = loaded
+    loading = {"dtype": device.dtype, "use_safetensors": True, "output_loading_info": True}
+    model, report = low_bit_format.load(source, config, **place, **loading)
     missing = sorted(report["missing_keys"])
     if missing:
         raise Refused(f"model.name={source!r} lacks the weights {', '.join(missing[:3])}: the download is not complete")

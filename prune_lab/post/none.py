@@ -12,5 +12,6 @@ from prune_lab.post.base import Post
 class NoPost(Post):
     """Changes nothing."""
 
-    def compress(self, anatomy: Anatomy) -> None:
+    def compress(self, anatomy: Anatomy) -> list[str]:
         """Leaves the model as it is."""
+        return []

@@ -1,0 +1,135 @@
+"""config.json's quantization_config of the compressed-tensors library, written and read; and models loaded by it.
+
+Stock transformers reads such a folder where the compressed-tensors package is installed; this module needs no package
+beside transformers: it is a quantizer of transformers under our own name, put in place for folders that hold what
+models/low_bits.py computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from prune_lab.errors import Refused
+from prune_lab.models.low_bits import Fp8Linear, Int4Linear, Int8Linear, LowBitLinear
+
+OURS = "prune_lab"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Weights of `bits`, of `type` int or float; 8 bits: `dynamic` inputs or not; 4 bits: inputs that share a step."""
+
+    bits: int
+    type: str = "int"
+    dynamic: bool = False
+    group_size: int | None = None
+
+    def empty(self, in_features: int, out_features: int, has_bias: bool, dtype: torch.dtype) -> LowBitLinear:
+        """A Linear of this scheme, its weights still to be stored or loaded."""
+        if self.type == "float":
+            return Fp8Linear(in_features, out_features, has_bias, dtype)
+        if self.group_size is None:
+            return Int8Linear(in_features, out_features, has_bias, dtype, self.dynamic)
+        return Int4Linear(in_features, out_features, has_bias, dtype, self.group_size)
+
+    def to_config(self, untouched: list[str]) -> dict[str, Any]:
+        """The quantization_config for config.json; `untouched` are the Linears that keep their floats."""
+        weights = {"num_bits": self.bits, "type": self.type, "symmetric": True, "dynamic": False}
+        weights |= {"strategy": "group", "group_size": self.group_size} if self.group_size else {"strategy": "channel"}
+        inputs = {"num_bits": 8, "type": self.type, "symmetric": True, "dynamic": True, "strategy": "token"}
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs if self.dynamic else None}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized" if self.group_size else f"{self.type}-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": untouched,
+        }
+
+
+def read_config(config: dict[str, Any]) -> tuple[Scheme, list[str]]:
+    """The scheme and the untouched Linears of a quantization_config; raises Refused where it is none of ours."""
+    try:
+        (group,) = config["config_groups"].values()
+        weights, inputs = group["weights"], group.get("input_activations")
+        scheme = Scheme(weights["num_bits"], weights["type"], inputs is not None, weights.get("group_size"))
+        if scheme.to_config(list(config["ignore"])) == config:
+            return scheme, list(config["ignore"])
+    except (KeyError, ValueError, TypeError, AttributeError):
+        pass
+    raise Refused(
+        f"the model is quantized already (quant_method {config.get('quant_method')!r}, format "
+        f"{config.get('format')!r}): only dense models, and exports of a post-compression of prune_lab, can be "
+        "read; give the model it was made from"
+    )
+
+
+def load(source: str, config: Any, **keywords: Any) -> Any:
+    """AutoModelForCausalLM.from_pretrained, also where the config has a quantization_config of `Scheme.to_config`.
+
+    Raises Refused where it has another one.
+    """
+    from transformers import AutoModelForCausalLM
+
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return AutoModelForCausalLM.from_pretrained(source, config=config, **keywords)
+    read_config(stored)
+    _register()
+    config.quantization_config = {**stored, "quant_method": OURS}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, config=config, **keywords)
+    (loaded[0] if isinstance(loaded, tuple) else loaded).config.quantization_config = stored
+    return loaded
+
+
+def replace_linear(model: Any, name: str, scheme: Scheme, dtype: torch.dtype) -> LowBitLinear:
+    """Puts an empty Linear of the scheme in the place of the Linear (or Conv1D) called `name`, and returns it."""
+    old = model.get_submodule(name)
+    out_features, in_features = old.weight.shape if isinstance(old, nn.Linear) else old.weight.shape[::-1]
+    new = scheme.empty(in_features, out_features, getattr(old, "bias", None) is not None, dtype)
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new.to(old.weight.device))
+    return new
+
+
+def linear_names(model: Any) -> list[str]:
+    """Names of all Linears (and GPT-2's Conv1D), in floats or integers."""
+    from transformers.pytorch_utils import Conv1D
+
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D | LowBitLinear)]
+
+
+def _register() -> None:
+    """Makes transformers know our quantizer; once."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    if OURS in AUTO_QUANTIZER_MAPPING:
+        return
+
+    @register_quantization_config(OURS)
+    class _Config(QuantizationConfigMixin):
+        def __init__(self, **values: Any) -> None:
+            self.quant_method: Any = OURS
+            self.stored = {**values, "quant_method": "compressed-tensors"}
+
+    @register_quantizer(OURS)
+    class _Quantizer(HfQuantizer):
+        is_trainable = False
+        quantization_config: _Config
+
+        def is_serializable(self) -> bool:
+            """It is saved as it is."""
+            return True
+
+        def _process_model_before_weight_loading(self, model: Any, dtype: Any = None, **kwargs: Any) -> Any:
+            scheme, untouched = read_config(self.quantization_config.stored)
+            for name in linear_names(model):
+                if name not in untouched:
+                    replace_linear(model, name, scheme, dtype)
+            return model
