@@ -11,8 +11,12 @@ def model_card(summary: Summary, base_model: str, command: str) -> str:
     dense = set(dense_figures(summary.metrics))
     rows = [f"| {name} | {value:.6g} |" for name, value in sorted(summary.metrics.items()) if name not in dense]
     choices = ", ".join(f"{group} {summary.choices.get(group)}" for group in ("method", "schedule", "recovery", "post"))
+    licence, revision = summary.model.get("licence"), summary.model.get("revision")
+    terms = f"its licence, {licence}, applies" if licence else "its licence applies"
     lines = [
         "---",
+        *([f"base_model: {base_model}"] if revision else []),  # the Hub's field names repositories only
+        *([f"license: {licence}"] if licence else []),
         "library_name: transformers",
         "pipeline_tag: text-generation",
         "tags: [prune_lab, compressed]",
@@ -20,11 +24,12 @@ def model_card(summary: Summary, base_model: str, command: str) -> str:
         "",
         f"# {base_model}, compressed with prune_lab",
         "",
-        f"- Base model: {base_model} (its licence applies)",
+        f"- Base model: {base_model}{f' at {revision}' if revision else ''} ({terms})",
         f"- Compression: {choices}; amount removed {summary.metrics.get('amount/realized', 0):.4f}",
         f"- Evaluated on: {summary.protocol.get('dataset')}, {summary.protocol.get('windows')} windows of "
         f"{summary.protocol.get('seq_len')} tokens, {summary.protocol.get('dtype')}",
         f"- prune_lab {summary.environment.get('prune_lab')}, fingerprint {summary.fingerprint}",
+        *(f"- {note}" for note in summary.warnings),
         "",
         "    " + command,
         "",

@@ -11,15 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_lab.models import low_bit_format
+from prune_lab.models import bitmask
+from prune_lab.models.folder import load
 from prune_lab.models.load import Loaded
 
 
-def save_model(loaded: Loaded, folder: Path, card: str | None = None) -> None:
-    """Writes safetensors, config, tokenizer and, if given, the model card; `folder` appears when all is there."""
+def save_model(loaded: Loaded, folder: Path, card: str | None = None, storage: str = "dense") -> None:
+    """Writes safetensors, config, tokenizer and, if given, the model card; `folder` appears when all is there.
+
+    `storage` is that of a post-compression (prune_lab/post/base.py).
+    """
     half = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         loaded.model.save_pretrained(half)
+        if storage == "bitmask":
+            bitmask.compress_folder(half)
         loaded.tokenizer.save_pretrained(half)
         if card is not None:
             (half / "README.md").write_text(card, encoding="utf-8")
@@ -33,7 +39,7 @@ def save_model(loaded: Loaded, folder: Path, card: str | None = None) -> None:
 
 @torch.no_grad()
 def check_reload(model: Any, folder: Path, tokens: Tensor, exact: bool = True) -> None:
-    """Loads `folder` with stock transformers (integer weights: with our quantizer in it) and compares the logits.
+    """Loads `folder` with stock transformers (few bits, bitmask: with our reader) and compares the logits.
 
     `tokens` has shape (1, tokens). Unless `exact`, they may differ as another order of additions in the model's number
     type makes them. Raises RuntimeError where they differ: such an export must not be used.
@@ -41,7 +47,7 @@ def check_reload(model: Any, folder: Path, tokens: Tensor, exact: bool = True) -
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
-    again = low_bit_format.load(str(folder), config, dtype=model.dtype, use_safetensors=True)
+    again = load(str(folder), config, dtype=model.dtype)
     again = again.to(model.device).eval()
     tokens = tokens.to(model.device)
     expected, found = (m(input_ids=tokens, use_cache=False).logits.float() for m in (model, again))

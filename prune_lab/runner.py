@@ -87,7 +87,10 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
     with parts.tracking.start_run(settings.name, summary, place) as log:
         dense = bench.baseline(place.sweep, console)
         loaded, pruned, seconds = _compress(parts, bench, calibrator, run_id, world, console, log)
-        with _saved(loaded, place.folder, settings.export) as folder, _stopwatch(seconds, "time/measure_s"):
+        with (
+            _saved(loaded, place.folder, settings.export, parts.post.storage) as folder,
+            _stopwatch(seconds, "time/measure_s"),
+        ):
             figures = bench.figures(loaded, folder, console)
             latency = None
             if parts.measure.latency:
@@ -173,11 +176,11 @@ def _checkpoints(run_id: str) -> Path:
 
 
 @contextmanager
-def _saved(loaded: Loaded, run_folder: Path, keep: bool) -> Iterator[Path]:
+def _saved(loaded: Loaded, run_folder: Path, keep: bool, storage: str) -> Iterator[Path]:
     """The model saved as a Hugging Face folder: the run's export, or a temporary one."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = run_folder / "export" if keep else Path(temporary) / "model"
-        save_model(loaded, folder)
+        save_model(loaded, folder, storage=storage)
         yield folder
 
 

@@ -54,7 +54,7 @@ def _peak_of_this_process(folder: str, prompt_tokens: int, decode_tokens: int) -
     import psutil
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from prune_lab.models import low_bit_format
+    from prune_lab.models.folder import load
 
     config = AutoConfig.from_pretrained(folder)
     # A first, tiny model brings in the code, the thread pool and the kernels that every model needs.
@@ -65,7 +65,7 @@ def _peak_of_this_process(folder: str, prompt_tokens: int, decode_tokens: int) -
     del small
     before = psutil.Process().memory_info().rss
     _reset_peak()
-    model = low_bit_format.load(folder, config, dtype=config.dtype, use_safetensors=True).eval()
+    model = load(folder, config, dtype=config.dtype).eval()
     decode(model, prefill(model, prompt), decode_tokens)
     return _peak() - before
 

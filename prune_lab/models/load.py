@@ -14,7 +14,7 @@ import torch
 from prune_lab.device import Device
 from prune_lab.errors import Refused
 from prune_lab.hub import cached_file, check_reachable, commit_of, why_not
-from prune_lab.models import low_bit_format
+from prune_lab.models import folder as folders
 from prune_lab.models.anatomy import family_of
 from prune_lab.models.low_bits import count_weights
 from prune_lab.text.encode import tokenizer_sha256
@@ -33,11 +33,18 @@ class Loaded:
     name: str
     family: str
     revision: str | None = None  # the Hub's commit, where it comes from there
+    licence: str | None = None  # by its model card, where that is here and names one
 
     def facts(self) -> dict[str, Any]:
-        """Name, family, parameters (a tied matrix once) and revision."""
+        """Name, family, parameters (a tied matrix once), revision and licence."""
         parameters, _ = count_weights(self.model)
-        return {"name": self.name, "family": self.family, "parameters": parameters, "revision": self.revision}
+        return {
+            "name": self.name,
+            "family": self.family,
+            "parameters": parameters,
+            "revision": self.revision,
+            "licence": self.licence,
+        }
 
     @property
     def is_low_bit(self) -> bool:
@@ -85,12 +92,15 @@ class HubModel(ModelSource):
     def load(self, device: Device, seed: int) -> Loaded:
         """Loads from the folder, else from the Hub or its cache on this machine."""
         if self._folder.is_dir():
-            return _load(str(self._folder), None, self.weights, self.name, device, seed)
+            loaded = _load(str(self._folder), None, self.weights, self.name, device, seed)
+            loaded.licence = licence_of(self._folder / "README.md")
+            return loaded
         if cached_file(self.name, "config.json", self.revision) is None:
             check_reachable("model.name", self.name)
         loaded = _load(self.name, self.revision, self.weights, self.name, device, seed)
         config = cached_file(self.name, "config.json", self.revision)
         loaded.revision = commit_of(config, "config.json") if config else None
+        loaded.licence = licence_of(cached_file(self.name, "README.md", self.revision))
         return loaded
 
 
@@ -104,7 +114,9 @@ class Tiny(ModelSource):
 
     def load(self, device: Device, seed: int) -> Loaded:
         """Loads the shipped model under its own name."""
-        return _load(str(TINY), None, self.weights, "tiny", device, seed)
+        loaded = _load(str(TINY), None, self.weights, "tiny", device, seed)
+        loaded.licence = "apache-2.0"  # the package's
+        return loaded
 
 
 def _load(source: str, revision: str | None, weights: str, name: str, device: Device, seed: int) -> Loaded:
@@ -126,6 +138,18 @@ def _load(source: str, revision: str | None, weights: str, name: str, device: De
         raise Refused(f"model.name={name!r} cannot be loaded: {why_not(name, error)}") from error
     _check_finite(model, name)
     return Loaded(model.to(device.torch_device).eval(), tokenizer, name, config.model_type)
+
+
+def licence_of(card: Path | None) -> str | None:
+    """The licence that a model card's YAML header names, if there is a card and it does."""
+    import yaml
+
+    try:
+        text = card.read_text(encoding="utf-8") if card is not None else ""
+        header = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
+        return str(header["license"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError, yaml.YAMLError):
+        return None
 
 
 def _load_tokenizer(source: str, place: dict[str, Any], name: str) -> Any:
@@ -158,8 +182,7 @@ def _build(source: str, config: Any, weights: str, place: dict[str, Any], device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=device.dtype)
-    loading = {"dtype": device.dtype, "use_safetensors": True, "output_loading_info": True}
-    model, report = low_bit_format.load(source, config, **place, **loading)
+    model, report = folders.load(source, config, **place, dtype=device.dtype, output_loading_info=True)
     missing = sorted(report["missing_keys"])
     if missing:
         raise Refused(f"model.name={source!r} lacks the weights {', '.join(missing[:3])}: the download is not complete")

@@ -14,9 +14,11 @@ class Post:
     """A post-compression option: turns the pruned model into the one that is measured and exported.
 
     `exact`: whether its export, reloaded, computes the same logits; otherwise they are compared as other kernels are.
+    `storage`: how its weights are written, `dense` (tensors as they are) or `bitmask`.
     """
 
     exact: ClassVar[bool] = True
+    storage: ClassVar[str] = "dense"
 
     def check(self, device: Device) -> None:
         """Raises Refused where the device has no backend for it, before anything is loaded."""

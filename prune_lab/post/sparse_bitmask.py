@@ -1,0 +1,23 @@
+"""post=sparse_bitmask: the zeros of a pruned model take one bit each on disk, instead of a whole number.
+
+In memory and in time nothing changes: the tensors are dense there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from prune_lab.models.anatomy import Anatomy
+from prune_lab.post.base import Post
+
+
+@dataclass(frozen=True)
+class SparseBitmask(Post):
+    """The layout of prune_lab/models/bitmask.py, which prune_lab reads and stock transformers does not."""
+
+    storage: ClassVar[str] = "bitmask"
+
+    def compress(self, anatomy: Anatomy) -> list[str]:
+        """Leaves the model as it is: only its file differs."""
+        return ["sparse_bitmask: stored as bitmask and values, dense in memory; prune_lab reads it, others do not"]
