@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -40,7 +41,9 @@ def _yaml_files() -> tuple[Path, ...]:
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or spec.origin is None:
         raise Refused('measure.tasks needs lm-eval, which is not installed: pip install "prune-lab[tasks]"')
-    return tuple(sorted((Path(spec.origin).parent / "tasks").rglob("*.yaml")))
+    root = str(Path(spec.origin).parent / "tasks")
+    found = [(folder, name) for folder, _, names in os.walk(root) for name in names if name.endswith(".yaml")]
+    return tuple(Path(folder, name) for folder, name in sorted(found))
 
 
 @cache
