@@ -15,6 +15,7 @@ import numpy
 import pytest
 import torch
 from conftest import CPU, Cli
+from datasets import Dataset
 from hub_server import Hub
 
 from prune_lab.bench import open_bench
@@ -259,6 +260,28 @@ def test_dense_and_compressed_side_by_side_and_nobody_is_asked(
             value, error = (metrics[f"tasks/{prefix}{task}_acc{suffix}"] for suffix in ("", "_stderr"))
             assert f"{value:.4f} ± {error:.4f}" in line
     assert [task["task"] for task in summary["protocol"]["tasks"]] == ["arc_easy", "piqa"]
+
+
+def test_what_is_in_no_folder_comes_from_the_hub(small: list[str], cli: Cli, tasks: Path, tmp_path: Path) -> None:
+    """baber/piqa as lm-eval asks for it: it evaluates the validation split. Once fetched, it is there offline."""
+    (tasks / "piqa.jsonl").unlink()
+    data = tmp_path / "repository/data"
+    data.mkdir(parents=True)
+    for split, count in (("train", 3), ("validation", 5)):
+        rows = [{"goal": f"Find {i}.", "sol1": "the cat", "sol2": "a dog", "label": i % 2} for i in range(count)]
+        Dataset.from_list(rows).to_parquet(data / f"{split}-00000-of-00001.parquet")
+    served = Hub({"datasets/baber/piqa": tmp_path / "repository"})
+    away = {"HF_ENDPOINT": served.url, "HF_HOME": str(tmp_path / "hf")}
+    asked = [*small, "tracking=none", "measure.tasks=[piqa,arc_easy]", f"measure.task_path={tasks}", "resume=false"]
+    online = cli(*asked, "hydra.run.dir=online", HF_HUB_OFFLINE="0", **away)
+    served.close()
+    assert (online.returncode, online.stderr) == (0, "")
+    offline = cli(*asked, "hydra.run.dir=offline", HF_HUB_OFFLINE="1", **away)
+    assert (offline.returncode, offline.stderr) == (0, "")
+    first, second = (summary_of(tmp_path / place) for place in ("online", "offline"))
+    assert first["metrics"]["tasks/piqa_n"] == 5
+    assert first["protocol"]["tasks"] == second["protocol"]["tasks"]
+    assert [task["source"] for task in first["protocol"]["tasks"]] == ["baber/piqa", "local file"]
 
 
 def test_a_sweep_measures_the_dense_tasks_once(
