@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from prune_lab.measure.memory import measure_memory
 from prune_lab.measure.perplexity import Quality, measure_quality
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.size import Size, measure_size
+from prune_lab.measure.task_setup import ReadyTask, prepare_tasks
+from prune_lab.measure.tasks import Scores, measure_tasks
 from prune_lab.models.load import Loaded, ModelSource
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.summary import write_json
@@ -36,6 +38,7 @@ class Figures:
     quality: Quality
     size: Size
     memory_mb: float | None
+    tasks: dict[str, Scores] = field(default_factory=dict)
 
 
 class Bench:
@@ -48,6 +51,7 @@ class Bench:
         self._baseline: Figures | None = None
         self._calibration: Calibration = text.calibration
         self._calibrators: dict[int, tuple[Calibrator, dict[str, Any]]] = {}
+        self._tasks: tuple[ReadyTask, ...] = prepare_tasks(measure)
         corpus = text.corpus()
         self.dense: Loaded = model.load(device, seed)
         self.context: int | None = getattr(self.dense.model.config, "max_position_embeddings", None)
@@ -74,6 +78,7 @@ class Bench:
             "device": str(self.device.torch_device),
             "prompt_tokens": self.prompt.shape[1],
             **asdict(self.measure),
+            "tasks": [task.stamp for task in self._tasks],
         }
 
     @cached_property
@@ -117,7 +122,7 @@ class Bench:
         return replace(dense, model=copy.deepcopy(dense.model))
 
     def figures(self, loaded: Loaded, folder: Path, console: Console) -> Figures:
-        """Quality, size and memory of a model that is saved in `folder`."""
+        """Quality, size, memory and task scores of a model that is saved in `folder`."""
         per_token = self.tokens.bytes_per_token("test")
         batch_size = self.measure.batch_size
         quality = measure_quality(loaded.model, self.windows, per_token, batch_size, self.device, console)
@@ -125,7 +130,8 @@ class Bench:
         if self.measure.memory:
             console.note("measuring memory in a fresh process" if not self.device.is_cuda else "measuring memory")
             memory = measure_memory(loaded.model, folder, self.prompt, self.measure, self.device)
-        return Figures(quality, measure_size(loaded.model, folder), memory)
+        tasks = measure_tasks(loaded.model, loaded.tokenizer, self._tasks, batch_size, console)
+        return Figures(quality, measure_size(loaded.model, folder), memory, tasks)
 
     def baseline(self, sweep_folder: Path | None, console: Console) -> Figures:
         """The dense model's figures: measured once in a process, and once in a sweep whoever runs its jobs."""
@@ -163,4 +169,4 @@ def open_bench(
 
 def _read_figures(path: Path) -> Figures:
     values = json.loads(path.read_text(encoding="utf-8"))
-    return Figures(Quality(**values["quality"]), Size(**values["size"]), values["memory_mb"])
+    return Figures(Quality(**values["quality"]), Size(**values["size"]), values["memory_mb"], values["tasks"])

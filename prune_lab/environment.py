@@ -15,7 +15,7 @@ import prune_lab
 from prune_lab import launch
 from prune_lab.device import Device
 
-_PACKAGES = ("transformers", "tokenizers", "safetensors", "datasets", "hydra-core", "mlflow")
+_PACKAGES = ("transformers", "tokenizers", "safetensors", "datasets", "hydra-core", "mlflow", "lm-eval")
 
 
 def describe_environment(device: Device) -> dict[str, Any]:

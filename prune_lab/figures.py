@@ -40,6 +40,9 @@ def compare(
             "memory/dense_peak_mb": dense.memory_mb,
             "memory/reduction": 1 - compressed.memory_mb / dense.memory_mb,
         }
+    for prefix, scores in (("", compressed.tasks), ("dense_", dense.tasks)):
+        for task, values in scores.items():
+            metrics |= {f"tasks/{prefix}{task}_{name}": float(value) for name, value in values.items()}
     if latency is not None:
         metrics |= _timed("prefill", "ms", latency.prefill) | _timed("decode", "ms_per_token", latency.decode)
         metrics["throughput/decode_tokens_per_s"] = 1e3 / metrics["latency/decode_ms_per_token_p50"]

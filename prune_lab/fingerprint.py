@@ -10,13 +10,14 @@ from typing import Any
 
 # Keys that change where a result goes, not what it is.
 _NOT_PART = ("tracking", "name", "resume", "quiet", "device", "dtype")
-# Where text and weights lie is not what they are: their hashes stand for them.
+# Where text, weights and tasks lie is not what they are: their hashes stand for them.
 _PLACES = {
     "model": ("name", "revision"),
     "dataset": ("name", "revision", "path", "test_path"),
     "recovery": ("teacher",),
+    "measure": ("task_path",),
 }
-_PROTOCOL_PLACES = ("dataset", "dataset_facts")
+_PROTOCOL_PLACES = ("dataset", "dataset_facts", "task_path")
 
 
 def fingerprint(config: dict[str, Any], protocol: dict[str, Any], hashes: dict[str, str]) -> str:

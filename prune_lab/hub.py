@@ -27,19 +27,21 @@ def check_reachable(key: str, name: str) -> None:
 
     Asked first, since the Hub's client retries for half a minute without a network.
     """
+    if (reason := why_unreachable()) is not None:
+        raise Refused(
+            f"{key}={name!r} is no folder here and is not in the Hub's cache, and {reason}: give a local folder in the "
+            "Hub's layout, or a network"
+        )
+
+
+def why_unreachable() -> str | None:
+    """Why there is no way to the Hub; None where there may be one."""
     from huggingface_hub import constants
 
     host = urlparse(constants.ENDPOINT).hostname or "huggingface.co"
     if constants.is_offline_mode():
-        reason = "HF_HUB_OFFLINE is set"
-    elif not _resolves(host):
-        reason = f"{host} cannot be reached"
-    else:
-        return
-    raise Refused(
-        f"{key}={name!r} is no folder here and is not in the Hub's cache, and {reason}: give a local folder in the "
-        "Hub's layout, or a network"
-    )
+        return "HF_HUB_OFFLINE is set"
+    return None if _resolves(host) else f"{host} cannot be reached"
 
 
 def why_not(name: str, error: BaseException) -> str:

@@ -21,4 +21,8 @@ def of_figures(metrics: dict[str, float]) -> list[str]:
         notes.append(
             f"{zeros:.0%} of the parameters are zeros in dense tensors: same bytes, same memory, no speed-up to expect"
         )
+    for name, count in metrics.items():
+        if name.startswith("tasks/") and name.endswith("_truncated") and "/dense_" not in name:
+            task = name.removeprefix("tasks/").removesuffix("_truncated")
+            notes.append(f"{task}: {count:.0f} documents are longer than the model's context and lost their beginning")
     return notes

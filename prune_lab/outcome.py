@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -41,7 +43,7 @@ def header(summary: Summary, console: Console) -> None:
 def show(summary: Summary, console: Console) -> None:
     """Prints the outcome of a finished run."""
     m = summary.metrics
-    console.result(_table(m))
+    console.result(_table(m, summary.protocol.get("tasks", [])))
     removed = f"amount    {m['amount/realized']:.4f} of the pruned scope ({m['amount/requested']:g} requested)"
     console.result(removed)
     for warning in summary.warnings:
@@ -52,7 +54,7 @@ def show(summary: Summary, console: Console) -> None:
         )
 
 
-def _table(m: dict[str, float]) -> Table:
+def _table(m: dict[str, float], tasks: list[dict[str, Any]]) -> Table:
     table = Table(title="dense -> compressed", title_justify="left", box=SIMPLE_HEAD)
     for name in ("", "dense", "compressed", "change"):
         table.add_column(name, justify="left" if not name else "right")
@@ -60,9 +62,21 @@ def _table(m: dict[str, float]) -> Table:
         if after in m and before in m:
             change = f"{m[after] / m[before] - 1:+.1%}" if m[before] else "-"
             table.add_row(title, format(m[before], form), format(m[after], form), change)
+    for task in tasks:
+        name = f"{task['task']}_{task['metric']}"
+        if {f"tasks/{name}", f"tasks/dense_{name}"} <= m.keys():
+            title = f"{task['task']}, {task['metric']} of {task['documents']:,}"
+            change = f"{m[f'tasks/{name}'] - m[f'tasks/dense_{name}']:+.4f}"
+            table.add_row(title, _score(m, f"dense_{name}"), _score(m, name), change)
     for title, stage, unit in _TIMED:
         name = f"latency/{stage}_{unit}_p50"
         if name in m:
             dense = m[f"latency/dense_{stage}_{unit}_p50"]
             table.add_row(title, f"{dense:.2f}", f"{m[name]:.2f}", speedup(m, stage))
     return table
+
+
+def _score(m: dict[str, float], name: str) -> str:
+    """A task's score with its standard error, where it has one."""
+    error = m.get(f"tasks/{name}_stderr")
+    return f"{m[f'tasks/{name}']:.4f}" + (f" ± {error:.4f}" if error is not None else "")

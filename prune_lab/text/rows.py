@@ -9,12 +9,18 @@ from typing import Any
 def read_rows(kind: str, files: str | list[str], **options: Any) -> Iterator[dict[str, Any]]:
     """The rows of files of one kind (text, json, parquet) in order; raises what the readers of `datasets` raise.
 
-    Nothing is copied into a cache, and nobody is told: `datasets` would report each use to its makers' server, and wait
-    for it where there is no network.
+    Nothing is copied into a cache.
     """
+    import datasets
+
+    tell_nobody()
+    yield from datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
+
+
+def tell_nobody() -> None:
+    """Keeps `datasets` to itself: it would report each use to its makers' server, and wait for it without a network."""
     import datasets
     from datasets.utils import logging
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     logging.set_verbosity(logging.CRITICAL)  # it logs the errors that it raises
-    yield from datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
