@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
+from textwrap import fill
 from typing import Any
 
 from prune_lab.axes import Axis, axis
@@ -106,26 +107,32 @@ def draw(
     from matplotlib import pyplot
 
     pairs = pairs or [(size, QUALITY) for size in SIZES]
-    share = len({y for _, y in pairs}) == 1
-    width = 5.5 * len(pairs) if len(pairs) > 1 else 7.5
-    figure, panels = pyplot.subplots(
-        1, len(pairs), figsize=(width, 4.5), sharey=share, layout="constrained", squeeze=False
+    shared_y, few = len({y for _, y in pairs}) == 1, len(lines(points)) <= 4
+    width = 5.5 * len(pairs) if len(pairs) > 1 else 7.5 if few else 10
+    figure, row = pyplot.subplots(
+        1, len(pairs), figsize=(width, 4.5), sharey=shared_y, layout="constrained", squeeze=False
     )
-    for number, (panel, (x, y)) in enumerate(zip(panels[0], pairs, strict=True)):
+    for number, (panel, (x, y)) in enumerate(zip(row[0], pairs, strict=True)):
         _draw_panel(panel, points, dense, axis(x), axis(y))
-        if share and number:
+        if shared_y and number:
             panel.set_ylabel("")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    if len(labels) <= 6:
-        panels[0][0].legend()
+    handles, labels = row[0][0].get_legend_handles_labels()
+    legend = dict(zip(labels, handles, strict=True))  # several dense models are one entry
+    if few:
+        row[0][0].legend(legend.values(), legend.keys())
     else:
-        figure.legend(handles, labels, loc="outside right upper", fontsize="small")
+        figure.legend(legend.values(), legend.keys(), loc="outside right upper", fontsize="small")
     if caption:
-        figure.suptitle(caption, fontsize="small", color="0.3")
+        figure.supxlabel(_plain(fill(caption, int(width * 14))), fontsize="small", color="0.3")
     half = path.with_name(f".{path.name}")
     figure.savefig(half, dpi=130, format="png")
     pyplot.close(figure)
     half.replace(path)
+
+
+def _plain(text: str) -> str:
+    """Text in which matplotlib sees no formula."""
+    return text.replace("$", r"\$")
 
 
 def _draw_panel(panel: Any, points: list[Point], dense: list[Point], x: Axis, y: Axis) -> None:
@@ -144,7 +151,7 @@ def _draw_panel(panel: Any, points: list[Point], dense: list[Point], x: Axis, y:
         colour = palette(number % palette.N)
         panel.plot(*places(with_both(runs)), "o", color=colour, markersize=4)
         middles = [(mean(a), mean(b)) for a, b in map(places, steps(with_both(runs)))]
-        panel.plot([a for a, _ in middles], [b for _, b in middles], "-", color=colour, label=series)
+        panel.plot([a for a, _ in middles], [b for _, b in middles], "-", color=colour, label=_plain(fill(series, 44)))
     for point in with_both(dense):
         panel.plot(*places([point]), "k*", markersize=13, label="dense")
     on_front = places(sorted(front(points + dense, x.metric, y.metric), key=lambda p: p.metrics[x.metric]))

@@ -41,7 +41,8 @@ def shared(overrides: list[list[str]]) -> list[str]:
 def telling(runs: list[dict[str, str]]) -> list[list[str]]:
     """Of each run's facts (key -> value) those that tell it from others, as key=value.
 
-    A key of an option, such as recovery.steps, counts where runs of the same option differ in it.
+    A key of an option, such as recovery.steps, counts where runs of the same option differ in it. recovery=none
+    is told by not being said.
     """
     values: dict[tuple[str, str], set[str]] = {}
     for facts in runs:
@@ -51,7 +52,8 @@ def telling(runs: list[dict[str, str]]) -> list[list[str]]:
         [
             f"{key}={value}"
             for key, value in facts.items()
-            if value not in _UNUSED and (key == "method.pattern" or len(values[_option(facts, key), key]) > 1)
+            if value not in (*_UNUSED, "none")
+            and (key == "method.pattern" or len(values[_option(facts, key), key]) > 1)
         ]
         for facts in runs
     ]

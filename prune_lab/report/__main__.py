@@ -66,7 +66,10 @@ def _report(sources: list[str], x: str | None, y: str | None, output: Path | Non
     report = compare(read(sources))
     for key, metric in (("-x", x), ("-y", y)):
         if metric is not None and metric not in report.metrics:
-            raise Refused(_no_such_metric(f"{key} {metric}", metric, report.metrics))
+            held = sum(metric in summary.metrics for summary in report.summaries)
+            known = report.metrics
+            partly = f"only {held} of {len(report.points)} runs have it" if held else ""
+            raise Refused(f"{key} {metric}: " + (_about_dense(metric) or partly or _no_such_metric(metric, known)))
     if report.warnings:
         explain.to_stderr(f"warning: runs measured differently must not be compared: {'; '.join(report.warnings)}")
     one = as_folder(sources[0]) if len(report.sources) == 1 else None
@@ -78,13 +81,17 @@ def _report(sources: list[str], x: str | None, y: str | None, output: Path | Non
     print(f"Report: {folder / PAGE}  {folder / PICTURE}")  # noqa: T201
 
 
-def _no_such_metric(asked: str, metric: str, known: list[str]) -> str:
-    if "/dense_" in metric:
-        return f"{asked}: figures of the dense model are no axis; it is the star on the plot of every other metric"
+def _about_dense(metric: str) -> str:
+    if "/dense_" not in metric:
+        return ""
+    return "figures of the dense model are no axis; it is the star on the plot of every other metric"
+
+
+def _no_such_metric(metric: str, known: list[str]) -> str:
     close = get_close_matches(metric, known, n=3, cutoff=0.5)
     close = close or [name for name in known if metric.lower() in name][:3]
     hint = f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(known)}"
-    return f"{asked}: no metric that all of these runs have; {hint}"
+    return f"no such metric; {hint}"
 
 
 if __name__ == "__main__":

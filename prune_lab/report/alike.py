@@ -33,5 +33,6 @@ def _short(key: str, value: str) -> str:
 def _who(holders: list[tuple[str, str]], sources: set[str]) -> str:
     """The sources that hold a value, or the runs where it is one source that differs in itself."""
     names = list(dict.fromkeys(source if len(sources) > 1 else label for source, label in holders))
-    shown = " and ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+    if len(names) <= 3:
+        return " and ".join(names)
+    return f"{names[0]} and {len(names) - 1} more"

@@ -99,7 +99,7 @@ def _data(report: Report) -> dict[str, Any]:
         "fronts": fronts,
         "lines": [
             {
-                "name": escape(name),
+                "name": "<br>".join(map(escape, textwrap.wrap(name, 44))),
                 "nm": name.endswith(" N:M"),
                 "steps": [[place[id(p)] for p in s] for s in steps(runs)],
             }

@@ -129,7 +129,7 @@ def _points(runs: list[Run], every: list[Run], several: bool) -> list[Point]:
     if not several and not any(run.tracked for run in every):
         words, common = [run.summary.overrides for run in runs], shared([run.summary.overrides for run in every])
     else:
-        words, common = telling([_facts(run.summary) for run in runs]), []
+        words, common = telling(_needed([_facts(run.summary) for run in runs])), []
     return [
         Point(_label(run, several), position(replace(run.summary, overrides=asked), common), run.summary.metrics)
         for run, asked in zip(runs, words, strict=True)
@@ -140,10 +140,19 @@ def _facts(summary: Summary) -> dict[str, str]:
     """What a run is: its few, telling parameters, the model by its name, and by the dense figures."""
     if summary.config and summary.protocol:
         facts = {key: str(value) for key, value in params_of(summary).items()}
-        facts["model"] = str(summary.model.get("name") or facts.get("model"))
+        facts["model"] = str(summary.model.get("name") or facts.get("model")).rstrip("/").rpartition("/")[2]
     else:
         facts = keys(summary.overrides)
+    facts = {key: value.replace("'", "") for key, value in facts.items()}  # units=[mlp, heads]
     facts["method"] = summary.choices.get("method", facts.get("method", ""))
-    dense = [summary.metrics.get(name) for name in ("params/dense_total", "quality/dense_perplexity")]
-    facts["dense"] = ", ".join(f"{value:.4g}" for value in dense if value is not None)
+    m = summary.metrics
+    if {"params/dense_total", "quality/dense_perplexity"} <= set(m):
+        facts["dense"] = f"{m['params/dense_total'] / 1e6:.4g}M/{m['quality/dense_perplexity']:.4g}"
     return facts
+
+
+def _needed(runs: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The facts without the dense figures where model and dataset say as much by their names."""
+    named = {(facts.get("model"), facts.get("dataset")) for facts in runs}
+    apart = {(facts.get("model"), facts.get("dataset"), facts.get("dense")) for facts in runs}
+    return [{k: v for k, v in facts.items() if k != "dense"} for facts in runs] if len(apart) == len(named) else runs

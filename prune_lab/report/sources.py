@@ -17,11 +17,17 @@ from prune_lab.tracking.mlflow_reader import read_experiment
 def read(sources: list[str]) -> dict[str, list[Run]]:
     """The runs of each source by its name, each source once. Raises Refused for what is no source."""
     places = {folder.resolve() if (folder := as_folder(source)) else source: source for source in sources}
+    short = [_short(place) for place in places]
     found = {}
-    for source in places.values():
-        folder = as_folder(source)
-        found[source] = _sweep(source, folder) if folder else _experiment(source)
+    for place, source in places.items():
+        name = _short(place) if short.count(_short(place)) == 1 else source
+        found[name] = _sweep(name, place) if isinstance(place, Path) else _experiment(place)
     return found
+
+
+def _short(place: Path | str) -> str:
+    """A sweep's folder as DATE/TIME, an experiment by its name."""
+    return "/".join(place.parts[-2:]) if isinstance(place, Path) else place
 
 
 def as_folder(source: str) -> Path | None:
@@ -33,7 +39,7 @@ def as_folder(source: str) -> Path | None:
 def _sweep(name: str, folder: Path) -> list[Run]:
     path = folder / RESULTS
     if not path.is_file():
-        raise Refused(f"{name}: this folder has no {RESULTS}; name a sweep's folder, such as multirun/DATE/TIME")
+        raise Refused(f"{folder}: this folder has no {RESULTS}; name a sweep's folder, such as multirun/DATE/TIME")
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         return [Run(name, str(entry["job"]), _summary(entry)) for entry in entries]
