@@ -1,4 +1,4 @@
-"""The jobs of a sweep beside each other: results.json, results.md, pareto.png and the leaderboard."""
+"""The jobs of a sweep beside each other: results.json, results.md, pareto.png, report.html and the leaderboard."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from prune_lab.console import Console
-from prune_lab.pareto import Point, draw, front
-from prune_lab.series import Position, pivot, plain, position
+from prune_lab.pareto import Point, dense_points, draw, front
+from prune_lab.report import page
+from prune_lab.report.runs import Run, compare
+from prune_lab.series import pivot, plain, position, shared
 from prune_lab.summary import Summary, read_summary, write_json
 
-RESULTS, LEADERBOARD, PLOT = "results.json", "results.md", "pareto.png"
+RESULTS, LEADERBOARD, PLOT, REPORT = "results.json", "results.md", "pareto.png", "report.html"
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,16 @@ def read_job(folder: Path) -> Row:
 
 
 def write(folder: Path, rows: list[Row]) -> None:
-    """Writes the sweep's three files."""
+    """Writes the sweep's files; the plot and the report only where a job finished."""
     write_json(folder / RESULTS, [{"job": row.job, **asdict(row.summary)} for row in rows])
     half = folder / f".{LEADERBOARD}.tmp"
     half.write_text(_markdown(rows), encoding="utf-8")
     half.replace(folder / LEADERBOARD)
     points = _points(rows)
     if points:
-        draw(points, _dense_points(rows), folder / PLOT)
+        draw(points, dense_points(points), folder / PLOT)
+        name = f"{folder.parent.name}/{folder.name}"
+        page.write(compare({name: [Run(name, row.job, row.summary) for row in rows]}), folder / REPORT)
 
 
 def show(folder: Path, rows: list[Row], console: Console) -> None:
@@ -50,7 +54,8 @@ def show(folder: Path, rows: list[Row], console: Console) -> None:
     header, lines = _cells(rows)
     title = f"Leaderboard, by perplexity (* on the size/quality front)   {' '.join(_shared_overrides(rows))}"
     console.result(_table(title, [header, *lines], left=2))
-    console.result(f"Files: {_shown(folder / LEADERBOARD)}  {_shown(folder / PLOT)}")
+    made = [folder / name for name in (LEADERBOARD, PLOT, REPORT) if (folder / name).exists()]
+    console.result("Files: " + "  ".join(map(_shown, made)))
 
 
 def _table(title: str, lines: list[list[str]], left: int) -> Table:
@@ -64,32 +69,17 @@ def _table(title: str, lines: list[list[str]], left: int) -> Table:
 
 
 def _shared_overrides(rows: list[Row]) -> list[str]:
-    """What every job was asked for alike."""
-    return [o for o in rows[0].summary.overrides if all(o in row.summary.overrides for row in rows)]
+    return shared([row.summary.overrides for row in rows])
 
 
 def _points(rows: list[Row]) -> list[Point]:
-    shared = _shared_overrides(rows)
+    common = _shared_overrides(rows)
     finished = [row for row in rows if row.summary.status == "FINISHED"]
     return [
-        Point(row.job, position(row.summary, shared), row.summary.metrics)
+        Point(row.job, position(row.summary, common), row.summary.metrics)
         for row in finished
         if {"quality/perplexity", "params/nonzero", "size/disk_mb"} <= set(row.summary.metrics)
     ]
-
-
-def _dense_points(rows: list[Row]) -> list[Point]:
-    """The dense models of the sweep, each once."""
-    found = {}
-    for point in _points(rows):
-        m = point.metrics
-        figures = {
-            "quality/perplexity": m["quality/dense_perplexity"],
-            "params/nonzero": m["params/dense_total"],
-            "size/disk_mb": m["size/dense_disk_mb"],
-        }
-        found[tuple(figures.values())] = Point("dense", Position("dense", ""), figures)
-    return list(found.values())
 
 
 def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
@@ -98,16 +88,16 @@ def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     on_front = {point.job for point in front(points, "params/nonzero")}
     header = ["job", "run", "removed", "non-zero", "disk MB", "perplexity", "x dense"]
     header += ["prefill speed-up", "decode speed-up", "peak memory"]
-    shared = set(_shared_overrides(rows))
+    common = set(_shared_overrides(rows))
     lines: list[list[str]] = []
-    for dense in _dense_points(rows):
+    for dense in dense_points(points):
         m = dense.metrics
         count = f"{m['params/nonzero']:,.0f}"
         lines.append(["", "dense", "0", count, f"{m['size/disk_mb']:.2f}", f"{m['quality/perplexity']:.3f}", "1"])
     infinite = float("inf")
     for row in sorted(rows, key=lambda r: r.summary.metrics.get("quality/perplexity", infinite)):
         m = row.summary.metrics
-        label = " ".join(_short(o) for o in row.summary.overrides if o not in shared) or "defaults"
+        label = " ".join(_short(o) for o in row.summary.overrides if o not in common) or "defaults"
         cells = [row.job + ("*" if row.job in on_front else ""), label]
         if row.summary.status != "FINISHED":
             cells += [f"{row.summary.status}: {row.summary.reason}"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from prune_lab.bench import Figures
-from prune_lab.measure.speed import Latency, Paired
-from prune_lab.methods.base import Method, Pruned
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # they import torch, and a report reads metrics without it
+    from prune_lab.bench import Figures
+    from prune_lab.measure.speed import Latency, Paired
+    from prune_lab.methods.base import Method, Pruned
 
 
 def compare(
@@ -52,6 +55,24 @@ def compare(
 def dense_figures(metrics: dict[str, float]) -> dict[str, float]:
     """The figures of the dense model among a run's metrics."""
     return {name: value for name, value in metrics.items() if "/dense_" in name}
+
+
+def of_dense(metrics: dict[str, float]) -> dict[str, float]:
+    """The dense model beside a run, by the names that the figures of a run have: nothing removed, no faster.
+
+    Figures that only a run has, such as seconds spent on pruning, are missing.
+    """
+    found = {name.replace("/dense_", "/"): value for name, value in dense_figures(metrics).items()}
+    if "params/total" in found:
+        found["params/nonzero"] = found["params/total"]
+    if "latency/decode_ms_per_token_p50" in found:
+        found["throughput/decode_tokens_per_s"] = 1e3 / found["latency/decode_ms_per_token_p50"]
+    for name in metrics:
+        if name.startswith("amount/") or name.endswith("reduction"):
+            found[name] = 0.0
+        elif name == "quality/perplexity_ratio" or "_speedup" in name:
+            found[name] = 1.0
+    return found
 
 
 def _timed(stage: str, unit: str, paired: Paired) -> dict[str, float]:

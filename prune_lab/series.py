@@ -9,7 +9,9 @@ from statistics import mean
 from prune_lab.summary import Summary
 
 _STEPS = ("amount", "method.pattern")
-_NOT_SERIES = (*_STEPS, "seed")
+_UNUSED = ("null", "None", "n/a")
+_NO_FIGURE = ("name", "tracking", "quiet", "resume", "export")  # where a run is kept, not what it is
+_NOT_SERIES = (*_STEPS, "seed", *_NO_FIGURE)
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,49 @@ class Position:
 
 def position(summary: Summary, shared: Iterable[str]) -> Position:
     """The position of a job, by what it was asked for beyond what all jobs share."""
-    asked, common = _keys(summary.overrides), _keys(shared)
+    asked, common = keys(summary.overrides), keys(shared)
     own = {key: value for key, value in asked.items() if key not in (*common, *_NOT_SERIES, "method")}
     parts = [summary.choices.get("method", ""), *(f"{key.removeprefix('method.')}={own[key]}" for key in own)]
     pattern = asked.get("method.pattern", "null")
     amount = summary.metrics.get("amount/requested")
-    step = pattern if pattern != "null" else f"{amount:g}" if amount is not None else ""
+    step = pattern if pattern not in _UNUSED else f"{amount:g}" if amount is not None else ""
     return Position(" ".join(parts), step)
 
 
-def _keys(overrides: Iterable[str]) -> dict[str, str]:
+def shared(overrides: list[list[str]]) -> list[str]:
+    """What every run was asked for alike."""
+    return [override for override in overrides[0] if all(override in other for other in overrides)]
+
+
+def telling(runs: list[dict[str, str]]) -> list[list[str]]:
+    """Of each run's facts (key -> value) those that tell it from others, as key=value.
+
+    A key of an option, such as recovery.steps, counts where runs of the same option differ in it. recovery=none
+    is told by not being said.
+    """
+    values: dict[tuple[str, str], set[str]] = {}
+    for facts in runs:
+        for key, value in facts.items():
+            values.setdefault((_option(facts, key), key), set()).add(value)
+    return [
+        [
+            f"{key}={value}"
+            for key, value in facts.items()
+            if value not in (*_UNUSED, "none")
+            and (key == "method.pattern" or len(values[_option(facts, key), key]) > 1)
+        ]
+        for facts in runs
+    ]
+
+
+def _option(facts: dict[str, str], key: str) -> str:
+    """The option that a dotted key belongs to; none for a key of the root."""
+    group, dot, _ = key.partition(".")
+    return facts.get(group, "") if dot else ""
+
+
+def keys(overrides: Iterable[str]) -> dict[str, str]:
+    """Overrides as key -> value, without Hydra's signs."""
     split = (plain(override).partition("=") for override in overrides)
     return {key.lstrip("+~"): value for key, _, value in split}
 

@@ -226,8 +226,8 @@ def test_the_summary_says_how_it_was_measured(sweep: Sweep) -> None:
 
 def test_the_parent_carries_the_comparison(sweep: Sweep, tmp_path: Path) -> None:
     (parent,) = sweep.parents
-    assert {"pareto.png", "results.json"} <= sweep.artifacts(parent)
-    for name in ("pareto.png", "results.json"):
+    assert sweep.artifacts(parent) == {"pareto.png", "report.html", "results.json", "results.md"}
+    for name in ("pareto.png", "report.html", "results.json"):
         stored = Path(sweep.client.download_artifacts(parent.info.run_id, name, str(tmp_path)))
         assert stored.read_bytes() == (sweep.folder / name).read_bytes()
     note = parent.data.tags["mlflow.note.content"]

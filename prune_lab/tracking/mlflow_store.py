@@ -60,7 +60,7 @@ class Mlflow(Tracker):
         client, experiment = _connect(name)
         query = f"attributes.status = 'FINISHED' and tags.`{FINGERPRINT}` = '{fingerprint}'"
         for run in client.search_runs([experiment], query, max_results=1):
-            return _stored_summary(client, run.info.run_id)
+            return stored_summary(client, run.info.run_id)
         return None
 
     def enter_again(self, name: str, summary: Summary, place: Place) -> None:
@@ -80,11 +80,11 @@ class Mlflow(Tracker):
         client.create_run(experiment, run_name=f"sweep {folder.parent.name} {folder.name}", tags=tags)
 
     def close_sweep(self, name: str, folder: Path, status: str, summaries: list[Summary]) -> list[str]:
-        """Ends the parent with results.json, pareto.png, the leaderboard as its note, and the dense figures."""
+        """Ends the parent with its comparison (files, and the leaderboard as its note) and the dense figures."""
         client, experiment = _connect(name)
         parent = _parent(client, experiment, folder)
         assert parent is not None, "open_sweep comes first"
-        for file in ("results.json", "results.md", "pareto.png"):
+        for file in ("results.json", "results.md", "pareto.png", "report.html"):
             if (folder / file).exists():
                 client.log_artifact(parent, str(folder / file))
         if (folder / "results.md").exists():
@@ -95,7 +95,7 @@ class Mlflow(Tracker):
             if child.info.status == "RUNNING" and not is_alive(child.data.tags):
                 _end(client, child.info.run_id, "KILLED", "its process ended without saying so")
         _end(client, parent, status, None)
-        return links.how_to_look(_uri(), experiment, [child.info.run_id for child in children])
+        return links.how_to_look(store_uri(), experiment, [child.info.run_id for child in children])
 
     def discard_sweep(self, name: str, folder: Path) -> None:
         """Deletes the parent run."""
@@ -145,7 +145,8 @@ class _MlflowLog:
         self._client.log_text(self._run_id, yaml.safe_dump(summary.config, sort_keys=False), "config.yaml")
 
 
-def _uri() -> str:
+def store_uri() -> str:
+    """The address of the store."""
     return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
 
@@ -157,10 +158,10 @@ def _connect(name: str) -> tuple[Any, str]:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         with whole():
-            client = _Whole(MlflowClient(tracking_uri=_uri()))
+            client = _Whole(MlflowClient(tracking_uri=store_uri()))
         return client, _experiment(client, name)
     except Exception as error:  # each kind of store has its own errors
-        uri = links.without_password(_uri())
+        uri = links.without_password(store_uri())
         raise Refused(f"tracking: the MLflow store {uri} cannot be used: {one_line(error)[:200]}") from error
 
 
@@ -223,7 +224,8 @@ def _reconcile(client: Any, experiment: str) -> None:
             _end(client, run.info.run_id, "KILLED", "its process ended without saying so")
 
 
-def _stored_summary(client: Any, run_id: str) -> Summary | None:
+def stored_summary(client: Any, run_id: str) -> Summary | None:
+    """The summary.json among a run's files, or None where they are gone."""
     import json
 
     from mlflow.exceptions import MlflowException

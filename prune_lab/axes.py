@@ -1,0 +1,71 @@
+"""Metrics as axes of a plot: what they are called, their unit, and which direction is better."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Direction = Literal["lower", "higher"]
+
+# By the end of a metric's name, the first that fits. A metric that is not here is drawn, but has no front.
+_BETTER: tuple[tuple[str, Direction], ...] = (
+    ("reduction", "higher"),
+    ("amount/requested", "higher"),  # of two runs of equal quality the one that removed more is preferred
+    ("amount/realized", "higher"),
+    ("_speedup", "higher"),
+    ("_speedup_low", "higher"),
+    ("_speedup_high", "higher"),
+    ("tokens_per_s", "higher"),
+    ("_acc", "higher"),
+    ("_acc_norm", "higher"),
+    ("perplexity", "lower"),
+    ("perplexity_ratio", "lower"),
+    ("bits_per_byte", "lower"),
+    ("params/total", "lower"),
+    ("params/nonzero", "lower"),
+    ("_mb", "lower"),
+    ("_bytes", "lower"),
+    ("_ms", "lower"),
+    ("_ms_p50", "lower"),
+    ("_ms_p95", "lower"),
+    ("_ms_per_token_p50", "lower"),
+    ("_ms_per_token_p95", "lower"),
+    ("_s", "lower"),
+)
+_TITLES = {
+    "quality/perplexity": "perplexity",
+    "quality/perplexity_ratio": "perplexity, times the dense model's",
+    "quality/bits_per_byte": "bits per byte",
+    "params/total": "parameters (millions)",
+    "params/nonzero": "non-zero parameters (millions)",
+    "size/disk_mb": "bytes on disk (MB)",
+    "memory/weights_mb": "weights in memory (MB)",
+    "memory/peak_mb": "peak memory (MB)",
+    "latency/prefill_ms_p50": "prefill (ms, median)",
+    "latency/decode_ms_per_token_p50": "decode (ms per token, median)",
+    "latency/prefill_speedup": "prefill speed-up",
+    "latency/decode_speedup": "decode speed-up",
+    "throughput/decode_tokens_per_s": "decode (tokens per second)",
+}
+_MILLIONS = ("params/total", "params/nonzero")
+_LOGARITHMIC = ("quality/perplexity", "quality/perplexity_ratio")  # a bad run is many times a good one
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A metric on an axis. Its values are divided by `unit`; `better` is None where nobody said which is."""
+
+    metric: str
+    title: str
+    unit: float
+    better: Direction | None
+    logarithmic: bool
+
+
+def axis(metric: str) -> Axis:
+    """The axis of a metric, by its public name."""
+    better = next((direction for end, direction in _BETTER if metric.endswith(end)), None)
+    title = _TITLES.get(metric, metric)
+    if better:
+        title += f", {better} is better"
+    return Axis(metric, title, 1e6 if metric in _MILLIONS else 1.0, better, metric in _LOGARITHMIC)
