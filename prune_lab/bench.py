@@ -169,4 +169,5 @@ def open_bench(
 
 def _read_figures(path: Path) -> Figures:
     values = json.loads(path.read_text(encoding="utf-8"))
-    return Figures(Quality(**values["quality"]), Size(**values["size"]), values["memory_mb"], values["tasks"])
+    quality = {name: float(value) for name, value in values["quality"].items()}  # a diverged one stands there as "inf"
+    return Figures(Quality(**quality), Size(**values["size"]), values["memory_mb"], values["tasks"])
