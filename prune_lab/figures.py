@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from prune_lab.bench import Figures
-from prune_lab.measure.speed import Latency, Paired
+from prune_lab.measure.speed import Paired
+from prune_lab.measure.timing import Timings
 from prune_lab.methods.base import Method, Pruned
 
 
 def compare(
-    method: Method, dense: Figures, compressed: Figures, latency: Latency | None, pruned: Pruned
+    method: Method, dense: Figures, compressed: Figures, timings: Timings | None, pruned: Pruned
 ) -> dict[str, float]:
     """Metrics by their public names (README, "Metrics")."""
     quality, was = compressed.quality, dense.quality
@@ -40,10 +41,7 @@ def compare(
             "memory/dense_peak_mb": dense.memory_mb,
             "memory/reduction": 1 - compressed.memory_mb / dense.memory_mb,
         }
-    if latency is not None:
-        metrics |= _timed("prefill", "ms", latency.prefill) | _timed("decode", "ms_per_token", latency.decode)
-        metrics["throughput/decode_tokens_per_s"] = 1e3 / metrics["latency/decode_ms_per_token_p50"]
-    return metrics
+    return metrics | (_latency(timings) if timings is not None else {})
 
 
 def dense_figures(metrics: dict[str, float]) -> dict[str, float]:
@@ -51,13 +49,25 @@ def dense_figures(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if "/dense_" in name}
 
 
+def _latency(timings: Timings) -> dict[str, float]:
+    headline = timings.headline
+    metrics = _timed("prefill", "ms", headline.prefill) | _timed("decode", "ms_per_token", headline.decode)
+    metrics["throughput/decode_tokens_per_s"] = 1e3 / metrics["latency/decode_ms_per_token_p50"]
+    if timings.aa is not None:
+        metrics |= _speedup("aa_prefill", timings.aa.prefill) | _speedup("aa_decode", timings.aa.decode)
+    return metrics
+
+
 def _timed(stage: str, unit: str, paired: Paired) -> dict[str, float]:
-    low, high = paired.interval()
     return {
         f"latency/{stage}_{unit}_p50": float(paired.compressed.quantile(0.5)),
         f"latency/{stage}_{unit}_p95": float(paired.compressed.quantile(0.95)),
         f"latency/dense_{stage}_{unit}_p50": float(paired.dense.quantile(0.5)),
-        f"latency/{stage}_speedup": paired.speedup,
-        f"latency/{stage}_speedup_low": low,
-        f"latency/{stage}_speedup_high": high,
+        **_speedup(stage, paired),
     }
+
+
+def _speedup(stage: str, paired: Paired) -> dict[str, float]:
+    low, high = paired.interval()
+    name = f"latency/{stage}_speedup"
+    return {name: paired.speedup, f"{name}_low": low, f"{name}_high": high}

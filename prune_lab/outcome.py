@@ -65,4 +65,7 @@ def _table(m: dict[str, float]) -> Table:
         if name in m:
             dense = m[f"latency/dense_{stage}_{unit}_p50"]
             table.add_row(title, f"{dense:.2f}", f"{m[name]:.2f}", speedup(m, stage))
+    for stage in ("prefill", "decode"):
+        if f"latency/aa_{stage}_speedup" in m:
+            table.add_row(f"dense against itself, {stage}", "", "", speedup(m, f"aa_{stage}"))
     return table

@@ -23,7 +23,7 @@ from prune_lab.environment import describe_environment
 from prune_lab.export import check_reload, save_model
 from prune_lab.figures import compare
 from prune_lab.fingerprint import fingerprint
-from prune_lab.measure.speed import measure_latency
+from prune_lab.measure.timing import measure_timings
 from prune_lab.methods.base import Pruned
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import Loaded
@@ -82,13 +82,13 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
         loaded, pruned, seconds = _compress(parts, bench, calibrator, run_id, world, console, log)
         with _saved(loaded, place.folder, settings.export) as folder, _stopwatch(seconds, "time/measure_s"):
             figures = bench.figures(loaded, folder, console)
-            latency = None
+            timings = None
             if parts.measure.latency:
                 models = bench.dense.model, loaded.model
-                latency = measure_latency(*models, bench.prompt, parts.measure, device, console)
+                timings = measure_timings(*models, bench.prompt, parts.measure, device, console)
             check_reload(loaded.model, folder, bench.windows[:1].long())
         summary.warnings += pruned.notes + notes.of_calibration(protocol)
-        metrics = compare(parts.method, dense, figures, latency, pruned) | seconds
+        metrics = compare(parts.method, dense, figures, timings, pruned) | seconds
         diverged = summary.set_metrics(metrics)
         summary.warnings += notes.of_figures(summary.metrics)
         summary.status = "FINISHED"

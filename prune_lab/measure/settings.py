@@ -19,6 +19,7 @@ class Measure:
     prompt_tokens: int = 256
     decode_tokens: int = 16
     memory: bool = True
+    aa: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -28,3 +29,5 @@ class Measure:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
+        if not self.latency and self.aa:
+            raise ValueError("aa=true needs latency=true: nothing else is timed against itself")
