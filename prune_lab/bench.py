@@ -19,6 +19,7 @@ from prune_lab.errors import Refused
 from prune_lab.export import save_model
 from prune_lab.measure.memory import measure_memory
 from prune_lab.measure.perplexity import Quality, measure_quality
+from prune_lab.measure.prompts import Shape, cut_grid, cut_headline
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.size import Size, measure_size
 from prune_lab.models.load import Loaded, ModelSource
@@ -55,9 +56,9 @@ class Bench:
             raise Refused(f"dataset.seq_len={text.seq_len} is above the model's context of {self.context} tokens")
         self.tokens = Tokens(corpus, self.dense.tokenizer, console, self.dense.model.config.vocab_size)
         self.windows = self.tokens.windows("test", text.seq_len)[: measure.max_windows]
-        room = (self.context or 10**9) - measure.decode_tokens
         stream = self.tokens.stream("test")
-        self.prompt: Tensor = stream[: max(1, min(measure.prompt_tokens, room))][None].long()
+        self.prompt: Tensor = cut_headline(stream, measure, self.context)
+        self.grid: dict[Shape, Tensor] = cut_grid(stream, measure, self.context)
 
     @cached_property
     def protocol(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def compare(
             "memory/dense_peak_mb": dense.memory_mb,
             "memory/reduction": 1 - compressed.memory_mb / dense.memory_mb,
         }
-    return metrics | (_latency(timings) if timings is not None else {})
+    return metrics | (latency_figures(timings) if timings is not None else {})
 
 
 def dense_figures(metrics: dict[str, float]) -> dict[str, float]:
@@ -49,12 +49,19 @@ def dense_figures(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if "/dense_" in name}
 
 
-def _latency(timings: Timings) -> dict[str, float]:
+def latency_figures(timings: Timings) -> dict[str, float]:
+    """What was timed, by its public names."""
     headline = timings.headline
     metrics = _timed("prefill", "ms", headline.prefill) | _timed("decode", "ms_per_token", headline.decode)
     metrics["throughput/decode_tokens_per_s"] = 1e3 / metrics["latency/decode_ms_per_token_p50"]
     if timings.aa is not None:
         metrics |= _speedup("aa_prefill", timings.aa.prefill) | _speedup("aa_decode", timings.aa.decode)
+    for (batch, length), taken in timings.grid.items():
+        at = f"_b{batch}_l{length}"
+        for stage, unit, paired in (("prefill", "ms", taken.prefill), ("decode", "ms_per_token", taken.decode)):
+            metrics[f"latency/{stage}_{unit}_p50{at}"] = float(paired.compressed.quantile(0.5))
+            metrics[f"latency/dense_{stage}_{unit}_p50{at}"] = float(paired.dense.quantile(0.5))
+            metrics |= _speedup(stage, paired, at)
     return metrics
 
 
@@ -67,7 +74,7 @@ def _timed(stage: str, unit: str, paired: Paired) -> dict[str, float]:
     }
 
 
-def _speedup(stage: str, paired: Paired) -> dict[str, float]:
+def _speedup(stage: str, paired: Paired, at: str = "") -> dict[str, float]:
     low, high = paired.interval()
-    name = f"latency/{stage}_speedup"
+    name = f"latency/{stage}_speedup{at}"
     return {name: paired.speedup, f"{name}_low": low, f"{name}_high": high}

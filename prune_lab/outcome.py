@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -41,7 +43,8 @@ def header(summary: Summary, console: Console) -> None:
 def show(summary: Summary, console: Console) -> None:
     """Prints the outcome of a finished run."""
     m = summary.metrics
-    console.result(_table(m))
+    for table in tables(m):
+        console.result(table)
     removed = f"amount    {m['amount/realized']:.4f} of the pruned scope ({m['amount/requested']:g} requested)"
     console.result(removed)
     for warning in summary.warnings:
@@ -50,6 +53,12 @@ def show(summary: Summary, console: Console) -> None:
         console.result(
             f"note      finished before, not computed again ({summary.folder}); resume=false computes it anew"
         )
+
+
+def tables(m: dict[str, float]) -> list[Table]:
+    """The figures as tables: dense -> compressed, and by batch and prompt length where that was timed."""
+    shapes = _shapes(m)
+    return [_table(m)] + ([_grid(m, shapes)] if shapes else [])
 
 
 def _table(m: dict[str, float]) -> Table:
@@ -68,4 +77,24 @@ def _table(m: dict[str, float]) -> Table:
     for stage in ("prefill", "decode"):
         if f"latency/aa_{stage}_speedup" in m:
             table.add_row(f"dense against itself, {stage}", "", "", speedup(m, f"aa_{stage}"))
+    return table
+
+
+def _shapes(m: dict[str, float]) -> list[tuple[int, int]]:
+    """Rows and tokens of the prompts that were timed beside the headline."""
+    found = (re.fullmatch(r"latency/prefill_speedup_b(\d+)_l(\d+)", name) for name in m)
+    return sorted((int(match[1]), int(match[2])) for match in found if match)
+
+
+def _grid(m: dict[str, float], shapes: list[tuple[int, int]]) -> Table:
+    """What each shape took: milliseconds dense -> compressed, and the speed-up."""
+    table = Table(title="by batch and prompt length", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("batch", "tokens", "prefill, ms", "speed-up", "decode, ms per step", "speed-up"):
+        table.add_column(name, justify="right")
+    for batch, tokens in shapes:
+        at, cells = f"_b{batch}_l{tokens}", [str(batch), str(tokens)]
+        for _, stage, unit in _TIMED:
+            name = f"{stage}_{unit}_p50{at}"
+            cells += [f"{m[f'latency/dense_{name}']:.2f} -> {m[f'latency/{name}']:.2f}", speedup(m, stage, at)]
+        table.add_row(*cells)
     return table

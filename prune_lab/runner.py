@@ -85,7 +85,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
             timings = None
             if parts.measure.latency:
                 models = bench.dense.model, loaded.model
-                timings = measure_timings(*models, bench.prompt, parts.measure, device, console)
+                timings = measure_timings(*models, bench.prompt, bench.grid, parts.measure, device, console)
             check_reload(loaded.model, folder, bench.windows[:1].long())
         summary.warnings += pruned.notes + notes.of_calibration(protocol)
         metrics = compare(parts.method, dense, figures, timings, pruned) | seconds

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import CPU
+from rich.console import Console as RichConsole
 from torch import Tensor, nn
 
+from prune_lab import outcome
 from prune_lab.console import Console
+from prune_lab.environment import gpu_clocks
+from prune_lab.errors import Refused
+from prune_lab.figures import latency_figures
+from prune_lab.measure.prompts import cut_grid, cut_headline
 from prune_lab.measure.settings import Measure
-from prune_lab.measure.speed import Paired
-from prune_lab.measure.timing import measure_timings
+from prune_lab.measure.speed import Latency, Paired
+from prune_lab.measure.timing import Timings, measure_timings
 
 QUIET = Console(quiet=True)
 Noise = Callable[[random.Random, int], Iterator[float]]
@@ -105,7 +113,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[int, ...]]]:
 def test_the_dense_model_meets_a_copy_of_itself_in_the_same_way(calls: list[tuple[int, tuple[int, ...]]]) -> None:
     dense, compressed = Model(), Model()
     settings = Measure(pairs=10, warmup=1, decode_tokens=1, aa=True)
-    timings = measure_timings(dense, compressed, torch.zeros(1, 7, dtype=torch.int64), settings, CPU, QUIET)
+    timings = measure_timings(dense, compressed, torch.zeros(1, 7, dtype=torch.int64), {}, settings, CPU, QUIET)
     assert timings.aa is not None
     assert timings.aa.prefill.dense.shape == timings.aa.decode.compressed.shape == (10,)
     visits = [place for place, shape in calls if shape == (1, 7)]
@@ -114,24 +122,116 @@ def test_the_dense_model_meets_a_copy_of_itself_in_the_same_way(calls: list[tupl
     assert len(second) == 22
     assert len(twin) == 1  # one copy, which lies elsewhere
     assert twin != {other}
-    assert (
-        [place == one for place in first]
-        == [place == one for place in second]
-        == [True, False, False, True] * 5
-        + [
-            True,
-            False,
-        ]
+    alternating = [True, False, False, True] * 5 + [True, False]
+    assert [place == one for place in first] == [place == one for place in second] == alternating
+
+
+def test_other_shapes_are_timed_beside_the_headline(calls: list[tuple[int, tuple[int, ...]]]) -> None:
+    stream = torch.arange(100, dtype=torch.int32)
+    settings = Measure(
+        pairs=10,
+        warmup=1,
+        prompt_tokens=7,
+        decode_tokens=2,
+        batch_sizes=[1, 3],
+        lengths=[5, 20],  # type: ignore[arg-type]
     )
+    prompt, grid = cut_headline(stream, settings, None), cut_grid(stream, settings, None)
+    timings = measure_timings(Model(), Model(), prompt, grid, settings, CPU, QUIET)
+    assert set(timings.grid) == {(1, 5), (1, 20), (3, 5), (3, 20)}
+    shapes = [shape for _, shape in calls]
+    for shape in ((1, 7), *timings.grid):
+        assert shapes.count(shape) == 2 * 11
+    assert shapes.count((3, 1)) == 2 * (2 * 2 * 11)  # two shapes of three rows: two models, two tokens, eleven pairs
+
+
+def test_rows_of_a_batch_are_different_places_of_the_text() -> None:
+    stream = torch.arange(100, dtype=torch.int32)
+    settings = Measure(batch_sizes=(1, 3), lengths=(5, 33))
+    grid = cut_grid(stream, settings, context=49)
+    assert grid[1, 5].tolist() == [[0, 1, 2, 3, 4]]
+    assert grid[3, 5].tolist() == [[0, 1, 2, 3, 4], [33, 34, 35, 36, 37], [66, 67, 68, 69, 70]]
+    assert grid[3, 33].flatten().tolist() == list(range(99))
+    assert cut_grid(stream, Measure(), None) == {}
+    alone = cut_grid(stream, Measure(batch_sizes=(2,), prompt_tokens=40), context=30)
+    assert list(alone) == [(2, 14)]  # as the headline, cut to the context
+
+
+def test_shapes_that_do_not_fit_are_refused_with_their_key() -> None:
+    stream = torch.arange(100, dtype=torch.int32)
+    with pytest.raises(Refused, match=r"measure\.lengths=\[5, 34\]: 34 and measure\.decode_tokens=16 .* of 49 tokens"):
+        cut_grid(stream, Measure(lengths=(5, 34)), context=49)
+    with pytest.raises(Refused, match=r"measure\.batch_sizes and measure\.lengths: 3 rows of 34 .* 100 tokens"):
+        cut_grid(stream, Measure(batch_sizes=(3,), lengths=(34,)), context=None)
+
+
+def test_the_figures_and_the_table_of_other_shapes() -> None:
+    def of(ms: float, speedup: float) -> Latency:
+        """Every pair takes this long; decode a tenth of it."""
+        compressed = torch.full((10,), ms, dtype=torch.float64)
+        return Latency(Paired(compressed * speedup, compressed), Paired(compressed * 0.1, compressed * 0.1))
+
+    figures = latency_figures(Timings(of(8, 2), aa=of(5, 1.25), grid={(4, 128): of(16, 1.5), (16, 32): of(4, 0.5)}))
+    assert figures["latency/prefill_speedup"] == 2
+    assert figures["latency/aa_prefill_speedup"] == figures["latency/aa_prefill_speedup_low"] == 1.25
+    assert figures["latency/aa_decode_speedup"] == figures["latency/aa_decode_speedup_high"] == 1
+    assert figures["latency/prefill_ms_p50"] == 8
+    expected = {"prefill_ms_p50": 16, "dense_prefill_ms_p50": 24, "prefill_speedup": 1.5}
+    expected |= {"decode_ms_per_token_p50": 1.6, "dense_decode_ms_per_token_p50": 1.6, "decode_speedup": 1}
+    for name, value in expected.items():
+        assert figures[f"latency/{name}_b4_l128"] == pytest.approx(value)
+    for end in ("_low", "_high"):
+        assert figures[f"latency/prefill_speedup_b4_l128{end}"] == 1.5
+        assert figures[f"latency/decode_speedup_b4_l128{end}"] == 1
+    shown = io.StringIO()
+    console = RichConsole(file=shown, width=150)
+    for table in outcome.tables(figures):
+        console.print(table)
+    lines = [" ".join(line.split()) for line in shown.getvalue().splitlines()]
+    assert "4 128 24.00 -> 16.00 1.50 [1.50, 1.50] 1.60 -> 1.60 no change [1.00, 1.00]" in lines
+    assert "16 32 2.00 -> 4.00 0.50 [0.50, 0.50] 0.40 -> 0.40 no change [1.00, 1.00]" in lines
+    assert "dense against itself, prefill 1.25 [1.25, 1.25]" in lines
+    assert len(outcome.tables(latency_figures(Timings(of(8, 2))))) == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"batch_sizes": []}, r"batch_sizes=\[\] must hold at least one"),
+        ({"batch_sizes": [0, 1]}, r"batch_sizes=\[0, 1\] must be different whole numbers of at least 1"),
+        ({"batch_sizes": [4, 4]}, r"batch_sizes=\[4, 4\] must be different"),
+        ({"lengths": [16, -1]}, r"lengths=\[16, -1\] must be different"),
+        ({"latency": False, "lengths": [16]}, "batch_sizes and lengths need latency=true"),
+        ({"latency": False, "aa": True}, "aa=true needs latency=true"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_refused(keys: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Measure(**keys)
 
 
 def test_nothing_but_the_headline_is_timed_unasked(calls: list[tuple[int, tuple[int, ...]]]) -> None:
     settings = Measure(pairs=10, warmup=1, decode_tokens=1)
-    timings = measure_timings(Model(), Model(), torch.zeros(1, 7, dtype=torch.int64), settings, CPU, QUIET)
+    timings = measure_timings(Model(), Model(), torch.zeros(1, 7, dtype=torch.int64), {}, settings, CPU, QUIET)
     assert timings.aa is None
+    assert timings.grid == {}
     assert len(calls) == 2 * 11 * 2
 
 
-def test_what_needs_a_clock_is_refused_without_one() -> None:
-    with pytest.raises(ValueError, match="aa=true needs latency=true"):
-        Measure(latency=False, aa=True)
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ("1, 2, 3, 4", {"clocks.sm": 1, "clocks.mem": 2, "clocks.max.sm": 3, "clocks.max.mem": 4}),
+        ("[N/A], [N/A], 3, 4", None),
+        ("1980", None),
+        ("No devices were found", None),
+    ],
+)
+def test_clocks_of_a_gpu_are_what_its_tool_says_or_absent(tmp_path: Path, said: str, found: Any) -> None:
+    tool = tmp_path / "tool"
+    tool.write_text(f'#!/bin/sh\n[ "$1" = "--id=GPU-7" ] && echo "{said}"\n')
+    tool.chmod(0o755)
+    assert gpu_clocks("GPU-7", str(tool)) == found
+    assert gpu_clocks("GPU-8", str(tool)) is None  # it fails
+    assert gpu_clocks("GPU-7", str(tmp_path / "none")) is None

@@ -18,10 +18,14 @@ class Measure:
     warmup: int = 3
     prompt_tokens: int = 256
     decode_tokens: int = 16
+    batch_sizes: tuple[int, ...] = (1,)
+    lengths: tuple[int, ...] = ()
     memory: bool = True
     aa: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("batch_sizes", "lengths"):  # tuples: the bench of a sweep is found again by its parts
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, least in (
             ("batch_size", 1), ("max_windows", 1), ("pairs", MIN_PAIRS), ("warmup", 1), ("prompt_tokens", 1),
             ("decode_tokens", 1),
@@ -29,5 +33,18 @@ class Measure:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
+        if not self.batch_sizes:
+            raise ValueError("batch_sizes=[] must hold at least one batch size, such as [1]")
+        for name in ("batch_sizes", "lengths"):
+            values = getattr(self, name)
+            if any(value < 1 for value in values) or len(set(values)) < len(values):
+                raise ValueError(f"{name}={list(values)} must be different whole numbers of at least 1")
         if not self.latency and self.aa:
             raise ValueError("aa=true needs latency=true: nothing else is timed against itself")
+        if not self.latency and self.has_grid:
+            raise ValueError("batch_sizes and lengths need latency=true; leave them at [1] and [] without it")
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether other batches or lengths are timed than the headline's one prompt of `prompt_tokens`."""
+        return self.batch_sizes != (1,) or bool(self.lengths)

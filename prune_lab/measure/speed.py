@@ -47,7 +47,7 @@ class Paired:
 
 @dataclass(frozen=True)
 class Latency:
-    """Paired times of a prefill (the whole prompt) and of decoding (one token)."""
+    """Paired times of a prefill (the whole prompt) and of decoding (one step: a token for each row)."""
 
     prefill: Paired
     decode: Paired

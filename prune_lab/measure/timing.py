@@ -1,31 +1,43 @@
-"""Everything that a run times: the headline, and the dense model against itself when asked for."""
+"""Everything that a run times: the headline; the dense model against itself and other shapes when asked for."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from prune_lab.console import Console
 from prune_lab.device import Device
+from prune_lab.measure.prompts import Shape
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.speed import Latency, measure_latency
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Paired times: `headline` at batch 1; `aa` is the dense model against a copy of itself, None if not asked for."""
+    """Paired times: `headline` at batch 1, `grid` of prompts by their shape (rows, tokens).
+
+    `aa` is the dense model against a copy of itself; None if not asked for, as `grid` is then empty.
+    """
 
     headline: Latency
     aa: Latency | None = None
+    grid: Mapping[Shape, Latency] = field(default_factory=dict)
 
 
 def measure_timings(
-    dense: Any, compressed: Any, prompt: Tensor, settings: Measure, device: Device, console: Console
+    dense: Any,
+    compressed: Any,
+    prompt: Tensor,
+    grid: Mapping[Shape, Tensor],
+    settings: Measure,
+    device: Device,
+    console: Console,
 ) -> Timings:
-    """Times `compressed` beside `dense` as the settings say; `prompt` has shape (1, tokens)."""
+    """Times `compressed` beside `dense` on `prompt`, shape (1, tokens), and on each prompt of `grid`."""
     headline = measure_latency(dense, compressed, prompt, settings, device, console)
     aa = None
     if settings.aa:
@@ -33,4 +45,10 @@ def measure_timings(
         # finds the caches full of the other's weights. The same object twice would be quieter than what it vouches for.
         twin = copy.deepcopy(dense)
         aa = measure_latency(dense, twin, prompt, settings, device, console, "dense against itself")
-    return Timings(headline, aa)
+    others = {
+        (batch, length): measure_latency(
+            dense, compressed, rows, settings, device, console, f"latency of {batch} x {length} tokens"
+        )
+        for (batch, length), rows in grid.items()
+    }
+    return Timings(headline, aa, others)
