@@ -23,6 +23,7 @@ from prune_lab.environment import describe_environment
 from prune_lab.export import check_reload, save_model
 from prune_lab.figures import compare
 from prune_lab.fingerprint import fingerprint
+from prune_lab.measure.accelerate import check_acceleration
 from prune_lab.measure.timing import measure_timings
 from prune_lab.methods.base import Pruned
 from prune_lab.models.anatomy import Anatomy
@@ -41,6 +42,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
     settings = parts.settings
     _plan(parts)  # what does not fit together is refused before anything is loaded
     device = devices.resolve(settings.device, settings.dtype)
+    check_acceleration(parts.measure.accelerate, device)
     devices.seed_all(settings.seed)
     world = join(device.is_cuda)
     console.note("loading model and text")

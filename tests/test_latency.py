@@ -11,19 +11,23 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, Cli
 from rich.console import Console as RichConsole
 from torch import Tensor, nn
 
 from prune_lab import outcome
 from prune_lab.console import Console
+from prune_lab.device import Device
 from prune_lab.environment import gpu_clocks
 from prune_lab.errors import Refused
 from prune_lab.figures import latency_figures
+from prune_lab.measure.accelerate import accelerator, check_acceleration
+from prune_lab.measure.inference import decode, prefill
 from prune_lab.measure.prompts import cut_grid, cut_headline
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.speed import Latency, Paired
 from prune_lab.measure.timing import Timings, measure_timings
+from prune_lab.models.load import Loaded
 
 QUIET = Console(quiet=True)
 Noise = Callable[[random.Random, int], Iterator[float]]
@@ -202,6 +206,8 @@ def test_the_figures_and_the_table_of_other_shapes() -> None:
         ({"batch_sizes": [4, 4]}, r"batch_sizes=\[4, 4\] must be different"),
         ({"lengths": [16, -1]}, r"lengths=\[16, -1\] must be different"),
         ({"latency": False, "lengths": [16]}, "batch_sizes and lengths need latency=true"),
+        ({"accelerate": "cuda_graphs"}, "accelerate='cuda_graphs' is none of none, compile"),
+        ({"latency": False, "accelerate": "compile"}, "accelerate='compile' needs latency=true"),
         ({"latency": False, "aa": True}, "aa=true needs latency=true"),
     ],
     ids=str,
@@ -217,6 +223,31 @@ def test_nothing_but_the_headline_is_timed_unasked(calls: list[tuple[int, tuple[
     assert timings.aa is None
     assert timings.grid == {}
     assert len(calls) == 2 * 11 * 2
+
+
+def test_a_compiled_model_answers_as_before_and_leaves_nothing_behind(loaded: Loaded) -> None:
+    """Captured by torch.compile and run by PyTorch itself, which needs no compiler: all but the making of kernels."""
+    prompt, before = torch.arange(24).view(2, 12), torch._dynamo.config.recompile_limit
+    expected = prefill(loaded.model, prompt).logits
+    torch._dynamo.utils.counters.clear()
+    with accelerator("compile", backend="eager") as ready:
+        model = ready(loaded.model)
+        output = prefill(model, prompt)
+        assert torch.allclose(output.logits, expected, atol=1e-5)
+        decode(model, output, 4)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # prefill and decode were both captured
+        assert torch._dynamo.config.fail_on_recompile_limit_hit
+    assert torch._dynamo.config.recompile_limit == before
+    with accelerator("none") as ready:
+        assert ready(loaded.model) is loaded.model
+
+
+def test_acceleration_is_refused_on_a_cpu_before_anything_is_loaded(cli: Cli) -> None:
+    done = cli("model=hf", "model.name=no/such", "measure.accelerate=compile", "device=cpu", "tracking=none")
+    assert done.returncode == 2
+    assert "measure.accelerate='compile' is for GPUs: on cpu" in done.stderr
+    check_acceleration("none", CPU)
+    check_acceleration("compile", Device(torch.device("cuda:0"), torch.bfloat16))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prune_lab.measure.accelerate import CHOICES
+
 MIN_PAIRS = 10
 
 
@@ -22,6 +24,7 @@ class Measure:
     lengths: tuple[int, ...] = ()
     memory: bool = True
     aa: bool = False
+    accelerate: str = "none"
 
     def __post_init__(self) -> None:
         for name in ("batch_sizes", "lengths"):  # tuples: the bench of a sweep is found again by its parts
@@ -39,6 +42,10 @@ class Measure:
             values = getattr(self, name)
             if any(value < 1 for value in values) or len(set(values)) < len(values):
                 raise ValueError(f"{name}={list(values)} must be different whole numbers of at least 1")
+        if self.accelerate not in CHOICES:
+            raise ValueError(f"accelerate={self.accelerate!r} is none of {', '.join(CHOICES)}")
+        if not self.latency and self.accelerate != "none":
+            raise ValueError(f"accelerate={self.accelerate!r} needs latency=true: it is for what is timed")
         if not self.latency and self.aa:
             raise ValueError("aa=true needs latency=true: nothing else is timed against itself")
         if not self.latency and self.has_grid:

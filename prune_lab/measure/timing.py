@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prune_lab.console import Console
 from prune_lab.device import Device
+from prune_lab.measure.accelerate import accelerator
 from prune_lab.measure.prompts import Shape
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.speed import Latency, measure_latency
@@ -38,17 +39,18 @@ def measure_timings(
     console: Console,
 ) -> Timings:
     """Times `compressed` beside `dense` on `prompt`, shape (1, tokens), and on each prompt of `grid`."""
-    headline = measure_latency(dense, compressed, prompt, settings, device, console)
-    aa = None
+
+    def timed(other: Any, rows: Tensor, what: str) -> Latency:
+        with accelerator(settings.accelerate) as ready:
+            return measure_latency(ready(dense), ready(other), rows, settings, device, console, what)
+
+    headline, aa = timed(compressed, prompt, "latency"), None
     if settings.aa:
         # A copy, not the same object: it lies elsewhere in memory as the compressed model does, and each of the two
         # finds the caches full of the other's weights. The same object twice would be quieter than what it vouches for.
-        twin = copy.deepcopy(dense)
-        aa = measure_latency(dense, twin, prompt, settings, device, console, "dense against itself")
+        aa = timed(copy.deepcopy(dense), prompt, "dense against itself")
     others = {
-        (batch, length): measure_latency(
-            dense, compressed, rows, settings, device, console, f"latency of {batch} x {length} tokens"
-        )
-        for (batch, length), rows in grid.items()
+        (rows, length): timed(compressed, batch, f"latency of {rows} x {length}")
+        for (rows, length), batch in grid.items()
     }
     return Timings(headline, aa, others)
