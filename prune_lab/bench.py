@@ -17,11 +17,13 @@ from prune_lab.console import Console
 from prune_lab.device import Device
 from prune_lab.errors import Refused
 from prune_lab.export import save_model
+from prune_lab.measure.macs import Macs, count_macs
 from prune_lab.measure.memory import measure_memory
 from prune_lab.measure.perplexity import Quality, measure_quality
 from prune_lab.measure.prompts import Shape, cut_grid, cut_headline
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.size import Size, measure_size
+from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import Loaded, ModelSource
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.summary import write_json
@@ -116,6 +118,15 @@ class Bench:
         """A copy of the dense model to be pruned."""
         dense = self.dense
         return replace(dense, model=copy.deepcopy(dense.model))
+
+    @cached_property
+    def macs(self) -> Macs:
+        """The dense model's multiply-accumulates per token, among as many tokens as the headline's prompt has."""
+        return self.count_macs(self.dense)
+
+    def count_macs(self, loaded: Loaded) -> Macs:
+        """A model's multiply-accumulates per token; it must not be post-compressed yet."""
+        return count_macs(Anatomy(loaded.model), self.prompt.shape[1])
 
     def figures(self, loaded: Loaded, folder: Path, console: Console) -> Figures:
         """Quality, size and memory of a model that is saved in `folder`."""

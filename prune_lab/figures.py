@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from prune_lab.bench import Figures
+from prune_lab.measure.macs import Macs
 from prune_lab.measure.speed import Paired
 from prune_lab.measure.timing import Timings
 from prune_lab.methods.base import Method, Pruned
@@ -63,6 +64,15 @@ def latency_figures(timings: Timings) -> dict[str, float]:
             metrics[f"latency/dense_{stage}_{unit}_p50{at}"] = float(paired.dense.quantile(0.5))
             metrics |= _speedup(stage, paired, at)
     return metrics
+
+
+def compute_figures(dense: Macs, compressed: Macs) -> dict[str, float]:
+    """Multiply-accumulates per token, by their public names."""
+    return {
+        "compute/macs_per_token": compressed.total,
+        "compute/dense_macs_per_token": dense.total,
+        "compute/effective_macs_per_token": compressed.effective,
+    }
 
 
 def _timed(stage: str, unit: str, paired: Paired) -> dict[str, float]:

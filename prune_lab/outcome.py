@@ -16,6 +16,7 @@ _ROWS = (  # title, compressed, dense, format
     ("bits per byte", "quality/bits_per_byte", "quality/dense_bits_per_byte", ".4f"),
     ("parameters", "params/total", "params/dense_total", ",.0f"),
     ("non-zero parameters", "params/nonzero", "params/dense_total", ",.0f"),
+    ("multiply-accumulates per token", "compute/macs_per_token", "compute/dense_macs_per_token", ",.0f"),
     ("on disk, MB", "size/disk_mb", "size/dense_disk_mb", ".2f"),
     ("weights in memory, MB", "memory/weights_mb", "memory/dense_weights_mb", ".2f"),
     ("peak memory, MB", "memory/peak_mb", "memory/dense_peak_mb", ".1f"),
