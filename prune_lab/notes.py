@@ -16,14 +16,49 @@ def of_calibration(protocol: dict[str, Any]) -> list[str]:
 
 
 def of_figures(metrics: dict[str, float]) -> list[str]:
-    """Plain words where the figures could mislead."""
-    notes = []
-    zeros = metrics["params/reduction"] - metrics["params/physical_reduction"]
-    if zeros > 0.01:
-        notes.append(
-            f"{zeros:.0%} of the parameters are zeros in dense tensors: same bytes, same memory, no speed-up to expect"
-        )
-    return notes + _of_noise(metrics)
+    """Plain words, with the measured figures in them, where one figure promises what another does not keep."""
+    return [
+        *_of_zeros(metrics),
+        *(note for stage in _STAGES for note in _of_time(metrics, stage)),
+        *_of_disk_and_memory(metrics),
+        *_of_noise(metrics),
+    ]
+
+
+def _of_zeros(m: dict[str, float]) -> list[str]:
+    """Zeros are counted as a reduction, and dense tensors hold them as they hold anything."""
+    zeros = m["params/reduction"] - m["params/physical_reduction"]
+    if zeros <= 0.01:
+        return []
+    weights = 1 - m["memory/weights_mb"] / m["memory/dense_weights_mb"]
+    figures = [f"disk {0 - m['size/reduction']:+.1%}", f"weights in memory {0 - weights:+.1%}"]
+    if "memory/reduction" in m:
+        figures.append(f"peak memory {0 - m['memory/reduction']:+.1%}")
+    figures += [f"{stage} {_interval(m, stage)}" for stage in _STAGES if f"latency/{stage}_speedup" in m]
+    note = f"{zeros:.0%} of the parameters are zeros; measured beside the dense model: {', '.join(figures)}"
+    # Packed or narrower tensors are smaller than their number of parameters explains.
+    dense = abs(weights - m["params/physical_reduction"]) < 0.02
+    return [f"{note}: the tensors are dense, zeros save neither bytes nor time in them" if dense else note]
+
+
+def _of_time(m: dict[str, float], stage: str) -> list[str]:
+    """Fewer parameters without a measured speed-up, or even more time."""
+    if f"latency/{stage}_speedup" not in m:
+        return []
+    gone = m["params/physical_reduction"]
+    if m[f"latency/{stage}_speedup_high"] < 1:
+        return [f"{stage} is slower than the dense model's: speed-up {_interval(m, stage)}"]
+    if gone > 0.01 and _contains_1(m, stage):
+        return [f"{gone:.0%} of the parameters are gone, but no {stage} speed-up: {_interval(m, stage)} contains 1"]
+    return []
+
+
+def _of_disk_and_memory(m: dict[str, float]) -> list[str]:
+    """A smaller file is not a smaller process."""
+    if "memory/reduction" not in m or abs(m["size/reduction"] - m["memory/reduction"]) <= 0.2:
+        return []
+    disk, peak = 0 - m["size/reduction"], 0 - m["memory/reduction"]
+    return [f"disk and memory disagree: {disk:+.0%} on disk, {peak:+.0%} at the peak of memory; quote both"]
 
 
 def _of_noise(m: dict[str, float]) -> list[str]:
