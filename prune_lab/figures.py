@@ -63,6 +63,9 @@ def latency_figures(timings: Timings) -> dict[str, float]:
             metrics[f"latency/{stage}_{unit}_p50{at}"] = float(paired.compressed.quantile(0.5))
             metrics[f"latency/dense_{stage}_{unit}_p50{at}"] = float(paired.dense.quantile(0.5))
             metrics |= _speedup(stage, paired, at)
+    if timings.energy is not None:
+        metrics["energy/joules_per_token"] = timings.energy.compressed
+        metrics["energy/dense_joules_per_token"] = timings.energy.dense
     return metrics
 
 

@@ -15,6 +15,15 @@ def of_calibration(protocol: dict[str, Any]) -> list[str]:
     return [f"calibrated on {seen['source']} itself, apart from its test split: in-domain, which flatters perplexity"]
 
 
+def of_energy(protocol: dict[str, Any], metrics: dict[str, float]) -> list[str]:
+    """Why a run that was asked for its energy has none."""
+    if not protocol["energy"] or "energy/joules_per_token" in metrics:
+        return []
+    if protocol["device"].startswith("cuda"):
+        return ["no energy: NVML has no counter of this GPU, or is not installed (pip install 'prune-lab[energy]')"]
+    return ["no energy: /sys/class/powercap has no CPU package whose energy_uj this user may read"]
+
+
 def of_figures(metrics: dict[str, float]) -> list[str]:
     """Plain words, with the measured figures in them, where one figure promises what another does not keep."""
     return [

@@ -20,6 +20,7 @@ _ROWS = (  # title, compressed, dense, format
     ("on disk, MB", "size/disk_mb", "size/dense_disk_mb", ".2f"),
     ("weights in memory, MB", "memory/weights_mb", "memory/dense_weights_mb", ".2f"),
     ("peak memory, MB", "memory/peak_mb", "memory/dense_peak_mb", ".1f"),
+    ("energy, J per token", "energy/joules_per_token", "energy/dense_joules_per_token", ".4f"),
 )
 _TIMED = (("prefill, ms (speed-up)", "prefill", "ms"), ("decode, ms per token (speed-up)", "decode", "ms_per_token"))
 

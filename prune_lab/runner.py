@@ -94,7 +94,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
         metrics = compare(parts.method, dense, figures, timings, pruned)
         metrics |= compute_figures(bench.macs, macs) | seconds
         diverged = summary.set_metrics(metrics)
-        summary.warnings += notes.of_figures(summary.metrics)
+        summary.warnings += notes.of_figures(summary.metrics) + notes.of_energy(protocol, summary.metrics)
         summary.status = "FINISHED"
         if settings.export:
             card = model_card(summary, bench.dense.name, place.command)

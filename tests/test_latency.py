@@ -208,6 +208,7 @@ def test_the_figures_and_the_table_of_other_shapes() -> None:
         ({"latency": False, "lengths": [16]}, "batch_sizes and lengths need latency=true"),
         ({"accelerate": "cuda_graphs"}, "accelerate='cuda_graphs' is none of none, compile"),
         ({"latency": False, "accelerate": "compile"}, "accelerate='compile' needs latency=true"),
+        ({"latency": False, "energy": True}, "energy=true needs latency=true"),
         ({"latency": False, "aa": True}, "aa=true needs latency=true"),
     ],
     ids=str,

@@ -106,3 +106,11 @@ def test_calibration_on_its_own_text_is_said() -> None:
     assert notes.of_calibration({"calibration": {"own": False, "source": "c4"}}) == []
     (note,) = notes.of_calibration({"calibration": {"own": True, "source": "wikitext2"}})
     assert note.startswith("calibrated on wikitext2 itself")
+
+
+def test_energy_that_was_asked_for_and_could_not_be_measured() -> None:
+    asked = {"energy": True, "device": "cpu"}
+    assert notes.of_energy({"energy": False, "device": "cpu"}, {}) == []
+    assert notes.of_energy(asked, {"energy/joules_per_token": 1.0}) == []
+    assert "energy_uj" in notes.of_energy(asked, {})[0]
+    assert "prune-lab[energy]" in notes.of_energy(asked | {"device": "cuda:0"}, {})[0]

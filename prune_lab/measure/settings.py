@@ -25,6 +25,7 @@ class Measure:
     memory: bool = True
     aa: bool = False
     accelerate: str = "none"
+    energy: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_sizes", "lengths"):  # tuples: the bench of a sweep is found again by its parts
@@ -48,6 +49,8 @@ class Measure:
             raise ValueError(f"accelerate={self.accelerate!r} needs latency=true: it is for what is timed")
         if not self.latency and self.aa:
             raise ValueError("aa=true needs latency=true: nothing else is timed against itself")
+        if not self.latency and self.energy:
+            raise ValueError("energy=true needs latency=true: it is taken of the work that is timed")
         if not self.latency and self.has_grid:
             raise ValueError("batch_sizes and lengths need latency=true; leave them at [1] and [] without it")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from prune_lab.console import Console
 from prune_lab.device import Device
 from prune_lab.measure.accelerate import accelerator
+from prune_lab.measure.energy import Energy, measure_energy
 from prune_lab.measure.prompts import Shape
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.speed import Latency, measure_latency
@@ -22,11 +23,13 @@ class Timings:
     """Paired times: `headline` at batch 1, `grid` of prompts by their shape (rows, tokens).
 
     `aa` is the dense model against a copy of itself; None if not asked for, as `grid` is then empty.
+    `energy` is None too where no counter can be read.
     """
 
     headline: Latency
     aa: Latency | None = None
     grid: Mapping[Shape, Latency] = field(default_factory=dict)
+    energy: Energy | None = None
 
 
 def measure_timings(
@@ -53,4 +56,9 @@ def measure_timings(
         (rows, length): timed(compressed, batch, f"latency of {rows} x {length}")
         for (rows, length), batch in grid.items()
     }
-    return Timings(headline, aa, others)
+    energy = None
+    if settings.energy:
+        console.note("measuring energy")
+        with accelerator(settings.accelerate) as ready:
+            energy = measure_energy(ready(dense), ready(compressed), prompt, settings, device)
+    return Timings(headline, aa, others, energy)
