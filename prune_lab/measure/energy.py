@@ -23,7 +23,7 @@ POWERCAP = Path("/sys/class/powercap")
 Counter = Callable[[], float]  # joules since some moment in the past; to be called again before it wraps twice
 
 
-class _Unreadable(Exception):
+class _CounterError(Exception):
     """A counter that cannot be read, now or any more."""
 
 
@@ -53,7 +53,7 @@ def measure_energy(
             _repeat(model, prompt, settings, settings.warmup, counter, device)
         for name, model in (("dense", dense), ("compressed", compressed), ("compressed", compressed), ("dense", dense)):
             joules[name] += _repeat(model, prompt, settings, settings.pairs, counter, device)
-    except _Unreadable:
+    except _CounterError:
         return None
     tokens = 2 * settings.pairs * settings.decode_tokens
     return Energy(joules["dense"] / tokens, joules["compressed"] / tokens)
@@ -87,7 +87,7 @@ class _Package:
 
 
 def _rapl(powercap: Path) -> Counter | None:
-    """All CPU packages together, or None without any; raises _Unreadable where one cannot be read.
+    """All CPU packages together, or None without any; raises _CounterError where one cannot be read.
 
     Only domains named package-N: cores and memory are parts of one or come beside it, psys holds them all.
     """
@@ -100,14 +100,14 @@ def _text(file: Path) -> str:
     try:
         return file.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise _Unreadable(str(file)) from error
+        raise _CounterError(str(file)) from error
 
 
 def _number(file: Path) -> int:
     try:
         return int(_text(file))
     except ValueError as error:
-        raise _Unreadable(str(file)) from error
+        raise _CounterError(str(file)) from error
 
 
 def _nvml(device: Device) -> Counter | None:
@@ -127,6 +127,6 @@ def _nvml(device: Device) -> Counter | None:
         try:
             return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3  # it counts millijoules
         except pynvml.NVMLError as error:  # before Volta there is no counter
-            raise _Unreadable("NVML") from error
+            raise _CounterError("NVML") from error
 
     return joules
