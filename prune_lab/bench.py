@@ -17,12 +17,15 @@ from prune_lab.console import Console
 from prune_lab.device import Device
 from prune_lab.errors import Refused
 from prune_lab.export import save_model
+from prune_lab.measure.macs import Macs, count_macs
 from prune_lab.measure.memory import measure_memory
 from prune_lab.measure.perplexity import Quality, measure_quality
+from prune_lab.measure.prompts import Shape, cut_grid, cut_headline
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.size import Size, measure_size
 from prune_lab.measure.task_setup import ReadyTask, prepare_tasks
 from prune_lab.measure.tasks import Scores, measure_tasks
+from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import Loaded, ModelSource
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.summary import write_json
@@ -59,9 +62,9 @@ class Bench:
             raise Refused(f"dataset.seq_len={text.seq_len} is above the model's context of {self.context} tokens")
         self.tokens = Tokens(corpus, self.dense.tokenizer, console, self.dense.model.config.vocab_size)
         self.windows = self.tokens.windows("test", text.seq_len)[: measure.max_windows]
-        room = (self.context or 10**9) - measure.decode_tokens
         stream = self.tokens.stream("test")
-        self.prompt: Tensor = stream[: max(1, min(measure.prompt_tokens, room))][None].long()
+        self.prompt: Tensor = cut_headline(stream, measure, self.context)
+        self.grid: dict[Shape, Tensor] = cut_grid(stream, measure, self.context)
 
     @cached_property
     def protocol(self) -> dict[str, Any]:
@@ -120,6 +123,15 @@ class Bench:
         """A copy of the dense model to be pruned."""
         dense = self.dense
         return replace(dense, model=copy.deepcopy(dense.model))
+
+    @cached_property
+    def macs(self) -> Macs:
+        """The dense model's multiply-accumulates per token, among as many tokens as the headline's prompt has."""
+        return self.count_macs(self.dense)
+
+    def count_macs(self, loaded: Loaded) -> Macs:
+        """A model's multiply-accumulates per token; it must not be post-compressed yet."""
+        return count_macs(Anatomy(loaded.model), self.prompt.shape[1])
 
     def figures(self, loaded: Loaded, folder: Path, console: Console) -> Figures:
         """Quality, size, memory and task scores of a model that is saved in `folder`."""

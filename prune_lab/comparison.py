@@ -119,9 +119,9 @@ def _short(override: str) -> str:
     return re.sub(r"\d\.\d{9,}", lambda number: f"{float(number[0]):g}", plain(override))
 
 
-def speedup(metrics: dict[str, float], stage: str) -> str:
-    """A speed-up with its interval, or "no change" where its interval contains 1."""
-    name = f"latency/{stage}_speedup"
+def speedup(metrics: dict[str, float], stage: str, at: str = "") -> str:
+    """A speed-up with its interval, or "no change" where its interval contains 1. `at`: one shape, such as _b4_l128."""
+    name = f"latency/{stage}_speedup{at}"
     if name not in metrics:
         return "-"
     value, low, high = (metrics[f"{name}{suffix}"] for suffix in ("", "_low", "_high"))

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # they import torch, and a report reads metrics without it
     from prune_lab.bench import Figures
-    from prune_lab.measure.speed import Latency, Paired
+    from prune_lab.measure.macs import Macs
+    from prune_lab.measure.speed import Paired
+    from prune_lab.measure.timing import Timings
     from prune_lab.methods.base import Method, Pruned
 
 
 def compare(
-    method: Method, dense: Figures, compressed: Figures, latency: Latency | None, pruned: Pruned
+    method: Method, dense: Figures, compressed: Figures, timings: Timings | None, pruned: Pruned
 ) -> dict[str, float]:
     """Metrics by their public names (README, "Metrics")."""
     quality, was = compressed.quality, dense.quality
@@ -46,10 +48,7 @@ def compare(
     for prefix, scores in (("", compressed.tasks), ("dense_", dense.tasks)):
         for task, values in scores.items():
             metrics |= {f"tasks/{prefix}{task}_{name}": float(value) for name, value in values.items()}
-    if latency is not None:
-        metrics |= _timed("prefill", "ms", latency.prefill) | _timed("decode", "ms_per_token", latency.decode)
-        metrics["throughput/decode_tokens_per_s"] = 1e3 / metrics["latency/decode_ms_per_token_p50"]
-    return metrics
+    return metrics | (latency_figures(timings) if timings is not None else {})
 
 
 def dense_figures(metrics: dict[str, float]) -> dict[str, float]:
@@ -75,13 +74,44 @@ def of_dense(metrics: dict[str, float]) -> dict[str, float]:
     return found
 
 
+def latency_figures(timings: Timings) -> dict[str, float]:
+    """What was timed, by its public names."""
+    headline = timings.headline
+    metrics = _timed("prefill", "ms", headline.prefill) | _timed("decode", "ms_per_token", headline.decode)
+    metrics["throughput/decode_tokens_per_s"] = 1e3 / metrics["latency/decode_ms_per_token_p50"]
+    if timings.aa is not None:
+        metrics |= _speedup("aa_prefill", timings.aa.prefill) | _speedup("aa_decode", timings.aa.decode)
+    for (batch, length), taken in timings.grid.items():
+        at = f"_b{batch}_l{length}"
+        for stage, unit, paired in (("prefill", "ms", taken.prefill), ("decode", "ms_per_token", taken.decode)):
+            metrics[f"latency/{stage}_{unit}_p50{at}"] = float(paired.compressed.quantile(0.5))
+            metrics[f"latency/dense_{stage}_{unit}_p50{at}"] = float(paired.dense.quantile(0.5))
+            metrics |= _speedup(stage, paired, at)
+    if timings.energy is not None:
+        metrics["energy/joules_per_token"] = timings.energy.compressed
+        metrics["energy/dense_joules_per_token"] = timings.energy.dense
+    return metrics
+
+
+def compute_figures(dense: Macs, compressed: Macs) -> dict[str, float]:
+    """Multiply-accumulates per token, by their public names."""
+    return {
+        "compute/macs_per_token": compressed.total,
+        "compute/dense_macs_per_token": dense.total,
+        "compute/effective_macs_per_token": compressed.effective,
+    }
+
+
 def _timed(stage: str, unit: str, paired: Paired) -> dict[str, float]:
-    low, high = paired.interval()
     return {
         f"latency/{stage}_{unit}_p50": float(paired.compressed.quantile(0.5)),
         f"latency/{stage}_{unit}_p95": float(paired.compressed.quantile(0.95)),
         f"latency/dense_{stage}_{unit}_p50": float(paired.dense.quantile(0.5)),
-        f"latency/{stage}_speedup": paired.speedup,
-        f"latency/{stage}_speedup_low": low,
-        f"latency/{stage}_speedup_high": high,
+        **_speedup(stage, paired),
     }
+
+
+def _speedup(stage: str, paired: Paired, at: str = "") -> dict[str, float]:
+    low, high = paired.interval()
+    name = f"latency/{stage}_speedup{at}"
+    return {name: paired.speedup, f"{name}_low": low, f"{name}_high": high}

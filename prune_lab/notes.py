@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+_STAGES = ("prefill", "decode")
 
 
 def of_calibration(protocol: dict[str, Any]) -> list[str]:
@@ -13,16 +16,86 @@ def of_calibration(protocol: dict[str, Any]) -> list[str]:
     return [f"calibrated on {seen['source']} itself, apart from its test split: in-domain, which flatters perplexity"]
 
 
+def of_energy(protocol: dict[str, Any], metrics: dict[str, float]) -> list[str]:
+    """Why a run that was asked for its energy has none."""
+    if not protocol["energy"] or "energy/joules_per_token" in metrics:
+        return []
+    if protocol["device"].startswith("cuda"):
+        return ["no energy: NVML has no counter of this GPU, or is not installed (pip install 'prune-lab[energy]')"]
+    return ["no energy: /sys/class/powercap has no CPU package whose energy_uj this user may read"]
+
+
 def of_figures(metrics: dict[str, float]) -> list[str]:
-    """Plain words where the figures could mislead."""
-    notes = []
-    zeros = metrics["params/reduction"] - metrics["params/physical_reduction"]
-    if zeros > 0.01:
-        notes.append(
-            f"{zeros:.0%} of the parameters are zeros in dense tensors: same bytes, same memory, no speed-up to expect"
-        )
-    for name, count in metrics.items():
-        if name.startswith("tasks/") and name.endswith("_truncated") and "/dense_" not in name:
-            task = name.removeprefix("tasks/").removesuffix("_truncated")
-            notes.append(f"{task}: {count:.0f} documents are longer than the model's context and lost their beginning")
-    return notes
+    """Plain words, with the measured figures in them, where one figure promises what another does not keep."""
+    return [
+        *_of_zeros(metrics),
+        *(note for stage in _STAGES for note in _of_time(metrics, stage)),
+        *_of_disk_and_memory(metrics),
+        *_of_noise(metrics),
+        *_of_tasks(metrics),
+    ]
+
+
+def _of_zeros(m: dict[str, float]) -> list[str]:
+    """Zeros are counted as a reduction, and dense tensors hold them as they hold anything."""
+    zeros = m["params/reduction"] - m["params/physical_reduction"]
+    if zeros <= 0.01:
+        return []
+    weights = 1 - m["memory/weights_mb"] / m["memory/dense_weights_mb"]
+    figures = [f"disk {0 - m['size/reduction']:+.1%}", f"weights in memory {0 - weights:+.1%}"]
+    if "memory/reduction" in m:
+        figures.append(f"peak memory {0 - m['memory/reduction']:+.1%}")
+    figures += [f"{stage} {_interval(m, stage)}" for stage in _STAGES if f"latency/{stage}_speedup" in m]
+    note = f"{zeros:.0%} of the parameters are zeros; measured beside the dense model: {', '.join(figures)}"
+    # Packed or narrower tensors are smaller than their number of parameters explains.
+    dense = abs(weights - m["params/physical_reduction"]) < 0.02
+    return [f"{note}: the tensors are dense, zeros save neither bytes nor time in them" if dense else note]
+
+
+def _of_time(m: dict[str, float], stage: str) -> list[str]:
+    """Fewer parameters without a measured speed-up, or even more time."""
+    if f"latency/{stage}_speedup" not in m:
+        return []
+    gone = m["params/physical_reduction"]
+    if m[f"latency/{stage}_speedup_high"] < 1:
+        return [f"{stage} is slower than the dense model's: speed-up {_interval(m, stage)}"]
+    if gone > 0.01 and _contains_1(m, stage):
+        return [f"{gone:.0%} of the parameters are gone, but no {stage} speed-up: {_interval(m, stage)} contains 1"]
+    return []
+
+
+def _of_disk_and_memory(m: dict[str, float]) -> list[str]:
+    """A smaller file is not a smaller process."""
+    if "memory/reduction" not in m or abs(m["size/reduction"] - m["memory/reduction"]) <= 0.2:
+        return []
+    disk, peak = 0 - m["size/reduction"], 0 - m["memory/reduction"]
+    return [f"disk and memory disagree: {disk:+.0%} on disk, {peak:+.0%} at the peak of memory; quote both"]
+
+
+def _of_noise(m: dict[str, float]) -> list[str]:
+    """Where the dense model, timed against itself, differs from itself."""
+    return [
+        f"the machine is not quiet: {stage} of the dense model against itself is {_interval(m, f'aa_{stage}')}, "
+        "without 1.00; differences of that size are noise here (1 such interval in 20 misses 1.00 by chance)"
+        for stage in _STAGES
+        if f"latency/aa_{stage}_speedup" in m and not _contains_1(m, f"aa_{stage}")
+    ]
+
+
+def _of_tasks(m: dict[str, float]) -> list[str]:
+    """Documents that the model's context does not hold."""
+    cut = re.compile(r"tasks/(?!dense_)(.+)_truncated")
+    return [
+        f"{found[1]}: {count:.0f} documents are longer than the model's context and lost their beginning"
+        for name, count in m.items()
+        if (found := cut.fullmatch(name))
+    ]
+
+
+def _contains_1(m: dict[str, float], stage: str) -> bool:
+    return m[f"latency/{stage}_speedup_low"] <= 1 <= m[f"latency/{stage}_speedup_high"]
+
+
+def _interval(m: dict[str, float], stage: str) -> str:
+    value, low, high = (m[f"latency/{stage}_speedup{suffix}"] for suffix in ("", "_low", "_high"))
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"

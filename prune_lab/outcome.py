@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -16,9 +17,11 @@ _ROWS = (  # title, compressed, dense, format
     ("bits per byte", "quality/bits_per_byte", "quality/dense_bits_per_byte", ".4f"),
     ("parameters", "params/total", "params/dense_total", ",.0f"),
     ("non-zero parameters", "params/nonzero", "params/dense_total", ",.0f"),
+    ("multiply-accumulates per token", "compute/macs_per_token", "compute/dense_macs_per_token", ",.0f"),
     ("on disk, MB", "size/disk_mb", "size/dense_disk_mb", ".2f"),
     ("weights in memory, MB", "memory/weights_mb", "memory/dense_weights_mb", ".2f"),
     ("peak memory, MB", "memory/peak_mb", "memory/dense_peak_mb", ".1f"),
+    ("energy, J per token", "energy/joules_per_token", "energy/dense_joules_per_token", ".4f"),
 )
 _TIMED = (("prefill, ms (speed-up)", "prefill", "ms"), ("decode, ms per token (speed-up)", "decode", "ms_per_token"))
 
@@ -43,7 +46,8 @@ def header(summary: Summary, console: Console) -> None:
 def show(summary: Summary, console: Console) -> None:
     """Prints the outcome of a finished run."""
     m = summary.metrics
-    console.result(_table(m, summary.protocol.get("tasks", [])))
+    for table in tables(m, summary.protocol.get("tasks", [])):
+        console.result(table)
     removed = f"amount    {m['amount/realized']:.4f} of the pruned scope ({m['amount/requested']:g} requested)"
     console.result(removed)
     for warning in summary.warnings:
@@ -52,6 +56,12 @@ def show(summary: Summary, console: Console) -> None:
         console.result(
             f"note      finished before, not computed again ({summary.folder}); resume=false computes it anew"
         )
+
+
+def tables(m: dict[str, float], tasks: list[dict[str, Any]]) -> list[Table]:
+    """The figures as tables: dense -> compressed, and by batch and prompt length where that was timed."""
+    shapes = _shapes(m)
+    return [_table(m, tasks)] + ([_grid(m, shapes)] if shapes else [])
 
 
 def _table(m: dict[str, float], tasks: list[dict[str, Any]]) -> Table:
@@ -73,6 +83,29 @@ def _table(m: dict[str, float], tasks: list[dict[str, Any]]) -> Table:
         if name in m:
             dense = m[f"latency/dense_{stage}_{unit}_p50"]
             table.add_row(title, f"{dense:.2f}", f"{m[name]:.2f}", speedup(m, stage))
+    for stage in ("prefill", "decode"):
+        if f"latency/aa_{stage}_speedup" in m:
+            table.add_row(f"dense against itself, {stage}", "", "", speedup(m, f"aa_{stage}"))
+    return table
+
+
+def _shapes(m: dict[str, float]) -> list[tuple[int, int]]:
+    """Rows and tokens of the prompts that were timed beside the headline."""
+    found = (re.fullmatch(r"latency/prefill_speedup_b(\d+)_l(\d+)", name) for name in m)
+    return sorted((int(match[1]), int(match[2])) for match in found if match)
+
+
+def _grid(m: dict[str, float], shapes: list[tuple[int, int]]) -> Table:
+    """What each shape took: milliseconds dense -> compressed, and the speed-up."""
+    table = Table(title="by batch and prompt length", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("batch", "tokens", "prefill, ms", "speed-up", "decode, ms per step", "speed-up"):
+        table.add_column(name, justify="right")
+    for batch, tokens in shapes:
+        at, cells = f"_b{batch}_l{tokens}", [str(batch), str(tokens)]
+        for _, stage, unit in _TIMED:
+            name = f"{stage}_{unit}_p50{at}"
+            cells += [f"{m[f'latency/dense_{name}']:.2f} -> {m[f'latency/{name}']:.2f}", speedup(m, stage, at)]
+        table.add_row(*cells)
     return table
 
 

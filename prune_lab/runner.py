@@ -22,9 +22,11 @@ from prune_lab.console import Console
 from prune_lab.environment import describe_environment
 from prune_lab.errors import Refused
 from prune_lab.export import check_reload, save_model
-from prune_lab.figures import compare
+from prune_lab.figures import compare, compute_figures
 from prune_lab.fingerprint import fingerprint
-from prune_lab.measure.speed import measure_latency
+from prune_lab.measure.accelerate import check_acceleration
+from prune_lab.measure.macs import Macs
+from prune_lab.measure.timing import measure_timings
 from prune_lab.methods.base import Pruned
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import Loaded
@@ -43,6 +45,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
     _plan(parts)  # what does not fit together is refused before anything is loaded
     device = devices.resolve(settings.device, settings.dtype)
     parts.post.check(device)
+    check_acceleration(parts.measure.accelerate, device)
     devices.seed_all(settings.seed)
     world = join(device.is_cuda)
     console.note("loading model and text")
@@ -86,21 +89,22 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
 
     with parts.tracking.start_run(settings.name, summary, place) as log:
         dense = bench.baseline(place.sweep, console)
-        loaded, pruned, seconds = _compress(parts, bench, calibrator, run_id, world, console, log)
+        loaded, pruned, macs, seconds = _compress(parts, bench, calibrator, run_id, world, console, log)
         with (
             _saved(loaded, place.folder, settings.export, parts.post.storage) as folder,
             _stopwatch(seconds, "time/measure_s"),
         ):
             figures = bench.figures(loaded, folder, console)
-            latency = None
+            timings = None
             if parts.measure.latency:
                 models = bench.dense.model, loaded.model
-                latency = measure_latency(*models, bench.prompt, parts.measure, device, console)
+                timings = measure_timings(*models, bench.prompt, bench.grid, parts.measure, device, console)
             check_reload(loaded.model, folder, bench.windows[:1].long(), parts.post.exact)
         summary.warnings += pruned.notes + notes.of_calibration(protocol)
-        metrics = compare(parts.method, dense, figures, latency, pruned) | seconds
+        metrics = compare(parts.method, dense, figures, timings, pruned)
+        metrics |= compute_figures(bench.macs, macs) | seconds
         diverged = summary.set_metrics(metrics)
-        summary.warnings += notes.of_figures(summary.metrics)
+        summary.warnings += notes.of_figures(summary.metrics) + notes.of_energy(protocol, summary.metrics)
         summary.status = "FINISHED"
         if settings.export:
             card = model_card(summary, bench.dense.name, place.command)
@@ -132,7 +136,7 @@ def _compress(
     world: World,
     console: Console,
     log: RunLog | None = None,
-) -> tuple[Loaded, Pruned, dict[str, float]]:
+) -> tuple[Loaded, Pruned, Macs, dict[str, float]]:
     """Prunes a copy of the dense model as the schedule says while recovery trains it, then post-compresses."""
     seconds = {"time/prune_s": 0.0, "time/recover_s": 0.0, "time/post_s": 0.0}
     loaded, seed = bench.copy_of_dense(), parts.settings.seed
@@ -159,9 +163,10 @@ def _compress(
     with _stopwatch(seconds, "time/recover_s"):
         parts.recovery.recover(loaded.model, training)
     seconds["time/recover_s"] -= seconds["time/prune_s"]
+    macs = bench.count_macs(loaded)  # here, since post-compression may pack the weights away
     with _stopwatch(seconds, "time/post_s"):
         training.pruned.notes += parts.post.compress(Anatomy(loaded.model))
-    return loaded, training.pruned, seconds
+    return loaded, training.pruned, macs, seconds
 
 
 def _plan(parts: Parts) -> tuple[list[Event], Rewind | None]:

@@ -116,7 +116,16 @@ def test_every_module_and_public_name_says_what_it_is() -> None:
 
 def test_the_contract_of_the_project_file() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(project["optional-dependencies"]) == {"test", "parallel", "slurm", "ray", "search", "tasks", "postgres"}
+    assert set(project["optional-dependencies"]) == {
+        "test",
+        "parallel",
+        "slurm",
+        "ray",
+        "search",
+        "energy",
+        "tasks",
+        "postgres",
+    }
     assert project["scripts"] == {"prune-lab": "prune_lab.__main__:main"}
     assert project["requires-python"] == ">=3.11,<3.14"
     assert {"torch>=2.6,<2.14", "mlflow>=3.13,<4", "hydra-core>=1.3.8,<1.4"} <= set(project["dependencies"])

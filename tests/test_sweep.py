@@ -40,6 +40,7 @@ METRICS = {
     "latency/decode_speedup", "latency/decode_speedup_low", "latency/decode_speedup_high",
     "throughput/decode_tokens_per_s",
     "memory/weights_mb", "memory/dense_weights_mb", "memory/peak_mb", "memory/dense_peak_mb", "memory/reduction",
+    "compute/macs_per_token", "compute/dense_macs_per_token", "compute/effective_macs_per_token",
     "time/prune_s", "time/recover_s", "time/post_s", "time/measure_s",
 }  # fmt: skip
 

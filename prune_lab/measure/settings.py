@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from prune_lab.measure.accelerate import CHOICES
+
 MIN_PAIRS = 10
 
 
@@ -20,14 +22,20 @@ class Measure:
     warmup: int = 3
     prompt_tokens: int = 256
     decode_tokens: int = 16
+    batch_sizes: tuple[int, ...] = (1,)
+    lengths: tuple[int, ...] = ()
     memory: bool = True
+    aa: bool = False
+    accelerate: str = "none"
+    energy: bool = False
     tasks: tuple[str, ...] = ()
     task_path: str | None = None
     task_limit: int | None = None
     task_shots: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tasks", tuple(self.tasks))
+        for name in ("batch_sizes", "lengths", "tasks"):  # tuples: the bench of a sweep is found again by its parts
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, least in (
             ("batch_size", 1), ("max_windows", 1), ("pairs", MIN_PAIRS), ("warmup", 1), ("prompt_tokens", 1),
             ("decode_tokens", 1), ("task_limit", 1), ("task_shots", 0),
@@ -39,3 +47,24 @@ class Measure:
             raise ValueError(f"tasks={list(self.tasks)} names {twice[0]} twice: name each task once")
         if self.task_path is not None and not Path(self.task_path).expanduser().is_dir():
             raise ValueError(f"task_path={self.task_path!r} is no folder: give a folder of TASK.jsonl files, or null")
+        if not self.batch_sizes:
+            raise ValueError("batch_sizes=[] must hold at least one batch size, such as [1]")
+        for name in ("batch_sizes", "lengths"):
+            values = getattr(self, name)
+            if any(value < 1 for value in values) or len(set(values)) < len(values):
+                raise ValueError(f"{name}={list(values)} must be different whole numbers of at least 1")
+        if self.accelerate not in CHOICES:
+            raise ValueError(f"accelerate={self.accelerate!r} is none of {', '.join(CHOICES)}")
+        if not self.latency and self.accelerate != "none":
+            raise ValueError(f"accelerate={self.accelerate!r} needs latency=true: it is for what is timed")
+        if not self.latency and self.aa:
+            raise ValueError("aa=true needs latency=true: nothing else is timed against itself")
+        if not self.latency and self.energy:
+            raise ValueError("energy=true needs latency=true: it is taken of the work that is timed")
+        if not self.latency and self.has_grid:
+            raise ValueError("batch_sizes and lengths need latency=true; leave them at [1] and [] without it")
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether other batches or lengths are timed than the headline's one prompt of `prompt_tokens`."""
+        return self.batch_sizes != (1,) or bool(self.lengths)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from prune_lab import device as devices
 from prune_lab.console import Console
 from prune_lab.measure.settings import Measure
@@ -16,8 +18,9 @@ if __name__ == "__main__":
     device = devices.resolve("auto", "auto")
     dense = Tiny().load(device, seed=0)
     prompt = Tokens(Stdlib().corpus(), dense.tokenizer).stream("test")[:256][None]
+    twin = copy.deepcopy(dense.model)  # elsewhere in memory, as a compressed model is
     for number in range(TRIES):
-        latency = measure_latency(dense.model, dense.model, prompt, Measure(), device, Console())
+        latency = measure_latency(dense.model, twin, prompt, Measure(), device, Console())
         for stage in ("prefill", "decode"):
             paired = getattr(latency, stage)
             low, high = paired.interval()

@@ -1,0 +1,44 @@
+"""measure.accelerate: how models are made ready before they are timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from prune_lab.device import Device
+from prune_lab.errors import Refused
+
+CHOICES = ("none", "compile")
+# Each model of a pair, stage and length is one more compilation of the same code of its family.
+_COMPILATIONS = 64
+
+
+def check_acceleration(how: str, device: Device) -> None:
+    """Raises Refused where the device is not one that `how` is meant for."""
+    if how != "none" and not device.is_cuda:
+        raise Refused(
+            f"measure.accelerate={how!r} is for GPUs: on {device.torch_device} it would time what the C++ compiler of "
+            "this machine made; use measure.accelerate=none or device=cuda"
+        )
+
+
+@contextmanager
+def accelerator(how: str, backend: str = "inductor") -> Iterator[Callable[[Any], Any]]:
+    """What makes a model ready to be timed: nothing, or torch.compile.
+
+    Compiling happens in the first calls, so in the warm-up pairs. A model that would silently run uncompiled, because
+    it was compiled too often, raises instead. Nothing compiled outlives the context: each prompt's shape starts anew,
+    or later ones would get more general, slower code than the first.
+    """
+    if how == "none":
+        yield lambda model: model
+        return
+    import torch._dynamo.config
+
+    torch._dynamo.reset()
+    try:
+        with torch._dynamo.config.patch(recompile_limit=_COMPILATIONS, fail_on_recompile_limit_hit=True):
+            yield lambda model: torch.compile(model, backend=backend)
+    finally:
+        torch._dynamo.reset()
