@@ -19,6 +19,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as the rest of the program does."""
 
     def error(self, message: str) -> NoReturn:
+        """Refuses what argparse does not understand."""
         raise Refused(f"{message}; see python -m prune_lab.report --help")
 
 

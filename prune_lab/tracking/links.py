@@ -1,11 +1,17 @@
-"""How to look at a sweep in the MLflow UI: it does not open on the runs by itself."""
+"""Where the store is, and how to look at a sweep in the MLflow UI, which does not open on the runs by itself."""
 
 from __future__ import annotations
 
 import json
+import os
 from urllib.parse import quote
 
 LOCAL = "http://127.0.0.1:5000"
+
+
+def store_uri() -> str:
+    """The address of the store."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
 
 def how_to_look(uri: str, experiment: str, runs: list[str]) -> list[str]:

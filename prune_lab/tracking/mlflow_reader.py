@@ -12,7 +12,7 @@ from prune_lab.errors import Refused
 from prune_lab.explain import one_line
 from prune_lab.summary import Summary
 from prune_lab.tracking import links
-from prune_lab.tracking.mlflow_store import FINGERPRINT, REUSED, SWEEP, store_uri, stored_summary
+from prune_lab.tracking.mlflow_store import FINGERPRINT, REUSED, SWEEP, stored_summary
 
 _ENDED = ("FINISHED", "FAILED", "KILLED")
 
@@ -31,7 +31,7 @@ def read_experiment(name: str) -> list[Tracked]:
     A run's summary.json says most; where its files are gone, its metrics, parameters and tags have to do.
     Raises Refused where there is no such store or experiment.
     """
-    uri = store_uri()
+    uri = links.store_uri()
     shown = links.without_password(uri)
     _check_file(uri, name)
     from mlflow import MlflowClient

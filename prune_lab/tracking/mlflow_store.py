@@ -95,7 +95,7 @@ class Mlflow(Tracker):
             if child.info.status == "RUNNING" and not is_alive(child.data.tags):
                 _end(client, child.info.run_id, "KILLED", "its process ended without saying so")
         _end(client, parent, status, None)
-        return links.how_to_look(store_uri(), experiment, [child.info.run_id for child in children])
+        return links.how_to_look(links.store_uri(), experiment, [child.info.run_id for child in children])
 
     def discard_sweep(self, name: str, folder: Path) -> None:
         """Deletes the parent run."""
@@ -145,11 +145,6 @@ class _MlflowLog:
         self._client.log_text(self._run_id, yaml.safe_dump(summary.config, sort_keys=False), "config.yaml")
 
 
-def store_uri() -> str:
-    """The address of the store."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-
-
 def _connect(name: str) -> tuple[Any, str]:
     """A client and the experiment's id, made if it is new; imports MLflow. Raises Refused where there is no store."""
     from mlflow import MlflowClient
@@ -158,10 +153,10 @@ def _connect(name: str) -> tuple[Any, str]:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         with whole():
-            client = _Whole(MlflowClient(tracking_uri=store_uri()))
+            client = _Whole(MlflowClient(tracking_uri=links.store_uri()))
         return client, _experiment(client, name)
     except Exception as error:  # each kind of store has its own errors
-        uri = links.without_password(store_uri())
+        uri = links.without_password(links.store_uri())
         raise Refused(f"tracking: the MLflow store {uri} cannot be used: {one_line(error)[:200]}") from error
 
 
