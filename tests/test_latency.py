@@ -189,13 +189,13 @@ def test_the_figures_and_the_table_of_other_shapes() -> None:
         assert figures[f"latency/decode_speedup_b4_l128{end}"] == 1
     shown = io.StringIO()
     console = RichConsole(file=shown, width=150)
-    for table in outcome.tables(figures):
+    for table in outcome.tables(figures, []):
         console.print(table)
     lines = [" ".join(line.split()) for line in shown.getvalue().splitlines()]
     assert "4 128 24.00 -> 16.00 1.50 [1.50, 1.50] 1.60 -> 1.60 no change [1.00, 1.00]" in lines
     assert "16 32 2.00 -> 4.00 0.50 [0.50, 0.50] 0.40 -> 0.40 no change [1.00, 1.00]" in lines
     assert "dense against itself, prefill 1.25 [1.25, 1.25]" in lines
-    assert len(outcome.tables(latency_figures(Timings(of(8, 2))))) == 1
+    assert len(outcome.tables(latency_figures(Timings(of(8, 2))), [])) == 1
 
 
 @pytest.mark.parametrize(
