@@ -113,7 +113,8 @@ def looped_dynamic(rows: Tensor, layer: Int8Linear) -> Tensor:
     for row in rows.float():
         step = row.abs().max().clamp_min(1e-12) / 127
         rounded = torch.round(row / step).double() * step.double()
-        out.append([float((rounded * w.double() * float(s)).sum()) for w, s in zip(layer.weight, layer.weight_scale)])
+        weights = zip(layer.weight.double(), layer.weight_scale.double(), strict=True)
+        out.append([float((rounded * weight * scale).sum()) for weight, scale in weights])
     result = torch.tensor(out, dtype=torch.float64)
     return result if layer.bias is None else result + layer.bias.double()
 
