@@ -5,7 +5,7 @@ each group of inputs of an output (4 bits): weight = code * step.
 
 Which kernel multiplies is chosen by what was measured (experiments/README.md, "post"): int8 inputs and weights have one
 on CPU and GPU; weights alone have one for few rows of bfloat16 on a CPU; otherwise the weights are expanded to the
-inputs' type before each product, which is smaller and not faster.
+inputs' type before each product, which is smaller and slower.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from prune_lab.models.low_bit_format import Scheme, linear_names, replace_linear
 from prune_lab.models.low_bits import LowBitLinear
 from prune_lab.post.base import Post
 
-EXPANDED = "the weights are expanded before each product: smaller, not faster"
+EXPANDED = "the weights are expanded before each product: smaller, and slower"
 OWN_EXPORT = "only prune_lab can load the export: other software knows low-bit layouts of Linears, and these are {}s"
 
 
