@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, FAMILIES, make_folder
+from conftest import CPU, FAMILIES, Cli, make_folder, story
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -130,3 +132,42 @@ def test_a_config_that_computes_something_else_does_not_pass(loaded: Loaded, tmp
     path.write_text(json.dumps(config))
     with pytest.raises(RuntimeError, match="does not reload"):
         check_reload(loaded.model, tmp_path / "export", TOKENS)
+
+
+# A process that has no prune_lab: argv is an export and a text. Perplexity of the first 8 windows of 32 tokens.
+STOCK_PERPLEXITY = """
+import math, pathlib, sys
+sys.modules["prune_lab"] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+text = pathlib.Path(sys.argv[2]).read_text()
+ids = AutoTokenizer.from_pretrained(sys.argv[1])(text, return_tensors="pt")["input_ids"][0]
+losses = []
+for first in range(0, 8 * 32, 32):
+    window = ids[first : first + 32]
+    with torch.no_grad():
+        chances = model(input_ids=window[None]).logits[0].double().log_softmax(-1)
+    losses.append(-sum(float(chances[i, window[i + 1]]) for i in range(31)) / 31)
+try:
+    import prune_lab
+except ImportError:
+    print(math.exp(sum(losses) / 8))
+"""
+
+
+@pytest.mark.parametrize("method", ["none", "structured"])
+def test_anyone_finds_the_perplexity_that_a_run_reports(
+    cli: Cli, small: list[str], tmp_path: Path, method: str
+) -> None:
+    """The export of a real command line, in stock transformers, by a loop of its own over the text itself."""
+    (tmp_path / "test.txt").write_text("\n\n".join(story(seed) for seed in range(200, 206)))
+    run = [*small, "dataset.test_path=test.txt", f"method={method}", "amount=0.25", "export=true", "tracking=none"]
+    done = cli(*run, "hydra.run.dir=run", "measure.latency=false")
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-I", "-c", STOCK_PERPLEXITY, str(tmp_path / "run" / "export"), "test.txt"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    reported = json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]["quality/perplexity"]
+    assert float(found.stdout) == pytest.approx(reported, rel=1e-3)

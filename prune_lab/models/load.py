@@ -178,7 +178,8 @@ def _build(source: str, config: Any, weights: str, place: dict[str, Any], device
     from transformers import AutoModelForCausalLM
 
     if weights == "random":
-        config.quantization_config = None
+        if hasattr(config, "quantization_config"):  # of the weights that are not read
+            del config.quantization_config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=device.dtype)
@@ -186,6 +187,12 @@ def _build(source: str, config: Any, weights: str, place: dict[str, Any], device
     missing = sorted(report["missing_keys"])
     if missing:
         raise Refused(f"model.name={source!r} lacks the weights {', '.join(missing[:3])}: the download is not complete")
+    scales = sorted(key for key in report["unexpected_keys"] if key.endswith("_scale"))
+    if scales:
+        raise Refused(
+            f"model.name={source!r} holds {scales[0]}, but its config.json has no quantization_config: the weights "
+            "cannot be read without it"
+        )
     return model
 
 
@@ -226,5 +233,5 @@ def _missing_shards(folder: Path) -> list[str]:
 
 def _check_finite(model: Any, name: str) -> None:
     for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():  # 8-bit floats have no isfinite
             raise Refused(f"model.name={name!r}: {key} holds NaN or infinite weights: the checkpoint is damaged")

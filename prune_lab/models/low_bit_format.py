@@ -28,6 +28,12 @@ class Scheme:
     dynamic: bool = False
     group_size: int | None = None
 
+    def __post_init__(self) -> None:
+        kind = (self.bits, self.type, self.dynamic, self.group_size is not None)
+        known = ((8, "int", True, False), (8, "int", False, False), (8, "float", True, False), (4, "int", False, True))
+        if kind not in known:
+            raise ValueError(f"no Linear computes {self}")
+
     def empty(self, in_features: int, out_features: int, has_bias: bool, dtype: torch.dtype) -> LowBitLinear:
         """A Linear of this scheme, its weights still to be stored or loaded."""
         if self.type == "float":
@@ -132,4 +138,6 @@ def _register() -> None:
             for name in linear_names(model):
                 if name not in untouched:
                     replace_linear(model, name, scheme, dtype)
+                    # else GPT-2's blocks would first fill the `weight` of a Linear that has none
+                    model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
             return model

@@ -5,7 +5,7 @@ each group of inputs of an output (4 bits): weight = code * step.
 
 Which kernel multiplies is chosen by what was measured (experiments/README.md, "post"): int8 inputs and weights have one
 on CPU and GPU; weights alone have one for few rows of bfloat16 on a CPU; otherwise the weights are expanded to the
-inputs' type before each product, which is smaller and not faster.
+inputs' type before each product, which is smaller and slower.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 KERNEL_ROWS = 16  # up to so many rows the weight-only kernel beats expanding the weights
+KERNEL_WIDTH = 32  # it reads inputs in whole vectors: at other widths (seen at 7, 36, 40) it crashes or reads garbage
 FP8, FP8_MAX = torch.float8_e4m3fn, 448.0
 CUDA_ROWS = 17  # torch._int_mm on CUDA wants more than 16 rows, and widths that 8 divides
 
@@ -88,12 +89,23 @@ class Int8Linear(LowBitLinear):
     def forward(self, inputs: Tensor) -> Tensor:
         """x W^T + b, shape (..., out)."""
         rows = inputs.reshape(-1, self.in_features)
-        if self.dynamic and not (inputs.is_cuda and (self.in_features % 8 or self.out_features % 8)):
+        if self.dynamic and self._has_int8_product(rows):
             return self._with_bias(self._int8_product(rows)).view(*inputs.shape[:-1], self.out_features)
-        if inputs.dtype == torch.bfloat16 and inputs.device.type == "cpu" and len(rows) <= KERNEL_ROWS:
+        if self._has_kernel(rows):
             product = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), self.weight, self.weight_scale[:, 0])
             return self._with_bias(product).view(*inputs.shape[:-1], self.out_features)
         return super().forward(inputs)
+
+    def _has_int8_product(self, rows: Tensor) -> bool:
+        """Whether torch._int_mm takes these widths."""
+        if rows.is_cuda:
+            return self.in_features % 8 == 0 and self.out_features % 8 == 0
+        return self.in_features > 1  # of one input it makes garbage (torch 2.13), whose rounding changes nothing
+
+    def _has_kernel(self, rows: Tensor) -> bool:
+        """Whether the weight-only kernel takes these rows and is worth it."""
+        few = rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and len(rows) <= KERNEL_ROWS
+        return few and self.in_features % KERNEL_WIDTH == 0
 
     def _int8_product(self, rows: Tensor) -> Tensor:
         """Rows rounded to int8, multiplied exactly in int32, and scaled in float32."""
@@ -211,6 +223,11 @@ def count_weights(model: Any) -> tuple[int, int]:
 
 
 def _steps(step: Tensor, dtype: torch.dtype) -> Tensor:
-    """Steps as they are stored; 1 where a whole row or group is zero, or too small for the type."""
+    """Float32 steps as they are stored; 1 where a whole row or group is zero.
+
+    Where a type's smallest numbers (float16's below 6e-5) would cut the largest weight, it is the next one above.
+    """
     stored = step.to(dtype)
+    above = torch.nextafter(stored, torch.full_like(stored, torch.inf))
+    stored = torch.where(stored.float() * (1 + 2**-8) < step, above, stored)
     return torch.where(stored == 0, torch.ones_like(stored), stored)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from prune_lab.device import Device
 from prune_lab.errors import Refused
@@ -17,7 +18,8 @@ from prune_lab.models.low_bit_format import Scheme, linear_names, replace_linear
 from prune_lab.models.low_bits import LowBitLinear
 from prune_lab.post.base import Post
 
-EXPANDED = "the weights are expanded before each product: smaller, not faster"
+EXPANDED = "the weights are expanded before each product: smaller, and slower"
+OWN_EXPORT = "only prune_lab can load the export: other software knows low-bit layouts of Linears, and these are {}s"
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,7 @@ class Int8Dynamic(Post):
 
     def compress(self, anatomy: Anatomy) -> list[str]:
         """Replaces every prunable Linear."""
-        quantize(anatomy, Scheme(bits=8, dynamic=True))
-        return []
+        return quantize(anatomy, Scheme(bits=8, dynamic=True))
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class Int8WeightOnly(Post):
 
     def compress(self, anatomy: Anatomy) -> list[str]:
         """Replaces every prunable Linear."""
-        quantize(anatomy, Scheme(bits=8))
+        notes = quantize(anatomy, Scheme(bits=8))
         weight = next(anatomy.model.parameters())
         if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
-            return [f"int8_weight_only: a kernel for few rows (decoding); for many, {EXPANDED}"]
-        return [f"int8_weight_only: {EXPANDED}"]
+            return [f"int8_weight_only: a kernel for few rows (decoding); for many, {EXPANDED}", *notes]
+        return [f"int8_weight_only: {EXPANDED}", *notes]
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class Int4WeightOnly(Post):
                     f"post.group_size={self.group_size} does not divide the {inputs} inputs of {name}: give a group "
                     f"that does, or cut to multiples of it with method.round_to={self.group_size}"
                 )
-        quantize(anatomy, Scheme(bits=4, group_size=self.group_size))
-        return [f"int4_weight_only: {EXPANDED}"]
+        notes = quantize(anatomy, Scheme(bits=4, group_size=self.group_size))
+        return [f"int4_weight_only: {EXPANDED}", *notes]
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,18 @@ class Fp8(Post):
 
     def compress(self, anatomy: Anatomy) -> list[str]:
         """Replaces every prunable Linear."""
-        quantize(anatomy, Scheme(bits=8, type="float", dynamic=True))
-        return []
+        return quantize(anatomy, Scheme(bits=8, type="float", dynamic=True))
 
 
 @torch.no_grad()
-def quantize(anatomy: Anatomy, scheme: Scheme) -> None:
-    """Replaces every prunable Linear by one of the scheme; raises RuntimeError if a zero did not stay a zero."""
+def quantize(anatomy: Anatomy, scheme: Scheme) -> list[str]:
+    """Replaces every prunable Linear by one of the scheme, and returns notes about its export.
+
+    Raises RuntimeError if a zero did not stay a zero.
+    """
     model: Any = anatomy.model
-    for name, linear in list(anatomy.linears()):
+    linears = list(anatomy.linears())
+    for name, linear in linears:
         weight = out_in(linear, linear.weight)
         new = replace_linear(model, name, scheme, weight.dtype)
         new.store(weight)
@@ -98,3 +102,5 @@ def quantize(anatomy: Anatomy, scheme: Scheme) -> None:
             raise RuntimeError(f"{name}: weights that were zero are not zero after quantization")
     untouched = [n for n in linear_names(model) if not isinstance(model.get_submodule(n), LowBitLinear)]
     model.config.quantization_config = scheme.to_config(untouched)
+    strange = next((linear for _, linear in linears if not isinstance(linear, nn.Linear)), None)
+    return [] if strange is None else [OWN_EXPORT.format(type(strange).__name__)]
