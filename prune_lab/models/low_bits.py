@@ -3,7 +3,7 @@
 Symmetric, so zero is the code 0: what pruning set to zero stays zero. One float step for each output (8 bits) or for
 each group of inputs of an output (4 bits): weight = code * step.
 
-Which kernel multiplies is chosen by what was measured (experiments/README.md, "post"): int8 inputs and weights have one
+Which kernel multiplies is chosen by what was measured (tests/benchmarks/post.py): int8 inputs and weights have one
 on CPU and GPU; weights alone have one for few rows of bfloat16 on a CPU; otherwise the weights are expanded to the
 inputs' type before each product, which is smaller and slower.
 """
