@@ -191,7 +191,8 @@ def test_gpt2_says_that_others_cannot_load_it(tmp_path: Path) -> None:
     assert "Conv1Ds" in note
 
 
-# A process without prune_lab: argv are the tokens and exports; beside each export go its logits and a weight.
+# A process without prune_lab: argv are the tokens and exports; beside each go its logits, loaded plainly and with the
+# weights expanded, and one of these.
 STOCK = f"""
 import sys
 sys.modules["prune_lab"] = None
@@ -199,11 +200,12 @@ import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 for folder in sys.argv[2:]:
-    expand = CompressedTensorsConfig(run_compressed=False)
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=expand).eval()
-    with torch.no_grad():
-        logits = model(input_ids=torch.load(sys.argv[1]), use_cache=False).logits
-    torch.save([logits, dict(model.named_parameters())["{DOWN}.weight"].data], folder + ".out")
+    found = []
+    for how in ({{}}, {{"quantization_config": CompressedTensorsConfig(run_compressed=False)}}):
+        model = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
+        with torch.no_grad():
+            found.append(model(input_ids=torch.load(sys.argv[1]), use_cache=False).logits)
+    torch.save([*found, dict(model.named_parameters())["{DOWN}.weight"].data], folder + ".out")
 try:
     import prune_lab
 except ImportError:
@@ -225,12 +227,17 @@ def test_stock_software_loads_an_export(tmp_path: Path, family: str) -> None:
     assert done.returncode == 0, done.stderr
     assert "without prune_lab" in done.stdout
     for kind, model in models.items():
-        found, weight = torch.load(tmp_path / f"{kind}.out")
+        plain, expanded, weight = torch.load(tmp_path / f"{kind}.out")
         assert torch.equal(weight, model.get_submodule(DOWN).expand())
-        if kind == "int8_dynamic":  # it computes with inputs as they are, once the weights are expanded
-            assert float((found - logits(model)).norm() / found.norm()) < 0.03
+        ours = logits(model)
+        if kind == "int8_dynamic":  # plainly it rounds inputs by a step of its own, and expanded not at all
+            assert float((expanded - ours).norm() / ours.norm()) < 0.03
         else:
-            assert float((found - logits(model)).abs().max()) <= 1e-5 * float(found.abs().max())
+            assert float((expanded - ours).abs().max()) <= 1e-5 * float(ours.abs().max())
+        if kind in ("int8", "int4"):
+            assert torch.equal(plain, expanded)
+        else:
+            assert float((plain - ours).norm() / ours.norm()) < (0.03 if kind == "int8_dynamic" else 0.15)
 
 
 def summary_of(done: subprocess.CompletedProcess[str], tmp_path: Path) -> tuple[dict[str, Any], Path]:
@@ -260,7 +267,14 @@ def test_a_whole_run(cli: Cli, small: list[str], tmp_path: Path) -> None:
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": weights,
+                "input_activations": inputs,
+                "format": "int-quantized",
+            }
+        },
         "ignore": ["lm_head"],
     }
     measured = [*small, "tracking=none", f"model.name={place / 'export'}", "method=none"]

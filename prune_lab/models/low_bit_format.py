@@ -47,10 +47,13 @@ class Scheme:
         weights = {"num_bits": self.bits, "type": self.type, "symmetric": True, "dynamic": False}
         weights |= {"strategy": "group", "group_size": self.group_size} if self.group_size else {"strategy": "channel"}
         inputs = {"num_bits": 8, "type": self.type, "symmetric": True, "dynamic": True, "strategy": "token"}
-        group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs if self.dynamic else None}
+        layout = "pack-quantized" if self.group_size else f"{self.type}-quantized"
+        # Without a format in the group the library guesses it anew, and takes 8-bit weights alone for packed ones.
+        group: dict[str, Any] = {"targets": ["Linear"], "weights": weights, "format": layout}
+        group["input_activations"] = inputs if self.dynamic else None
         return {
             "quant_method": "compressed-tensors",
-            "format": "pack-quantized" if self.group_size else f"{self.type}-quantized",
+            "format": layout,
             "quantization_status": "compressed",
             "config_groups": {"group_0": group},
             "ignore": untouched,
