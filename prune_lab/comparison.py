@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -17,6 +18,9 @@ from prune_lab.series import pivot, plain, position, shared
 from prune_lab.summary import Summary, read_summary, write_json
 
 RESULTS, LEADERBOARD, PLOT, REPORT = "results.json", "results.md", "pareto.png", "report.html"
+# Columns of the leaderboard in the order in which a narrow terminal goes without them; and what is kept for `run`.
+_DISPENSABLE = ("non-zero", "x dense", "removed", "peak memory", "decode speed-up", "disk MB", "prefill speed-up")
+_LABEL = 24
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,20 @@ def write(folder: Path, rows: list[Row]) -> None:
 
 
 def show(folder: Path, rows: list[Row], console: Console) -> None:
-    """Prints the leaderboard and where the plot is."""
+    """Prints the leaderboard as far as the terminal is wide, what did not finish, and where the files are."""
     by_series = pivot([(point.position, point.metrics["quality/perplexity"]) for point in _points(rows)])
     if by_series:
         console.result(_table("Perplexity, over seeds the mean and the range", by_series, left=1))
-    header, lines = _cells(rows)
+    header, lines = _cells([row for row in rows if row.summary.status == "FINISHED"], rows)
+    kept = _fitting([header, *lines], console.width)
     title = f"Leaderboard, by perplexity (* on the size/quality front)   {' '.join(_shared_overrides(rows))}"
-    console.result(_table(title, [header, *lines], left=2))
+    console.result(_table(title, kept, left=2))
+    if left_out := [name for name in header if name not in kept[0]]:
+        console.result(f"In {LEADERBOARD} too: {', '.join(left_out)}")
+    for row in rows:
+        if row.summary.status != "FINISHED":
+            asked = " ".join(map(_short, row.summary.overrides))
+            console.result(f"job {row.job} ({asked})  {row.summary.status}: {row.summary.reason}")
     made = [folder / name for name in (LEADERBOARD, PLOT, REPORT) if (folder / name).exists()]
     console.result("Files: " + "  ".join(map(_shown, made)))
 
@@ -62,10 +73,24 @@ def _table(title: str, lines: list[list[str]], left: int) -> Table:
     """A table to print; its first line is the header, its first `left` columns are text."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for number, name in enumerate(lines[0]):
-        table.add_column(name, justify="left" if number < left else "right", overflow="fold")
+        is_label = number == left - 1  # what may be long, and is text with spaces to fold at
+        justify: Literal["left", "right"] = "left" if number < left else "right"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=not is_label)
     for cells in lines[1:]:
         table.add_row(*cells)
     return table
+
+
+def _fitting(table: list[list[str]], width: int) -> list[list[str]]:
+    """The table without the columns that a narrow terminal has no room for, the least telling first."""
+    names = list(table[0])
+    room = {name: 2 + max(len(line[place]) for line in table) for place, name in enumerate(names)}
+    room["run"] = min(room["run"], _LABEL)  # it folds
+    for name in _DISPENSABLE:
+        if sum(room[kept] for kept in names) + 2 <= width:
+            break
+        names.remove(name)
+    return [[line[table[0].index(name)] for name in names] for line in table]
 
 
 def _shared_overrides(rows: list[Row]) -> list[str]:
@@ -82,13 +107,13 @@ def _points(rows: list[Row]) -> list[Point]:
     ]
 
 
-def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """The leaderboard as text: the dense model first, then by perplexity, then what did not finish."""
-    points = _points(rows)
+def _cells(rows: list[Row], sweep: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """The leaderboard of rows of a sweep as text: the dense model, then by perplexity, then what did not finish."""
+    points = _points(sweep)
     on_front = {point.job for point in front(points, "params/nonzero")}
     header = ["job", "run", "removed", "non-zero", "disk MB", "perplexity", "x dense"]
     header += ["prefill speed-up", "decode speed-up", "peak memory"]
-    common = set(_shared_overrides(rows))
+    common = set(_shared_overrides(sweep))
     lines: list[list[str]] = []
     for dense in dense_points(points):
         m = dense.metrics
@@ -134,7 +159,7 @@ def _number(metrics: dict[str, float], name: str, form: str, sign: int = 1) -> s
 
 
 def _markdown(rows: list[Row]) -> str:
-    header, lines = _cells(rows)
+    header, lines = _cells(rows, rows)
     by_series = pivot([(point.position, point.metrics["quality/perplexity"]) for point in _points(rows)])
     tables = ([by_series] if by_series else []) + [[header, *lines]]
     return "\n".join(_markdown_table(table) for table in tables)

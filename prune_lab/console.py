@@ -21,6 +21,11 @@ class Console:
         width = None if sys.stdout.isatty() else 160
         self._rich = RichConsole(file=sys.stdout, width=width, highlight=False, soft_wrap=True)
 
+    @property
+    def width(self) -> int:
+        """Characters of a line."""
+        return self._rich.width
+
     def note(self, text: str) -> None:
         """One line about what is going on, for a person who waits."""
         if self._live:

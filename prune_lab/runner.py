@@ -69,7 +69,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
         model=bench.dense.facts(),
         environment=describe_environment(device),
         protocol=protocol,
-        not_applicable={group: list(getattr(parts, group).not_applicable) for group in ("method", "recovery")},
+        not_applicable={group: list(getattr(parts, group).not_applicable) for group in ("method", "recovery", "post")},
         fingerprint=fingerprint(
             config, protocol=protocol, hashes=bench.hashes | parts.recovery.hashes(bench.dense, device)
         ),

@@ -146,6 +146,9 @@ def test_options_that_are_swept_against_each_other_share_keys() -> None:
         built = config.build(node, "recovery")
         assert isinstance(built, Recovery)
         assert (built.steps, built.lr, built.batch_size) == (7, 0.01, 2)
+    assert {"none", "int8_dynamic", "int4_weight_only"} <= set(names["post"])
+    for name in names["post"]:
+        assert config.build(composed(f"post={name}", "post.group_size=64").post, "post").group_size == 64
     weight_methods = [
         n for n in names["method"] if issubclass(class_of(read(f"method/{n}.yaml")["_target_"]), WeightMethod)
     ]

@@ -21,6 +21,7 @@ from mlflow.entities import Run
 
 from prune_lab import __version__, comparison
 from prune_lab.comparison import Row, speedup
+from prune_lab.console import Console
 from prune_lab.pareto import Point, front
 from prune_lab.summary import Summary
 
@@ -167,7 +168,7 @@ def test_the_params_are_flat_and_few(sweep: Sweep) -> None:
         "post": "none", "amount": "0.2", "seed": "0", "dtype": "float32", "device": "cpu",
         "method.units": "['mlp']", "method.score": "l2", "method.round_to": "None", "method.physical": "True",
         "method.compensate": "False", "schedule.start": "0",
-        "recovery.steps": "n/a", "recovery.lr": "n/a", "recovery.batch_size": "n/a",
+        "recovery.steps": "n/a", "recovery.lr": "n/a", "recovery.batch_size": "n/a", "post.group_size": "n/a",
     }  # fmt: skip
     first, second = sweep.children
     assert first.data.params == expected
@@ -368,3 +369,26 @@ def test_the_leaderboard_is_by_perplexity_and_ends_with_what_did_not_finish(tmp_
     assert table[3][2] == "FAILED: it was too much"
     assert table[4][2].startswith("KILLED: ")
     assert {len(cells) for cells in table} == {header.count("|") - 1}
+
+
+@pytest.mark.parametrize(
+    ("width", "left_out"),
+    [(160, []), (100, ["non-zero", "removed", "x dense"]), (80, ["decode speed-up", "peak memory"])],
+)
+def test_a_narrow_terminal_shows_fewer_columns_and_says_which(
+    tmp_path: Path, width: int, left_out: list[str], sweep: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [comparison.read_job(sweep.folder / job) for job in "01"]
+    rows.append(Row("2", Summary("FAILED", overrides=["amount=7"], reason="too much")))
+    console = Console()
+    console._rich.width = width
+    comparison.show(tmp_path, rows, console)
+    said = capsys.readouterr().out.splitlines()
+    head = next(line for line in said if " run " in line)
+    assert all(len(line) <= width for line in said if not line.startswith(("Leaderboard", "Files", "In ", "job ")))
+    assert "perplexity" in head  # no name is folded
+    assert not any(name in head for name in left_out)
+    assert [line for line in said if line.startswith("In results.md too: ")] == said[-3:-2] * bool(left_out)
+    assert all(name in said[-3] for name in left_out)
+    assert "job 2 (amount=7)  FAILED: too much" in said
+    assert any(re.search(r"\bamount=0\.2\b", line) for line in said)

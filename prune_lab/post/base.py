@@ -13,12 +13,22 @@ from prune_lab.models.anatomy import Anatomy
 class Post:
     """A post-compression option: turns the pruned model into the one that is measured and exported.
 
+    All options share `group_size` (inputs that share a step of a 4-bit weight), so that sweeps over them compose;
+    `not_applicable` names it where it is not used.
+
     `exact`: whether its export, reloaded, computes the same logits; otherwise they are compared as other kernels are.
     `storage`: how its weights are written, `dense` (tensors as they are) or `bitmask`.
     """
 
+    group_size: int = 32
+
+    not_applicable: ClassVar[tuple[str, ...]] = ("group_size",)
     exact: ClassVar[bool] = True
     storage: ClassVar[str] = "dense"
+
+    def __post_init__(self) -> None:
+        if self.group_size < 8 or self.group_size % 8:
+            raise ValueError(f"group_size={self.group_size} must be a multiple of 8: 16, 32, 64, 128 are usual")
 
     def check(self, device: Device) -> None:
         """Raises Refused where the device has no backend for it, before anything is loaded."""

@@ -6,7 +6,7 @@ Embeddings, norms and the output layer keep their floats, as in the published ex
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -48,11 +48,7 @@ class Int8WeightOnly(Post):
 class Int4WeightOnly(Post):
     """4-bit weights, a step for each `group_size` inputs; inputs and products keep their type."""
 
-    group_size: int = 32
-
-    def __post_init__(self) -> None:
-        if self.group_size < 8 or self.group_size % 8:
-            raise ValueError(f"group_size={self.group_size} must be a multiple of 8: 16, 32, 64, 128 are usual")
+    not_applicable: ClassVar[tuple[str, ...]] = ()
 
     def compress(self, anatomy: Anatomy) -> list[str]:
         """Replaces every prunable Linear; raises Refused where its inputs are no multiple of the group."""
