@@ -580,3 +580,12 @@ def test_a_browser_draws_the_points_of_the_chosen_axes(folder: Path, tmp_path: P
         x = "decode speed-up, higher is better" if fragment else "non-zero parameters (millions), lower is better"
         assert x in plot
         assert ">structured<" in plot
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
+def test_a_log_scale_within_a_decade_has_labels(tmp_path: Path) -> None:
+    """From 10, of the dense model, to 13 there is 10 alone of the 1, 2 and 5 of every decade."""
+    assert BROWSER
+    place = sweep(tmp_path / "sweep", [finished(0.2, 12), finished(0.4, 13)])
+    found = dom(BROWSER, f"file://{place / 'report.html'}", tmp_path / "browser")
+    assert len(re.findall(r'class="ytick"', found)) > 2
