@@ -45,19 +45,27 @@ from prune_lab.world import World, join
 STEPS = 10
 STORIES = Documents("stories", tuple(map(story, range(8))), (), tuple(map(story, range(8, 12))), ())
 PLAIN = Finetune(
-    steps=STEPS, lr=0.003, batch_size=4, clip_norm=0.5, autocast="none", validate_every=2, checkpoint_every=6
+    steps=STEPS,
+    lr=0.003,
+    batch_size=4,
+    clip_norm=0.5,
+    autocast="none",
+    validate_every=2,
+    validate_windows=4,
+    checkpoint_every=6,
 )
 ROUNDS = Iterative(rounds=2)
-TIGHT, LOOSE = {"atol": 2e-4, "rtol": 2e-3}, {"atol": 2e-2, "rtol": 2e-2}
+TIGHT, LOOSE = {"atol": 1e-4, "rtol": 1e-3}, {"atol": 2e-2, "rtol": 2e-2}
 Case = tuple[Finetune, Method, Schedule]
 CASES: dict[str, Case] = {
     "masks": (replace(PLAIN, accumulate=2, gradient_checkpointing=True), Magnitude(0.7), Gradual(end=0.7, interval=2)),
     "cuts": (Distill(**vars(PLAIN)), Structured(0.5), ROUNDS),
-    "best": (replace(PLAIN, lr=0.1, keep_best=True), Magnitude(0.5), OneShot()),
+    "best": (replace(PLAIN, lr=0.3, warmup=1.0, patience=2), Magnitude(0.5), OneShot()),  # stops at 6 with those of 2
     "rewound": (PLAIN, Magnitude(0.6), Iterative(rounds=2, start=5, rewind="weights", rewind_to=2)),
     "lora": (Lora(**vars(PLAIN)), Magnitude(0.5), ROUNDS),
     "bfloat16": (replace(PLAIN, autocast="bfloat16"), Magnitude(0.5), OneShot()),
 }
+LEFT = ("masks", "best", "rewound")  # of which a checkpoint has something that others have not
 
 
 def train(name: str, model: Path, folder: Path, world: World) -> dict[str, Any]:
@@ -71,7 +79,8 @@ def train(name: str, model: Path, folder: Path, world: World) -> dict[str, Any]:
     def log(step: int, values: dict[str, float]) -> None:
         figures.setdefault(str(step), {}).update(values)
         if "train/loss" in values:
-            held.append(holdings(at_work["model"], at_work["optimizer"], training.pruned.masks.keep, loaded.model))
+            keep = {key: mask.chunk(world.size)[world.rank] for key, mask in training.pruned.masks.keep.items()}
+            held.append(holdings(at_work["model"], at_work["optimizer"], keep, loaded.model))
 
     training = Training(
         dense=dense,
@@ -107,10 +116,7 @@ def holdings(model: Any, optimizer: Any, keep: dict[str, Tensor], start: Any) ->
     """What this process has after a step: elements of weights and of optimizer state; pruned weights that are not 0."""
     weights = dict(model.named_parameters())
     states = [value for weight in weights.values() for key, value in optimizer.state.get(weight, {}).items()]
-    moved = 0
-    for name, mask in keep.items():
-        weight = weights[f"{name}.weight"]
-        moved += int((getattr(weight, "full_tensor", lambda w=weight: w)()[~mask] != 0).sum())
+    moved = sum(int((local(weights[f"{name}.weight"])[~mask] != 0).sum()) for name, mask in keep.items())
     return {
         "weights": sum(map(own, weights.values())) + (0 if start is model else sum(map(own, start.parameters()))),
         "state": sum(own(value) for value in states if value.ndim > 0),
@@ -118,10 +124,15 @@ def holdings(model: Any, optimizer: Any, keep: dict[str, Tensor], start: Any) ->
     }
 
 
-def own(tensor: Any) -> int:
+def local(tensor: Any) -> Tensor:
+    """What this process has of a tensor."""
+    mine: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return mine
+
+
+def own(tensor: Tensor) -> int:
     """How many elements lie in this process's memory for a tensor."""
-    local = getattr(tensor, "to_local", lambda: tensor)()
-    return int(local.untyped_storage().nbytes() // local.element_size())
+    return local(tensor).untyped_storage().nbytes() // tensor.element_size()
 
 
 def main(model: str, place: str) -> None:
@@ -129,8 +140,8 @@ def main(model: str, place: str) -> None:
     warnings.simplefilter("error")
     loop.LOG_EVERY = 1
     world = join(CPU)
-    for start in ("new", "left"):
-        for name in CASES:
+    for start, names in (("new", tuple(CASES)), ("left", LEFT)):
+        for name in names:
             told = train(name, Path(model), Path(place) / start, world)
             save_file(told.pop("weights"), Path(place) / f"{start}-{name}-{world.rank}.safetensors")
             (Path(place) / f"{start}-{name}-{world.rank}.json").write_text(json.dumps(told))
@@ -189,17 +200,20 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
 def test_a_sharded_training_ends_as_one_in_one_process(told: Told, name: str) -> None:
     """At the same global batch; also where one process left off, and where one process goes on from two."""
     one, tolerance = told.one[name], LOOSE if name == "bfloat16" else TIGHT
-    again = train(name, told.model, told.place / "new", World())
-    for other in (*told.two(name), *told.two(name, "left"), again):
+    again = [train(name, told.model, told.place / "new", World()), *told.two(name, "left")] if name in LEFT else []
+    for other in (*told.two(name), *again):
         assert other["weights"].keys() == one["weights"].keys()
         for key, weight in one["weights"].items():
             assert_close(other["weights"][key], weight, **tolerance)
         for step, figures in other["figures"].items():
-            assert figures == pytest.approx(one["figures"][step], rel=1e-3 if tolerance is TIGHT else 1e-2)
+            assert figures == pytest.approx(one["figures"][step], rel=1e-4 if tolerance is TIGHT else 1e-2)
     first, second = told.two(name)
     assert list(first["figures"]) == list(one["figures"])
     assert all(torch.equal(second["weights"][key], weight) for key, weight in first["weights"].items())
     assert first["notes"] == one["notes"]
+    assert any(note.startswith("trained 6 of 10 steps; kept are the weights of step 2") for note in one["notes"]) == (
+        name == "best"
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
