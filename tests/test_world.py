@@ -54,31 +54,38 @@ def together(folder: Path, *arguments: str, launcher: list[str] = TORCHRUN) -> s
     )
 
 
-@pytest.mark.parametrize("recoveries", ["finetune,distill", pytest.param("lora", marks=pytest.mark.slow)])
-def test_two_processes_train_what_one_does(small: list[str], cli: Cli, tmp_path: Path, recoveries: str) -> None:
-    """At the same global batch, by one command line: gradients are averaged, of copies (torchrun) or shards (FSDP)."""
+@pytest.mark.parametrize(
+    ("recovery", "launchers"),
+    [
+        ("finetune", [TORCHRUN]),  # its shards: test_fsdp.py
+        ("distill", [TORCHRUN, ACCELERATE_FSDP]),
+        pytest.param("lora", [TORCHRUN, ACCELERATE_FSDP], marks=pytest.mark.slow),
+    ],
+    ids=["finetune", "distill", "lora"],
+)
+def test_two_processes_train_what_one_does(
+    small: list[str], cli: Cli, tmp_path: Path, recovery: str, launchers: list[list[str]]
+) -> None:
+    """At the same global batch, by one command line: each process has a copy of the model, or a part of it (FSDP)."""
     arguments = [
-        "-m", *small, *TRAINING, f"recovery={recoveries}", "method=structured", "amount=0.25", "schedule=iterative",
+        *small, *TRAINING, f"recovery={recovery}", "method=structured", "amount=0.25", "schedule=iterative",
         "schedule.rounds=2", "tracking=none", "resume=false",
     ]  # fmt: skip
-    alone = cli(*arguments, f"hydra.sweep.dir={tmp_path / 'one'}", OMP_NUM_THREADS="1")
+    alone = cli(*arguments, f"hydra.run.dir={tmp_path / 'one'}", OMP_NUM_THREADS="1")
     assert alone.returncode == 0, alone.stderr
-    for launcher, is_sharded in ((TORCHRUN, False), (ACCELERATE_FSDP, True)):
-        place = tmp_path / str(is_sharded)
-        done = together(tmp_path, *arguments, f"hydra.sweep.dir={place}", launcher=launcher)
+    for launcher in launchers:
+        place = tmp_path / launcher[0]
+        done = together(tmp_path, *arguments, f"hydra.run.dir={place}", launcher=launcher)
         assert done.returncode == 0, done.stderr
+        one, two = (load_file(folder / "export/model.safetensors") for folder in (tmp_path / "one", place))
+        assert one.keys() == two.keys()
+        for name, weight in one.items():
+            assert_close(two[name], weight, atol=2e-4, rtol=2e-3)
+        summaries = [json.loads((folder / "summary.json").read_text()) for folder in (tmp_path / "one", place)]
+        assert [summary["environment"]["processes"] for summary in summaries] == [1, 2]
+        assert [summary["environment"]["sharded"] for summary in summaries] == [False, launcher is ACCELERATE_FSDP]
+        assert summaries[0]["fingerprint"] == summaries[1]["fingerprint"]
         assert done.stdout.count("perplexity") == alone.stdout.count("perplexity")  # one table, not two
-        for job in map(str, range(recoveries.count(",") + 1)):
-            one, two = (load_file(folder / job / "export/model.safetensors") for folder in (tmp_path / "one", place))
-            assert one.keys() == two.keys()
-            for name, weight in one.items():
-                assert_close(two[name], weight, atol=2e-4, rtol=2e-3)
-            first, second = (
-                json.loads((folder / job / "summary.json").read_text()) for folder in (tmp_path / "one", place)
-            )
-            assert [summary["environment"]["processes"] for summary in (first, second)] == [1, 2]
-            assert [summary["environment"]["sharded"] for summary in (first, second)] == [False, is_sharded]
-            assert first["fingerprint"] == second["fingerprint"]
 
 
 def test_a_sweep_of_two_processes_is_recorded_once_and_found_again(small: list[str], tmp_path: Path) -> None:
