@@ -125,8 +125,8 @@ def _check_hydra(key: str, value: Any, where: str, together: list[dict[str, Any]
         _refuse_resolvers(shown, value)
         return
     raise Refused(
-        f"{shown}={value!r} is not allowed: a recipe may set hydra.mode, hydra.sweeper.params, .grids and .candidates, a "
-        "stock launcher or sweeper by name, and run and sweep folders inside the working folder"
+        f"{shown}={value!r} is not allowed: a recipe may set hydra.mode, hydra.sweeper.params, .grids and .candidates, "
+        "a stock launcher or sweeper by name, and run and sweep folders inside the working folder"
     )
 
 
