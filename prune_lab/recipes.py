@@ -24,12 +24,13 @@ from prune_lab.errors import Refused
 # Keys of `hydra` that are data. A launcher's `setup` or `python`, a callback or the environment would be commands.
 _DATA = re.compile(
     r"mode|verbose"
+    r"|sweeper\.(at_most\.[\w/]+|best|low|high|step)"
     r"|sweeper\.(max_batch_size|n_trials|n_jobs|direction(\.\d+)?|study_name|sampler\.(seed|n_startup_trials))"
     r"|launcher\.(n_jobs|timeout_min|cpus_per_task|gpus_per_node|gpus_per_task|mem_gb|nodes|tasks_per_node"
     r"|array_parallelism|partition|max_num_timeout|ray\.(init|remote)\.(num_cpus|num_gpus|max_calls))"
 )
 _FOLDER = re.compile(r"run\.dir|sweep\.(dir|subdir)|launcher\.submitit_folder")
-_GRID = re.compile(r"sweeper\.(params|grids\.\d+)\.")
+_GRID = re.compile(r"sweeper\.(params|(grids|candidates)\.\d+)\.")
 _GRID_KEY = re.compile(r"\+{0,2}(?!hydra\b)[A-Za-z_]\w*(\.\w+)*")
 _NAME = re.compile(r"[\w-]+")  # of a recipe or an option: no path, no package
 _CHOICE = re.compile(rf"(override )?({'|'.join(GROUPS)})|override hydra/(launcher|sweeper)")
@@ -124,8 +125,8 @@ def _check_hydra(key: str, value: Any, where: str, together: list[dict[str, Any]
         _refuse_resolvers(shown, value)
         return
     raise Refused(
-        f"{shown}={value!r} is not allowed: a recipe may set hydra.mode, hydra.sweeper.params and .grids, a stock "
-        "launcher or sweeper by name, and run and sweep folders inside the working folder"
+        f"{shown}={value!r} is not allowed: a recipe may set hydra.mode, hydra.sweeper.params, .grids and .candidates, "
+        "a stock launcher or sweeper by name, and run and sweep folders inside the working folder"
     )
 
 
