@@ -41,9 +41,10 @@ def pack(config: DictConfig, folder: Path) -> None:
     if config.hydra.runtime.choices.get("hydra/launcher") != "ray":
         return
     init = config.hydra.launcher.ray.init
-    if init.get("address") or "RAY_ADDRESS" in os.environ:
-        with read_write(init), open_dict(init):  # the launcher asks for a size, which Ray refuses for a running cluster
-            init.setdefault("object_store_memory", None)
+    with read_write(init), open_dict(init):
+        init.setdefault("log_to_driver", False)  # lines of several jobs, mixed; their outcome is on the leaderboard
+        if init.get("address") or "RAY_ADDRESS" in os.environ:
+            init.setdefault("object_store_memory", None)  # the launcher's size is refused by a cluster that runs
     luggage.environment = {name: value for name, value in os.environ.items() if name.startswith(_OURS)}
     luggage.environment["MLFLOW_TRACKING_URI"] = store_uri()
     luggage.mark = folder / f".sweep-{secrets.token_hex(8)}"
