@@ -107,7 +107,8 @@ def postgres() -> Iterator[str]:
 def server(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An MLflow server over HTTP that keeps runs in PostgreSQL and files in a folder of its own."""
     place, port = tmp_path_factory.mktemp("server"), free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", postgres, "--port", str(port)]
+    backend = postgres.replace("postgresql:", "postgresql+psycopg2:")
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", backend, "--port", str(port)]
     with running(*command, "--artifacts-destination", str(place / "files"), "--workers", "1", cwd=place) as process:
         wait_for(port, process, place / "server.log")
         yield f"http://127.0.0.1:{port}"
@@ -172,7 +173,7 @@ def test_a_sweep_tracks_in_postgresql(direct: tuple[Path, Done], postgres: str) 
 
 def test_the_store_s_password_is_not_told(direct: tuple[Path, Done]) -> None:
     place, done = direct
-    assert f"mlflow ui --backend-store-uri postgresql://{USER}:***@127.0.0.1" in done.stdout
+    assert f"mlflow ui --backend-store-uri postgresql+psycopg2://{USER}:***@127.0.0.1" in done.stdout
     secret = quote(PASSWORD, safe="").encode()
     files = [path for path in (place / "here").rglob("*") if path.is_file()]
     assert len(files) > 10
