@@ -79,11 +79,12 @@ class Lab:
             "measure=quality_only", "measure.max_windows=8", "device=cpu",
         ]  # fmt: skip
 
-    def sweep(self, name: str, *overrides: str) -> Ended:
-        """Runs a sweep into the folder `name`."""
+    def sweep(self, name: str, *overrides: str, recipe: str = "config") -> Ended:
+        """Runs a sweep into the folder `name`, by a recipe of experiments/ or by the command line alone."""
         before = {run.info.run_id for run in self.runs()}
         env = {**os.environ, "PYTHONPATH": str(ROOT), "PRUNE_LAB_CACHE": "cache", "MLFLOW_TRACKING_URI": ""}
-        command = [sys.executable, "-m", "prune_lab", *self.small, *overrides, f"hydra.sweep.dir={name}", "-m"]
+        given = [*self.small, *overrides, f"hydra.sweep.dir={name}"]
+        command = [sys.executable, "-m", "prune_lab", "-cd", str(ROOT / "experiments"), "-cn", recipe, *given, "-m"]
         done = subprocess.run(command, cwd=self.place, env=env, capture_output=True, text=True, check=False)
         return Ended(done, self.place / name, [run for run in self.runs() if run.info.run_id not in before])
 
@@ -110,6 +111,7 @@ sys.stdin.readline()
 cluster.shutdown()
 """
     env = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": "sqlite:////nowhere/of/the/cluster.db"}
+    env |= {"RAY_raylet_start_wait_time_s": "300"}  # on a busy machine nodes take long to start
     process = subprocess.Popen(
         [sys.executable, "-c", script], cwd="/", env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -133,14 +135,16 @@ def joblib(lab: Lab) -> Ended:
     """Two jobs at a time, one of three refused, timed; the store is new."""
     needs("joblib")
     timed = ["measure.latency=true", "measure.pairs=10", "measure.prompt_tokens=16", "measure.decode_tokens=2"]
-    return lab.sweep("by_joblib", "amount=0.2,1.5,0.4", *timed, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    return lab.sweep("by_joblib", "method=magnitude", "amount=0.2,1.5,0.4", *timed, recipe="parallel")
 
 
 @pytest.fixture(scope="module")
 def submitit(lab: Lab) -> Ended:
     """As on Slurm, but that submitit starts the processes here."""
     needs("submitit")
-    return lab.sweep("by_submitit", "amount=0.3,1.5,0.2", "hydra/launcher=submitit_local")
+    return lab.sweep(
+        "by_submitit", "method=magnitude", "amount=0.3,1.5,0.2", "hydra/launcher=submitit_local", recipe="slurm"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +152,8 @@ def ray(lab: Lab, submitit: Ended) -> Ended:
     """On a running cluster that knows nothing of us; 0.3 was computed before."""
     needs("ray")
     with ray_cluster() as address:
-        by_ray = ["hydra/launcher=ray", f"hydra.launcher.ray.init.address='{address}'"]
-        return lab.sweep("by_ray", "amount=0.3,1.5,0.4,0.1,0.6", *by_ray)
+        at = f"hydra.launcher.ray.init.address='{address}'"
+        return lab.sweep("by_ray", "method=magnitude", "amount=0.3,1.5,0.4,0.1,0.6", at, recipe="ray")
 
 
 @pytest.fixture(params=["joblib", "submitit", "ray"])
