@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from prune_lab import explain, launch, remote
+from prune_lab import explain, interrupt, launch, remote
 from prune_lab.config import build
 from prune_lab.errors import Refused
 from prune_lab.place import Place
@@ -43,6 +43,7 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Opens it. Tracking must work before any work is done, so what fails here ends the program."""
         global _current
+        interrupt.end_on_signals()  # the jobs may be other processes, which must not outlive this one
         tracker = build(config.tracking, "tracking")
         folder = Path(config.hydra.sweep.dir).absolute()
         try:
