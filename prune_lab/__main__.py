@@ -9,13 +9,14 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from prune_lab import config, explain, launch, recipes, sweep
+from prune_lab import config, explain, launch, recipes, remote, sweep
 
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
 @hydra.main(version_base="1.3", config_path=config.CONF_DIR, config_name="config")
-def _job(cfg: DictConfig) -> float | None:
+def _job(cfg: DictConfig) -> float | tuple[float, ...] | None:
+    remote.unpack(HydraConfig.get())
     from prune_lab import job  # imports torch: not before there is a job to run
 
     place = sweep.place_of_job(HydraConfig.get())
@@ -41,7 +42,7 @@ def _run(arguments: list[str]) -> int:
         return end.code if isinstance(end.code, int) else REFUSED
     except Exception as error:
         explain.to_stderr(explain.one_line(error))
-        return REFUSED
+        return FAILED if sweep.close_broken_sweep() else REFUSED
     finally:
         sweep.close_open_sweep()
     return FAILED if sweep.any_job_failed() else OK

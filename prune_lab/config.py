@@ -17,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
+from prune_lab.axes import axis
 from prune_lab.checks import check_amount
 from prune_lab.errors import Refused
 from prune_lab.explain import no_such_key
@@ -52,9 +53,17 @@ class Settings:
     resume: bool = True
     export: bool = False
     quiet: bool = False
+    objectives: tuple[str, ...] = ("quality/perplexity",)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "objectives", tuple(self.objectives))
         check_amount(self.amount)
+        wrong = [name for name in self.objectives if name.count("/") != 1 or axis(name).better is None]
+        if wrong or not self.objectives:
+            raise ValueError(
+                f"objectives={list(self.objectives)} must name metrics that a search can improve, such as "
+                "quality/perplexity, size/disk_mb, latency/decode_speedup"
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} is outside [0, 2^63)")
         if not self.name.strip() or len(self.name) > 250:

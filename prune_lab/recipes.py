@@ -25,7 +25,7 @@ from prune_lab.errors import Refused
 _DATA = re.compile(
     r"mode|verbose"
     r"|sweeper\.(at_most\.[\w/]+|best|low|high|step)"
-    r"|sweeper\.(max_batch_size|n_trials|n_jobs|direction(\.\d+)?|study_name|sampler\.(seed|n_startup_trials))"
+    r"|sweeper\.(max_batch_size|n_trials|n_jobs|direction(\.\d+)?|study_name|sampler\.(seed|n_startup_trials|population_size))"
     r"|launcher\.(n_jobs|timeout_min|cpus_per_task|gpus_per_node|gpus_per_task|mem_gb|nodes|tasks_per_node"
     r"|array_parallelism|partition|max_num_timeout|ray\.(init|remote)\.(num_cpus|num_gpus|max_calls))"
 )
@@ -33,7 +33,7 @@ _FOLDER = re.compile(r"run\.dir|sweep\.(dir|subdir)|launcher\.submitit_folder")
 _GRID = re.compile(r"sweeper\.(params|(grids|candidates)\.\d+)\.")
 _GRID_KEY = re.compile(r"\+{0,2}(?!hydra\b)[A-Za-z_]\w*(\.\w+)*")
 _NAME = re.compile(r"[\w-]+")  # of a recipe or an option: no path, no package
-_CHOICE = re.compile(rf"(override )?({'|'.join(GROUPS)})|override hydra/(launcher|sweeper)")
+_CHOICE = re.compile(rf"(override )?({'|'.join(GROUPS)})|override hydra/(launcher|sweeper(/sampler)?)")
 _REFERENCE = re.compile(r"\$\{\s*\.*[A-Za-z_][\w.]*\s*\}")  # to another key; anything else is a resolver
 _CLOCK = re.compile(r"\$\{now:([^{}]*)\}")
 _ROOT_KEY = re.compile(r"\$\{([A-Za-z_]\w*)\}")
