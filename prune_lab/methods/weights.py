@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from prune_lab.errors import Refused
 from prune_lab.methods.base import LayerRow, Method, Pruned
 from prune_lab.models.anatomy import Anatomy, out_in
-from prune_lab.pruning import allocation, gradients, scores, sensitivity
+from prune_lab.pruning import allocation, scores, sensitivity
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.masks import Masks
 from prune_lab.pruning.selection import Pattern, count_to_remove, keep_global, keep_layer, keep_pattern, keep_rows
@@ -125,7 +125,7 @@ class WeightMethod(Method):
             return
         assert calibrator is not None, "a calibrated method needs a calibrator"
         of_gradients = {
-            field: gradients.saliency(anatomy, calibrator.windows, order, calibrator.console)
+            field: calibrator.saliency(anatomy, order)
             for order, field in enumerate(GRADIENTS, 1)
             if field in self.seen_by_score
         }
@@ -167,8 +167,14 @@ class WeightMethod(Method):
             for name, linear in linears[block]:
                 self.prune_linear(name, linear, amount, seen[name], Pruned())
 
-        walk = self._walk(anatomy, seed, calibrator, dense=True)
-        return sensitivity.scan(anatomy, walk, prune_block, calibrator, amounts)
+        def scan() -> list[list[float]]:
+            walk = self._walk(anatomy, seed, calibrator, dense=True)
+            return sensitivity.scan(anatomy, walk, prune_block, calibrator, amounts)
+
+        keys = asdict(self) | {"amount": None, "allocation": None}
+        of = {"method": keys, "amounts": amounts, "seed": seed}
+        rises: list[list[float]] = calibrator.remember(anatomy, "scan", of, sensitivity.source(type(self)), scan)
+        return rises
 
     def _checked_score(self, name: str, linear: Any, seen: Seen) -> Tensor:
         weight = out_in(linear, linear.weight)
