@@ -156,7 +156,7 @@ def _make(folder: Path, make: Make, held: bool) -> Entry | None:
             with suppress(OSError):  # without locks another process may have been faster: its entry is the same
                 half.rename(folder)
     except OSError as error:
-        if error.errno not in _CANNOT_KEEP:
+        if half.is_dir() and error.errno not in _CANNOT_KEEP:
             raise
         log.warning("%s cannot be kept (%s): it is made for this run alone", folder, error)
         alone = _temporary()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import signal
@@ -378,10 +379,21 @@ def test_a_bound_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, said: 
 def test_where_nothing_can_be_kept_the_run_goes_on(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No folder can be made in /dev/fd."""
+    """No folder can be made in /dev/fd; and a disk that is full says so to who writes."""
+    cache = Path(os.environ["PRUNE_LAB_CACHE"])
+
+    def full(folder: Path) -> dict[str, Any]:
+        if folder.is_relative_to(cache):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return make_text("third")(folder)
+
+    assert read_text("gram", "one", full) == "third"
     monkeypatch.setenv("PRUNE_LAB_CACHE", "/dev/fd/cache")
     assert [read_text("gram", "one", make_text(text)) for text in ("first", "second")] == ["first", "second"]
-    assert "cannot be kept" in caplog.text
+    assert caplog.text.count("cannot be kept") == 3
+    assert [path for path in cache.rglob("*") if path.parent.name != "locks"] == [cache / "gram", cache / "locks"]
+    with pytest.raises(FileNotFoundError, match="of the text"):
+        read_text("gram", "one", lambda folder: {"text": Path("file of the text").read_text()})
 
 
 # The command.
