@@ -193,6 +193,7 @@ class Bench:
             save_model(self.dense, folder)
 
             def lasting() -> dict[str, Any]:
+                """Those that earlier sweeps may have measured."""
                 console.note("measuring the dense model")
                 return asdict(self._lasting_figures(self.dense, folder, console))
 
