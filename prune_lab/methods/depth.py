@@ -74,6 +74,7 @@ def _by_perplexity(anatomy: Anatomy, remove: int, calibrator: Calibrator) -> lis
     with calibrator.console.progress(passes, "trying blocks", unit="pass") as bar:
 
         def without_each() -> list[float]:
+            """The loss without each block that is left."""
             losses = []
             for index in left:
                 with bypassed(anatomy, [*dropped, index]):
