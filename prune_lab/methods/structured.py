@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ class Structured(Method):
             yield from ({name: Seen(random=random) for name, _ in linears} for linears in anatomy.linears_by_block())
             return
         assert calibrator is not None, "a calibrated method needs a calibrator"
-        sums = {
+        sums: dict[str, dict[str, Any]] = {
             field: self._saliency(anatomy, order, calibrator)
             for order, field in enumerate(GRADIENTS, 1)
             if field in needs

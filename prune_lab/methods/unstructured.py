@@ -30,7 +30,7 @@ class Unstructured(WeightMethod):
     @property
     def fixed(self) -> str | None:
         """Magnitudes go by the weight alone."""
-        return self.score if self.score == "magnitude" else None  # type: ignore[comparison-overlap, return-value]
+        return self.score if self.score == "magnitude" else None
 
     def importance(self, weight: Tensor, seen: Seen) -> Tensor:
         """The named score, shape (out, in)."""

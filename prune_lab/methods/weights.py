@@ -140,7 +140,7 @@ class WeightMethod(Method):
                 yield seen
             return
         assert calibrator is not None, "a calibrated method needs a calibrator"
-        of_gradients = {
+        of_gradients: dict[str, dict[str, Any]] = {
             field: calibrator.saliency(anatomy, order)
             for order, field in enumerate(GRADIENTS, 1)
             if field in self.seen_by_score
