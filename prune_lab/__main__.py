@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
+from collections.abc import Callable
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -11,6 +13,7 @@ from omegaconf import DictConfig
 
 from prune_lab import config, explain, launch, recipes, remote, sweep
 
+SUBCOMMANDS = {"cache": "prune_lab.cache_command"}  # first word: the module whose main(arguments) answers
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -29,6 +32,9 @@ def main() -> None:
 
 
 def _run(arguments: list[str]) -> int:
+    if arguments and arguments[0] in SUBCOMMANDS:
+        command: Callable[[list[str]], int] = importlib.import_module(SUBCOMMANDS[arguments[0]]).main
+        return command(arguments[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's refusals reach us as exceptions, to be shown in one line
     config.register_schema()
     try:

@@ -148,7 +148,7 @@ def _compress(
 
     def prune(amount: float) -> Pruned:
         with _stopwatch(seconds, "time/prune_s"):
-            return parts.method.prune(Anatomy(loaded.model), amount, seed, calibrator)
+            return parts.method.prune(Anatomy(loaded.model, bench.facts), amount, seed, calibrator)
 
     training = Training(
         dense=bench.dense,

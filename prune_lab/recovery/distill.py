@@ -48,7 +48,9 @@ class Distill(Finetune):
                 f"recovery.teacher={self.teacher!r} has another tokenizer (vocabulary of {other}) than the model "
                 f"(vocabulary of {mine}): predictions of the same tokens are compared"
             )
-        return {f"teacher_{key}": value for key, value in teacher.fingerprint().items()}
+        if teacher.name not in _fingerprints:
+            _fingerprints[teacher.name] = teacher.fingerprint()
+        return {f"teacher_{key}": value for key, value in _fingerprints[teacher.name].items()}
 
     def recover(self, model: Any, training: Training) -> None:
         """Trains on the mixed loss; the teacher is in eval mode, has no gradients and is not changed."""
@@ -76,11 +78,13 @@ def soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 _teachers: dict[tuple[str, Device], Loaded] = {}
+_fingerprints: dict[str, dict[str, str]] = {}  # of the teacher that is kept
 
 
 def _load(name: str, device: Device) -> Loaded:
     """The teacher of that name: loaded once for the jobs of a sweep; one is kept at a time."""
     if (name, device) not in _teachers:
         _teachers.clear()
+        _fingerprints.clear()
         _teachers[name, device] = HubModel(name=name).load(device, seed=0)
     return _teachers[name, device]
