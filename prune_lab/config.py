@@ -59,6 +59,10 @@ class Settings:
             raise ValueError(f"seed={self.seed} is outside [0, 2^63)")
         if not self.name.strip() or len(self.name) > 250:
             raise ValueError(f"name={self.name[:40]!r} must have 1 to 250 characters: it names the experiment")
+        if not self.name.isprintable():
+            raise ValueError(f"name={self.name[:40]!r} must not hold control characters: it names the experiment")
+        if {"/", "\\"} & set(self.name) or self.name in (".", ".."):
+            raise ValueError(f"name={self.name[:40]!r} must be fit to name a folder: no / or \\, and neither . nor ..")
 
 
 @dataclass(frozen=True)

@@ -89,14 +89,18 @@ def _files(path: str, key: str) -> list[Path]:
     """The files that `path` names, sorted; raises Refused where there are none of a known kind."""
     kinds = ", ".join(_READERS)
     place = Path(path).expanduser()
-    if place.is_dir():
-        found = [file for file in place.rglob("*") if file.suffix in _READERS]
-    elif place.is_file():
-        found = [place]
-    else:
-        found = [Path(name) for name in glob.glob(str(place), recursive=True)]  # noqa: PTH207 (absolute globs)
+    try:
+        if place.is_dir():
+            found = [file for file in place.rglob("*") if file.suffix in _READERS]
+        elif place.is_file():
+            found = [place]
+        else:
+            found = [Path(name) for name in glob.glob(str(place), recursive=True)]  # noqa: PTH207 (absolute globs)
+        found = [file for file in found if file.is_file()]  # no folders, no pipes, no links that lead nowhere
+    except (OSError, ValueError):  # no path at all: too long, or with a NUL
+        found = []
     if not found:
-        raise Refused(f"{key}={path!r} names no file: give a file, a folder or a glob of {kinds}")
+        raise Refused(f"{key}={path[:200]!r} names no file: give a file, a folder or a glob of {kinds}")
     wrong = [file.name for file in found if file.suffix not in _READERS]
     if wrong:
         raise Refused(f"{key}={path!r}: {wrong[0]} is none of {kinds}")
