@@ -35,6 +35,7 @@ class Bad:
     says: tuple[str, ...]
     prepare: Prepare = lambda place: None
     flags: list[str] = field(default_factory=list)
+    small: bool = True  # whether it comes with the small model and text
 
     @property
     def id(self) -> str:
@@ -42,7 +43,7 @@ class Bad:
         return f"{self.group}: {self.name}"
 
 
-# --- Configuration: overrides, and what the message must hold ----------------------------------------------------------
+# --- Configuration: overrides, and what the message must hold ---
 
 LONG = "x" * 251
 _CONFIG: list[tuple[str, tuple[str, ...]]] = [
@@ -62,7 +63,7 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
     ("method=nope", ("method", "nope", "magnitude", "structured")),
     ("dataset=nope", ("dataset", "nope", "stdlib", "text")),
     ("tracking=nope", ("tracking", "nope", "mlflow", "none")),
-    ("method=../model/hf", ("method", "../model/hf")),
+    ("method=../model/hf", ("method._target_", "no option of the group method")),
     ("method=/etc/passwd", ("method", "/etc/passwd")),
     ("nope=1", ("nope", "amount", "seed", "device")),
     ("method.nope=1", ("method.nope", "pattern", "scope")),
@@ -112,11 +113,12 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
     ("recovery=finetune recovery.batch_size=0", ("recovery.batch_size=0", "at least 1")),
     ("recovery=finetune recovery.autocast=fp4", ("recovery.autocast='fp4'", "auto", "bfloat16", "none")),
     ("recovery=distill recovery.temperature=0", ("recovery.temperature=0", "(0, 1000)")),
-    ("recovery=distill recovery.teacher=/nowhere", ("recovery.teacher='/nowhere'", "neither a folder here nor a Hub id")),
+    ("recovery=distill recovery.teacher=/nowhere",
+     ("recovery.teacher='/nowhere'", "neither a folder here nor a Hub id")),
     ("recovery=lora recovery.rank=0", ("recovery.rank=0", "at least 1")),
     ("measure.pairs=3", ("measure.pairs=3", "at least 10")),
     ("measure.max_windows=0", ("measure.max_windows=0", "at least 1")),
-    ("measure.prompt_tokens=1000000000000", ("measure.prompt_tokens=1000000000000", "tokens")),
+    ("measure.lengths=[1000000000000]", ("measure.lengths=[1000000000000]", "context of 128")),
     ("measure.batch_sizes=[-1]", ("measure.batch_sizes=[-1]", "at least 1")),
     ("measure.tasks=[nope]", ("measure.tasks", "nope")),
     ("dataset.seq_len=1", ("dataset.seq_len=1", "at least 2")),
@@ -150,7 +152,7 @@ CONFIG += [
 ]  # fmt: skip
 
 
-# --- Recipes: a file, options beside it, and what the message must hold -------------------------------------------------
+# --- Recipes: a file, options beside it, and what the message must hold ---
 # Where one could act, it would make PLACE/made.
 
 MKDIR = "{_target_: os.mkdir, path: PLACE/made}"
@@ -158,8 +160,14 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
 )
 _RECIPES: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
-    "a callback": (f"hydra: {{callbacks: {{evil: {MKDIR}}}}}", ("hydra.callbacks.evil._target_='os.mkdir'", "not allowed")),
-    "a callback in the place of ours": (f"hydra: {{callbacks: {{sweep: {MKDIR}}}}}", ("hydra.callbacks.sweep", "not allowed")),
+    "a callback": (
+        f"hydra: {{callbacks: {{evil: {MKDIR}}}}}",
+        ("hydra.callbacks.evil._target_='os.mkdir'", "not allowed"),
+    ),
+    "a callback in the place of ours": (
+        f"hydra: {{callbacks: {{sweep: {MKDIR}}}}}",
+        ("hydra.callbacks.sweep", "not allowed"),
+    ),
     "the environment": (
         "hydra: {job: {env_set: {PRUNE_LAB_ALLOW: os}}}\nmethod: {_target_: os.mkdir}",
         ("hydra.job.env_set.PRUNE_LAB_ALLOW='os'", "not allowed"),
@@ -171,7 +179,10 @@ _RECIPES: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "a callback in the grid": (
         f"hydra: {{sweeper: {{params: {{+hydra.callbacks.x: '{MKDIR}'}}}}}}", ("hydra.sweeper.params", "not allowed"),
     ),
-    "a log handler": ("hydra: {job_logging: {handlers: {file: {filename: PLACE/made}}}}", ("hydra.job_logging", "not allowed")),
+    "a log handler": (
+        "hydra: {job_logging: {handlers: {file: {filename: PLACE/made}}}}",
+        ("hydra.job_logging", "not allowed"),
+    ),
     "a run folder elsewhere": ("hydra: {run: {dir: PLACE/made}}", ("hydra.run.dir", "not allowed")),
     "a sweep folder above": ("hydra: {sweep: {dir: ../made}}", ("hydra.sweep.dir='../made'", "not allowed")),
     "a run folder by the name": (
@@ -183,7 +194,7 @@ _RECIPES: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "reading it inside a part": ("dataset: {path: 'x${oc.env:HOME}'}", ("${oc.env:HOME}", "may not read the machine")),
     "a foreign part": ("method: {_target_: os.mkdir}", ("method._target_='os.mkdir'", "not allowed")),
     "a foreign part by way of ours": (
-        "method: {_target_: prune_lab.config.os.mkdir}", ("method._target_='prune_lab.config.os.mkdir'", "not allowed"),
+        "method: {_target_: prune_lab.config.os.mkdir}", ("method._target_='prune_lab.config.os.mkdir'", "allowed are"),
     ),
     "a Python object": ("name: !!python/object/apply:os.mkdir [PLACE/made]", ("recipe x", "YAML", "python/object")),
     "a YAML bomb": (BOMB, ("recipe x", "alias")),
@@ -194,13 +205,17 @@ _RECIPES: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "the same key twice": ("amount: 0.1\namount: 0.2", ("recipe x", "YAML", "amount")),
     "not UTF-8": (b"name: caf\xe9", ("recipe x", "UTF-8")),
     "a control character": ('name: "a\\0b"', ("name='a\\x00b'", "control")),
-    "a model's name with a NUL": ('model: {name: "a\\0b"}', ("model.name='a\\x00b'", "neither a folder here nor a Hub id")),
-    "a text's path with a NUL": ('dataset: {path: "a\\0b"}', ("dataset.path='a\\x00b'", "names no file")),
+    "a teacher's name with a NUL": (
+        'recovery: {teacher: "a\\0b"}',
+        ("recovery.teacher='a\\x00b'", "neither a folder here nor a Hub id"),
+    ),
+    "a text's path with a NUL": ('dataset: {test_path: "a\\0b"}', ("dataset.test_path='a\\x00b'", "names no file")),
     "a list": ("- amount", ("recipe x",)),
     "a pattern as a number": ("method: {pattern: 2:4}", ("method.pattern=", "124", "quote")),
     "a wrong value": ("amount: 7", ("amount=7.0", "[0, 1)")),
     "an endless grid": (
-        "hydra: {mode: MULTIRUN, sweeper: {params: {seed: 'range(1000000000)'}}}", ("hydra.sweeper.params", "10000 jobs"),
+        "hydra: {mode: MULTIRUN, sweeper: {params: {seed: 'range(1000000000)'}}}",
+        ("hydra.sweeper.params", "10000 jobs"),
     ),
     "a part that is no mapping": ("method: magnitude", ("method",)),
     "a default elsewhere": ("", ("defaults", "/etc/passwd")),
@@ -208,6 +223,8 @@ _RECIPES: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
 }  # fmt: skip
 _HEADS = {
     "a list": "",
+    "a teacher's name with a NUL": "defaults: [config, override recovery: distill, _self_]",
+    "a text's path with a NUL": "defaults: [config, override dataset: text, _self_]",
     "a default elsewhere": "defaults: [config, /etc/passwd, _self_]",
     "a default of Hydra": "defaults: [config, override hydra/job_logging: none, _self_]",
 }
@@ -255,7 +272,7 @@ RECIPES += [
     for name, (text, says) in _OPTIONS.items()
 ]  # fmt: skip
 RECIPES += [
-    Bad("recipe", "options in a loop of links", [], ("method/a", "link"), _links_to_itself, _FLAGS),
+    Bad("recipe", "options in a loop of links", [], ("is a link to a folder",), _links_to_itself, _FLAGS),
     Bad("recipe", "no such folder", [], ("-cd nowhere", "no such folder"), flags=["-cd", "nowhere"]),
     Bad("recipe", "another configuration", [], ("-cp", "-cd"), flags=["-cp", "nowhere"]),
     Bad("recipe", "no such name", [], ("nowhere",), flags=["-cn", "nowhere"]),
@@ -266,7 +283,7 @@ RECIPES += [
 ]  # fmt: skip
 
 
-# --- Data: files in PLACE, an override, and what the message must hold --------------------------------------------------
+# --- Data: files in PLACE, an override, and what the message must hold ---
 
 
 def _file(name: str, content: bytes) -> Prepare:
@@ -277,7 +294,9 @@ def _parquet(place: Path, rows: dict[str, list[Any]]) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table({name: pa.array(values, pa.string()) for name, values in rows.items()}), place / "a.parquet")
+    pq.write_table(
+        pa.table({name: pa.array(values, pa.string()) for name, values in rows.items()}), place / "a.parquet"
+    )
     return place / "a.parquet"
 
 
@@ -371,14 +390,16 @@ DATA += [
     Bad("data", "calibration text that is absent",
         ["method=wanda", "dataset.calibration.source=text", "dataset.calibration.name=PLACE/absent"],
         ("dataset.calibration.name='PLACE/absent'", "names no file")),
-    Bad("data", "a corpus whose folder is empty", ["dataset=wikitext2", "~dataset.path", "dataset.name=PLACE/model"],
-        ("dataset.name='PLACE/model'", "wikitext-2-raw-v1/train")),
+    Bad("data", "a corpus whose folder is another", ["model=hf", "model.name=PLACE/model", "dataset=wikitext2",
+        "dataset.name=PLACE/model"], ("dataset.name='PLACE/model'", "wikitext-2-raw-v1/train"), small=False),
+    Bad("data", "a corpus of no possible name", ["model=hf", "model.name=PLACE/model", "dataset=c4",
+        "dataset.name=../../c4"], ("dataset.name='../../c4'", "neither a folder here nor a Hub id"), small=False),
     Bad("data", "a store that is no database", [], ("tracking", "mlflow.db", "not a database"),
         _file("mlflow.db", b"this is no database " * 300)),
 ]  # fmt: skip
 
 
-# --- Checkpoints: what is done to PLACE/model, and what the message must hold ------------------------------------------
+# --- Checkpoints: what is done to PLACE/model, and what the message must hold ---
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
@@ -491,7 +512,8 @@ _CHECKPOINTS: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     "a pickle": (_pickle("pytorch_model.bin", keep=False), ("model.name=", "pytorch_model.bin", "safetensors")),
     "a pickle named as safetensors": (_pickle("model.safetensors", keep=False), _NOT_LOADED),
     "an index of pickles": (
-        _index("pytorch_model.bin"), ("model.name=", "model.safetensors.index.json", "pytorch_model.bin", "*.safetensors"),
+        _index("pytorch_model.bin"),
+        ("model.name=", "model.safetensors.index.json", "pytorch_model.bin", "*.safetensors"),
     ),
     "an index that leaves the folder": (
         _index("../elsewhere.safetensors"), ("model.name=", "model.safetensors.index.json", "../elsewhere.safetensors"),
@@ -517,7 +539,10 @@ _CHECKPOINTS: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     "with a broken tokenizer": (_text("tokenizer.json", '{"version": "1.0", '), ("model.name=", "tokenizer.json")),
     "with an empty tokenizer": (_text("tokenizer.json", "{}"), ("model.name=", "tokenizer.json")),
     "with a tokenizer that is code": (_tokenizer_code, ("model.name=", "tokenizer.json")),
-    "with a tokenizer of another model": (_other_tokenizer, ("tokenizer", "vocabulary has 300", "do not belong together")),
+    "with a tokenizer of another model": (
+        _other_tokenizer,
+        ("tokenizer", "vocabulary has 300", "do not belong together"),
+    ),
 }  # fmt: skip
 
 

@@ -50,8 +50,8 @@ def check_attention(config: Any, name: str) -> None:
     asked = getattr(config, "_attn_implementation", None)
     if asked is not None and asked not in _ATTENTION:
         raise Refused(
-            f"model.name={name!r}: its config.json asks for attn_implementation={str(asked)[:80]!r}, which could be code "
-            f"from the Hub: allowed are {', '.join(_ATTENTION)}; take it out of config.json"
+            f"model.name={name!r}: its config.json asks for attn_implementation={str(asked)[:80]!r}, which could be "
+            f"code from the Hub: allowed are {', '.join(_ATTENTION)}; take it out of config.json"
         )
 
 
@@ -68,12 +68,14 @@ def _check_shards(folder: Path, name: str) -> None:
     if not (folder / file).is_file():
         return
     try:
-        shards = {str(shard) for shard in json.loads((folder / file).read_text(encoding="utf-8"))["weight_map"].values()}
+        index = json.loads((folder / file).read_text(encoding="utf-8"))
+        shards = {str(shard) for shard in index["weight_map"].values()}
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{name}: {file} cannot be read ({error})") from error
     if foreign := sorted(shard for shard in shards if Path(shard).name != shard or not shard.endswith(".safetensors")):
         raise ValueError(f"{name}: {file} names {foreign[0][:80]!r}: only *.safetensors of the same folder are read")
     if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
         raise ValueError(
-            f"{name} lacks {', '.join(missing[:3])}, which its {file} names: the download is not complete; fetch it again"
+            f"{name} lacks {', '.join(missing[:3])}, which its {file} names: the download is not complete; fetch it "
+            "again"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 
 from prune_lab.device import Device
 from prune_lab.errors import Refused
-from prune_lab.hub import cached_file, check_reachable, commit_of, why_not
+from prune_lab.hub import as_folder, cached_file, check_reachable, commit_of, is_hub_id, why_not
 from prune_lab.models import folder as folders
 from prune_lab.models.anatomy import family_of
 from prune_lab.models.folder_check import check_attention, check_folder
@@ -21,7 +20,6 @@ from prune_lab.text.encode import tokenizer_sha256
 
 TINY = Path(__file__).parent / "tiny"
 WEIGHTS = ("pretrained", "random")
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 @dataclass
@@ -80,27 +78,18 @@ class HubModel(ModelSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.name and self._is_folder:
-            check_folder(self._folder, self.weights)
-        elif not _HUB_ID.fullmatch(self.name):
-            raise ValueError(f"name={self.name[:200]!r} is neither a folder here nor a Hub id such as Qwen/Qwen2.5-0.5B")
-
-    @property
-    def _folder(self) -> Path:
-        return Path(self.name).expanduser()
-
-    @property
-    def _is_folder(self) -> bool:
-        try:
-            return self._folder.is_dir()
-        except (OSError, ValueError):  # no path at all: too long, or with a NUL
-            return False
+        if (folder := as_folder(self.name)) is not None:
+            check_folder(folder, self.weights)
+        elif not is_hub_id(self.name):
+            raise ValueError(
+                f"name={self.name[:200]!r} is neither a folder here nor a Hub id such as Qwen/Qwen2.5-0.5B"
+            )
 
     def load(self, device: Device, seed: int) -> Loaded:
         """Loads from the folder, else from the Hub or its cache on this machine."""
-        if self._is_folder:
-            loaded = _load(str(self._folder), None, self.weights, self.name, device, seed)
-            loaded.licence = licence_of(self._folder / "README.md")
+        if (folder := as_folder(self.name)) is not None:
+            loaded = _load(str(folder), None, self.weights, self.name, device, seed)
+            loaded.licence = licence_of(folder / "README.md")
             return loaded
         if cached_file(self.name, "config.json", self.revision) is None:
             check_reachable("model.name", self.name)
