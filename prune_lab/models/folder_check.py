@@ -45,8 +45,9 @@ def check_folder(folder: Path, weights: str) -> None:
         _check_shards(folder, name)
 
 
-def check_attention(config: Any, name: str) -> None:
-    """Refuses a config of transformers that would have attention fetched from the Hub, as code."""
+def check_config(config: Any, name: str) -> None:
+    """Refuses a config of transformers with absurd sizes, or one that would have code for attention fetched."""
+    _check_sizes(config.to_dict(), f"name={name!r}")
     asked = getattr(config, "_attn_implementation", None)
     if asked is not None and asked not in _ATTENTION:
         raise Refused(

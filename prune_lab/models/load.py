@@ -14,7 +14,7 @@ from prune_lab.errors import Refused
 from prune_lab.hub import as_folder, cached_file, check_reachable, commit_of, is_hub_id, why_not
 from prune_lab.models import folder as folders
 from prune_lab.models.anatomy import family_of
-from prune_lab.models.folder_check import check_attention, check_folder
+from prune_lab.models.folder_check import check_config, check_folder
 from prune_lab.models.low_bits import count_weights
 from prune_lab.text.encode import tokenizer_sha256
 
@@ -126,7 +126,7 @@ def _load(source: str, revision: str | None, weights: str, name: str, device: De
     try:
         config = AutoConfig.from_pretrained(source, **place)
         family_of(config.model_type)
-        check_attention(config, name)
+        check_config(config, name)
         tokenizer = _load_tokenizer(source, place, name)
         model = _build(source, config, weights, place, device, seed)
     except Refused:
