@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import ceil
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +56,16 @@ def _check_shape(text: str, where: str) -> None:
 
 def check_grid(grid: dict[str, Any], where: str) -> None:
     """Refuses a grid of more jobs than anyone can mean: Hydra would list them all before the first."""
-    jobs, parser = 1, OverridesParser.create()
+    jobs, parser = 1.0, OverridesParser.create()
     for key, value in grid.items():
         try:
             choices = parser.parse_override(f"{key}={value}").value()
         except HydraException:  # Hydra will say what is wrong with it
             continue
         if isinstance(choices, RangeSweep):
-            jobs *= max(1, ceil((float(choices.stop or 0) - float(choices.start or 0)) / float(choices.step)))
+            start, stop, step = float(choices.start or 0), float(choices.stop or 0), float(choices.step)
+            jobs *= max(1, (stop - start) / step) if step else inf
         else:
             jobs *= len(getattr(choices, "list", [choices]))
-    if jobs > MOST_JOBS:
-        raise Refused(f"{where} makes {jobs} jobs: a recipe's grid has {MOST_JOBS} jobs at most")
+    if not jobs <= MOST_JOBS:  # NaN is no number of jobs either
+        raise Refused(f"{where} makes {jobs:g} jobs: a recipe's grid has {MOST_JOBS} jobs at most")

@@ -217,6 +217,10 @@ _RECIPES: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
         "hydra: {mode: MULTIRUN, sweeper: {params: {seed: 'range(1000000000)'}}}",
         ("hydra.sweeper.params", "10000 jobs"),
     ),
+    "a grid without a step": (
+        "hydra: {sweeper: {params: {seed: 'range(0,1,0)'}}}",
+        ("hydra.sweeper.params", "10000 jobs"),
+    ),
     "a part that is no mapping": ("method: magnitude", ("method",)),
     "a default elsewhere": ("", ("defaults", "/etc/passwd")),
     "a default of Hydra": ("", ("defaults", "job_logging", "not allowed")),
