@@ -26,7 +26,7 @@ from mlflow import MlflowClient
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PATIENCE = 180  # seconds for the server to come up and for each step of the page, on a machine that is busy
+PATIENCE = 300  # seconds for the server to come up and for each step of the page, on a machine that is busy
 
 
 @pytest.fixture
