@@ -47,7 +47,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
     parts.post.check(device)
     check_acceleration(parts.measure.accelerate, device)
     devices.seed_all(settings.seed)
-    world = join(device.is_cuda)
+    world = join(device)
     console.note("loading model and text")
     seed_of_weights = settings.seed if parts.model.weights == "random" else 0
     bench = open_bench(parts.model, parts.dataset, parts.measure, device, seed_of_weights, console)
