@@ -38,6 +38,7 @@ def _run(arguments: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's refusals reach us as exceptions, to be shown in one line
     config.register_schema()
     try:
+        explain.check_text(arguments)
         recipes.check(arguments)
         sys.argv[1:] = launch.for_this_process(arguments)
         _job()

@@ -14,7 +14,7 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from prune_lab import explain, interrupt, launch, remote
 from prune_lab.config import build
@@ -63,12 +63,13 @@ class SweepCallback(Callback):
 def place_of_job(hydra_config: Any) -> Place:
     """The place of the job that Hydra is running."""
     in_sweep = hydra_config.mode == RunMode.MULTIRUN
+    overrides: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)  # as typed, ${...} and all
     return Place(
         folder=Path(hydra_config.runtime.output_dir),
         sweep=Path(hydra_config.sweep.dir).absolute() if in_sweep else None,
         job=str(hydra_config.job.num) if in_sweep else "",
         choices={key: str(value) for key, value in hydra_config.runtime.choices.items() if "hydra" not in key},
-        overrides=[str(override) for override in hydra_config.overrides.task],
+        overrides=[str(override) for override in overrides],
         recipe=str(hydra_config.job.config_name),
     )
 

@@ -36,6 +36,13 @@ class Distill(Finetune):
             raise ValueError(f"temperature={self.temperature} is outside (0, 1000)")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha} is outside [0, 1]")
+        if self.teacher is not None:
+            try:
+                HubModel(name=self.teacher)
+            except Refused:
+                raise
+            except ValueError as error:  # it speaks of its own key
+                raise ValueError(str(error).replace("name=", "teacher=", 1)) from error
 
     def hashes(self, dense: Loaded, device: Device) -> dict[str, str]:
         """sha256 of the teacher, where it is not the dense model; raises Refused where its tokenizer is another."""
