@@ -9,14 +9,14 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from prune_lab import config, explain, launch, recipes, sweep
+from prune_lab import config, explain, launch, recipes, sweep, usage
 
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
 @hydra.main(version_base="1.3", config_path=config.CONF_DIR, config_name="config")
 def _job(cfg: DictConfig) -> float | None:
-    from prune_lab import job  # imports torch: not before there is a job to run
+    from prune_lab import job  # not before there is a job to run
 
     place = sweep.place_of_job(HydraConfig.get())
     return job.run(lambda: config.build_parts(cfg), config.plain(cfg), place)
@@ -32,7 +32,7 @@ def _run(arguments: list[str]) -> int:
     config.register_schema()
     try:
         recipes.check(arguments)
-        sys.argv[1:] = launch.for_this_process(arguments)
+        sys.argv[1:] = launch.for_this_process(usage.answer(arguments))
         _job()
     except KeyboardInterrupt:
         explain.to_stderr("interrupted")
