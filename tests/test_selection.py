@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from prune_lab.pruning import thresholds
 from prune_lab.pruning.selection import (
     Pattern,
     count_to_remove,
@@ -16,7 +17,7 @@ from prune_lab.pruning.selection import (
     keep_pattern,
     keep_rows,
 )
-from prune_lab.pruning.thresholds import at_once, cuts
+from prune_lab.pruning.thresholds import cuts
 
 
 def naive_keep(scores: torch.Tensor, remove: int) -> torch.Tensor:
@@ -73,19 +74,19 @@ def test_signs_zeros_and_infinities_rank_as_numbers(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("steps", [3, 400])
-def test_large_matrices_are_cut_where_a_stable_sort_cuts_them(dtype: torch.dtype, steps: int) -> None:
-    """Larger than what is looked at together, so that ties lie in several parts of it."""
-    scores = torch.rand(700, 800, generator=torch.Generator().manual_seed(3)).mul(steps).ceil().to(dtype)
-    assert scores.numel() > 2 * at_once(scores)
-    order, by_row = scores.flatten().sort(stable=True).indices, scores.sort(dim=1, stable=True).indices
+def test_a_matrix_is_cut_alike_however_much_is_looked_at_together(
+    dtype: torch.dtype, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ties lie in several parts of it."""
+    monkeypatch.setattr(thresholds, "AT_ONCE", 100)
+    scores = torch.rand(30, 40, generator=torch.Generator().manual_seed(3)).mul(steps).ceil().to(dtype)
     for amount in (0.001, 0.45, 0.9):
-        expected = torch.ones(scores.numel(), dtype=torch.bool)
-        expected[order[: count_to_remove(scores.numel(), amount)]] = False
-        assert torch.equal(keep_layer(scores, amount).flatten(), expected)
-        assert torch.equal(torch.cat(keep_global(list(scores.split(90)), amount)).flatten(), expected)
-        remove = count_to_remove(800, amount)
-        rows = torch.ones_like(scores, dtype=torch.bool).scatter_(1, by_row[:, :remove], False)
-        assert torch.equal(keep_rows(scores, remove), rows)
+        expected, of_row = naive_keep(scores, count_to_remove(scores.numel(), amount)), count_to_remove(40, amount)
+        assert torch.equal(keep_layer(scores, amount), expected)
+        assert torch.equal(torch.cat(keep_global(list(scores.split(7)), amount)), expected)
+        assert torch.equal(keep_rows(scores, of_row), torch.stack([naive_keep(row, of_row) for row in scores]))
+    expected = torch.stack([naive_keep(group, 2) for group in scores.view(-1, 4)]).view(scores.shape)
+    assert torch.equal(keep_pattern(scores, Pattern(2, 4)), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
