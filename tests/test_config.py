@@ -522,3 +522,17 @@ def test_a_refused_recipe_does_nothing(tmp_path: Path, cli: Cli) -> None:
     assert re.match(r"prune_lab: recipe recipe: hydra\.callbacks\.x", done.stderr), done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r"]
+
+
+def test_help_lists_every_option_and_the_keys_as_they_are_now(cli: Cli, tmp_path: Path) -> None:
+    """Options of the recipe's folder too."""
+    (tmp_path / "r" / "method").mkdir(parents=True)
+    (tmp_path / "r" / "method" / "own.yaml").write_text("_target_: prune_lab.methods.magnitude.Magnitude\n")
+    shown = cli("--help", "-cd", "r", "method=wanda", "amount=0.3")
+    assert shown.returncode == 0, shown.stderr
+    lines = shown.stdout.splitlines()
+    for group in config.GROUPS:
+        options = {path.stem for path in (ROOT / "conf" / group).iterdir()} | ({"own"} if group == "method" else set())
+        assert f"{group}: {', '.join(sorted(options))}" in lines
+    assert "amount: 0.3" in lines
+    assert "  _target_: prune_lab.methods.wanda.Wanda" in lines

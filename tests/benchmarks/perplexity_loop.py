@@ -23,7 +23,7 @@ from prune_lab.models.load import Tiny
 from prune_lab.text.stdlib import Stdlib
 from prune_lab.text.tokens import Tokens
 
-WINDOWS, BATCH, REPEATS = 32, 8, 7
+WINDOWS, BATCH, REPEATS = 32, 8, 5
 
 
 @torch.no_grad()

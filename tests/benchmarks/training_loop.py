@@ -26,7 +26,7 @@ from prune_lab.recovery.order import WindowOrder
 from prune_lab.text.stdlib import Stdlib
 from prune_lab.text.tokens import Tokens
 
-STEPS, BATCH, SEQ_LEN, REPEATS = 4, 8, 256, 5
+STEPS, BATCH, SEQ_LEN, REPEATS = 4, 8, 256, 3
 
 
 def bare(model: torch.nn.Module, tokens: Tokens) -> None:
