@@ -16,13 +16,14 @@ import torch
 
 from prune_lab import device as devices
 from prune_lab.console import Console
+from prune_lab.methods.base import Pruned
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import Tiny
-from prune_lab.pruning.masks import Masks
 from prune_lab.recovery.base import Training
 from prune_lab.recovery.finetune import Finetune, next_token_loss
 from prune_lab.recovery.order import WindowOrder
+from prune_lab.schedules import Event
 from prune_lab.text.stdlib import Stdlib
 from prune_lab.text.tokens import Tokens
 
@@ -51,7 +52,7 @@ if __name__ == "__main__":
     tokens = Tokens(Stdlib().corpus(), loaded.tokenizer)
     tokens.stream("train")
     masks = Magnitude(amount=0.5).prune(Anatomy(loaded.model), 0.5, seed=0).masks
-    recipe = Finetune(steps=STEPS, batch_size=BATCH, checkpoint_every=10**6)
+    recipe = Finetune(steps=STEPS, batch_size=BATCH, checkpoint_every=10**6, validate_every=0)
     names = ("bare", "ours", "ours with masks")
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as place:
@@ -61,12 +62,19 @@ if __name__ == "__main__":
                 if name == "bare":
                     bare(loaded.model, tokens)
                 else:
-                    held = masks if "masks" in name else Masks()
-                    checkpoint = Path(place) / "none.safetensors"
-                    recipe.recover(
-                        loaded.model,
-                        Training(tokens, SEQ_LEN, held, device, 0, Console(), checkpoint, lambda step, figures: None),
+                    training = Training(
+                        dense=loaded,
+                        tokens=tokens,
+                        seq_len=SEQ_LEN,
+                        events=[Event(0, 0.5)] if "masks" in name else [],
+                        prune=lambda amount: Pruned(masks=masks),
+                        device=device,
+                        seed=0,
+                        console=Console(),
+                        checkpoint=Path(place) / "none.safetensors",
+                        log=lambda step, figures: None,
                     )
+                    recipe.recover(loaded.model, training)
                 if repeat:  # the first is the warm-up
                     seconds[name].append((time.perf_counter() - began[0], time.process_time() - began[1]))
     print(f"torch {torch.__version__}, threads: {torch.get_num_threads()}\n")
