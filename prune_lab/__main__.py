@@ -11,7 +11,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from prune_lab import config, explain, launch, recipes, remote, sweep
+from prune_lab import config, explain, launch, recipes, remote, sweep, usage
 
 SUBCOMMANDS = {"cache": "prune_lab.cache_command"}  # first word: the module whose main(arguments) answers
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
@@ -20,7 +20,7 @@ OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 @hydra.main(version_base="1.3", config_path=config.CONF_DIR, config_name="config")
 def _job(cfg: DictConfig) -> float | tuple[float, ...] | None:
     remote.unpack(HydraConfig.get())
-    from prune_lab import job  # imports torch: not before there is a job to run
+    from prune_lab import job  # not before there is a job to run
 
     place = sweep.place_of_job(HydraConfig.get())
     return job.run(lambda: config.build_parts(cfg), config.plain(cfg), place)
@@ -40,7 +40,7 @@ def _run(arguments: list[str]) -> int:
     try:
         explain.check_text(arguments)
         recipes.check(arguments)
-        sys.argv[1:] = launch.for_this_process(arguments)
+        sys.argv[1:] = launch.for_this_process(usage.answer(arguments))
         _job()
     except KeyboardInterrupt:
         explain.to_stderr("interrupted")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from typing import Any
 
-from prune_lab import explain, interrupt, launch, outcome, runner
+from prune_lab import explain, interrupt, launch
 from prune_lab.config import Parts
 from prune_lab.console import Console
 from prune_lab.errors import Refused
@@ -27,7 +27,9 @@ def run(build: Callable[[], Parts], config: dict[str, Any], place: Place) -> flo
     """
     interrupt.end_on_signals()
     try:
-        parts = build()
+        parts = build()  # what is refused here need not wait for what a run imports
+        from prune_lab import outcome, runner
+
         console = Console(parts.settings.quiet)
         if place.sweep is not None:
             console.note(f"\njob {place.job}: {' '.join(place.overrides)}")

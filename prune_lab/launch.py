@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 
 
 def size() -> int:
@@ -30,6 +29,8 @@ def for_this_process(arguments: list[str]) -> list[str]:
     """The command line as this process is to run it: the first records the run, the others only help to train."""
     if rank() == 0:
         return arguments
+    import tempfile
+
     folder = tempfile.mkdtemp(prefix="prune_lab-")
     helping = ["tracking=none", "quiet=true", "export=false", f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
     given = [number for number, word in enumerate(arguments) if "=" in word and not word.startswith("-")]
