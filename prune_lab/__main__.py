@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
+from contextlib import suppress
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from prune_lab import config, explain, launch, recipes, sweep
+from prune_lab import config, explain, interrupt, launch, recipes, sweep
 
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+SUBCOMMANDS = {"sync": "prune_lab.sync"}  # the first word -> a module with main(arguments) -> exit code
 
 
 @hydra.main(version_base="1.3", config_path=config.CONF_DIR, config_name="config")
@@ -24,11 +27,15 @@ def _job(cfg: DictConfig) -> float | None:
 
 def main() -> None:
     """Runs a command line and leaves with its exit code (README, "Exit codes")."""
-    sys.exit(_run(sys.argv[1:]))
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] in SUBCOMMANDS:
+        sys.exit(importlib.import_module(SUBCOMMANDS[arguments[0]]).main(arguments[1:]))
+    sys.exit(_run(arguments))
 
 
 def _run(arguments: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's refusals reach us as exceptions, to be shown in one line
+    interrupt.end_on_signals()
     config.register_schema()
     try:
         recipes.check(arguments)
@@ -43,7 +50,8 @@ def _run(arguments: list[str]) -> int:
         explain.to_stderr(explain.one_line(error))
         return REFUSED
     finally:
-        sweep.close_open_sweep()
+        with suppress(KeyboardInterrupt, SystemExit):  # asked for again
+            sweep.close_open_sweep()
     return FAILED if sweep.any_job_failed() else OK
 
 

@@ -17,6 +17,7 @@ from prune_lab.console import Console
 from prune_lab.device import Device
 from prune_lab.errors import Refused
 from prune_lab.export import save_model
+from prune_lab.files import mark
 from prune_lab.measure.macs import Macs, count_macs
 from prune_lab.measure.memory import measure_memory
 from prune_lab.measure.perplexity import Quality, measure_quality
@@ -155,7 +156,7 @@ class Bench:
                 self._baseline = _read_figures(stored)
             else:
                 console.note("measuring the dense model")
-                with tempfile.TemporaryDirectory() as place:
+                with tempfile.TemporaryDirectory(suffix=mark()) as place:
                     folder = Path(place) / "dense"
                     save_model(self.dense, folder)
                     self._baseline = self.figures(self.dense, folder, console)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from prune_lab.device import Device, native_bfloat16
@@ -169,7 +170,10 @@ class _Loop:
     def _save(self, step: int) -> None:
         kept = {"rewind": self.rewinder.kept, "best": self.validation.kept}
         state = self.model, self.optimizer, self.training.pruned
-        checkpoint.save(self.training.checkpoint, step, *state, kept=kept, best=self.validation.remembered)
+        try:
+            checkpoint.save(self.training.checkpoint, step, *state, kept=kept, best=self.validation.remembered)
+        except (OSError, SafetensorError) as error:  # a full disk, say: the training itself does not need it
+            self.training.say(f"no checkpoint at step {step}: {error}")
 
 
 def uses_autocast(setting: str, device: Device) -> bool:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import shutil
-import uuid
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from prune_lab.files import half_of
 
 log = logging.getLogger(__name__)
 TOKENS, STARTS, FACTS = "tokens.i32", "starts.i64", "facts.json"
@@ -47,7 +48,7 @@ def stored_tokens(folder: Path, key: str, make: Callable[[], Iterator[Run]]) -> 
 
 
 def _write(entry: Path, runs: Iterator[Run]) -> None:
-    half = entry.with_name(f".{entry.name}.{uuid.uuid4().hex[:8]}.tmp")
+    half = half_of(entry)
     half.mkdir(parents=True)
     try:
         digest, starts, n_bytes, largest = hashlib.sha256(), array("q", [0]), 0, -1
