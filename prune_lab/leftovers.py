@@ -12,9 +12,10 @@ from prune_lab.place import Place
 
 
 def remove(place: Place) -> None:
-    """Looks in the cache folder, the folder for temporary files, and where runs are kept; each once in a process."""
+    """Looks in the cache folder, where runs are kept, and where temporary files lie; each once in a process."""
     _once(cache_folder())
     _once(_root(place.sweep or place.folder))
+    _once(Path.cwd(), deep=False)  # where a store may have been made
     _once(Path(tempfile.gettempdir()), deep=False)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.explain import one_line
+from prune_lab.files import mark
 from prune_lab.interrupt import whole
 from prune_lab.place import Place
 from prune_lab.summary import Summary, from_dict
@@ -26,6 +27,7 @@ from prune_lab.tracking.params import params_of, run_name
 
 PARENT, SWEEP = "mlflow.parentRunId", "prune_lab.sweep"
 FINGERPRINT, REUSED = "prune_lab.fingerprint", "prune_lab.reused_from"
+NOTE = "mlflow.note.content"  # what the UI shows of a run as its description
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,10 @@ class Mlflow(Tracker):
         try:
             try:
                 client, experiment = connect(name)
-                _reconcile(client, experiment)
+                reconcile(client, experiment)
                 with whole():
                     tags = {FINGERPRINT: summary.fingerprint}
-                    log.begin(client, _create_run(client, experiment, summary, place, tags))
+                    log.begin(client, create_run(client, experiment, summary, place, tags))
             except Exception as error:
                 if place.sweep is None:
                     raise
@@ -77,7 +79,7 @@ class Mlflow(Tracker):
         try:
             client, experiment = connect(name)
             with whole():
-                run_id = _create_run(client, experiment, summary, place, {REUSED: summary.reused_from or ""})
+                run_id = create_run(client, experiment, summary, place, {REUSED: summary.reused_from or ""})
                 log_metrics(client, run_id, summary.metrics)
                 end(client, run_id, "FINISHED", None)
         except Exception as error:  # the result itself stands in the store already
@@ -88,19 +90,19 @@ class Mlflow(Tracker):
         client, experiment = connect(name)
         tags = {SWEEP: str(folder), **owner_tags()}
         with reaching():
-            _reconcile(client, experiment)
+            reconcile(client, experiment)
             client.create_run(experiment, run_name=f"sweep {folder.parent.name} {folder.name}", tags=tags)
 
     def close_sweep(self, name: str, folder: Path, status: str, summaries: list[Summary]) -> list[str]:
         """Ends the parent with its comparison (files, and the leaderboard as its note) and the dense figures."""
         client, experiment = connect(name)
-        parent = _parent(client, experiment, folder)
+        parent = find_parent(client, experiment, folder)
         assert parent is not None, "open_sweep comes first"
         for file in ("results.json", "results.md", "pareto.png", "report.html"):
             if (folder / file).exists():
                 client.log_artifact(parent, str(folder / file))
         if (folder / "results.md").exists():
-            client.set_tag(parent, "mlflow.note.content", (folder / "results.md").read_text(encoding="utf-8"))
+            client.set_tag(parent, NOTE, (folder / "results.md").read_text(encoding="utf-8"))
         log_metrics(client, parent, _shared_dense_figures(summaries))
         children = client.search_runs([experiment], f"tags.`{PARENT}` = '{parent}'")
         for child in children:
@@ -112,18 +114,19 @@ class Mlflow(Tracker):
     def discard_sweep(self, name: str, folder: Path) -> None:
         """Deletes the parent run."""
         client, experiment = connect(name)
-        if parent := _parent(client, experiment, folder):
+        if parent := find_parent(client, experiment, folder):
             end(client, parent, "FAILED", "refused before its first job")
             client.delete_run(parent)
 
 
-def _create_run(client: Any, experiment: str, summary: Summary, place: Place, tags: dict[str, str]) -> str:
+def create_run(client: Any, experiment: str, summary: Summary, place: Place, tags: dict[str, str]) -> str:
+    """Makes a run with its parameters and the text that it was measured on, and returns its id."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
     from prune_lab import __version__
 
     tags = {"prune_lab.version": __version__, "device": summary.protocol["device"], **tags, **owner_tags()}
-    if place.sweep is not None and (parent := _parent(client, experiment, place.sweep)):
+    if place.sweep is not None and (parent := find_parent(client, experiment, place.sweep)):
         tags[PARENT] = parent
     run = client.create_run(experiment, run_name=run_name(summary), tags=tags)
     params = [Param(key, str(value)) for key, value in params_of(summary).items()]
@@ -137,14 +140,15 @@ def _create_run(client: Any, experiment: str, summary: Summary, place: Place, ta
     return str(run.info.run_id)
 
 
-def _parent(client: Any, experiment: str, folder: Path) -> str | None:
+def find_parent(client: Any, experiment: str, folder: Path) -> str | None:
+    """The parent run of the sweep in `folder`, if there is one."""
     quoted = str(folder).replace("'", "\\'")
     for run in client.search_runs([experiment], f"tags.`{SWEEP}` = '{quoted}'", max_results=1):
         return str(run.info.run_id)
     return None
 
 
-def _reconcile(client: Any, experiment: str) -> None:
+def reconcile(client: Any, experiment: str) -> None:
     """Marks runs KILLED whose process on this machine is gone: SIGKILL lets nobody say goodbye."""
     for run in client.search_runs([experiment], "attributes.status = 'RUNNING'"):
         if not is_alive(run.data.tags):
@@ -157,7 +161,7 @@ def stored_summary(client: Any, run_id: str) -> Summary | None:
 
     from mlflow.exceptions import MlflowException
 
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory(suffix=mark()) as place:
         try:
             path = client.download_artifacts(run_id, "summary.json", place)
             summary = from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
