@@ -25,7 +25,7 @@ from test_tracking import Stored, read_store
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
-PATIENCE = 120  # seconds to wait for a sweep, many times what it takes
+PATIENCE = 600  # seconds to wait for a sweep, many times what it takes
 AMOUNTS = "0.2,0.4,0.6"
 
 
