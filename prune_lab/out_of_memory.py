@@ -17,7 +17,7 @@ _PACKAGE = Path(__file__).parent
 _SAYS = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory", "std::bad_alloc")
 # The first part of a path in the package -> what it does, and the keys that its memory depends on.
 _WORK = {
-    "recovery": ("training", ("recovery.batch_size", "dataset.seq_len")),
+    "recovery": ("training", ("recovery.batch_size", "recovery.rank", "dataset.seq_len")),
     "pruning": ("calibrating", ("dataset.calibration.batch_size", "dataset.calibration.seq_len")),
     "measure": ("measuring", ("measure.batch_size", "dataset.seq_len")),
     "models/load.py": ("loading the model", ()),
