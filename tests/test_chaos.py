@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import random
@@ -239,7 +238,6 @@ def check_files(place: Path, expected: Undisturbed, runs: list[Stored]) -> None:
                 assert all(file.get_tensor(name) is not None for name in file.keys())  # noqa: SIM118
         tables = set(expected.layers.values())
         assert all(path.read_text() in tables for path in folder.rglob("layers.csv"))
-        assert all(list(csv.reader(path.open())) for path in folder.rglob("*.csv"))
     assert [path for path in place.rglob("*") if path.name.endswith(".tmp")] == []
     assert list((place / "cache" / "training").glob("*")) == []
     with closing(sqlite3.connect(place / "mlflow.db")) as store:
