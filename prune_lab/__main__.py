@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from contextlib import suppress
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from prune_lab import config, explain, launch, recipes, remote, sweep, usage
+from prune_lab import config, explain, interrupt, launch, recipes, remote, sweep, usage
 
-SUBCOMMANDS = {"cache": "prune_lab.cache_command"}  # first word: the module whose main(arguments) answers
+SUBCOMMANDS = {"cache": "prune_lab.cache_command", "sync": "prune_lab.sync"}  # first word: who answers, main(arguments)
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -28,14 +28,15 @@ def _job(cfg: DictConfig) -> float | tuple[float, ...] | None:
 
 def main() -> None:
     """Runs a command line and leaves with its exit code (README, "Exit codes")."""
-    sys.exit(_run(sys.argv[1:]))
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] in SUBCOMMANDS:
+        sys.exit(importlib.import_module(SUBCOMMANDS[arguments[0]]).main(arguments[1:]))
+    sys.exit(_run(arguments))
 
 
 def _run(arguments: list[str]) -> int:
-    if arguments and arguments[0] in SUBCOMMANDS:
-        command: Callable[[list[str]], int] = importlib.import_module(SUBCOMMANDS[arguments[0]]).main
-        return command(arguments[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's refusals reach us as exceptions, to be shown in one line
+    interrupt.end_on_signals()
     config.register_schema()
     try:
         explain.check_text(arguments)
@@ -51,7 +52,8 @@ def _run(arguments: list[str]) -> int:
         explain.to_stderr(explain.one_line(error))
         return FAILED if sweep.close_broken_sweep() else REFUSED
     finally:
-        sweep.close_open_sweep()
+        with suppress(KeyboardInterrupt, SystemExit):  # asked for again
+            sweep.close_open_sweep()
     return FAILED if sweep.any_job_failed() else OK
 
 

@@ -18,6 +18,7 @@ from prune_lab.console import Console
 from prune_lab.device import Device
 from prune_lab.errors import Refused
 from prune_lab.export import save_model
+from prune_lab.files import mark
 from prune_lab.lock import locked
 from prune_lab.measure.macs import Macs, count_macs
 from prune_lab.measure.memory import measure_memory
@@ -188,7 +189,7 @@ class Bench:
         return self._baseline
 
     def _measure_dense(self, console: Console) -> Figures:
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory(suffix=mark()) as place:
             folder = Path(place) / "dense"
             save_model(self.dense, folder)
 

@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from prune_lab.console import Console
+from prune_lab.files import write_text
 from prune_lab.pareto import Point, dense_points, draw, front
 from prune_lab.report import page
 from prune_lab.report.runs import Run, compare
@@ -41,9 +42,7 @@ def read_job(folder: Path) -> Row:
 def write(folder: Path, rows: list[Row]) -> None:
     """Writes the sweep's files; the plot and the report only where a job finished."""
     write_json(folder / RESULTS, [{"job": row.job, **asdict(row.summary)} for row in rows])
-    half = folder / f".{LEADERBOARD}.tmp"
-    half.write_text("\n".join([*_answer(folder), _markdown(rows)]), encoding="utf-8")
-    half.replace(folder / LEADERBOARD)
+    write_text(folder / LEADERBOARD, "\n".join([*_answer(folder), _markdown(rows)]))
     points = _points(rows)
     if points:
         draw(points, dense_points(points), folder / PLOT)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from prune_lab.files import mark
+
 
 def size() -> int:
     """How many processes there are; 1 without a launcher."""
@@ -31,7 +33,7 @@ def for_this_process(arguments: list[str]) -> list[str]:
         return arguments
     import tempfile
 
-    folder = tempfile.mkdtemp(prefix="prune_lab-")
+    folder = tempfile.mkdtemp(prefix="prune_lab-", suffix=mark())
     helping = ["tracking=none", "quiet=true", "export=false", f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
     given = [number for number, word in enumerate(arguments) if "=" in word and not word.startswith("-")]
     end = given[-1] + 1 if given else len(arguments)  # overrides must stand together, and the last one counts

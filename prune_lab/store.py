@@ -15,7 +15,6 @@ import math
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any
 
 from prune_lab.cache import cache_folder
 from prune_lab.errors import Refused
+from prune_lab.files import half_of, mark
 from prune_lab.lock import locked
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ def _bound(spare: Path) -> None:
 
 def _make(folder: Path, make: Make, held: bool) -> Entry | None:
     """Makes an entry and returns it if it cannot be kept: then it lies in a temporary folder's folder."""
-    half = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    half = half_of(folder)
     if held:  # whoever was writing there has died
         for left in folder.parent.glob(f".{folder.name}.*.tmp"):
             shutil.rmtree(left, ignore_errors=True)
@@ -168,7 +168,7 @@ def _make(folder: Path, make: Make, held: bool) -> Entry | None:
 
 
 def _temporary() -> Path:
-    return Path(tempfile.mkdtemp(prefix="prune_lab-")) / "entry"
+    return Path(tempfile.mkdtemp(prefix="prune_lab-", suffix=mark())) / "entry"
 
 
 def _write(folder: Path, make: Make) -> None:
@@ -199,7 +199,7 @@ def _read(folder: Path, and_remove: bool = False) -> Entry | None:
 
 def _throw_out(folder: Path) -> None:
     """Removes an entry: it is gone at once, also for who looks meanwhile."""
-    gone = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    gone = half_of(folder)
     with suppress(OSError):
         folder.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
