@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from typing import Any, Protocol
 
 import torch
@@ -61,7 +62,8 @@ class States:
             return
         if self._file is None:
             cache_folder().mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=cache_folder(), buffering=0)  # noqa: SIM115 - as long as this object
+            self._file = file = tempfile.TemporaryFile(dir=cache_folder(), buffering=0)  # noqa: SIM115 - as long as this object
+            weakref.finalize(self, file.close)
         number = len(self._batches) - 1
         self._offsets[number], self._batches[number] = begins, states.to("meta")
         write_tensor(self._file, begins, states)

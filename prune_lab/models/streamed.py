@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from prune_lab.models.anatomy import family_of
 from prune_lab.models.on_disk import DiskWeights, stored_tensors
 from prune_lab.models.shards import Shards, open_shards
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+
 
 def build(folder: Path, config: Any, device: Device, name: str) -> Any:
     """The model of a folder in the Hub's layout, its blocks' weights on disk. Raises Refused where it cannot be.
@@ -27,6 +30,7 @@ def build(folder: Path, config: Any, device: Device, name: str) -> Any:
 
     if getattr(config, "quantization_config", None) is not None:
         raise Refused(f"model.name={name!r} has its weights in few bits: model.stream=true reads dense weights only")
+    _give_freed_memory_back()
     with _weights_on_meta():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=device.dtype)
     model.tie_weights()
@@ -44,6 +48,19 @@ def build(folder: Path, config: Any, device: Device, name: str) -> Any:
     blocks = [f"{path}.{index}" for index in range(len(model.get_submodule(path)))]
     DiskWeights(source, blocks, device).attach(model)
     return model
+
+
+def _give_freed_memory_back() -> None:
+    """Has glibc return freed blocks to the system at once: by default it keeps those of up to 32 MiB for later.
+
+    Seen on blocks of 122 MB: a peak some 200 MB lower. Other C libraries have no mallopt, or ignore it.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**20)
+    except (AttributeError, OSError, TypeError):
+        return
 
 
 @contextmanager
