@@ -117,7 +117,7 @@ def test_states_in_a_file_and_half_precision_change_nothing(
     """Of three batches of states one fits into memory here."""
     monkeypatch.setattr(states, "IN_MEMORY", 2 * 24 * 32 * 2)
     check_alike(folders["untied"], tmp_path, Wanda(amount=0.5), device=BF16)
-    assert any((tmp_path / "cache").iterdir()) is False  # the file has no name and goes with the states
+    assert not list((tmp_path / "cache").iterdir())  # the file has no name and goes with the states
 
 
 def test_shards_and_names_without_the_prefix_are_read(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -135,9 +135,11 @@ def test_shards_and_names_without_the_prefix_are_read(folders: dict[str, Path], 
     check_alike(tmp_path / "stock", tmp_path, Magnitude(amount=0.5))
 
 
-def test_files_are_laid_out_as_the_library_does(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_files_are_laid_out_as_the_library_does(tmp_path: Path) -> None:
     """Several shards of tensors of two types, and the index, byte for byte; the room is there before the content."""
-    stock = AutoModelForCausalLM.from_pretrained(folders["llama"])
+    config = LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    config.tie_word_embeddings = True
+    stock = AutoModelForCausalLM.from_config(config)
     stock.model.norm.bfloat16()
     stock.save_pretrained(tmp_path / "stock", max_shard_size="20KB")
     (tmp_path / "ours").mkdir()
@@ -195,9 +197,7 @@ def test_a_streamed_run_is_the_run_in_memory(tmp_path: Path, folders: dict[str, 
     names = sorted(path.name for path in (tmp_path / "disk" / "export").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "memory" / "export").iterdir())
     for name in set(names) - {"README.md"}:  # the card has the command and the times
-        assert (tmp_path / "disk" / "export" / name).read_bytes() == (
-            tmp_path / "memory" / "export" / name
-        ).read_bytes()
+        assert len({(tmp_path / run / "export" / name).read_bytes() for run in ("disk", "memory")}) == 1, name
     left = {path.name for path in (tmp_path / "disk").iterdir()}
     assert left == {path.name for path in (tmp_path / "memory").iterdir()}
 

@@ -31,7 +31,7 @@ MB = 1e6
 
 
 def make_model(folder: Path, blocks: int) -> None:
-    """A Llama of hidden 2048 in the Hub's layout, bfloat16, with the shipped tokenizer; 16 blocks are 1.1B parameters."""
+    """A bfloat16 Llama of hidden 2048 in the Hub's layout, with the shipped tokenizer; 16 blocks: 1.1B parameters."""
     config = LlamaConfig(
         vocab_size=32_000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=blocks, num_attention_heads=32,
         num_key_value_heads=8, max_position_embeddings=2048, tie_word_embeddings=False, dtype="bfloat16",
@@ -55,7 +55,8 @@ def run(place: Path, name: str, model: Path, options: list[str]) -> tuple[float,
     shutil.rmtree(place / name, ignore_errors=True)
     command = [
         sys.executable, "-m", "prune_lab", "model=hf", f"model.name={model}", "dtype=bfloat16", "device=cpu",
-        "measure=quality_only", "tracking=none", "export=true", "resume=false", f"hydra.run.dir={place / name}", *options,
+        "measure=quality_only", "tracking=none", "export=true", "resume=false", f"hydra.run.dir={place / name}",
+        *options,
     ]  # fmt: skip
     began, peak = time.perf_counter(), 0
     process = psutil.Popen(command, cwd=place, stdout=subprocess.DEVNULL)
