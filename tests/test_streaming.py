@@ -52,12 +52,22 @@ TURNS = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_wi
 CHANGES: dict[str, dict[str, Any]] = {"gemma2": TURNS, "gemma3_text": TURNS}  # their blocks attend in two ways
 
 
+class Folders(dict[str, Path]):
+    """A small model of each family, and a Llama whose head is its own; each is made when first asked for."""
+
+    def __init__(self, place: Path) -> None:
+        super().__init__()
+        self.place = place
+
+    def __missing__(self, name: str) -> Path:
+        changes = {"tie_word_embeddings": False} if name == "untied" else CHANGES.get(name, {})
+        self[name] = make_folder(self.place / name, "llama" if name == "untied" else name, **changes)
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A small model of each family, and a Llama whose head is its own."""
-    place = tmp_path_factory.mktemp("streamed")
-    found = {family: make_folder(place / family, family, **CHANGES.get(family, {})) for family in ALL_FAMILIES}
-    return found | {"untied": make_folder(place / "untied", "llama", tie_word_embeddings=False)}
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return Folders(tmp_path_factory.mktemp("streamed"))
 
 
 def compressed(folder: Path, method: Method, place: Path, stream: bool, propagate: str, device: Device) -> Any:
@@ -86,7 +96,7 @@ def check_alike(folder: Path, place: Path, method: Method, propagate: str = "pru
 
 
 @pytest.mark.parametrize("family", [*ALL_FAMILIES, "untied"])
-def test_every_family_streams_to_the_same_files(folders: dict[str, Path], tmp_path: Path, family: str) -> None:
+def test_every_family_streams_to_the_same_files(folders: Folders, tmp_path: Path, family: str) -> None:
     check_alike(folders[family], tmp_path, Wanda(amount=0.5))
 
 
@@ -106,13 +116,13 @@ def test_every_family_streams_to_the_same_files(folders: dict[str, Path], tmp_pa
     ids=str,
 )
 def test_every_streamed_method_gives_the_same_files(
-    folders: dict[str, Path], tmp_path: Path, method: Method, propagate: str
+    folders: Folders, tmp_path: Path, method: Method, propagate: str
 ) -> None:
     check_alike(folders["qwen2"], tmp_path, method, propagate)
 
 
 def test_states_in_a_file_and_half_precision_change_nothing(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of three batches of states one fits into memory here."""
     monkeypatch.setattr(states, "IN_MEMORY", 2 * 24 * 32 * 2)
@@ -120,7 +130,7 @@ def test_states_in_a_file_and_half_precision_change_nothing(
     assert not list((tmp_path / "cache").iterdir())  # the file has no name and goes with the states
 
 
-def test_shards_and_names_without_the_prefix_are_read(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_shards_and_names_without_the_prefix_are_read(folders: Folders, tmp_path: Path) -> None:
     """As Hub repositories have them: several files and an index; GPT-2's tensors without `transformer.`."""
     stock = AutoModelForCausalLM.from_pretrained(folders["gpt2"])
     stock.save_pretrained(tmp_path / "stock", max_shard_size="20KB")
@@ -158,7 +168,7 @@ def test_files_are_laid_out_as_the_library_does(tmp_path: Path) -> None:
     assert all(torch.equal(again.read(name), tensor) for name, tensor in kept.items())
 
 
-def test_a_block_is_there_only_while_it_is_at_hand(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_block_is_there_only_while_it_is_at_hand(folders: Folders, tmp_path: Path) -> None:
     loaded = HubModel(name=str(folders["gemma2"]), stream=True).load(CPU, seed=0)
     before = {path: path.read_bytes() for path in folders["gemma2"].iterdir()}
     copied = Anatomy(own_copy(loaded.model, tmp_path / "own"))
@@ -176,7 +186,7 @@ def test_a_block_is_there_only_while_it_is_at_hand(folders: dict[str, Path], tmp
     assert {path: path.read_bytes() for path in folders["gemma2"].iterdir()} == before
 
 
-def test_a_streamed_run_is_the_run_in_memory(tmp_path: Path, folders: dict[str, Path], corpus: Path) -> None:
+def test_a_streamed_run_is_the_run_in_memory(tmp_path: Path, folders: Folders, corpus: Path) -> None:
     """By the command line: equal metrics and exports; so one is served for the other; nothing else is left."""
     shared = [
         "model=hf", f"model.name={folders['untied']}", "dataset=text", f"dataset.path={corpus}", "dataset.seq_len=32",
