@@ -6,8 +6,8 @@ from prune_lab.figures import dense_figures
 from prune_lab.summary import Summary
 
 
-def model_card(summary: Summary, base_model: str, command: str) -> str:
-    """Markdown with the base model, what was done, what was measured, and the command that repeats it."""
+def model_card(summary: Summary, base_model: str, command: str, reading: str) -> str:
+    """Markdown with the base model, what was done and measured, the command that repeats it, and what loads it."""
     dense = set(dense_figures(summary.metrics))
     rows = [f"| {name} | {value:.6g} |" for name, value in sorted(summary.metrics.items()) if name not in dense]
     choices = ", ".join(f"{group} {summary.choices.get(group)}" for group in ("method", "schedule", "recovery", "post"))
@@ -26,6 +26,7 @@ def model_card(summary: Summary, base_model: str, command: str) -> str:
         "",
         f"- Base model: {base_model}{f' at {revision}' if revision else ''} ({terms})",
         f"- Compression: {choices}; amount removed {summary.metrics.get('amount/realized', 0):.4f}",
+        f"- Loads with: {reading}",
         f"- Evaluated on: {summary.protocol.get('dataset')}, {summary.protocol.get('windows')} windows of "
         f"{summary.protocol.get('seq_len')} tokens, {summary.protocol.get('dtype')}",
         f"- prune_lab {summary.environment.get('prune_lab')}, fingerprint {summary.fingerprint}",

@@ -110,7 +110,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
         summary.warnings += notes.of_figures(summary.metrics) + notes.of_energy(protocol, summary.metrics)
         summary.status = "FINISHED"
         if settings.export:
-            card = model_card(summary, bench.dense.name, place.command)
+            card = model_card(summary, bench.dense.name, place.command, parts.post.reading)
             (place.folder / "export" / "README.md").write_text(card, encoding="utf-8")
         log.result(summary, [summary.write(place.folder), *_write_files(place.folder, pruned)], diverged)
     shutil.rmtree(_checkpoints(summary.fingerprint), ignore_errors=True)

@@ -258,7 +258,9 @@ def test_a_whole_run(cli: Cli, small: list[str], tmp_path: Path) -> None:
     assert ours["size/disk_mb"] * 1e6 == (place / "export" / "model.safetensors").stat().st_size
     assert ours["size/reduction"] > others["size/reduction"] > 0
     assert ours["quality/perplexity"] == pytest.approx(others["quality/perplexity"], rel=0.02)
-    assert "post int8_dynamic" in (place / "export" / "README.md").read_text()
+    card = (place / "export" / "README.md").read_text()
+    assert "post int8_dynamic" in card
+    assert "Loads with: prune_lab, or stock transformers with the package compressed-tensors" in card
     config = (place / "export" / "config.json").read_text()
     assert "prune_lab" not in config
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False, "strategy": "channel"}

@@ -36,6 +36,11 @@ class LowBitLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if has_bias else None
 
+    @property
+    def has_product(self) -> bool:
+        """Whether the device that the weights are on multiplies codes of these widths."""
+        return False
+
     def store(self, weight: Tensor) -> None:
         """Rounds a float weight, shape (out, in), to the nearest codes."""
         raise NotImplementedError
@@ -92,18 +97,20 @@ class Int8Linear(LowBitLinear):
     def forward(self, inputs: Tensor) -> Tensor:
         """x W^T + b, shape (..., out)."""
         rows = inputs.reshape(-1, self.in_features)
-        if self.dynamic and self._has_int8_product(rows):
+        if self.has_product:
             return self._with_bias(self._int8_product(rows)).view(*inputs.shape[:-1], self.out_features)
         if self._has_kernel(rows):
             product = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), self.weight, self.weight_scale[:, 0])
             return self._with_bias(product).view(*inputs.shape[:-1], self.out_features)
         return super().forward(inputs)
 
-    def _has_int8_product(self, rows: Tensor) -> bool:
-        """Whether torch._int_mm takes these widths."""
-        if rows.is_cuda:
-            return self.in_features % 8 == 0 and self.out_features % 8 == 0
-        return self.in_features > 1  # of one input it makes garbage (torch 2.13), whose rounding changes nothing
+    @property
+    def has_product(self) -> bool:
+        """Whether inputs are rounded too, and torch._int_mm takes these widths."""
+        if self.weight.is_cuda:
+            return self.dynamic and self.in_features % 8 == 0 and self.out_features % 8 == 0
+        # Of one input it makes garbage (torch 2.13), whose rounding changes nothing.
+        return self.dynamic and self.in_features > 1
 
     def _has_kernel(self, rows: Tensor) -> bool:
         """Whether the weight-only kernel takes these rows and is worth it."""
@@ -154,9 +161,14 @@ class Fp8Linear(LowBitLinear):
         """The weights in the type of the steps."""
         return self.weight.to(self.weight_scale.dtype) * self.weight_scale
 
+    @property
+    def has_product(self) -> bool:
+        """Whether the weights are on a GPU, which multiplies widths that 16 divides."""
+        return self.weight.is_cuda and self.in_features % 16 == 0 and self.out_features % 16 == 0
+
     def forward(self, inputs: Tensor) -> Tensor:
         """x W^T + b, shape (..., out); on a GPU the product of 8-bit floats, by rows (torch._scaled_mm)."""
-        if not inputs.is_cuda or self.in_features % 16 or self.out_features % 16:
+        if not self.has_product:
             return super().forward(inputs)
         rows = inputs.reshape(-1, self.in_features)
         step = rows.abs().amax(dim=1, keepdim=True).float().clamp_min_(1e-12).div_(FP8_MAX)

@@ -18,6 +18,7 @@ class Post:
 
     `exact`: whether its export, reloaded, computes the same logits; otherwise they are compared as other kernels are.
     `storage`: how its weights are written, `dense` (tensors as they are) or `bitmask`.
+    `reading`: what it takes to load its export, for the model card.
     """
 
     group_size: int = 32
@@ -25,6 +26,7 @@ class Post:
     not_applicable: ClassVar[tuple[str, ...]] = ("group_size",)
     exact: ClassVar[bool] = True
     storage: ClassVar[str] = "dense"
+    reading: ClassVar[str] = "`AutoModelForCausalLM.from_pretrained(folder)` of stock transformers"
 
     def __post_init__(self) -> None:
         if self.group_size < 8 or self.group_size % 8:

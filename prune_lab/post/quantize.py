@@ -23,7 +23,17 @@ OWN_EXPORT = "only prune_lab can load the export: other software knows low-bit l
 
 
 @dataclass(frozen=True)
-class Int8Dynamic(Post):
+class LowBitPost(Post):
+    """An option whose export is in the layout of the compressed-tensors library."""
+
+    reading: ClassVar[str] = (
+        "prune_lab, or stock transformers with the package compressed-tensors: `from_pretrained(folder, "
+        "quantization_config=CompressedTensorsConfig(run_compressed=False))`, unless a note here says otherwise"
+    )
+
+
+@dataclass(frozen=True)
+class Int8Dynamic(LowBitPost):
     """8-bit weights, and inputs rounded to 8 bits token by token as they come (LLM.int8's plain case, 2208.07339)."""
 
     def compress(self, anatomy: Anatomy) -> list[str]:
@@ -32,7 +42,7 @@ class Int8Dynamic(Post):
 
 
 @dataclass(frozen=True)
-class Int8WeightOnly(Post):
+class Int8WeightOnly(LowBitPost):
     """8-bit weights; inputs and products keep their type."""
 
     def compress(self, anatomy: Anatomy) -> list[str]:
@@ -45,7 +55,7 @@ class Int8WeightOnly(Post):
 
 
 @dataclass(frozen=True)
-class Int4WeightOnly(Post):
+class Int4WeightOnly(LowBitPost):
     """4-bit weights, a step for each `group_size` inputs; inputs and products keep their type."""
 
     not_applicable: ClassVar[tuple[str, ...]] = ()
@@ -64,7 +74,7 @@ class Int4WeightOnly(Post):
 
 
 @dataclass(frozen=True)
-class Fp8(Post):
+class Fp8(LowBitPost):
     """8-bit floats (e4m3, 2209.05433) for weights and for inputs, token by token as they come; GPUs only."""
 
     def check(self, device: Device) -> None:
@@ -87,7 +97,7 @@ def quantize(anatomy: Anatomy, scheme: Scheme) -> list[str]:
     Raises RuntimeError if a zero did not stay a zero.
     """
     model: Any = anatomy.model
-    linears = list(anatomy.linears())
+    linears, without_product = list(anatomy.linears()), 0
     for name, linear in linears:
         weight = out_in(linear, linear.weight)
         new = replace_linear(model, name, scheme, weight.dtype)
@@ -96,7 +106,13 @@ def quantize(anatomy: Anatomy, scheme: Scheme) -> list[str]:
             new.bias.copy_(linear.bias)
         if bool(new.codes()[weight == 0].any()):
             raise RuntimeError(f"{name}: weights that were zero are not zero after quantization")
+        without_product += not new.has_product
     untouched = [n for n in linear_names(model) if not isinstance(model.get_submodule(n), LowBitLinear)]
     model.config.quantization_config = scheme.to_config(untouched)
     strange = next((linear for _, linear in linears if not isinstance(linear, nn.Linear)), None)
-    return [] if strange is None else [OWN_EXPORT.format(type(strange).__name__)]
+    notes = [] if strange is None else [OWN_EXPORT.format(type(strange).__name__)]
+    if scheme.dynamic and without_product:
+        notes.append(
+            f"{without_product} of {len(linears)} layers have widths that the device has no product for: {EXPANDED}"
+        )
+    return notes

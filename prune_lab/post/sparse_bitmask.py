@@ -17,6 +17,7 @@ class SparseBitmask(Post):
     """The layout of prune_lab/models/bitmask.py, which prune_lab reads and stock transformers does not."""
 
     storage: ClassVar[str] = "bitmask"
+    reading: ClassVar[str] = "prune_lab alone (`model=hf model.name=FOLDER`)"
 
     def compress(self, anatomy: Anatomy) -> list[str]:
         """Leaves the model as it is: only its file differs."""
