@@ -67,6 +67,7 @@ class Folders(dict[str, Path]):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Made for this module."""
     return Folders(tmp_path_factory.mktemp("streamed"))
 
 
