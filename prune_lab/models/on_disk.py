@@ -48,6 +48,7 @@ def own_copy(model: Any, folder: Path) -> Any:
     if weights is None:
         return copy.deepcopy(model)
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta}
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     folder.mkdir(parents=True)
     own = DiskWeights(weights.source, weights.blocks, weights.device, lay_out(folder, stored_tensors(model)))
     copied = copy.deepcopy(model, shared | {id(weights): own})
