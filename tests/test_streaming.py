@@ -1,4 +1,4 @@
-"""model.stream=true: the same figures and the same files, with one or two blocks in memory at a time."""
+"""model.stream=true: the same figures and the same files, with one block in memory at a time."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ from prune_lab.models import states
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.models.on_disk import own_copy
+from prune_lab.models.prefetch import Prefetch
 from prune_lab.models.shards import lay_out, open_shards
 from prune_lab.post.none import NoPost
 from prune_lab.post.quantize import Int8WeightOnly
@@ -187,6 +188,16 @@ def test_a_block_is_there_only_while_it_is_at_hand(folders: Folders, tmp_path: P
     assert {path: path.read_bytes() for path in folders["gemma2"].iterdir()} == before
 
 
+def test_what_is_fetched_ahead_is_what_was_asked_for() -> None:
+    """As on a GPU, but for its stream; what is on its way for another block is let go."""
+    ahead, zero, one = Prefetch(CPU.torch_device), {"w": torch.zeros(2)}, {"w": torch.ones(2)}
+    ahead.start("blocks.1", lambda: one)
+    assert ahead.take("blocks.1", lambda: zero) is one
+    ahead.start("blocks.1", lambda: one)
+    assert ahead.take("blocks.0", lambda: zero) is zero
+    assert ahead.take("blocks.1", lambda: zero) is zero
+
+
 def test_a_streamed_run_is_the_run_in_memory(tmp_path: Path, folders: Folders, corpus: Path) -> None:
     """By the command line: equal metrics and exports; so one is served for the other; nothing else is left."""
     shared = [
@@ -325,7 +336,7 @@ print(_peak() - before)
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_blocks(folder: Path, tmp_path: Path) -> None:
-    """A model of 24 blocks of 17 MB each, pruned and evaluated in a fresh process: 403 MB, of which 34 at a time."""
+    """A model of 24 blocks of 17 MB each, pruned and evaluated in a fresh process: 403 MB, of which 17 at a time."""
     config = LlamaConfig(
         vocab_size=300, hidden_size=512, intermediate_size=2048, num_hidden_layers=24, num_attention_heads=8,
         num_key_value_heads=8, max_position_embeddings=128,

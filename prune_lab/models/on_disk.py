@@ -86,7 +86,7 @@ class DiskWeights:
 
     @contextmanager
     def at_hand(self, model: Any, block: str) -> Iterator[None]:
-        """See the function of this name. The block after it is on its way meanwhile: two are held at most."""
+        """See the function of this name. For a GPU, the block after it is on its way meanwhile: two are held then."""
         if self._at_hand == block:
             yield
             return
@@ -97,7 +97,8 @@ class DiskWeights:
         brought = self._prefetch.take(block, lambda: self._read_block(block, names))
         held = {name: nn.Parameter(brought.pop(name), requires_grad=False) for name in names}
         versions = {name: tensor._version for name, tensor in held.items()}
-        self._start_next(model, block)
+        if self.device.is_cuda:
+            self._start_next(model, block)
         try:
             _set_parameters(module, held)
             yield
