@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import tempfile
@@ -17,7 +16,7 @@ from prune_lab.cache import cache_folder
 from prune_lab.console import Console
 from prune_lab.device import Device
 from prune_lab.errors import Refused
-from prune_lab.export import save_model
+from prune_lab.export import save_dense
 from prune_lab.files import mark
 from prune_lab.lock import locked
 from prune_lab.measure.macs import Macs, count_macs
@@ -31,6 +30,7 @@ from prune_lab.measure.tasks import Scores, measure_tasks
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.dense import DenseFacts
 from prune_lab.models.load import Loaded, ModelSource
+from prune_lab.models.on_disk import own_copy
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.summary import write_json
 from prune_lab.text.calibration import calibration_corpus
@@ -136,10 +136,9 @@ class Bench:
         calibrator, stamp = self._calibrators[seed]
         return replace(calibrator, console=console), stamp
 
-    def copy_of_dense(self) -> Loaded:
-        """A copy of the dense model to be pruned."""
-        dense = self.dense
-        return replace(dense, model=copy.deepcopy(dense.model))
+    def copy_of_dense(self, folder: Path) -> Loaded:
+        """A copy of the dense model to be pruned; of one on disk, its changed weights will rest in `folder`."""
+        return replace(self.dense, model=own_copy(self.dense.model, folder))
 
     @cached_property
     def macs(self) -> Macs:
@@ -191,7 +190,7 @@ class Bench:
     def _measure_dense(self, console: Console) -> Figures:
         with tempfile.TemporaryDirectory(suffix=mark()) as place:
             folder = Path(place) / "dense"
-            save_model(self.dense, folder)
+            save_dense(self.dense, folder)
 
             def lasting() -> dict[str, Any]:
                 """Those that earlier sweeps may have measured."""

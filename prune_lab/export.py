@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from prune_lab.files import half_of
-from prune_lab.models import bitmask
+from prune_lab.models import bitmask, streamed
+from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.blocks import BlockStream
 from prune_lab.models.folder import load
 from prune_lab.models.load import Loaded
+from prune_lab.models.on_disk import stored_tensors, weights_on_disk
+from prune_lab.models.shards import lay_out
 
 
 def save_model(loaded: Loaded, folder: Path, card: str | None = None, storage: str = "dense") -> None:
@@ -23,7 +27,7 @@ def save_model(loaded: Loaded, folder: Path, card: str | None = None, storage: s
     """
     half = half_of(folder)
     try:
-        loaded.model.save_pretrained(half)
+        save_weights(loaded.model, half)
         if storage == "bitmask":
             bitmask.compress_folder(half)
         loaded.tokenizer.save_pretrained(half)
@@ -37,21 +41,56 @@ def save_model(loaded: Loaded, folder: Path, card: str | None = None, storage: s
             shutil.rmtree(half)
 
 
+def save_dense(loaded: Loaded, folder: Path) -> None:
+    """The dense model as a folder to be measured; of one on disk, files as large as its own would be, and empty."""
+    if weights_on_disk(loaded.model) is None:
+        save_model(loaded, folder)
+    else:
+        folder.mkdir(parents=True)
+        lay_out(folder, stored_tensors(loaded.model))
+
+
+def save_weights(model: Any, folder: Path) -> None:
+    """The weights, sharded as save_pretrained does it, and what it writes beside them."""
+    weights = weights_on_disk(model)
+    if weights is None:
+        model.save_pretrained(folder)
+        return
+    folder.mkdir(parents=True)
+    model.config.dtype, model.config.architectures = weights.device.dtype_name, [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    weights.save(model, folder)
+
+
 @torch.no_grad()
 def check_reload(model: Any, folder: Path, tokens: Tensor, exact: bool = True) -> None:
     """Loads `folder` with stock transformers (few bits, bitmask: with our reader) and compares the logits.
 
-    `tokens` has shape (1, tokens). Unless `exact`, they may differ as another order of additions in the model's number
-    type makes them. Raises RuntimeError where they differ: such an export must not be used.
+    Of a model whose weights rest on disk, they are read again block by block, with our reader too. `tokens` has shape
+    (1, tokens). Unless `exact`, the logits may differ as another order of additions in the model's number type makes
+    them. Raises RuntimeError where they differ: such an export must not be used.
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
-    again = load(str(folder), config, dtype=model.dtype)
-    again = again.to(model.device).eval()
+    config, weights = AutoConfig.from_pretrained(folder), weights_on_disk(model)
+    if weights is None:
+        again = load(str(folder), config, dtype=model.dtype).to(model.device).eval()
+    else:
+        again = streamed.build(folder, config, weights.device, str(folder)).eval()
     tokens = tokens.to(model.device)
-    expected, found = (m(input_ids=tokens, use_cache=False).logits.float() for m in (model, again))
+    expected, found = (_logits(m, tokens) for m in (model, again))
     difference = float((expected - found).abs().max())
     tolerance = 1e-5 if exact else 8 * torch.finfo(model.dtype).eps
     if not difference <= tolerance * max(1.0, float(expected.abs().max())):
         raise RuntimeError(f"the export in {folder} does not reload: its logits differ by {difference:g}")
+
+
+def _logits(model: Any, tokens: Tensor) -> Tensor:
+    """Of one window, float32, wherever the model's weights rest."""
+    if weights_on_disk(model) is None:
+        return model(input_ids=tokens, use_cache=False).logits.float()
+    stream = BlockStream(Anatomy(model), tokens, 1)
+    stream.run(lambda _: None)
+    with stream.replayed(0):
+        return model(input_ids=tokens, use_cache=False).logits.float()

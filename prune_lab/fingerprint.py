@@ -10,9 +10,9 @@ from typing import Any
 
 # Keys that change where a result goes, not what it is.
 _NOT_PART = ("tracking", "name", "resume", "quiet", "objectives", "device", "dtype")
-# Where text, weights and tasks lie is not what they are: their hashes stand for them.
+# Where text, weights and tasks lie is not what they are: their hashes stand for them. Streamed, a model is the same.
 _PLACES = {
-    "model": ("name", "revision"),
+    "model": ("name", "revision", "stream"),
     "dataset": ("name", "revision", "path", "test_path"),
     "recovery": ("teacher",),
     "measure": ("task_path",),

@@ -54,6 +54,17 @@ def check_reachable(key: str, name: str) -> None:
         )
 
 
+def download(name: str, revision: str | None) -> str:
+    """The folder in the Hub's cache with all of a model's files, fetched where they are missing; raises Refused."""
+    from huggingface_hub import snapshot_download
+
+    files = ["*.json", "model*.safetensors", "tokenizer*", "*.txt", "README.md"]
+    try:
+        return str(snapshot_download(name, revision=revision, allow_patterns=files))
+    except Exception as error:  # the client has many
+        raise Refused(f"model.name={name!r} cannot be loaded: {why_not(name, error)}") from error
+
+
 def why_unreachable() -> str | None:
     """Why there is no way to the Hub; None where there may be one."""
     from huggingface_hub import constants

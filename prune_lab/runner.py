@@ -31,11 +31,13 @@ from prune_lab.measure.timing import measure_timings
 from prune_lab.methods.base import Pruned
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import Loaded
+from prune_lab.models.on_disk import weights_on_disk
 from prune_lab.out_of_memory import explained
 from prune_lab.place import Place
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.recovery.base import Training
 from prune_lab.schedules import Event, Rewind
+from prune_lab.streaming import check_streaming
 from prune_lab.summary import Summary
 from prune_lab.tracking.base import RunLog, Unreachable
 from prune_lab.turns import machine
@@ -46,6 +48,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
     """Runs one experiment, or finds it finished, and returns its summary, written and tracked."""
     settings = parts.settings
     _plan(parts)  # what does not fit together is refused before anything is loaded
+    check_streaming(parts)
     device = devices.resolve(settings.device, settings.dtype)
     parts.post.check(device)
     check_acceleration(parts.measure.accelerate, device)
@@ -83,7 +86,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
     is_finished = world.from_main(finished is not None)
     if not world.is_main:
         if not is_finished:
-            _compress(parts, bench, calibrator, run_id, world, console)
+            _compress(parts, bench, calibrator, run_id, world, place.folder, console)
         return _helped(summary, place)
     if finished is not None:
         finished.overrides = place.overrides  # the same run may have been asked for in other words
@@ -94,7 +97,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
 
     with parts.tracking.start_run(settings.name, summary, place) as log, explained(config):
         dense = bench.baseline(place.sweep, console)
-        loaded, pruned, macs, seconds = _compress(parts, bench, calibrator, run_id, world, console, log)
+        loaded, pruned, macs, seconds = _compress(parts, bench, calibrator, run_id, world, place.folder, console, log)
         with (
             _saved(loaded, place.folder, settings.export, parts.post.storage) as folder,
             _stopwatch(seconds, "time/measure_s"),
@@ -151,12 +154,13 @@ def _compress(
     calibrator: Calibrator | None,
     run_id: str,
     world: World,
+    folder: Path,
     console: Console,
     log: RunLog | None = None,
 ) -> tuple[Loaded, Pruned, Macs, dict[str, float]]:
     """Prunes a copy of the dense model as the schedule says while recovery trains it, then post-compresses."""
     seconds = {"time/prune_s": 0.0, "time/recover_s": 0.0, "time/post_s": 0.0}
-    loaded, seed = bench.copy_of_dense(), parts.settings.seed
+    loaded, seed = bench.copy_of_dense(folder / ".weights"), parts.settings.seed
     events, rewind = _plan(parts)
 
     def prune(amount: float) -> Pruned:
@@ -200,7 +204,8 @@ def _checkpoints(run_id: str) -> Path:
 @contextmanager
 def _saved(loaded: Loaded, run_folder: Path, keep: bool, storage: str) -> Iterator[Path]:
     """The model saved as a Hugging Face folder: the run's export, or a temporary one."""
-    with tempfile.TemporaryDirectory(suffix=mark()) as temporary:
+    beside = run_folder if weights_on_disk(loaded.model) else None  # on the same disk: its files are linked
+    with tempfile.TemporaryDirectory(suffix=mark(), dir=beside) as temporary:
         folder = run_folder / "export" if keep else Path(temporary) / "model"
         save_model(loaded, folder, storage=storage)
         yield folder

@@ -24,8 +24,8 @@ from prune_lab.console import Console
 from prune_lab.fingerprint import fingerprint
 from prune_lab.measure.settings import Measure
 from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.blocks import bypassed
 from prune_lab.models.load import HubModel
-from prune_lab.pruning.blocks import bypassed
 from prune_lab.pruning.calibration import Calibrator, block_influence
 from prune_lab.pruning.statistics import Seen
 from prune_lab.text.files import TextFiles

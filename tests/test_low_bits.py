@@ -8,7 +8,16 @@ from compressed_tensors.compressors import pack_to_int32
 from torch import Tensor, nn
 
 from prune_lab.errors import Refused
-from prune_lab.models.low_bits import Fp8Linear, Int4Linear, Int8Linear, LowBitLinear, count_weights, pack, unpack
+from prune_lab.models.low_bits import (
+    Fp8Linear,
+    Int4Linear,
+    Int8Linear,
+    LowBitLinear,
+    count_nonzero,
+    count_weights,
+    pack,
+    unpack,
+)
 from prune_lab.post.sparse_2_4 import check_pattern
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -188,7 +197,7 @@ def test_weights_are_counted_whatever_they_are_kept_in() -> None:
     bias = torch.ones(3)
     model = nn.ModuleList([tied, nn.Linear(4, 3, bias=False), int8(torch.ones(3, 8), bias=bias), int4(torch.eye(8), 8)])
     model[1].weight = tied.weight
-    assert count_weights(model) == (12 + 24 + 3 + 64, 12 + 24 + 3 + 8)
+    assert (count_weights(model), count_nonzero(model)) == (12 + 24 + 3 + 64, 12 + 24 + 3 + 8)
 
 
 @pytest.mark.parametrize(

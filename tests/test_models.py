@@ -177,15 +177,16 @@ def test_a_hub_id_is_loaded_from_the_hubs_cache(folder: Path, tmp_path: Path) ->
     code = (
         "from conftest import CPU\n"
         "from prune_lab.models.load import HubModel\n"
-        "print(HubModel(name='someone/llama').load(CPU, 0).fingerprint()['weights'])\n"
+        "for stream in (False, True):\n"
+        "    print(HubModel(name='someone/llama', stream=stream).load(CPU, 0).fingerprint()['weights'])\n"
         "for source in (HubModel(name='someone/llama', revision='v2'), HubModel(name='someone/pickled')):\n"
         "    try:\n        print('loaded', source.load(CPU, 0).name)\n"
         "    except ValueError as error:\n        print(error)\n"
     )
     env = os.environ | {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    weights, other_revision, pickle = done.stdout.strip().splitlines()
-    assert weights == load(folder).fingerprint()["weights"]
+    weights, streamed, other_revision, pickle = done.stdout.strip().splitlines()
+    assert weights == streamed == load(folder).fingerprint()["weights"]
     assert other_revision.startswith("model.name='someone/llama'")
     assert pickle.startswith("model.name='someone/pickled'")
 

@@ -26,17 +26,17 @@ def count_macs(anatomy: Anatomy, context: int) -> Macs:
     the context in QK^T and again in AV, without a discount for the causal mask or a sliding window. Embeddings, norms,
     activations, softmax and biases are left out. Attention is effective in full.
     """
-    matrices = [
-        matrix for block in anatomy.blocks for module in block.modules() if (matrix := _matrix(module)) is not None
-    ]
     head = anatomy.model.get_output_embeddings().weight
-    # The inputs of a block's output projection are its query heads one after the other, however many are left.
-    projections = [_matrix(block.get_submodule(anatomy.family.attention[-1].linear)) for block in anatomy.blocks]
-    attention = 2 * context * sum(matrix.shape[1] for matrix in projections if matrix is not None)
-    return Macs(
-        total=sum(matrix.numel() for matrix in (*matrices, head)) + attention,
-        effective=sum(int(torch.count_nonzero(matrix)) for matrix in (*matrices, head)) + attention,
-    )
+    total, effective, heads = head.numel(), int(torch.count_nonzero(head)), 0
+    for index, block in enumerate(anatomy.blocks):
+        with anatomy.at_hand(index):
+            matrices = {id(module): matrix for module in block.modules() if (matrix := _matrix(module)) is not None}
+            total += sum(matrix.numel() for matrix in matrices.values())
+            effective += sum(int(torch.count_nonzero(matrix)) for matrix in matrices.values())
+            # The inputs of the output projection are the query heads one after the other, however many are left.
+            heads += matrices[id(block.get_submodule(anatomy.family.attention[-1].linear))].shape[1]
+    attention = 2 * context * heads
+    return Macs(total + attention, effective + attention)
 
 
 def _matrix(module: nn.Module) -> Tensor | None:

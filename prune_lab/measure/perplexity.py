@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from prune_lab.console import Console
 from prune_lab.device import Device
+from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.blocks import BlockStream
 from prune_lab.models.loss import window_losses
 
 
@@ -29,11 +32,17 @@ def measure_quality(
 
     `windows` has shape (windows, seq_len). The result does not depend on `batch_size`, but for rounding.
     """
-    losses: list[Tensor] = []
-    with console.progress(windows.numel(), "perplexity", unit="tok") as bar:
-        for batch in windows.split(batch_size):
-            losses.append(window_losses(model, batch.to(device.torch_device, torch.int64)).double().cpu())
-            bar.update(batch.numel())
+    anatomy, losses = Anatomy(model), list[Tensor]()
+    blocks = len(anatomy.blocks) if anatomy.is_on_disk else 0
+    with console.progress(windows.numel() * (blocks or 1), "perplexity", unit="tok") as bar:
+        stream = BlockStream(anatomy, windows, batch_size) if blocks else None
+        if stream is not None:  # every window through a block before the next block is read
+            stream.run(bar.update)
+        for number, batch in enumerate(windows.split(batch_size)):
+            with stream.replayed(number) if stream is not None else nullcontext():
+                losses.append(window_losses(model, batch.to(device.torch_device, torch.int64)).double().cpu())
+            if stream is None:
+                bar.update(batch.numel())
     mean = float(torch.cat(losses).mean())
     # A diverged model is reported as infinite, never as an OverflowError.
     return Quality(math.exp(mean) if mean < 700 else math.inf, mean / math.log(2) / bytes_per_token)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prune_lab.models.low_bits import count_weights
+from prune_lab.models.low_bits import count_nonzero, count_weights
 
 MB = 1e6
 
@@ -30,11 +30,10 @@ def held_bytes(tensor: Any) -> int:
 
 def measure_size(model: Any, folder: Path) -> Size:
     """Sizes of `model` and of the safetensors it was saved as in `folder`."""
-    params, nonzero = count_weights(model)
     held = [*model.parameters(), *model.buffers()]  # a tied matrix once
     return Size(
-        params=params,
-        nonzero=nonzero,
+        params=count_weights(model),
+        nonzero=count_nonzero(model),
         weights_mb=sum(held_bytes(t) for t in held) / MB,
         disk_mb=sum(file.stat().st_size for file in folder.glob("*.safetensors")) / MB,
     )

@@ -62,6 +62,11 @@ class Method:
         """Whether it looks at calibration text."""
         return False
 
+    @property
+    def needs_whole_model(self) -> str | None:
+        """Why it cannot prune block by block (model.stream=true), with what can; None where it can."""
+        return "units and blocks are removed from a model in memory; give a method for single weights"
+
     def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
         """Removes, in place, `amount` of what the dense model had in scope; raises Refused where it cannot.
 

@@ -8,8 +8,8 @@ import torch
 
 from prune_lab.methods.base import LayerRow, Method, Pruned
 from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.blocks import bypassed
 from prune_lab.models.resize import dense_count, keep_blocks, original_blocks
-from prune_lab.pruning.blocks import bypassed
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.selection import count_to_remove
 

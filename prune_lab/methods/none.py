@@ -22,6 +22,11 @@ class NoPruning(WeightMethod):
         """It looks at nothing."""
         return False
 
+    @property
+    def needs_whole_model(self) -> str | None:
+        """It needs nothing."""
+        return None
+
     def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
         """Leaves the model as it is."""
         return Pruned()

@@ -13,7 +13,7 @@ from prune_lab.methods.base import Method, Pruned
 from prune_lab.methods.structured import KINDS, Structured
 from prune_lab.methods.unstructured import Unstructured
 from prune_lab.models.anatomy import Anatomy
-from prune_lab.pruning.blocks import bypassed
+from prune_lab.models.blocks import bypassed
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.heat_map import draw
 from prune_lab.pruning.scores import OF_UNITS, OF_WEIGHTS

@@ -76,6 +76,17 @@ class WeightMethod(Method):
         """Whether all weights of all blocks are ranked together."""
         return self.pattern is None and "global" in (self.scope, self.allocation)
 
+    @property
+    def needs_whole_model(self) -> str | None:
+        """One ranking, gradients, or losses are of the whole model; everything else is of a block."""
+        if self.is_global:
+            return "one ranking over all blocks needs all scores at once; give method.scope=layer or row, or owl"
+        if self.allocation == "sensitivity":
+            return "method.allocation=sensitivity takes the model's loss again and again; give uniform or owl"
+        if of := self.seen_by_score & frozenset(GRADIENTS):
+            return f"the score goes by {', '.join(sorted(of))}, gradients of the whole model; give another score"
+        return None
+
     def score(self, weight: Tensor, seen: Seen) -> Tensor:
         """Importance of each weight, shape (out, in) as `weight`; the lowest are pruned first."""
         raise NotImplementedError
@@ -95,16 +106,19 @@ class WeightMethod(Method):
             facts = anatomy.facts if self.fixed else None
             rank = keep_global if facts is None else facts.in_process(f"{self.fixed} of all", Thresholds).keep
             keep = dict(zip(values, rank(list(values.values()), amount), strict=True))
+            pruned.rows = [_row(name, mask) for name, mask in keep.items()]
             if calibrator is not None and calibrator.propagate == "pruned":
                 pruned.notes.append("one ranking over all blocks: every block was seen with dense ones before it")
         else:
             amounts = self._allocate(anatomy, amount, seed, calibrator, pruned)
             for index, of_block in enumerate(self._walk(anatomy, seed, calibrator)):
                 for name, linear in linears[index]:
-                    keep[name] = self.prune_linear(name, linear, amounts[index], of_block[name], pruned)
-        pruned.masks = Masks({name: out_in(linear, keep[name]) for _, name, linear in _each(linears)})
+                    mask = self.prune_linear(name, linear, amounts[index], of_block[name], pruned)
+                    pruned.rows.append(_row(name, mask))
+                    if not anatomy.is_on_disk:  # masks take a byte for each weight, and only training needs them
+                        keep[name] = mask
+        pruned.masks = Masks({name: out_in(linear, keep[name]) for _, name, linear in _each(linears) if name in keep})
         pruned.masks.hold(anatomy.model)
-        pruned.rows = [LayerRow(name, mask.numel(), mask.numel() - int(mask.sum())) for name, mask in keep.items()]
         if self.pattern is not None and abs(pruned.realized - amount) > 1e-6:
             pruned.notes.append(
                 f"method.pattern={self.pattern} fixes the amount at {pruned.realized:g}; amount={amount:g} was not used"
@@ -132,12 +146,13 @@ class WeightMethod(Method):
         random = torch.Generator().manual_seed(seed)
         if not self.seen_by_score:
             facts = anatomy.facts if self.fixed else None
-            for linears in anatomy.linears_by_block():
+            for index, linears in enumerate(anatomy.linears_by_block()):
                 seen = {name: Seen(random=random) for name, _ in linears}
                 if facts is not None:
                     known = {name: facts.in_process(f"{self.fixed} of {name}", Thresholds) for name in seen}
                     seen = {name: replace(seen[name], thresholds=known[name]) for name in seen}
-                yield seen
+                with anatomy.at_hand(index):
+                    yield seen
             return
         assert calibrator is not None, "a calibrated method needs a calibrator"
         of_gradients: dict[str, dict[str, Any]] = {
@@ -209,6 +224,10 @@ class WeightMethod(Method):
             inputs = out_in(linear, linear.weight).shape[1]
             if inputs % m:
                 raise Refused(f"method.pattern={self.pattern}: {name} has {inputs} inputs, not a multiple of {m}")
+
+
+def _row(name: str, keep: Tensor) -> LayerRow:
+    return LayerRow(name, keep.numel(), keep.numel() - int(keep.sum()))
 
 
 def _each(linears: list[list[tuple[str, Any]]]) -> Iterator[tuple[int, str, Any]]:

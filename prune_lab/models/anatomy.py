@@ -6,6 +6,7 @@ A further family is one entry in FAMILIES. Names are those of `transformers`, re
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from prune_lab.errors import Refused
 from prune_lab.models.dense import DenseFacts
+from prune_lab.models.on_disk import at_hand, weights_on_disk
 
 HEADS_OF_RUN = {"kv": 1, "qkv": 3}  # a run named "query" has all query heads of a KV group
 
@@ -154,6 +156,15 @@ class Anatomy:
     def blocks(self) -> list[nn.Module]:
         """The decoder blocks in order."""
         return list(self.model.get_submodule(self.family.blocks))
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether the blocks' weights rest on disk: then they are there within `at_hand` only."""
+        return weights_on_disk(self.model) is not None
+
+    def at_hand(self, index: int) -> AbstractContextManager[None]:
+        """Within it a block has its weights, wherever they rest; what was changed rests there afterwards."""
+        return at_hand(self.model, f"{self.family.blocks}.{index}")
 
     def linears(self) -> Iterator[tuple[str, Any]]:
         """Every prunable Linear (or Conv1D) with its full name, block by block: those inside decoder blocks."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,11 @@ import torch
 
 from prune_lab.device import Device
 from prune_lab.errors import Refused
-from prune_lab.hub import as_folder, cached_file, check_reachable, commit_of, is_hub_id, why_not
+from prune_lab.hub import as_folder, cached_file, check_reachable, commit_of, download, is_hub_id, why_not
 from prune_lab.models import folder as folders
+from prune_lab.models import streamed
 from prune_lab.models.anatomy import family_of
+from prune_lab.models.contents import check_finite, weights_sha256
 from prune_lab.models.folder_check import check_config, check_folder
 from prune_lab.models.low_bits import count_weights
 from prune_lab.text.encode import tokenizer_sha256
@@ -35,11 +36,10 @@ class Loaded:
 
     def facts(self) -> dict[str, Any]:
         """Name, family, parameters (a tied matrix once), revision and licence."""
-        parameters, _ = count_weights(self.model)
         return {
             "name": self.name,
             "family": self.family,
-            "parameters": parameters,
+            "parameters": count_weights(self.model),
             "revision": self.revision,
             "licence": self.licence,
         }
@@ -56,13 +56,21 @@ class Loaded:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model option: where a model comes from, with its weights or with random ones."""
+    """A model option: where a model comes from, with its weights or with random ones.
+
+    stream: the blocks' weights rest on disk, for models larger than memory (prune_lab/models/on_disk.py).
+    """
 
     weights: str = "pretrained"
+    stream: bool = False
 
     def __post_init__(self) -> None:
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights={self.weights!r} is none of {', '.join(WEIGHTS)}")
+        if self.stream and self.weights == "random":
+            raise ValueError(
+                "stream=true reads weights from disk, and weights=random has none there; give stream=false"
+            )
 
     def load(self, device: Device, seed: int) -> Loaded:
         """Loads model and tokenizer; `seed` is that of random weights. Raises Refused where it cannot."""
@@ -88,12 +96,13 @@ class HubModel(ModelSource):
     def load(self, device: Device, seed: int) -> Loaded:
         """Loads from the folder, else from the Hub or its cache on this machine."""
         if (folder := as_folder(self.name)) is not None:
-            loaded = _load(str(folder), None, self.weights, self.name, device, seed)
+            loaded = _load(str(folder), None, self, self.name, device, seed)
             loaded.licence = licence_of(folder / "README.md")
             return loaded
         if cached_file(self.name, "config.json", self.revision) is None:
             check_reachable("model.name", self.name)
-        loaded = _load(self.name, self.revision, self.weights, self.name, device, seed)
+        source = download(self.name, self.revision) if self.stream else self.name
+        loaded = _load(source, self.revision, self, self.name, device, seed)
         config = cached_file(self.name, "config.json", self.revision)
         loaded.revision = commit_of(config, "config.json") if config else None
         loaded.licence = licence_of(cached_file(self.name, "README.md", self.revision))
@@ -110,12 +119,12 @@ class Tiny(ModelSource):
 
     def load(self, device: Device, seed: int) -> Loaded:
         """Loads the shipped model under its own name."""
-        loaded = _load(str(TINY), None, self.weights, "tiny", device, seed)
+        loaded = _load(str(TINY), None, self, "tiny", device, seed)
         loaded.licence = "apache-2.0"  # the package's
         return loaded
 
 
-def _load(source: str, revision: str | None, weights: str, name: str, device: Device, seed: int) -> Loaded:
+def _load(source: str, revision: str | None, option: ModelSource, name: str, device: Device, seed: int) -> Loaded:
     """The model and tokenizer of a folder or Hub id, to be called `name`."""
     from transformers import AutoConfig
     from transformers.utils import logging
@@ -128,13 +137,16 @@ def _load(source: str, revision: str | None, weights: str, name: str, device: De
         family_of(config.model_type)
         check_config(config, name)
         tokenizer = _load_tokenizer(source, place, name)
-        model = _build(source, config, weights, place, device, seed)
+        if option.stream:
+            model = streamed.build(Path(source), config, device, name)
+        else:
+            model = _build(source, config, option.weights, place, device, seed).to(device.torch_device)
     except Refused:
         raise
     except Exception as error:  # transformers, the Hub's client and safetensors each have their own
         raise Refused(f"model.name={name!r} cannot be loaded: {why_not(name, error)}") from error
-    _check_finite(model, name)
-    return Loaded(model.to(device.torch_device).eval(), tokenizer, name, config.model_type)
+    check_finite(model, name)
+    return Loaded(model.eval(), tokenizer, name, config.model_type)
 
 
 def licence_of(card: Path | None) -> str | None:
@@ -161,16 +173,6 @@ def _load_tokenizer(source: str, place: dict[str, Any], name: str) -> Any:
         ) from error
 
 
-def weights_sha256(model: Any) -> str:
-    """sha256 over all tensors of a model: names, types, shapes, bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        digest.update(memoryview(flat.cpu().numpy()))
-    return digest.hexdigest()
-
-
 def _build(source: str, config: Any, weights: str, place: dict[str, Any], device: Device, seed: int) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -191,9 +193,3 @@ def _build(source: str, config: Any, weights: str, place: dict[str, Any], device
             "cannot be read without it"
         )
     return model
-
-
-def _check_finite(model: Any, name: str) -> None:
-    for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():  # 8-bit floats have no isfinite
-            raise Refused(f"model.name={name!r}: {key} holds NaN or infinite weights: the checkpoint is damaged")

@@ -10,11 +10,14 @@ inputs' type before each product, which is smaller and slower.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
+
+from prune_lab.models.on_disk import value
 
 KERNEL_ROWS = 16  # up to so many rows the weight-only kernel beats expanding the weights
 KERNEL_WIDTH = 32  # it reads inputs in whole vectors: at other widths (seen at 7, 36, 40) it crashes or reads garbage
@@ -103,11 +106,9 @@ class Int8Linear(LowBitLinear):
 
     @property
     def has_product(self) -> bool:
-        """Whether inputs are rounded too, and torch._int_mm takes these widths."""
-        if self.weight.is_cuda:
-            return self.dynamic and self.in_features % 8 == 0 and self.out_features % 8 == 0
-        # Of one input it makes garbage (torch 2.13), whose rounding changes nothing.
-        return self.dynamic and self.in_features > 1
+        """Whether inputs are rounded too, and torch._int_mm takes these widths; of one input it makes garbage (2.13)."""
+        fits = self.in_features % 8 == 0 == self.out_features % 8 if self.weight.is_cuda else self.in_features > 1
+        return self.dynamic and fits
 
     def _has_kernel(self, rows: Tensor) -> bool:
         """Whether the weight-only kernel takes these rows and is worth it."""
@@ -226,12 +227,17 @@ def unpack(words: Tensor, in_features: int) -> Tensor:
     return (nibbles.flatten(1)[:, :in_features] - 8).to(torch.int8)
 
 
-def count_weights(model: Any) -> tuple[int, int]:
-    """Weights of a model and how many of them are not zero, whatever type they are kept in; a tied matrix once."""
-    weights = list(model.parameters())  # yields a tied parameter once
+def count_weights(model: Any) -> int:
+    """Weights of a model, whatever type they are kept in; a tied matrix once."""
     codes = [module.codes() for module in model.modules() if isinstance(module, LowBitLinear)]
-    every = [*weights, *codes]
-    return sum(w.numel() for w in every), sum(int(torch.count_nonzero(w)) for w in every)
+    return sum(weight.numel() for weight in [*model.parameters(), *codes])  # parameters() yields a tied one once
+
+
+def count_nonzero(model: Any) -> int:
+    """How many of a model's weights are not zero, counted as `count_weights` does."""
+    codes = [module.codes() for module in model.modules() if isinstance(module, LowBitLinear)]
+    weights = (value(model, name, weight) for name, weight in model.named_parameters())
+    return sum(int(torch.count_nonzero(weight)) for weight in chain(weights, codes))
 
 
 def _steps(step: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from prune_lab.console import Console
 from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.blocks import BlockStream
 from prune_lab.models.loss import window_losses
 from prune_lab.pruning import gradients, shared
-from prune_lab.pruning.blocks import BlockStream
 from prune_lab.pruning.statistics import GRADIENTS, NEEDS, InputStatistics, Seen
 from prune_lab.text.tokens import sha256
 
@@ -39,13 +39,15 @@ class Calibrator:
     def walk(self, anatomy: Anatomy, needs: frozenset[str], dense: bool = False) -> Iterator[dict[str, Seen]]:
         """For each block in order, what was seen at each of its Linears, by full name.
 
-        Statistics of one block are held at a time. The block is free to be changed before the next one is asked for:
-        with propagate="pruned" its inputs come from the changed block. `dense` overrules that: one pass.
+        Statistics of one block are held at a time. The block is at hand, and free to be changed before the next one is
+        asked for: with propagate="pruned" its inputs come from the changed block. `dense` overrules that: one pass.
         """
         wanted = needs & frozenset(NEEDS)
         linears = anatomy.linears_by_block()
         if not wanted:
-            yield from ({name: Seen() for name, _ in of_block} for of_block in linears)
+            for index, of_block in enumerate(linears):
+                with anatomy.at_hand(index):
+                    yield {name: Seen() for name, _ in of_block}
             return
         propagate_pruned = not dense and self.propagate == "pruned"
         facts = None if propagate_pruned else anatomy.facts
@@ -60,18 +62,19 @@ class Calibrator:
         passes = 2 if propagate_pruned else 1
         with self.console.progress(len(linears) * passes * self.windows.numel(), "calibrating", unit="tok") as bar:
             for index, of_block in enumerate(linears):
-                with _observing(anatomy.blocks[index], of_block, wanted) as statistics:
-                    self._forward(stream, index, bar, keep=not propagate_pruned)
-                yield _seen(statistics)
-                if propagate_pruned:
-                    self._forward(stream, index, bar, keep=True)
+                with anatomy.at_hand(index):
+                    with _observing(anatomy.blocks[index], of_block, wanted) as statistics:
+                        self._forward(stream, index, bar, keep=not propagate_pruned)
+                    yield _seen(statistics)
+                    if propagate_pruned:
+                        self._forward(stream, index, bar, keep=True)
 
     def _forward(self, stream: BlockStream, block: int, bar: Any, keep: bool) -> None:
-        for number, states in enumerate(stream.states):
+        for number in range(len(stream.states)):
             out = stream.output(block, number)
             if keep:
                 stream.states[number] = out
-            bar.update(states.shape[0] * states.shape[1])
+            bar.update(out.shape[0] * out.shape[1])
 
     @cached_property
     def _of(self) -> dict[str, Any]:
@@ -132,9 +135,9 @@ class Calibrator:
         count = len(anatomy.blocks)
         with self.console.progress(count * self.windows.numel(), "block influence", unit="tok") as bar:
             for index in range(count):
-                before = list(stream.states)
+                before = [stream.states[number] for number in range(len(stream.states))]
                 self._forward(stream, index, bar, keep=True)
-                pairs = zip(before, stream.states, strict=True)
+                pairs = ((was, stream.states[number]) for number, was in enumerate(before))
                 found.append(block_influence((was.flatten(0, 1), now.flatten(0, 1)) for was, now in pairs))
         return found
 

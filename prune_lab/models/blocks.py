@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.states import StateList, States
 
 
 class _ReachedError(Exception):
@@ -26,40 +27,35 @@ class BlockStream:
     @torch.no_grad()
     def __init__(self, anatomy: Anatomy, windows: Tensor, batch_size: int) -> None:
         self._blocks = anatomy.blocks
+        self._anatomy = anatomy
         device = next(anatomy.model.parameters()).device
-        batches = [batch.to(device) for batch in windows.split(batch_size)]
+        batches = [batch.to(device, torch.int64) for batch in windows.split(batch_size)]
         by_size = {len(batch): batch for batch in batches}
         self._calls = {size: self._record_calls(anatomy, batch) for size, batch in by_size.items()}
-        self.states = [self._embed(anatomy, batch) for batch in batches]  # each (windows, seq_len, hidden)
+        self.states: StateList = States() if anatomy.is_on_disk else []  # each (windows, seq_len, hidden)
+        for batch in batches:
+            self.states.append(self._embed(anatomy, batch))
 
     def _record_calls(self, anatomy: Anatomy, batch: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-        def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append((args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}))
+        def note(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            calls.append((args, kwargs))
+            return states
 
-        hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in self._blocks]
-        try:
+        with _instead_of(self._blocks, note):
             anatomy.model.base_model(input_ids=batch, use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return calls
 
     def _embed(self, anatomy: Anatomy, batch: Tensor) -> Tensor:
         found: list[Tensor] = []
 
-        def stop(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(args[0] if args else kwargs["hidden_states"])
+        def stop(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            found.append(states)
             raise _ReachedError
 
-        hook = self._blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
-        try:
+        with _instead_of(self._blocks, stop), suppress(_ReachedError):
             anatomy.model.base_model(input_ids=batch, use_cache=False)
-        except _ReachedError:
-            pass
-        finally:
-            hook.remove()
         return found[0]
 
     @torch.no_grad()
@@ -69,6 +65,37 @@ class BlockStream:
         args, kwargs = self._calls[len(states)][block]
         out = self._blocks[block](states, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
+
+    def run(self, done: Callable[[int], Any]) -> None:
+        """Moves all states to the exit of the last block, each block at hand once; `done` is told of tokens passed."""
+        for block in range(len(self._blocks)):
+            with self._anatomy.at_hand(block):
+                for number in range(len(self.states)):
+                    out = self.output(block, number)
+                    self.states[number] = out
+                    done(out.shape[0] * out.shape[1])
+
+    @contextmanager
+    def replayed(self, number: int) -> Iterator[None]:
+        """Within it, a forward pass of the model on one batch takes its states from here after the last block."""
+        with _instead_of(self._blocks, lambda *args, **kwargs: self.states[number]):
+            yield
+
+
+@contextmanager
+def _instead_of(blocks: list[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Within it, `forward(hidden_states, ...)` is called in the place of each block, whose weights are not needed."""
+
+    def named(*args: Any, hidden_states: Tensor | None = None, **kwargs: Any) -> Tensor:
+        return forward(*(args if hidden_states is None else (hidden_states, *args)), **kwargs)
+
+    for block in blocks:
+        block.forward = named  # of this object alone: its class keeps its own
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 @contextmanager

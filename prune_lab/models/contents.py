@@ -1,0 +1,29 @@
+"""What a model's tensors hold: their hash, and whether they are damaged."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+
+from prune_lab.errors import Refused
+from prune_lab.models.on_disk import value
+
+
+def weights_sha256(model: Any) -> str:
+    """sha256 over all tensors of a model: names, types, shapes, bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        flat = value(model, name, tensor).detach().contiguous().view(-1).view(torch.uint8)
+        digest.update(flat.cpu().numpy().data)
+    return digest.hexdigest()
+
+
+def check_finite(model: Any, name: str) -> None:
+    """Raises Refused where a tensor of the model, called `name`, holds NaN or infinite numbers."""
+    for key, tensor in model.state_dict().items():
+        parts = value(model, key, tensor).reshape(-1).split(2**22) if tensor.is_floating_point() else ()
+        if not all(torch.isfinite(part.float()).all() for part in parts):  # 8-bit floats have no isfinite
+            raise Refused(f"model.name={name!r}: {key} holds NaN or infinite weights: the checkpoint is damaged")
