@@ -106,7 +106,7 @@ class Int8Linear(LowBitLinear):
 
     @property
     def has_product(self) -> bool:
-        """Whether inputs are rounded too, and torch._int_mm takes these widths; of one input it makes garbage (2.13)."""
+        """Whether inputs are rounded too, and torch._int_mm takes these widths (of one input it makes garbage)."""
         fits = self.in_features % 8 == 0 == self.out_features % 8 if self.weight.is_cuda else self.in_features > 1
         return self.dynamic and fits
 
