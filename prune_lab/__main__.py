@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
+from collections.abc import Callable
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from prune_lab import config, explain, launch, recipes, sweep, usage
+from prune_lab import config, explain, launch, recipes, remote, sweep, usage
 
+SUBCOMMANDS = {"cache": "prune_lab.cache_command"}  # first word: the module whose main(arguments) answers
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
 @hydra.main(version_base="1.3", config_path=config.CONF_DIR, config_name="config")
-def _job(cfg: DictConfig) -> float | None:
+def _job(cfg: DictConfig) -> float | tuple[float, ...] | None:
+    remote.unpack(HydraConfig.get())
     from prune_lab import job  # not before there is a job to run
 
     place = sweep.place_of_job(HydraConfig.get())
@@ -28,9 +32,13 @@ def main() -> None:
 
 
 def _run(arguments: list[str]) -> int:
+    if arguments and arguments[0] in SUBCOMMANDS:
+        command: Callable[[list[str]], int] = importlib.import_module(SUBCOMMANDS[arguments[0]]).main
+        return command(arguments[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's refusals reach us as exceptions, to be shown in one line
     config.register_schema()
     try:
+        explain.check_text(arguments)
         recipes.check(arguments)
         sys.argv[1:] = launch.for_this_process(usage.answer(arguments))
         _job()
@@ -41,7 +49,7 @@ def _run(arguments: list[str]) -> int:
         return end.code if isinstance(end.code, int) else REFUSED
     except Exception as error:
         explain.to_stderr(explain.one_line(error))
-        return REFUSED
+        return FAILED if sweep.close_broken_sweep() else REFUSED
     finally:
         sweep.close_open_sweep()
     return FAILED if sweep.any_job_failed() else OK

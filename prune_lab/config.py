@@ -17,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
+from prune_lab.axes import axis
 from prune_lab.checks import check_amount
 from prune_lab.errors import Refused
 from prune_lab.explain import no_such_key
@@ -52,13 +53,25 @@ class Settings:
     resume: bool = True
     export: bool = False
     quiet: bool = False
+    objectives: tuple[str, ...] = ("quality/perplexity",)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "objectives", tuple(self.objectives))
         check_amount(self.amount)
+        wrong = [name for name in self.objectives if name.count("/") != 1 or axis(name).better is None]
+        if wrong or not self.objectives:
+            raise ValueError(
+                f"objectives={list(self.objectives)} must name metrics that a search can improve, such as "
+                "quality/perplexity, size/disk_mb, latency/decode_speedup"
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} is outside [0, 2^63)")
         if not self.name.strip() or len(self.name) > 250:
             raise ValueError(f"name={self.name[:40]!r} must have 1 to 250 characters: it names the experiment")
+        if not self.name.isprintable():
+            raise ValueError(f"name={self.name[:40]!r} must not hold control characters: it names the experiment")
+        if {"/", "\\"} & set(self.name) or self.name in (".", ".."):
+            raise ValueError(f"name={self.name[:40]!r} must be fit to name a folder: no / or \\, and neither . nor ..")
 
 
 @dataclass(frozen=True)
@@ -84,7 +97,7 @@ def build_parts(cfg: DictConfig) -> Parts:
     try:
         values = {name: MISSING if OmegaConf.is_missing(cfg, name) else cfg[name] for name in names}
     except OmegaConfBaseException as error:
-        raise Refused(_first_line(error)) from error
+        raise Refused(f"{error.full_key}: {_first_line(error)}") from error
     settings = _construct(Settings, values, "")
     for group in GROUPS:
         if OmegaConf.is_missing(cfg, group):
@@ -109,8 +122,11 @@ def build(node: Any, group: str) -> Any:
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The composed configuration as plain, resolved Python containers."""
-    container = OmegaConf.to_container(cfg, resolve=True)
+    """The composed configuration as plain Python containers, resolved where it can be."""
+    try:
+        container = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException:  # building the parts says what is wrong with it
+        container = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(container, dict)
     return {str(k): v for k, v in container.items()}
 

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console as RichConsole
 from tqdm import tqdm
 
+from prune_lab.turns import machine
+
 
 class Console:
     """Writes to the terminal.
@@ -41,7 +43,16 @@ class Console:
 
         total=None: not known beforehand.
         """
-        return tqdm(
+        return _Bar(
             total=total, desc=what, unit=unit, unit_scale=unit in ("tok", "B"), leave=False, disable=not self._live,
             dynamic_ncols=True,
         )  # fmt: skip
+
+
+class _Bar(tqdm):
+    """What takes long tells it here, step by step; so here it also pauses while another job of the machine is timed."""
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Moves the bar on by n."""
+        machine.pause()
+        return super().update(n)

@@ -31,6 +31,7 @@ def describe_environment(device: Device) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "processes": launch.size(),
+        "sharded": launch.is_sharded(),
         "gpu": torch.cuda.get_device_name(device.torch_device) if device.is_cuda else None,
         "cuda": torch.version.cuda if device.is_cuda else None,
         "gpu_clocks_mhz": gpu_clocks(_uuid(device)) if device.is_cuda else None,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 # Keys that change where a result goes, not what it is.
-_NOT_PART = ("tracking", "name", "resume", "quiet", "device", "dtype")
+_NOT_PART = ("tracking", "name", "resume", "quiet", "objectives", "device", "dtype")
 # Where text, weights and tasks lie is not what they are: their hashes stand for them.
 _PLACES = {
     "model": ("name", "revision"),

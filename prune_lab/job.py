@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from prune_lab import explain, interrupt, launch
@@ -13,13 +13,14 @@ from prune_lab.console import Console
 from prune_lab.errors import Refused
 from prune_lab.place import Place
 from prune_lab.summary import Summary
+from prune_lab.turns import machine
 
 log = logging.getLogger(__name__)
 FAILED, REFUSED = 1, 2
 
 
-def run(build: Callable[[], Parts], config: dict[str, Any], place: Place) -> float | None:
-    """Runs a job and returns its perplexity, for sweepers that search.
+def run(build: Callable[[], Parts], config: dict[str, Any], place: Place) -> float | tuple[float, ...] | None:
+    """Runs a job and returns its `objectives`, for sweepers that search: one figure, or a tuple of several.
 
     In a sweep a job that is refused or fails leaves its summary and returns None, so that the others go on; a
     single run ends the program with exit code 2 or 1.
@@ -32,7 +33,9 @@ def run(build: Callable[[], Parts], config: dict[str, Any], place: Place) -> flo
         console = Console(parts.settings.quiet)
         if place.sweep is not None:
             console.note(f"\njob {place.job}: {' '.join(place.overrides)}")
-        summary = runner.run(parts, config, place, console)
+        # Processes that train one model together wait for each other: one of them must not pause alone.
+        with machine.sharing() if launch.size() == 1 else nullcontext():
+            summary = runner.run(parts, config, place, console)
     except Refused as error:
         _put_on_record(place, config, str(error), REFUSED)
         return None
@@ -46,7 +49,15 @@ def run(build: Callable[[], Parts], config: dict[str, Any], place: Place) -> flo
         raise
     if launch.rank() == 0:
         outcome.show(summary, console)
-    return summary.metrics.get("quality/perplexity")
+    return _objectives(parts.settings.objectives, summary)
+
+
+def _objectives(names: tuple[str, ...], summary: Summary) -> float | tuple[float, ...] | None:
+    if missing := [name for name in names if name not in summary.metrics]:  # not measured, or it diverged
+        log.warning("objectives: this run has no %s", ", ".join(missing))
+        return None
+    found = tuple(summary.metrics[name] for name in names)
+    return found[0] if len(found) == 1 else found
 
 
 def _put_on_record(place: Place, config: dict[str, Any], reason: str, exit_code: int) -> None:

@@ -15,6 +15,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0")) if size() > 1 else 0
 
 
+def is_sharded() -> bool:
+    """Whether each is to have a part of the model that trains, as `accelerate launch --use_fsdp` asks."""
+    return size() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+
+
 def local_rank() -> int:
     """Its number among those of this machine, which is that of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 _STAGES = ("prefill", "decode")
+LOAD = 0.25  # cores; what a system does by itself is a tenth of it
 
 
 def of_calibration(protocol: dict[str, Any]) -> list[str]:
@@ -23,6 +24,17 @@ def of_energy(protocol: dict[str, Any], metrics: dict[str, float]) -> list[str]:
     if protocol["device"].startswith("cuda"):
         return ["no energy: NVML has no counter of this GPU, or is not installed (pip install 'prune-lab[energy]')"]
     return ["no energy: /sys/class/powercap has no CPU package whose energy_uj this user may read"]
+
+
+def of_load(environment: dict[str, Any]) -> list[str]:
+    """Whether what was timed had the machine to itself."""
+    cores = environment.get("cores_used_by_others", 0.0)
+    if cores <= LOAD:
+        return []
+    return [
+        f"timed under load: other processes used {cores:.2f} cores of this machine meanwhile, which makes milliseconds "
+        "too high and speed-ups less sure than their intervals say"
+    ]
 
 
 def of_figures(metrics: dict[str, float]) -> list[str]:

@@ -36,6 +36,7 @@ from prune_lab.recovery.base import Training
 from prune_lab.schedules import Event, Rewind
 from prune_lab.summary import Summary
 from prune_lab.tracking.base import RunLog
+from prune_lab.turns import machine
 from prune_lab.world import World, join
 
 
@@ -47,7 +48,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
     parts.post.check(device)
     check_acceleration(parts.measure.accelerate, device)
     devices.seed_all(settings.seed)
-    world = join(device.is_cuda)
+    world = join(device)
     console.note("loading model and text")
     seed_of_weights = settings.seed if parts.model.weights == "random" else 0
     bench = open_bench(parts.model, parts.dataset, parts.measure, device, seed_of_weights, console)
@@ -98,13 +99,16 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
             timings = None
             if parts.measure.latency:
                 models = bench.dense.model, loaded.model
-                timings = measure_timings(*models, bench.prompt, bench.grid, parts.measure, device, console)
+                with machine.alone(console.note) as load:
+                    timings = measure_timings(*models, bench.prompt, bench.grid, parts.measure, device, console)
+                summary.environment["cores_used_by_others"] = round(load.cores, 2)
             check_reload(loaded.model, folder, bench.windows[:1].long(), parts.post.exact)
         summary.warnings += pruned.notes + notes.of_calibration(protocol)
         metrics = compare(parts.method, dense, figures, timings, pruned)
         metrics |= compute_figures(bench.macs, macs) | seconds
         diverged = summary.set_metrics(metrics)
         summary.warnings += notes.of_figures(summary.metrics) + notes.of_energy(protocol, summary.metrics)
+        summary.warnings += notes.of_load(summary.environment)
         summary.status = "FINISHED"
         if settings.export:
             card = model_card(summary, bench.dense.name, place.command, parts.post.reading)
@@ -144,7 +148,7 @@ def _compress(
 
     def prune(amount: float) -> Pruned:
         with _stopwatch(seconds, "time/prune_s"):
-            return parts.method.prune(Anatomy(loaded.model), amount, seed, calibrator)
+            return parts.method.prune(Anatomy(loaded.model, bench.facts), amount, seed, calibrator)
 
     training = Training(
         dense=bench.dense,
@@ -191,9 +195,10 @@ def _saved(loaded: Loaded, run_folder: Path, keep: bool, storage: str) -> Iterat
 
 @contextmanager
 def _stopwatch(seconds: dict[str, float], name: str) -> Iterator[None]:
-    began = time.perf_counter()
+    """Adds the seconds that the work inside takes, without those in which it waited for other jobs."""
+    began, waited = time.perf_counter(), machine.waited
     yield
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began - (machine.waited - waited)
 
 
 def _write_files(folder: Path, pruned: Pruned) -> list[Path]:

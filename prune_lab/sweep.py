@@ -14,9 +14,9 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from prune_lab import explain, launch
+from prune_lab import explain, interrupt, launch, remote
 from prune_lab.config import build
 from prune_lab.errors import Refused
 from prune_lab.place import Place
@@ -43,6 +43,7 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Opens it. Tracking must work before any work is done, so what fails here ends the program."""
         global _current
+        interrupt.end_on_signals()  # the jobs may be other processes, which must not outlive this one
         tracker = build(config.tracking, "tracking")
         folder = Path(config.hydra.sweep.dir).absolute()
         try:
@@ -51,29 +52,37 @@ class SweepCallback(Callback):
             explain.to_stderr(str(error))
             raise SystemExit(2) from error
         _current = _Sweep(folder, str(config.name), tracker, bool(config.quiet))
+        remote.pack(config, folder)
         atexit.register(close_open_sweep)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Closes it: all jobs have had their turn."""
-        _close(interrupted=False)
+        _close()
 
 
 def place_of_job(hydra_config: Any) -> Place:
     """The place of the job that Hydra is running."""
     in_sweep = hydra_config.mode == RunMode.MULTIRUN
+    overrides: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)  # as typed, ${...} and all
     return Place(
         folder=Path(hydra_config.runtime.output_dir),
         sweep=Path(hydra_config.sweep.dir).absolute() if in_sweep else None,
         job=str(hydra_config.job.num) if in_sweep else "",
         choices={key: str(value) for key, value in hydra_config.runtime.choices.items() if "hydra" not in key},
-        overrides=[str(override) for override in hydra_config.overrides.task],
+        overrides=[str(override) for override in overrides],
         recipe=str(hydra_config.job.config_name),
     )
 
 
 def close_open_sweep() -> None:
     """Closes a sweep that Hydra left open: interrupted, or refused before its first job. Does nothing twice."""
-    _close(interrupted=True)
+    _close("KILLED")
+
+
+def close_broken_sweep() -> bool:
+    """Closes a sweep whose launcher gave up, such as when a worker died; False where no job had begun."""
+    _close("FAILED")
+    return any_job_failed()
 
 
 def any_job_failed() -> bool:
@@ -81,11 +90,13 @@ def any_job_failed() -> bool:
     return _current is not None and _current.failed
 
 
-def _close(interrupted: bool) -> None:
+def _close(ended: str | None = None) -> None:
+    """Closes the open sweep; `ended` is its status where it did not come to its end."""
     sweep = _current
     if sweep is None or sweep.closed:
         return
     sweep.closed = True
+    remote.clear()
     jobs = _job_folders(sweep.folder)
     if not jobs:
         sweep.tracker.discard_sweep(sweep.name, sweep.folder)
@@ -94,10 +105,10 @@ def _close(interrupted: bool) -> None:
     from prune_lab.console import Console
 
     rows = [comparison.read_job(folder) for folder in jobs]
-    sweep.failed = any(row.summary.status != "FINISHED" for row in rows)
+    sweep.failed = ended == "FAILED" or any(row.summary.status != "FINISHED" for row in rows)
     if launch.rank() > 0:  # it only helped to train: the first process has the figures
         return
-    status = "KILLED" if interrupted else "FAILED" if sweep.failed else "FINISHED"
+    status = ended or ("FAILED" if sweep.failed else "FINISHED")
     comparison.write(sweep.folder, rows)
     hints = sweep.tracker.close_sweep(sweep.name, sweep.folder, status, [row.summary for row in rows])
     console = Console(sweep.quiet)

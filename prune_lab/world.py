@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -11,17 +12,27 @@ from torch import Tensor
 from torch import distributed as dist
 
 from prune_lab import launch
+from prune_lab.device import Device
+from prune_lab.errors import Refused
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=12)  # the others wait while the first one measures
+_NOT_BUILT = {  # what accelerate's FSDP may be asked for beside sharding, and what there is in its place
+    "FSDP_OFFLOAD_PARAMS": "the shards stay on their device",
+    "FSDP_ACTIVATION_CHECKPOINTING": "use recovery.gradient_checkpointing=true",
+}
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size`: each has a copy of the model and takes its share of every batch (data parallel)."""
+    """This process among `size`: each takes its share of every batch (data parallel).
+
+    sharded: each has a part of the model while it trains (FSDP), in place of a copy.
+    """
 
     rank: int = 0
     size: int = 1
+    sharded: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -51,8 +62,18 @@ class World:
         return values[0]
 
 
-def join(is_cuda: bool) -> World:
-    """Meets the other processes, once; nccl on GPUs, gloo on CPUs."""
+def join(device: Device) -> World:
+    """Meets the other processes, once; nccl on GPUs, gloo on CPUs. Raises Refused for a way to shard that is not built.
+
+    Of accelerate's settings of FSDP only whether to shard is followed: weights and their optimizer state are sharded
+    over all processes, and a block's weights are put together for its forward and its backward pass.
+    """
+    for name, instead in _NOT_BUILT.items():
+        if launch.is_sharded() and os.environ.get(name, "").lower() in ("1", "true"):
+            raise Refused(f"{name}=true is not built: {instead}")
+    os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)  # transformers would load no weights but in one process
     if launch.size() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if is_cuda else "gloo", timeout=PATIENCE)
-    return World(launch.rank(), launch.size())
+        if device.is_cuda:
+            torch.cuda.set_device(device.torch_device)  # what nccl and FSDP go by
+        dist.init_process_group("nccl" if device.is_cuda else "gloo", timeout=PATIENCE)
+    return World(launch.rank(), launch.size(), launch.is_sharded())

@@ -127,7 +127,8 @@ def test_the_root_keys_are_the_settings() -> None:
     cfg = composed()
     for field in dataclasses.fields(config.Settings):
         assert cfg[field.name] == field.default
-        assert type(cfg[field.name]) is get_type_hints(config.Settings)[field.name]
+        kind = get_type_hints(config.Settings)[field.name]
+        assert type(config.plain(cfg)[field.name]) is (list if kind == tuple[str, ...] else kind)
 
 
 def test_amount_and_window_length_reach_the_parts() -> None:
@@ -370,6 +371,10 @@ def test_a_command_line_without_a_recipe_passes() -> None:
         "hydra: {mode: MULTIRUN, sweeper: {params: {method: 'magnitude,random', amount: '0.2,0.4'}}}\n",
         "hydra: {sweeper: {params: {method.pattern: 'null,\"2:4\"', recovery.steps: 'range(10,30,10)'}}}\n",
         "hydra: {sweeper: {params: {+recovery.extra: '1,2'}, max_batch_size: 4}}\n",
+        "objectives: [size/disk_mb]\nhydra: {sweeper: {direction: [minimize, minimize], n_trials: 3}}\n",
+        "hydra: {launcher: {n_jobs: 2}}\n",
+        "hydra: {launcher: {timeout_min: 9, cpus_per_task: 2, partition: gpu}, sweeper: {sampler: {seed: 1}}}\n",
+        "hydra: {launcher: {ray: {remote: {num_cpus: 2}}}}\n",
         "hydra: {run: {dir: 'runs/mine'}, sweep: {dir: 'multirun/${now:%Y}/${name}', subdir: '${hydra.job.num}'}}\n",
     ],
 )
@@ -416,6 +421,11 @@ REFUSED = {
     "launcher": "hydra: {launcher: {_target_: os.system}}",
     "launcher by a module": "hydra: {launcher: {_target_: prune_lab.runner.shutil.rmtree}}",
     "sweeper": "hydra: {sweeper: {_target_: subprocess.Popen}}",
+    "a cluster, which could answer with pickles": "hydra: {launcher: {ray: {init: {address: 'ray://evil:10001'}}}}",
+    "a study's database": "hydra: {sweeper: {storage: 'sqlite:////x.db'}}",
+    "a search space by code": "hydra: {sweeper: {custom_search_space: os.system}}",
+    "words of sbatch": "hydra: {launcher: {setup: ['touch pwned']}}",
+    "more words of sbatch": "hydra: {launcher: {additional_parameters: {wrap: touch pwned}}}",
     "environment": "name: ${oc.env:HOME}",
     "environment, spaced": "name: '${ oc.env : HOME}'",
     "environment, nested": "name: '${oc.decode:${oc.env:HOME}}'",
@@ -522,6 +532,21 @@ def test_a_refused_recipe_does_nothing(tmp_path: Path, cli: Cli) -> None:
     assert re.match(r"prune_lab: recipe recipe: hydra\.callbacks\.x", done.stderr), done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r"]
+
+
+# --- objectives of a search ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [["perplexity"], ["quality/perplexty"], [], ["size/disk_mb", "no/thing"]])
+def test_an_objective_is_a_metric_that_can_be_improved(names: list[str]) -> None:
+    with pytest.raises(Refused, match="objectives=") as refused:
+        config.build_parts(composed(f"objectives=[{','.join(names)}]"))
+    assert "quality/perplexity" in str(refused.value)
+
+
+def test_objectives_are_as_asked_for() -> None:
+    parts = config.build_parts(composed("objectives=[quality/perplexity,latency/decode_speedup]"))
+    assert parts.settings.objectives == ("quality/perplexity", "latency/decode_speedup")
 
 
 def test_help_lists_every_option_and_the_keys_as_they_are_now(cli: Cli, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from prune_lab.pruning import thresholds
+from prune_lab.pruning.cuts import cuts
 from prune_lab.pruning.selection import (
     Pattern,
     count_to_remove,
@@ -17,7 +18,6 @@ from prune_lab.pruning.selection import (
     keep_pattern,
     keep_rows,
 )
-from prune_lab.pruning.thresholds import cuts
 
 
 def naive_keep(scores: torch.Tensor, remove: int) -> torch.Tensor:

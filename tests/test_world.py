@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -26,9 +27,21 @@ TRAINING = [
 ]  # fmt: skip
 
 
-def together(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Two processes under torchrun, which sets the variables that accelerate launch sets."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+ACCELERATE_FSDP = ["accelerate.commands.launch", "--use_fsdp", "--fsdp_version=2", "--num_processes=2"]
+
+
+def together(folder: Path, *arguments: str, launcher: list[str] = TORCHRUN) -> subprocess.CompletedProcess[str]:
+    """Two processes that meet at a free port; torchrun sets the variables that accelerate launch sets."""
+    command = [sys.executable, "-m", *launcher]
+    if launcher is not TORCHRUN:
+        command.append(f"--main_process_port={free_port()}")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, "-m", "prune_lab", *arguments],
@@ -37,29 +50,42 @@ def together(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=400,
     )
 
 
-@pytest.mark.parametrize("recovery", ["finetune", "distill", pytest.param("lora", marks=pytest.mark.slow)])
-def test_two_processes_train_what_one_does(small: list[str], cli: Cli, tmp_path: Path, recovery: str) -> None:
-    """At the same global batch: gradients are averaged over equal shares of it."""
+@pytest.mark.parametrize(
+    ("recovery", "launchers"),
+    [
+        ("finetune", [TORCHRUN]),  # its shards: test_fsdp.py
+        ("distill", [TORCHRUN, ACCELERATE_FSDP]),
+        pytest.param("lora", [TORCHRUN, ACCELERATE_FSDP], marks=pytest.mark.slow),
+    ],
+    ids=["finetune", "distill", "lora"],
+)
+def test_two_processes_train_what_one_does(
+    small: list[str], cli: Cli, tmp_path: Path, recovery: str, launchers: list[list[str]]
+) -> None:
+    """At the same global batch, by one command line: each process has a copy of the model, or a part of it (FSDP)."""
     arguments = [
         *small, *TRAINING, f"recovery={recovery}", "method=structured", "amount=0.25", "schedule=iterative",
         "schedule.rounds=2", "tracking=none", "resume=false",
     ]  # fmt: skip
-    done = together(tmp_path, *arguments, f"hydra.run.dir={tmp_path / 'two'}")
-    assert done.returncode == 0, done.stderr
     alone = cli(*arguments, f"hydra.run.dir={tmp_path / 'one'}", OMP_NUM_THREADS="1")
     assert alone.returncode == 0, alone.stderr
-    one, two = (load_file(tmp_path / name / "export/model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name, weight in one.items():
-        assert_close(two[name], weight, atol=2e-4, rtol=2e-3)
-    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")]
-    assert [summary["environment"]["processes"] for summary in summaries] == [1, 2]
-    assert summaries[0]["fingerprint"] == summaries[1]["fingerprint"]
-    assert done.stdout.count("perplexity") == alone.stdout.count("perplexity")  # one table, not two
+    for launcher in launchers:
+        place = tmp_path / launcher[0]
+        done = together(tmp_path, *arguments, f"hydra.run.dir={place}", launcher=launcher)
+        assert done.returncode == 0, done.stderr
+        one, two = (load_file(folder / "export/model.safetensors") for folder in (tmp_path / "one", place))
+        assert one.keys() == two.keys()
+        for name, weight in one.items():
+            assert_close(two[name], weight, atol=2e-4, rtol=2e-3)
+        summaries = [json.loads((folder / "summary.json").read_text()) for folder in (tmp_path / "one", place)]
+        assert [summary["environment"]["processes"] for summary in summaries] == [1, 2]
+        assert [summary["environment"]["sharded"] for summary in summaries] == [False, launcher is ACCELERATE_FSDP]
+        assert summaries[0]["fingerprint"] == summaries[1]["fingerprint"]
+        assert done.stdout.count("perplexity") == alone.stdout.count("perplexity")  # one table, not two
 
 
 def test_a_sweep_of_two_processes_is_recorded_once_and_found_again(small: list[str], tmp_path: Path) -> None:

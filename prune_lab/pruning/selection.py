@@ -10,7 +10,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from prune_lab.pruning.thresholds import Cut, at_once, cuts, row_cuts
+from prune_lab.pruning.cuts import Cut, at_once, cuts, row_cuts
 
 _PATTERN = re.compile(r"(\d+):(\d+)")
 _SMALL = 8  # entries whose pairs are fewer than the steps of a selection

@@ -19,6 +19,7 @@ from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.resize import Shape, shape_of
 from prune_lab.pruning.masks import Masks
 from prune_lab.pruning.surgery import take_shape
+from prune_lab.recovery.sharding import full
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,27 @@ class Checkpoint:
 
 def save(
     path: Path, step: int, model: Any, optimizer: Optimizer, pruned: Pruned, *,
-    kept: dict[str, dict[str, Tensor]], best: dict[str, Any],
+    kept: dict[str, dict[str, Tensor]], best: dict[str, Any], writes: bool = True,
 ) -> None:  # fmt: skip
     """Writes weights, shape, optimizer state, masks and random state after `step` steps, and other weights it needs.
 
     kept: those to go back to and the best ones, each by name. best: what the validation remembers beside them.
+    What is sharded is put together, a tensor at a time, for which every process calls this; one of them `writes`.
     """
-    tensors = {"rng": torch.get_rng_state()}
+    spread = {}
     for name, weight in model.named_parameters():
-        tensors[f"weight/{name}"] = weight.detach().contiguous()
+        spread[f"weight/{name}"] = weight.detach()
         for key, value in optimizer.state.get(weight, {}).items():
-            tensors[f"optimizer/{key}/{name}"] = value.contiguous()
+            spread[f"optimizer/{key}/{name}"] = value
+    spread |= {f"kept/{what}/{name}": value for what, of in kept.items() for name, value in of.items()}
+    tensors = {"rng": torch.get_rng_state()}
     tensors |= {f"mask/{name}": mask.contiguous() for name, mask in pruned.masks.keep.items()}
-    tensors |= {f"kept/{what}/{name}": value.contiguous() for what, of in kept.items() for name, value in of.items()}
+    for key, value in spread.items():
+        whole = full(value)
+        if writes:
+            tensors[key] = whole.cpu().contiguous()
+    if not writes:
+        return
     facts = {
         "step": step,
         "best": best,

@@ -25,7 +25,7 @@ def residual_dropout(model: Any, p: float) -> Iterator[None]:
         writers = [part.linear for part in parts if part.side == "columns"]  # they end in the residual stream
 
         def _drop(module: Any, inputs: Any, output: Tensor) -> Tensor:
-            return dropout(output, p, training=bool(model.training))  # not where pruning looks at activations
+            return dropout(output, p, training=bool(module.training))  # not where pruning looks at activations
 
         hooks = [module.register_forward_hook(_drop) for module in (model.get_input_embeddings(), *writers)]
     try:

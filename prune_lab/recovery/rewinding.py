@@ -25,9 +25,13 @@ class Rewinder:
         """Whether weights are replaced after a pruning, so that an optimizer must begin anew."""
         return self._rewind is not None and self._rewind.what != "lr"
 
+    def looks_at(self, step: int) -> bool:
+        """Whether this is the step to go back to, whose weights are kept."""
+        return self._rewind is not None and self._rewind.what == "weights" and step == self._rewind.step
+
     def look(self, weights: Callable[[], dict[str, Tensor]], step: int) -> None:
         """Keeps the weights (float32) if this is the step to go back to; called before a pruning at that step."""
-        if self._rewind is not None and self._rewind.what == "weights" and step == self._rewind.step:
+        if self.looks_at(step):
             self.kept = {name: weight.detach().float().clone() for name, weight in weights().items()}
 
     def follow(self, names: dict[Tensor, str], model: Any, cuts: list[Cut]) -> None:

@@ -17,6 +17,7 @@ from prune_lab.recovery.dropout import residual_dropout
 from prune_lab.recovery.optimizer import adamw, follow, lr_factor
 from prune_lab.recovery.order import WindowOrder
 from prune_lab.recovery.rewinding import Rewinder
+from prune_lab.recovery.sharding import Sharded, Whole
 from prune_lab.recovery.validation import Validation
 
 if TYPE_CHECKING:
@@ -56,10 +57,11 @@ class _Loop:
             )
         self.order = WindowOrder(stream, training.seq_len, batch_size, training.seed)
         self.rewinder = Rewinder(training.rewind, training.events, recipe.steps, training.seed)
-        self.autocast = torch.autocast(
-            training.device.torch_device.type, torch.bfloat16, enabled=uses_autocast(recipe.autocast, training.device)
-        )
+        self.bfloat16 = uses_autocast(recipe.autocast, training.device)
+        self.autocast = torch.autocast(training.device.torch_device.type, torch.bfloat16, enabled=self.bfloat16)
         self.start = self._begin()
+        model.train()
+        self.work = self._spread()
 
     def _begin(self) -> int:
         """Prepares the model and its optimizer, as they were if there is a checkpoint; returns the first step."""
@@ -89,11 +91,16 @@ class _Loop:
         self.validation.go_on(saved.best, saved.kept("best"))
         return start
 
+    def _spread(self) -> Whole:
+        """What the next steps work on: the model and its optimizer, or this process's part of them."""
+        training = self.training
+        whole = Whole(self.model, self.optimizer, training.pruned.masks)
+        return Sharded(whole, self.recipe, training.world, self.bfloat16) if training.world.sharded else whole
+
     def run(self) -> None:
         """The steps that are left."""
         model, recipe, training, validation = self.model, self.recipe, self.training, self.validation
         tokens_per_step, step = recipe.batch_size * training.seq_len, self.start
-        model.train()
         with training.console.progress(recipe.steps * tokens_per_step, "training", unit="tok") as bar:
             bar.update(step * tokens_per_step)
             if step == 0 and validation.every:
@@ -107,8 +114,9 @@ class _Loop:
                     training.log(step, figures)
                 if validation.is_due(step):
                     self._validate(step)
-                if step % recipe.checkpoint_every == 0 and training.world.is_main:
+                if step % recipe.checkpoint_every == 0:
                     self._save(step)
+        self.work.gather()
         validation.restore_best(model, step)
         recipe.end(model, training)
         model.eval()
@@ -118,32 +126,36 @@ class _Loop:
     def _step(self, step: int) -> dict[str, float]:
         """One step of the optimizer, after a pruning if it is time for one; what there is to log of it."""
         model, recipe, training = self.model, self.recipe, self.training
-        if step > 0:
+        if step > 0 and (training.is_due(step) or self.rewinder.looks_at(step)):
+            self.work.gather()
             self.rewinder.look(lambda: recipe.weights(model, training), step)
             if training.is_due(step):
                 self._prune(step)
-        for group in self.optimizer.param_groups:
+            self.work = self._spread()
+        trained, optimizer = self.work.model, self.work.optimizer
+        for group in optimizer.param_groups:
             position, steps = self.rewinder.lr_position(step)
             group["lr"] = recipe.lr * lr_factor(position, steps, recipe.warmup, recipe.final_lr)
         loss = self._gradients(self.order.batch(step))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        training.pruned.masks.hold(model)
-        lr = self.optimizer.param_groups[0]["lr"]
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), recipe.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.work.masks.hold(trained)
+        lr = optimizer.param_groups[0]["lr"]
         return {"train/loss": loss, "train/lr": lr, "train/sparsity": training.pruned.realized}
 
     def _gradients(self, batch: Tensor) -> float:
         """Gradients of the mean loss over a batch, computed in parts one after the other; returns that loss."""
-        world, place = self.training.world, self.training.device.torch_device
+        world, place, model = self.training.world, self.training.device.torch_device, self.work.model
         mine, total = world.share(batch), 0.0
         for part in mine.chunk(self.recipe.accumulate):
             with self.autocast:
-                loss = self.loss_of(self.model, part.to(place)) * (len(part) / len(mine))
+                loss = self.loss_of(model, part.to(place)) * (len(part) / len(mine))
             loss.backward()
             total += float(loss.detach())
         mean = torch.tensor([total], device=place)
-        world.average([mean, *(w.grad for w in self.model.parameters() if w.grad is not None)])
+        gradients = [w.grad for w in model.parameters() if w.grad is not None]
+        world.average([mean] if world.sharded else [mean, *gradients])  # those of shards are means by now
         return float(mean)
 
     def _prune(self, step: int) -> None:
@@ -164,12 +176,13 @@ class _Loop:
         model.train()
 
     def _validate(self, step: int) -> None:
-        self.validation.measure(self.model, step, self.autocast, self.training.world.from_main)
+        self.validation.measure(self.work, step, self.autocast, self.training.world.from_main)
 
     def _save(self, step: int) -> None:
         kept = {"rewind": self.rewinder.kept, "best": self.validation.kept}
-        state = self.model, self.optimizer, self.training.pruned
-        checkpoint.save(self.training.checkpoint, step, *state, kept=kept, best=self.validation.remembered)
+        state, best = (self.work.model, self.work.optimizer, self.training.pruned), self.validation.remembered
+        writes = self.training.world.is_main
+        checkpoint.save(self.training.checkpoint, step, *state, kept=kept, best=best, writes=writes)
 
 
 def uses_autocast(setting: str, device: Device) -> bool:

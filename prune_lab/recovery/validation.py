@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from prune_lab.errors import Refused
-from prune_lab.models.loss import window_losses
 from prune_lab.recovery.base import Training
+from prune_lab.recovery.sharding import Whole, full
 
 if TYPE_CHECKING:
     from prune_lab.recovery.finetune import Finetune
@@ -47,23 +47,23 @@ class Validation:
         return self.every > 0 and (step % self.every == 0 or step == self._recipe.steps)
 
     @torch.no_grad()
-    def measure(self, model: Any, step: int, autocast: Any, share: Callable[[float], float]) -> float:
+    def measure(self, trained: Whole, step: int, autocast: Any, share: Callable[[float], float]) -> float:
         """Perplexity after `step` steps, logged; the weights are kept if it is the best so far.
 
         The model is in eval mode meanwhile. `share` has every process of a training go by the same figure.
         """
-        model.eval()
+        trained.model.eval()
         losses = []
         with autocast:
             for batch in self._windows.split(self._recipe.batch_size):
-                losses.append(window_losses(model, batch.to(self._training.device.torch_device, torch.int64)).cpu())
-        model.train()
+                losses.append(trained.window_losses(batch.to(self._training.device.torch_device, torch.int64)).cpu())
+        trained.model.train()
         mean = share(float(torch.cat(losses).double().mean()))
         perplexity = math.exp(mean) if mean < 700 else math.inf
         if math.isfinite(perplexity):
             self._training.log(step, {"validation/perplexity": perplexity})
         if self._keeps and step > self._training.last_event:
-            self._compare(model, step, perplexity)
+            self._compare(trained.model, step, perplexity)
         return perplexity
 
     @property
@@ -95,7 +95,7 @@ class Validation:
         if not self.kept or self.best_step == step:
             return
         for name, weight in model.named_parameters():
-            weight.copy_(self.kept[name])
+            weight.copy_(full(self.kept[name]))
         self._training.say(
             f"trained {step} of {self._recipe.steps} steps; kept are the weights of step {self.best_step}, where the "
             f"validation perplexity was lowest: {self.best:.4g}"

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.util import find_spec
 from urllib.parse import quote
 
 LOCAL = "http://127.0.0.1:5000"
 
 
 def store_uri() -> str:
-    """The address of the store."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    """The address of the store. `postgresql:` means the driver that is installed: SQLAlchemy's default has changed."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    if uri.startswith("postgresql://") and find_spec("psycopg") is None:
+        return uri.replace("postgresql:", "postgresql+psycopg2:", 1)
+    return uri
 
 
 def how_to_look(uri: str, experiment: str, runs: list[str]) -> list[str]:

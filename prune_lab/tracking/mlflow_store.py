@@ -23,7 +23,7 @@ from prune_lab.summary import Summary, from_dict
 from prune_lab.tracking import links
 from prune_lab.tracking.base import Tracker
 from prune_lab.tracking.ownership import is_alive, owner_tags
-from prune_lab.tracking.params import params_of, run_name
+from prune_lab.tracking.params import params_of, run_name, tags_of
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
@@ -84,7 +84,7 @@ class Mlflow(Tracker):
         client, experiment = _connect(name)
         parent = _parent(client, experiment, folder)
         assert parent is not None, "open_sweep comes first"
-        for file in ("results.json", "results.md", "pareto.png", "report.html"):
+        for file in ("results.json", "results.md", "pareto.png", "report.html", "optimization_results.yaml"):
             if (folder / file).exists():
                 client.log_artifact(parent, str(folder / file))
         if (folder / "results.md").exists():
@@ -138,8 +138,8 @@ class _MlflowLog:
         import yaml
 
         self.metrics(summary.metrics)
-        if diverged:
-            self._client.set_tag(self._run_id, "diverged", ", ".join(diverged))
+        for tag, value in tags_of(summary, diverged).items():
+            self._client.set_tag(self._run_id, tag, value)
         for file in files:
             self._client.log_artifact(self._run_id, str(file))
         self._client.log_text(self._run_id, yaml.safe_dump(summary.config, sort_keys=False), "config.yaml")

@@ -1,4 +1,4 @@
-"""A run's name and its parameters, as a tracker shows them: few and telling."""
+"""A run's name, its parameters and tags, as a tracker shows them: few and telling."""
 
 from __future__ import annotations
 
@@ -29,3 +29,10 @@ def params_of(summary: Summary) -> dict[str, Any]:
             if key != "method.amount":
                 params[key] = "n/a" if key.removeprefix(f"{group}.") in unused else value
     return params
+
+
+def tags_of(summary: Summary, diverged: list[str]) -> dict[str, str]:
+    """What is known at its end: the metrics that diverged, and what else the machine did while it was timed."""
+    tags = {"diverged": ", ".join(diverged)} if diverged else {}
+    busy = summary.environment.get("cores_used_by_others")
+    return tags if busy is None else {**tags, "cores_used_by_others": str(busy)}

@@ -1,0 +1,180 @@
+"""Jobs of a machine pause while one of them is timed: real processes on real locks, and a machine that is busy."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from prune_lab import notes
+from prune_lab.console import Console
+from prune_lab.turns import Turns
+
+PATIENCE = 60
+
+# A job that computes: it pauses where a bar would move, and says how far it came.
+COMPUTE = """
+import sys, time
+from pathlib import Path
+from prune_lab.turns import Turns
+
+folder, steps = Path(sys.argv[1]), Path(sys.argv[1]) / sys.argv[2]
+turns = Turns(folder)
+with turns.sharing():
+    for step in range(1_000_000):
+        steps.write_text(str(step))
+        time.sleep(0.002)
+        if sys.argv[3] == "pauses":
+            turns.pause()
+"""
+
+
+def steps(file: Path) -> int:
+    """How far a job came."""
+    return int((file.read_text() or "0") if file.exists() else "0")
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    for _ in range(PATIENCE * 100):
+        if true():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came so far")
+
+
+Start = Callable[..., subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a job that computes, and waits until it does."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def begin(name: str, how: str = "pauses", wait: bool = True) -> subprocess.Popen[bytes]:
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        started.append(subprocess.Popen([sys.executable, "-c", COMPUTE, str(tmp_path), name, how], env=env))
+        if wait:
+            wait_until(lambda: steps(tmp_path / name) > 3)
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_the_others_pause_while_one_is_timed_and_go_on_afterwards(start: Start, tmp_path: Path) -> None:
+    """A job that begins meanwhile waits too."""
+    start("a")
+    start("b")
+    turns, told = Turns(tmp_path), []
+    with turns.sharing():
+        with turns.alone(told.append):
+            at = [steps(tmp_path / name) for name in "ab"]
+            start("late", wait=False)
+            time.sleep(0.5)
+            assert [steps(tmp_path / name) for name in "ab"] == at
+            assert not (tmp_path / "late").exists()
+        for name, before in (("a", at[0]), ("b", at[1]), ("late", 0)):
+            wait_until(lambda name=name, before=before: steps(tmp_path / name) > before + 3)  # type: ignore[misc]
+    assert told in ([], ["waiting for the other jobs of this machine to pause, to time this one"])
+    assert at[0] > 3
+
+
+def test_a_killed_job_holds_nobody_up(start: Start, tmp_path: Path) -> None:
+    """It never pauses; the lock of a process that is gone is free."""
+    job, turns = start("a", "never pauses"), Turns(tmp_path, patience=PATIENCE)
+    assert not turns._try("work")
+    job.kill()
+    job.wait()
+    with turns.alone():
+        assert turns.waited < PATIENCE / 2
+
+
+def test_patience_ends(start: Start, tmp_path: Path) -> None:
+    """Beside a job that is stopped in the middle, timing goes ahead in the end; what waited is known."""
+    start("a", "never pauses")
+    turns, told = Turns(tmp_path, patience=0.3), []
+    with turns.alone(told.append):
+        before = steps(tmp_path / "a")
+        wait_until(lambda: steps(tmp_path / "a") > before)
+    assert told[-1] == "not waiting any longer than 0 s"
+    assert turns.waited >= 0.3
+
+
+def test_two_that_time_take_turns(tmp_path: Path) -> None:
+    """Four processes write into one file while they are alone; nobody finds another one's line unfinished."""
+    script = """
+import sys, time
+from pathlib import Path
+from prune_lab.turns import Turns
+
+turns, book = Turns(Path(sys.argv[1])), Path(sys.argv[1]) / "book"
+for _ in range(5):
+    with turns.sharing(), turns.alone(), book.open("a") as file:
+        file.write("in ")
+        file.flush()
+        time.sleep(0.005)
+        file.write("out\\n")
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    processes = [subprocess.Popen(command, env=env) for _ in range(4)]
+    assert [process.wait(PATIENCE) for process in processes] == [0] * 4
+    assert (tmp_path / "book").read_text() == "in out\n" * 20
+
+
+def test_a_bar_that_moves_is_where_a_job_pauses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paused = []
+    monkeypatch.setattr("prune_lab.console.machine.pause", lambda: paused.append(1))
+    with Console(quiet=True).progress(3, "work") as bar:
+        bar.update()
+        bar.update(2)
+    assert len(paused) == 2
+
+
+def test_files_that_cannot_be_locked_stop_nobody(tmp_path: Path) -> None:
+    """A link, which another user could have laid there, is not followed."""
+    for name in ("door", "work"):
+        (tmp_path / f"prune_lab-{name}.lock").symlink_to(tmp_path / "elsewhere")
+    turns = Turns(tmp_path)
+    with turns.sharing(), turns.alone():
+        assert turns.waited < PATIENCE / 2
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_whatever_the_umask_other_users_may_lock_too(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        with Turns(tmp_path).sharing():
+            pass
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        "prune_lab-door.lock": 0o644,
+        "prune_lab-work.lock": 0o644,
+    }
+
+
+def test_what_others_compute_is_seen_and_what_we_compute_is_not(tmp_path: Path) -> None:
+    """A process that computes all the time takes a good part of a core; this one computes too, which is no load."""
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        with Turns(tmp_path).alone() as load:
+            began = time.process_time()
+            while time.process_time() - began < 1:
+                pass
+    finally:
+        busy.kill()
+        busy.wait()
+    assert load.cores > 0.2
+    assert load.cores < (os.cpu_count() or 1) + 0.2
+    (note,) = notes.of_load({"cores_used_by_others": load.cores + 0.1})
+    assert f"{load.cores + 0.1:.2f} cores" in note
+    assert notes.of_load({"cores_used_by_others": 0.04}) == notes.of_load({}) == []
