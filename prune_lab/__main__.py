@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
+from contextlib import suppress
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from prune_lab import config, explain, launch, recipes, remote, sweep
+from prune_lab import config, explain, interrupt, launch, recipes, remote, sweep, usage
 
+SUBCOMMANDS = {"cache": "prune_lab.cache_command", "sync": "prune_lab.sync"}  # first word: who answers, main(arguments)
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
 @hydra.main(version_base="1.3", config_path=config.CONF_DIR, config_name="config")
 def _job(cfg: DictConfig) -> float | tuple[float, ...] | None:
     remote.unpack(HydraConfig.get())
-    from prune_lab import job  # imports torch: not before there is a job to run
+    from prune_lab import job  # not before there is a job to run
 
     place = sweep.place_of_job(HydraConfig.get())
     return job.run(lambda: config.build_parts(cfg), config.plain(cfg), place)
@@ -25,15 +28,20 @@ def _job(cfg: DictConfig) -> float | tuple[float, ...] | None:
 
 def main() -> None:
     """Runs a command line and leaves with its exit code (README, "Exit codes")."""
-    sys.exit(_run(sys.argv[1:]))
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] in SUBCOMMANDS:
+        sys.exit(importlib.import_module(SUBCOMMANDS[arguments[0]]).main(arguments[1:]))
+    sys.exit(_run(arguments))
 
 
 def _run(arguments: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's refusals reach us as exceptions, to be shown in one line
+    interrupt.end_on_signals()
     config.register_schema()
     try:
+        explain.check_text(arguments)
         recipes.check(arguments)
-        sys.argv[1:] = launch.for_this_process(arguments)
+        sys.argv[1:] = launch.for_this_process(usage.answer(arguments))
         _job()
     except KeyboardInterrupt:
         explain.to_stderr("interrupted")
@@ -44,7 +52,8 @@ def _run(arguments: list[str]) -> int:
         explain.to_stderr(explain.one_line(error))
         return FAILED if sweep.close_broken_sweep() else REFUSED
     finally:
-        sweep.close_open_sweep()
+        with suppress(KeyboardInterrupt, SystemExit):  # asked for again
+            sweep.close_open_sweep()
     return FAILED if sweep.any_job_failed() else OK
 
 

@@ -13,10 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
+from prune_lab.cache import cache_folder
 from prune_lab.console import Console
 from prune_lab.device import Device
 from prune_lab.errors import Refused
 from prune_lab.export import save_model
+from prune_lab.files import mark
+from prune_lab.lock import locked
 from prune_lab.measure.macs import Macs, count_macs
 from prune_lab.measure.memory import measure_memory
 from prune_lab.measure.perplexity import Quality, measure_quality
@@ -26,12 +29,21 @@ from prune_lab.measure.size import Size, measure_size
 from prune_lab.measure.task_setup import ReadyTask, prepare_tasks
 from prune_lab.measure.tasks import Scores, measure_tasks
 from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.dense import DenseFacts
 from prune_lab.models.load import Loaded, ModelSource
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.summary import write_json
 from prune_lab.text.calibration import calibration_corpus
 from prune_lab.text.source import Calibration, TextSource
 from prune_lab.text.tokens import JOIN, Tokens, sha256
+
+_SOURCE_OF_FIGURES = tuple(
+    f"prune_lab.{name}"
+    for name in (
+        "measure.perplexity", "measure.size", "measure.tasks", "measure.task_setup", "measure.task_files",
+        "models.loss", "models.low_bits", "export", "bench",
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,11 @@ class Bench:
         """sha256 of weights, tokenizer and text."""
         return self.dense.fingerprint() | {"text": self.tokens.corpus.fingerprint()}
 
+    @cached_property
+    def facts(self) -> DenseFacts:
+        """What is found out about the dense model once, for all its copies."""
+        return DenseFacts(self.dense.model, self.hashes, self.device)
+
     def calibrator(self, seed: int, console: Console) -> tuple[Calibrator, dict[str, Any]]:
         """The calibration windows of a seed, and their stamp: source, sizes, propagation, where each window begins.
 
@@ -135,33 +152,59 @@ class Bench:
 
     def figures(self, loaded: Loaded, folder: Path, console: Console) -> Figures:
         """Quality, size, memory and task scores of a model that is saved in `folder`."""
-        per_token = self.tokens.bytes_per_token("test")
-        batch_size = self.measure.batch_size
+        figures = self._lasting_figures(loaded, folder, console)
+        return replace(figures, memory_mb=self._memory(loaded, folder, console))
+
+    def _lasting_figures(self, loaded: Loaded, folder: Path, console: Console) -> Figures:
+        """Those that are the same each time: quality, size and task scores."""
+        per_token, batch_size = self.tokens.bytes_per_token("test"), self.measure.batch_size
         quality = measure_quality(loaded.model, self.windows, per_token, batch_size, self.device, console)
-        memory = None
-        if self.measure.memory:
-            console.note("measuring memory in a fresh process" if not self.device.is_cuda else "measuring memory")
-            memory = measure_memory(loaded.model, folder, self.prompt, self.measure, self.device)
         tasks = measure_tasks(loaded.model, loaded.tokenizer, self._tasks, batch_size, console)
-        return Figures(quality, measure_size(loaded.model, folder), memory, tasks)
+        return Figures(quality, measure_size(loaded.model, folder), None, tasks)
+
+    def _memory(self, loaded: Loaded, folder: Path, console: Console) -> float | None:
+        if not self.measure.memory:
+            return None
+        console.note("measuring memory in a fresh process" if not self.device.is_cuda else "measuring memory")
+        return measure_memory(loaded.model, folder, self.prompt, self.measure, self.device)
 
     def baseline(self, sweep_folder: Path | None, console: Console) -> Figures:
-        """The dense model's figures: measured once in a process, and once in a sweep whoever runs its jobs."""
+        """The dense model's figures, once in a process, and once in a sweep whoever runs its jobs.
+
+        Quality, size and task scores come from the cache of earlier sweeps where they are there; memory is measured
+        anew in each sweep, since it is not the same to the last bit, and latency in each run, beside the compressed.
+        """
         if self._baseline is None:
             key = json.dumps([self.protocol, self.hashes], sort_keys=True)
             name = f"baseline-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-            stored = sweep_folder / name if sweep_folder else None
-            if stored is not None and stored.exists():
-                self._baseline = _read_figures(stored)
-            else:
-                console.note("measuring the dense model")
-                with tempfile.TemporaryDirectory() as place:
-                    folder = Path(place) / "dense"
-                    save_model(self.dense, folder)
-                    self._baseline = self.figures(self.dense, folder, console)
-                if stored is not None:
-                    write_json(stored, asdict(self._baseline))
+            if sweep_folder is None:
+                self._baseline = self._measure_dense(console)
+                return self._baseline
+            stored, lock = sweep_folder / name, cache_folder() / "locks" / f"{sweep_folder.name}-{name}"
+            with locked(lock, "exclusive"):
+                if not stored.exists():
+                    write_json(stored, asdict(self._measure_dense(console)))
+                lock.unlink(missing_ok=True)
+            self._baseline = _read_figures(stored)
         return self._baseline
+
+    def _measure_dense(self, console: Console) -> Figures:
+        with tempfile.TemporaryDirectory(suffix=mark()) as place:
+            folder = Path(place) / "dense"
+            save_model(self.dense, folder)
+
+            def lasting() -> dict[str, Any]:
+                """Those that earlier sweeps may have measured."""
+                console.note("measuring the dense model")
+                return asdict(self._lasting_figures(self.dense, folder, console))
+
+            of = {
+                name: self.protocol[name]
+                for name in ("test_tokens_sha256", "seq_len", "windows", "batch_size", "tasks")
+            }
+            of["bytes_per_token"] = self.tokens.bytes_per_token("test")
+            figures = _figures(self.facts.value("baseline", of, _SOURCE_OF_FIGURES, lasting))
+            return replace(figures, memory_mb=self._memory(self.dense, folder, console))
 
 
 _open: dict[tuple[Any, ...], Bench] = {}
@@ -180,6 +223,9 @@ def open_bench(
 
 
 def _read_figures(path: Path) -> Figures:
-    values = json.loads(path.read_text(encoding="utf-8"))
+    return _figures(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _figures(values: dict[str, Any]) -> Figures:
     quality = {name: float(value) for name, value in values["quality"].items()}  # a diverged one stands there as "inf"
     return Figures(Quality(**quality), Size(**values["size"]), values["memory_mb"], values["tasks"])

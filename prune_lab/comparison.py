@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from prune_lab.console import Console
+from prune_lab.files import write_text
 from prune_lab.pareto import Point, dense_points, draw, front
 from prune_lab.report import page
 from prune_lab.report.runs import Run, compare
@@ -18,6 +19,7 @@ from prune_lab.series import pivot, plain, position, shared
 from prune_lab.summary import Summary, read_summary, write_json
 
 RESULTS, LEADERBOARD, PLOT, REPORT = "results.json", "results.md", "pareto.png", "report.html"
+ANSWER = "answer.md"  # what a sweeper that searches leaves; its first line is shown above the leaderboard
 # Columns of the leaderboard in the order in which a narrow terminal goes without them; and what is kept for `run`.
 _DISPENSABLE = ("non-zero", "x dense", "removed", "peak memory", "decode speed-up", "disk MB", "prefill speed-up")
 _LABEL = 24
@@ -40,9 +42,7 @@ def read_job(folder: Path) -> Row:
 def write(folder: Path, rows: list[Row]) -> None:
     """Writes the sweep's files; the plot and the report only where a job finished."""
     write_json(folder / RESULTS, [{"job": row.job, **asdict(row.summary)} for row in rows])
-    half = folder / f".{LEADERBOARD}.tmp"
-    half.write_text(_markdown(rows), encoding="utf-8")
-    half.replace(folder / LEADERBOARD)
+    write_text(folder / LEADERBOARD, "\n".join([*_answer(folder), _markdown(rows)]))
     points = _points(rows)
     if points:
         draw(points, dense_points(points), folder / PLOT)
@@ -52,6 +52,8 @@ def write(folder: Path, rows: list[Row]) -> None:
 
 def show(folder: Path, rows: list[Row], console: Console) -> None:
     """Prints the leaderboard as far as the terminal is wide, what did not finish, and where the files are."""
+    for answer in _answer(folder):
+        console.result(answer.splitlines()[0].replace("*", "").replace("`", ""))
     by_series = pivot([(point.position, point.metrics["quality/perplexity"]) for point in _points(rows)])
     if by_series:
         console.result(_table("Perplexity, over seeds the mean and the range", by_series, left=1))
@@ -67,6 +69,12 @@ def show(folder: Path, rows: list[Row], console: Console) -> None:
             console.result(f"job {row.job} ({asked})  {row.summary.status}: {row.summary.reason}")
     made = [folder / name for name in (LEADERBOARD, PLOT, REPORT) if (folder / name).exists()]
     console.result("Files: " + "  ".join(map(_shown, made)))
+
+
+def _answer(folder: Path) -> list[str]:
+    """What a sweeper that searches found, if one ran."""
+    path = folder / ANSWER
+    return [path.read_text(encoding="utf-8")] if path.is_file() else []
 
 
 def _table(title: str, lines: list[list[str]], left: int) -> Table:

@@ -68,6 +68,10 @@ class Settings:
             raise ValueError(f"seed={self.seed} is outside [0, 2^63)")
         if not self.name.strip() or len(self.name) > 250:
             raise ValueError(f"name={self.name[:40]!r} must have 1 to 250 characters: it names the experiment")
+        if not self.name.isprintable():
+            raise ValueError(f"name={self.name[:40]!r} must not hold control characters: it names the experiment")
+        if {"/", "\\"} & set(self.name) or self.name in (".", ".."):
+            raise ValueError(f"name={self.name[:40]!r} must be fit to name a folder: no / or \\, and neither . nor ..")
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def build_parts(cfg: DictConfig) -> Parts:
     try:
         values = {name: MISSING if OmegaConf.is_missing(cfg, name) else cfg[name] for name in names}
     except OmegaConfBaseException as error:
-        raise Refused(_first_line(error)) from error
+        raise Refused(f"{error.full_key}: {_first_line(error)}") from error
     settings = _construct(Settings, values, "")
     for group in GROUPS:
         if OmegaConf.is_missing(cfg, group):
@@ -118,8 +122,11 @@ def build(node: Any, group: str) -> Any:
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The composed configuration as plain, resolved Python containers."""
-    container = OmegaConf.to_container(cfg, resolve=True)
+    """The composed configuration as plain Python containers, resolved where it can be."""
+    try:
+        container = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException:  # building the parts says what is wrong with it
+        container = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(container, dict)
     return {str(k): v for k, v in container.items()}
 

@@ -7,6 +7,9 @@ import sys
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from prune_lab.errors import Refused
+
+LONGEST, TAIL = 600, 150  # characters of a message, and of its end where the middle is left out
 _SINGLE_WEIGHTS = "is for methods that prune single weights; for units a stock config holds one width for all blocks"
 _REASONS = {
     "method.allocation": f"an allocation over blocks {_SINGLE_WEIGHTS}",
@@ -34,6 +37,18 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def check_text(arguments: list[str]) -> None:
+    """Raises Refused for an argument that is not UTF-8, which no file could hold."""
+    for word in arguments:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise Refused(f"{word[:40]!r} is not UTF-8 text") from error
+
+
 def to_stderr(message: str) -> None:
-    """Prints one message of the program to standard error."""
-    print(f"prune_lab: {message}", file=sys.stderr)  # noqa: T201
+    """Prints one message of the program to standard error: one line, however long what it quotes is."""
+    shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
+    if len(shown) > LONGEST:
+        shown = f"{shown[: LONGEST - TAIL]} ... {shown[-TAIL:]}"
+    print(f"prune_lab: {shown}", file=sys.stderr)  # noqa: T201

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prune_lab.files import half_of
 from prune_lab.models import bitmask
 from prune_lab.models.folder import load
 from prune_lab.models.load import Loaded
@@ -21,7 +21,7 @@ def save_model(loaded: Loaded, folder: Path, card: str | None = None, storage: s
 
     `storage` is that of a post-compression (prune_lab/post/base.py).
     """
-    half = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    half = half_of(folder)
     try:
         loaded.model.save_pretrained(half)
         if storage == "bitmask":

@@ -9,6 +9,26 @@ from urllib.parse import urlparse
 from prune_lab.errors import Refused
 
 
+def as_folder(name: str) -> Path | None:
+    """The folder of that name on this machine, if there is one; ~ is the home folder."""
+    try:
+        folder = Path(name).expanduser()
+        return folder if name and folder.is_dir() else None
+    except (OSError, ValueError, RuntimeError):  # no path at all: too long, with a NUL, ~ of nobody
+        return None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a repository on the Hub could have that name."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return bool(name)
+
+
 def cached_file(name: str, file: str, revision: str | None, repo_type: str = "model") -> Path | None:
     """Where a file of a repository lies in the Hub's cache on this machine, if it does."""
     from huggingface_hub import try_to_load_from_cache

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from typing import Any
 
-from prune_lab import explain, interrupt, launch, outcome, runner
+from prune_lab import explain, interrupt, launch, leftovers, out_of_memory
 from prune_lab.config import Parts
 from prune_lab.console import Console
 from prune_lab.errors import Refused
+from prune_lab.out_of_memory import OutOfMemory
 from prune_lab.place import Place
-from prune_lab.summary import Summary
+from prune_lab.summary import Summary, read_summary
 from prune_lab.turns import machine
 
 log = logging.getLogger(__name__)
@@ -23,30 +24,38 @@ def run(build: Callable[[], Parts], config: dict[str, Any], place: Place) -> flo
     """Runs a job and returns its `objectives`, for sweepers that search: one figure, or a tuple of several.
 
     In a sweep a job that is refused or fails leaves its summary and returns None, so that the others go on; a
-    single run ends the program with exit code 2 or 1.
+    single run ends the program with exit code 2 or 1. So does one that finished and whose tracker does not have it.
     """
     interrupt.end_on_signals()
+    leftovers.remove(place)
+    record = _Record(place, config)
     try:
-        parts = build()
+        parts = build()  # what is refused here need not wait for what a run imports
+        from prune_lab import outcome, runner
+
         console = Console(parts.settings.quiet)
         if place.sweep is not None:
             console.note(f"\njob {place.job}: {' '.join(place.overrides)}")
         # Processes that train one model together wait for each other: one of them must not pause alone.
-        with machine.sharing() if launch.size() == 1 else nullcontext():
+        with machine.sharing() if launch.size() == 1 else nullcontext(), out_of_memory.explained(config):
             summary = runner.run(parts, config, place, console)
     except Refused as error:
-        _put_on_record(place, config, str(error), REFUSED)
+        record.failed(str(error), REFUSED)
         return None
     except Exception as error:
         log.exception("the run failed")
         reason = f"{type(error).__name__}: {explain.one_line(error)}"
-        _put_on_record(place, config, f"{reason} (traceback in the run's log)", FAILED)
+        if isinstance(error, OutOfMemory):
+            out_of_memory.give_back(error)
+        record.failed(f"{reason} (traceback in the run's log)", FAILED)
         return None
     except BaseException as error:  # Ctrl-C, or a signal
-        _write(place, config, "KILLED", type(error).__name__)
+        record.write("KILLED", type(error).__name__)
         raise
     if launch.rank() == 0:
         outcome.show(summary, console)
+    if summary.unlogged is not None:
+        record.say(f"finished, but {summary.unlogged}", FAILED)
     return _objectives(parts.settings.objectives, summary)
 
 
@@ -58,16 +67,32 @@ def _objectives(names: tuple[str, ...], summary: Summary) -> float | tuple[float
     return found[0] if len(found) == 1 else found
 
 
-def _put_on_record(place: Place, config: dict[str, Any], reason: str, exit_code: int) -> None:
-    log.error("%s", reason)
-    job = f"job {place.job} ({' '.join(place.overrides)}): " if place.sweep is not None else ""
-    explain.to_stderr(f"{job}{reason}")
-    _write(place, config, "FAILED", reason)
-    if place.sweep is None:
-        raise SystemExit(exit_code)
+class _Record:
+    """What a job leaves where it does not finish."""
 
+    def __init__(self, place: Place, config: dict[str, Any]) -> None:
+        self._place, self._config = place, config
+        self._earlier = read_summary(place.folder)  # of another run: the folder may have been used before
 
-def _write(place: Place, config: dict[str, Any], status: str, reason: str) -> None:
-    summary = Summary(status, choices=place.choices, overrides=place.overrides, config=config, reason=reason)
-    with suppress(OSError):  # a full or read-only disk must not hide the reason itself
-        summary.write(place.folder)
+    def failed(self, reason: str, exit_code: int) -> None:
+        """Writes the reason, says it, and ends a single run."""
+        log.error("%s", reason)
+        self.write("FAILED", reason)
+        self.say(reason, exit_code)
+
+    def say(self, message: str, exit_code: int) -> None:
+        """Says what is wrong with the job, and ends a single run."""
+        sweep = self._place.sweep is not None
+        explain.to_stderr((f"job {self._place.job} ({' '.join(self._place.overrides)}): " if sweep else "") + message)
+        if not sweep:
+            raise SystemExit(exit_code)
+
+    def write(self, status: str, reason: str) -> None:
+        """Writes the summary, unless the result was written already when something else went wrong."""
+        found = read_summary(self._place.folder)
+        if found is not None and found.status == "FINISHED" and found != self._earlier:
+            return
+        place = self._place
+        summary = Summary(status, choices=place.choices, overrides=place.overrides, config=self._config, reason=reason)
+        with suppress(OSError):  # a full or read-only disk must not hide the reason itself
+            summary.write(place.folder)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
+
+from prune_lab.files import mark
 
 
 def size() -> int:
@@ -30,7 +31,9 @@ def for_this_process(arguments: list[str]) -> list[str]:
     """The command line as this process is to run it: the first records the run, the others only help to train."""
     if rank() == 0:
         return arguments
-    folder = tempfile.mkdtemp(prefix="prune_lab-")
+    import tempfile
+
+    folder = tempfile.mkdtemp(prefix="prune_lab-", suffix=mark())
     helping = ["tracking=none", "quiet=true", "export=false", f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
     given = [number for number, word in enumerate(arguments) if "=" in word and not word.startswith("-")]
     end = given[-1] + 1 if given else len(arguments)  # overrides must stand together, and the last one counts

@@ -10,6 +10,7 @@ from typing import Any
 
 from prune_lab.axes import Axis, axis
 from prune_lab.figures import dense_figures, of_dense
+from prune_lab.files import whole_file
 from prune_lab.series import Position
 
 QUALITY = "quality/perplexity"
@@ -124,10 +125,9 @@ def draw(
         figure.legend(legend.values(), legend.keys(), loc="outside right upper", fontsize="small")
     if caption:
         figure.supxlabel(_plain(fill(caption, int(width * 14))), fontsize="small", color="0.3")
-    half = path.with_name(f".{path.name}")
-    figure.savefig(half, dpi=130, format="png")
+    with whole_file(path) as half:
+        figure.savefig(half, dpi=130, format="png")
     pyplot.close(figure)
-    half.replace(path)
 
 
 def _plain(text: str) -> str:

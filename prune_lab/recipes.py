@@ -14,22 +14,21 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from prune_lab.config import GROUPS
 from prune_lab.errors import Refused
+from prune_lab.recipe_files import check_grid, read
 
 # Keys of `hydra` that are data. A launcher's `setup` or `python`, a callback or the environment would be commands.
 _DATA = re.compile(
     r"mode|verbose"
+    r"|sweeper\.(at_most\.[\w/]+|best|low|high|step)"
     r"|sweeper\.(max_batch_size|n_trials|n_jobs|direction(\.\d+)?|study_name|sampler\.(seed|n_startup_trials|population_size))"
     r"|launcher\.(n_jobs|timeout_min|cpus_per_task|gpus_per_node|gpus_per_task|mem_gb|nodes|tasks_per_node"
     r"|array_parallelism|partition|max_num_timeout|ray\.(init|remote)\.(num_cpus|num_gpus|max_calls))"
 )
 _FOLDER = re.compile(r"run\.dir|sweep\.(dir|subdir)|launcher\.submitit_folder")
-_GRID = re.compile(r"sweeper\.(params|grids\.\d+)\.")
+_GRID = re.compile(r"sweeper\.(params|(grids|candidates)\.\d+)\.")
 _GRID_KEY = re.compile(r"\+{0,2}(?!hydra\b)[A-Za-z_]\w*(\.\w+)*")
 _NAME = re.compile(r"[\w-]+")  # of a recipe or an option: no path, no package
 _CHOICE = re.compile(rf"(override )?({'|'.join(GROUPS)})|override hydra/(launcher|sweeper(/sampler)?)")
@@ -55,7 +54,7 @@ def check(arguments: list[str]) -> None:
         raise Refused(f"-cd {known.config_dir}: there is no such folder")
     if os.path.lexists(folder / "hydra"):
         raise Refused(f"recipe folder {folder}: hydra: a recipe's folder may not bring options of Hydra itself")
-    recipe = {path: _read(path) for path in _recipe_and_its_bases(folder, name)}
+    recipe = {path: read(path, f"recipe {path.stem}") for path in _recipe_and_its_bases(folder, name)}
     for path, tree in recipe.items():
         _check_recipe(path, tree, list(recipe.values()))
     for path in _options(folder):
@@ -72,13 +71,17 @@ def _recipe_and_its_bases(folder: Path, name: str) -> Iterator[Path]:
             continue
         seen.add(path)
         yield path
-        waiting += [entry for entry in _read(path).get("defaults") or [] if isinstance(entry, str)]
+        tree = read(path, f"recipe {path.stem}")
+        waiting += [entry for entry in tree.get("defaults") or [] if isinstance(entry, str)]
 
 
 def _options(folder: Path) -> Iterator[Path]:
     """Every option that the folder adds to our groups; other folders are out of reach of a checked recipe."""
     for group in GROUPS:
-        for place, _, files in os.walk(folder / group, followlinks=True):
+        for place, folders, files in os.walk(folder / group):
+            for linked in (name for name in folders if (Path(place) / name).is_symlink()):
+                shown = (Path(place) / linked).relative_to(folder)
+                raise Refused(f"recipe folder {folder}: {shown} is a link to a folder, which is not followed: copy it")
             yield from (Path(place) / file for file in sorted(files) if file.endswith(".yaml"))
 
 
@@ -94,14 +97,16 @@ def _check_recipe(path: Path, tree: dict[str, Any], together: list[dict[str, Any
             )
     for key, value in _leaves(tree.get("hydra", {})):
         _check_hydra(key, value, where, together)
+    for name, grid in _grids(tree):
+        check_grid(grid, f"{where}: hydra.sweeper.{name}")
     for key, value in _leaves({key: value for key, value in tree.items() if key not in ("defaults", "hydra")}):
         _refuse_resolvers(f"{where}: {key}", value)
 
 
 def _check_option(path: Path, shown: str) -> None:
     where = f"recipe option {shown}"
+    tree = read(path, where)
     _refuse_package(path, where)
-    tree = _read(path)
     for entry in _defaults(tree, where):
         if not (isinstance(entry, str) and _NAME.fullmatch(entry)):
             raise Refused(f"{where}: defaults: {entry} is not allowed: name other options of the same group")
@@ -124,8 +129,8 @@ def _check_hydra(key: str, value: Any, where: str, together: list[dict[str, Any]
         _refuse_resolvers(shown, value)
         return
     raise Refused(
-        f"{shown}={value!r} is not allowed: a recipe may set hydra.mode, hydra.sweeper.params and .grids, a stock "
-        "launcher or sweeper by name, and run and sweep folders inside the working folder"
+        f"{shown}={value!r} is not allowed: a recipe may set hydra.mode, hydra.sweeper.params, .grids and .candidates, "
+        "a stock launcher or sweeper by name, and run and sweep folders inside the working folder"
     )
 
 
@@ -143,9 +148,17 @@ def _stays_inside(folder: str, together: list[dict[str, Any]]) -> bool:
 
 def _grid_keys(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """The swept keys of a recipe with their values."""
+    for _, grid in _grids(tree):
+        yield from grid.items()
+
+
+def _grids(tree: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The grids of a recipe's sweep by name, each with its keys and values."""
+    grids: dict[str, dict[str, Any]] = {}
     for key, value in _leaves(tree.get("hydra", {})):
         if found := _GRID.match(key):
-            yield key[found.end() :], value
+            grids.setdefault(found[1], {})[key[found.end() :]] = value
+    return list(grids.items())
 
 
 def _refuse_resolvers(where: str, value: Any) -> None:
@@ -164,17 +177,6 @@ def _defaults(tree: dict[str, Any], where: str) -> list[Any]:
     if not isinstance(found, list):
         raise Refused(f"{where}: defaults={found!r} must be a list")
     return found
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The file as Hydra will read it, with nothing resolved."""
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
-        raise Refused(f"recipe {path.stem} cannot be read as YAML: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(tree, dict):
-        raise Refused(f"recipe {path.stem} must be a mapping of keys to values")
-    return {str(key): value for key, value in tree.items()}
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -23,6 +23,7 @@ from prune_lab.environment import describe_environment
 from prune_lab.errors import Refused
 from prune_lab.export import check_reload, save_model
 from prune_lab.figures import compare, compute_figures
+from prune_lab.files import mark, whole_file, write_text
 from prune_lab.fingerprint import fingerprint
 from prune_lab.measure.accelerate import check_acceleration
 from prune_lab.measure.macs import Macs
@@ -30,12 +31,13 @@ from prune_lab.measure.timing import measure_timings
 from prune_lab.methods.base import Pruned
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import Loaded
+from prune_lab.out_of_memory import explained
 from prune_lab.place import Place
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.recovery.base import Training
 from prune_lab.schedules import Event, Rewind
 from prune_lab.summary import Summary
-from prune_lab.tracking.base import RunLog
+from prune_lab.tracking.base import RunLog, Unreachable
 from prune_lab.turns import machine
 from prune_lab.world import World, join
 
@@ -76,7 +78,8 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
         ),
     )
     outcome.header(summary, console)
-    run_id, finished = world.from_main(summary.fingerprint), _find_finished(parts, summary) if world.is_main else None
+    run_id = world.from_main(summary.fingerprint)
+    finished = _find_finished(parts, summary, place) if world.is_main else None
     is_finished = world.from_main(finished is not None)
     if not world.is_main:
         if not is_finished:
@@ -85,10 +88,11 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
     if finished is not None:
         finished.overrides = place.overrides  # the same run may have been asked for in other words
         parts.tracking.enter_again(settings.name, finished, place)
+        finished.warnings += [finished.unlogged] if finished.unlogged is not None else []
         finished.write(place.folder)
         return finished
 
-    with parts.tracking.start_run(settings.name, summary, place) as log:
+    with parts.tracking.start_run(settings.name, summary, place) as log, explained(config):
         dense = bench.baseline(place.sweep, console)
         loaded, pruned, macs, seconds = _compress(parts, bench, calibrator, run_id, world, console, log)
         with (
@@ -112,16 +116,25 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
         summary.status = "FINISHED"
         if settings.export:
             card = model_card(summary, bench.dense.name, place.command, parts.post.reading)
-            (place.folder / "export" / "README.md").write_text(card, encoding="utf-8")
-        log.result(summary, [summary.write(place.folder), *_write_files(place.folder, pruned)], diverged)
+            write_text(place.folder / "export" / "README.md", card)
+        files = _write_files(place.folder, pruned)
+        log.result(summary, [summary.write(place.folder), *files], diverged)  # it is safe before it is tracked
+    if summary.unlogged is not None:
+        summary.warnings.append(summary.unlogged)
+        summary.write(place.folder)
     shutil.rmtree(_checkpoints(summary.fingerprint), ignore_errors=True)
     return summary
 
 
-def _find_finished(parts: Parts, summary: Summary) -> Summary | None:
+def _find_finished(parts: Parts, summary: Summary, place: Place) -> Summary | None:
     """The same run, finished earlier and with its export if one is asked for."""
     settings = parts.settings
-    found = parts.tracking.find_finished(settings.name, summary.fingerprint) if settings.resume else None
+    try:
+        found = parts.tracking.find_finished(settings.name, summary.fingerprint) if settings.resume else None
+    except Unreachable:
+        if place.sweep is None:
+            raise
+        return None  # the store was there when the sweep began: its jobs go on without it
     return None if found is None or (settings.export and not (Path(found.folder) / "export").is_dir()) else found
 
 
@@ -148,7 +161,7 @@ def _compress(
 
     def prune(amount: float) -> Pruned:
         with _stopwatch(seconds, "time/prune_s"):
-            return parts.method.prune(Anatomy(loaded.model), amount, seed, calibrator)
+            return parts.method.prune(Anatomy(loaded.model, bench.facts), amount, seed, calibrator)
 
     training = Training(
         dense=bench.dense,
@@ -187,7 +200,7 @@ def _checkpoints(run_id: str) -> Path:
 @contextmanager
 def _saved(loaded: Loaded, run_folder: Path, keep: bool, storage: str) -> Iterator[Path]:
     """The model saved as a Hugging Face folder: the run's export, or a temporary one."""
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(suffix=mark()) as temporary:
         folder = run_folder / "export" if keep else Path(temporary) / "model"
         save_model(loaded, folder, storage=storage)
         yield folder
@@ -204,10 +217,11 @@ def _stopwatch(seconds: dict[str, float], name: str) -> Iterator[None]:
 def _write_files(folder: Path, pruned: Pruned) -> list[Path]:
     """layers.csv, what was removed from each Linear; and the files that the method leaves."""
     path = folder / "layers.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as half, half.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, ["layer", "before", "removed"])
         table.writeheader()
         table.writerows(asdict(row) for row in pruned.rows)
     for name, content in pruned.files.items():
-        (folder / name).write_bytes(content)
+        with whole_file(folder / name) as half:
+            half.write_bytes(content)
     return [path, *(folder / name for name in pruned.files)]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from prune_lab.files import write_text
 
 SCHEMA_VERSION = 1
 FILE = "summary.json"
@@ -30,6 +31,7 @@ class Summary:
     not_applicable: dict[str, list[str]] = field(default_factory=dict)  # keys of a group that its option ignores
     reason: str | None = None
     folder: str = ""  # where the run that computed this wrote its files
+    unlogged: str | None = None  # why the tracker does not have this result, which is finished all the same
     reused_from: str | None = None  # the MLflow run or the folder that held this result, where it was not computed anew
     schema_version: int = SCHEMA_VERSION
 
@@ -62,11 +64,8 @@ def from_dict(values: dict[str, Any]) -> Summary:
 
 
 def write_json(path: Path, value: Any) -> Path:
-    """Writes JSON by way of a temporary file and returns the path; what JSON has no number for becomes text."""
-    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    half.write_text(json.dumps(_finite(value), indent=2, allow_nan=False, default=str) + "\n", encoding="utf-8")
-    half.replace(path)
-    return path
+    """Writes JSON whole or not at all and returns the path; what JSON has no number for becomes text."""
+    return write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False, default=str) + "\n")
 
 
 def _finite(node: Any) -> Any:

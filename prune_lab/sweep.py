@@ -8,13 +8,15 @@ Hydra loads this module for --help too.
 from __future__ import annotations
 
 import atexit
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from prune_lab import explain, interrupt, launch, remote
 from prune_lab.config import build
@@ -63,12 +65,13 @@ class SweepCallback(Callback):
 def place_of_job(hydra_config: Any) -> Place:
     """The place of the job that Hydra is running."""
     in_sweep = hydra_config.mode == RunMode.MULTIRUN
+    overrides: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)  # as typed, ${...} and all
     return Place(
         folder=Path(hydra_config.runtime.output_dir),
         sweep=Path(hydra_config.sweep.dir).absolute() if in_sweep else None,
         job=str(hydra_config.job.num) if in_sweep else "",
         choices={key: str(value) for key, value in hydra_config.runtime.choices.items() if "hydra" not in key},
-        overrides=[str(override) for override in hydra_config.overrides.task],
+        overrides=[str(override) for override in overrides],
         recipe=str(hydra_config.job.config_name),
     )
 
@@ -95,25 +98,46 @@ def _close(ended: str | None = None) -> None:
     if sweep is None or sweep.closed:
         return
     sweep.closed = True
-    remote.clear()
+    with interrupt.whole():
+        remote.clear()
+        _complete(sweep, ended)
+
+
+def _complete(sweep: _Sweep, ended: str | None) -> None:
+    """Writes the comparison and ends the record; a full disk or a lost store keeps nothing else from being done."""
     jobs = _job_folders(sweep.folder)
     if not jobs:
-        sweep.tracker.discard_sweep(sweep.name, sweep.folder)
+        with _told(sweep, "it could not be taken back"):
+            sweep.tracker.discard_sweep(sweep.name, sweep.folder)
         return
     from prune_lab import comparison
     from prune_lab.console import Console
 
     rows = [comparison.read_job(folder) for folder in jobs]
-    sweep.failed = ended == "FAILED" or any(row.summary.status != "FINISHED" for row in rows)
+    unlogged = any(row.summary.unlogged is not None for row in rows)
+    sweep.failed = unlogged or ended == "FAILED" or any(row.summary.status != "FINISHED" for row in rows)
     if launch.rank() > 0:  # it only helped to train: the first process has the figures
         return
     status = ended or ("FAILED" if sweep.failed else "FINISHED")
-    comparison.write(sweep.folder, rows)
-    hints = sweep.tracker.close_sweep(sweep.name, sweep.folder, status, [row.summary for row in rows])
+    hints: list[str] = []
+    with _told(sweep, "its comparison could not be written"):
+        comparison.write(sweep.folder, rows)
+    with _told(sweep, f"its record could not be closed; prune-lab sync {sweep.folder} does it"):
+        hints = sweep.tracker.close_sweep(sweep.name, sweep.folder, status, [row.summary for row in rows])
     console = Console(sweep.quiet)
     comparison.show(sweep.folder, rows, console)
     for hint in hints:
         console.result(hint)
+
+
+@contextmanager
+def _told(sweep: _Sweep, what: str) -> Iterator[None]:
+    """An error inside is said, and makes the sweep a failed one, as far as the exit code goes."""
+    try:
+        yield
+    except Exception as error:
+        sweep.failed = True
+        explain.to_stderr(f"sweep {sweep.folder}: {what} ({type(error).__name__}: {explain.one_line(error)[:200]})")
 
 
 def _job_folders(folder: Path) -> list[Path]:

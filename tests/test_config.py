@@ -547,3 +547,17 @@ def test_an_objective_is_a_metric_that_can_be_improved(names: list[str]) -> None
 def test_objectives_are_as_asked_for() -> None:
     parts = config.build_parts(composed("objectives=[quality/perplexity,latency/decode_speedup]"))
     assert parts.settings.objectives == ("quality/perplexity", "latency/decode_speedup")
+
+
+def test_help_lists_every_option_and_the_keys_as_they_are_now(cli: Cli, tmp_path: Path) -> None:
+    """Options of the recipe's folder too."""
+    (tmp_path / "r" / "method").mkdir(parents=True)
+    (tmp_path / "r" / "method" / "own.yaml").write_text("_target_: prune_lab.methods.magnitude.Magnitude\n")
+    shown = cli("--help", "-cd", "r", "method=wanda", "amount=0.3")
+    assert shown.returncode == 0, shown.stderr
+    lines = shown.stdout.splitlines()
+    for group in config.GROUPS:
+        options = {path.stem for path in (ROOT / "conf" / group).iterdir()} | ({"own"} if group == "method" else set())
+        assert f"{group}: {', '.join(sorted(options))}" in lines
+    assert "amount: 0.3" in lines
+    assert "  _target_: prune_lab.methods.wanda.Wanda" in lines

@@ -12,7 +12,7 @@ import pytest
 
 from prune_lab import interrupt
 from prune_lab.interrupt import whole
-from prune_lab.tracking.mlflow_store import _Whole
+from prune_lab.tracking.connection import Whole
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -116,7 +116,7 @@ def test_a_transaction_of_a_store_is_not_left_open(tmp_path: Path) -> None:
             connection.close()
 
     with pytest.raises(KeyboardInterrupt):
-        _Whole(Client()).write()
+        Whole(Client()).write()
     with sqlite3.connect(tmp_path / "store.db", timeout=0) as store:
         store.execute("begin immediate")
         assert store.execute("select x from t").fetchall() == [(1,)]

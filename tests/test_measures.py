@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from prune_lab.console import Console
 from prune_lab.export import save_model
+from prune_lab.measure.batch_size import Trial, suggest
 from prune_lab.measure.memory import measure_memory
 from prune_lab.measure.perplexity import Quality, measure_quality
 from prune_lab.measure.settings import Measure
@@ -26,6 +27,7 @@ from prune_lab.measure.speed import Paired, measure_latency
 from prune_lab.models import loss
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.models.loss import window_losses
+from prune_lab.suggest import main as suggest_main
 from prune_lab.summary import Summary
 from prune_lab.text.corpus import Documents
 from prune_lab.text.tokens import Tokens
@@ -68,6 +70,25 @@ def test_perplexity_does_not_depend_on_the_batch_size(loaded: Loaded) -> None:
     alone = quality(loaded.model, windows, batch_size=1).perplexity
     for batch_size in (2, 3, 4, 5, 7, 64):
         assert quality(loaded.model, windows, batch_size).perplexity == pytest.approx(alone, rel=1e-6)
+
+
+def test_the_suggested_batch_size_is_the_smallest_that_is_nearly_fastest() -> None:
+    speeds = {1: 50.0, 2: 90.0, 4: 97.0, 8: 100.0, 16: 99.0}
+    assert suggest([Trial(batch_size, speed) for batch_size, speed in speeds.items()]) == 4
+
+
+def test_batch_sizes_are_tried_on_the_model_and_one_is_named(
+    small: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Up to the 8 windows that there are; a refusal is one line."""
+    assert suggest_main([*small, "device=cpu"]) == 0
+    *tried, named = capsys.readouterr().out.splitlines()
+    sizes = [int(line.split(":")[0].removeprefix("batch of")) for line in tried]
+    assert sizes == [1, 2, 4, 8][: len(sizes)]
+    assert len(sizes) >= 3
+    assert int(named.split()[0].removeprefix("measure.batch_size=")) in sizes
+    assert suggest_main([*small, "measure.batch_size=0"]) == 2
+    assert capsys.readouterr().err == "prune_lab: measure.batch_size=0 must be at least 1\n"
 
 
 @pytest.mark.parametrize("limit", [1, 300, 1000, 7 * 300])

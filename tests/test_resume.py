@@ -183,17 +183,16 @@ def test_a_repeated_sweep_is_compared_again_without_a_store(run_here: RunHere) -
     assert (second.folder / "results.md").read_text() == (first.folder / "results.md").read_text()
 
 
-def test_edited_source_is_another_run(run_here: RunHere, small: list[str], tmp_path: Path) -> None:
-    """A copy of the package is served the result of the original, until a comment in a method's file is edited."""
-    first = run_here()
+def test_a_sweep_is_not_served_the_results_of_older_source(small: list[str], tmp_path: Path) -> None:
+    """In a copy of the package, magnitude's score is turned round: other figures. Then nothing is edited."""
     copy = tmp_path / "copy"
-    for part in ("prune_lab", "conf"):
+    for part in ("prune_lab", "conf", "hydra_plugins"):
         shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
 
-    def run_copy(name: str) -> Ended:
-        arguments = [*small, "measure=quality_only", "tracking=none", f"hydra.run.dir={tmp_path / name}"]
+    def run_copy(name: str) -> list[dict[str, Any]]:
+        places = [f"hydra.sweep.dir={tmp_path / name}", "amount=0.2,0.4", "-m"]
         done = subprocess.run(
-            [sys.executable, "-m", "prune_lab", *arguments],
+            [sys.executable, "-m", "prune_lab", *small, "measure=quality_only", "tracking=none", *places],
             cwd=copy,
             env={**os.environ, "PYTHONPATH": str(copy)},
             capture_output=True,
@@ -201,14 +200,21 @@ def test_edited_source_is_another_run(run_here: RunHere, small: list[str], tmp_p
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        return Ended(done.returncode, done.stdout, tmp_path / name)
+        ended = Ended(done.returncode, done.stdout, tmp_path / name)
+        return [ended.summary(job) for job in "01"]
 
-    same = run_copy("same")
-    assert not same.computed
-    assert same.summary()["metrics"] == first.summary()["metrics"]
-    with (copy / "prune_lab" / "methods" / "magnitude.py").open("a") as file:
-        file.write("# an afterthought\n")
-    assert run_copy("edited").computed
+    first = run_copy("first")
+    source = copy / "prune_lab" / "methods" / "magnitude.py"
+    score = "return scores.magnitude(weight, seen)"
+    assert source.read_text().count(score) == 1
+    source.write_text(source.read_text().replace(score, "return -scores.magnitude(weight, seen)"))
+    edited, again = run_copy("edited"), run_copy("again")
+    assert [summary["reused_from"] for summary in (*first, *edited)] == [None] * 4
+    for before, after, last in zip(first, edited, again, strict=True):
+        assert before["fingerprint"] != after["fingerprint"]
+        assert before["metrics"]["quality/perplexity"] != after["metrics"]["quality/perplexity"]
+        assert last["reused_from"] is not None
+        assert last["metrics"] == after["metrics"]
 
 
 # Through MLflow, in processes of their own: a sweep, the sweep again, one of its jobs alone, and that again anew.

@@ -7,9 +7,12 @@ import itertools
 import pytest
 import torch
 
+from prune_lab.pruning import thresholds
+from prune_lab.pruning.cuts import cuts
 from prune_lab.pruning.selection import (
     Pattern,
     count_to_remove,
+    keep_behind,
     keep_global,
     keep_layer,
     keep_pattern,
@@ -49,6 +52,52 @@ def test_layer_selection_is_exact_with_heavy_ties(dtype: torch.dtype, amount: fl
     assert torch.equal(keep, naive_keep(scores, count_to_remove(scores.numel(), amount)))
 
 
+def signed_scores(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Few different numbers of either sign, both zeros and both infinities among them."""
+    scores = torch.randn(rows, columns, generator=torch.Generator().manual_seed(2)).mul(4).round().div(4).to(dtype)
+    scores[scores.abs() > 2] *= torch.inf
+    assert {torch.inf, -torch.inf} <= set(scores.unique().tolist())
+    assert (scores[scores == 0].signbit()).any()
+    assert not (scores[scores == 0].signbit()).all()
+    return scores
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_signs_zeros_and_infinities_rank_as_numbers(dtype: torch.dtype) -> None:
+    scores = signed_scores(24, 40, dtype)
+    for amount in (0.02, 0.3, 0.5, 0.55, 0.98):
+        remove = count_to_remove(scores.numel(), amount)
+        assert torch.equal(keep_layer(scores, amount), naive_keep(scores, remove))
+        of_row = count_to_remove(40, amount)
+        assert torch.equal(keep_rows(scores, of_row), torch.stack([naive_keep(row, of_row) for row in scores]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps", [3, 400])
+def test_a_matrix_is_cut_alike_however_much_is_looked_at_together(
+    dtype: torch.dtype, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ties lie in several parts of it."""
+    monkeypatch.setattr(thresholds, "AT_ONCE", 100)
+    scores = torch.rand(30, 40, generator=torch.Generator().manual_seed(3)).mul(steps).ceil().to(dtype)
+    for amount in (0.001, 0.45, 0.9):
+        expected, of_row = naive_keep(scores, count_to_remove(scores.numel(), amount)), count_to_remove(40, amount)
+        assert torch.equal(keep_layer(scores, amount), expected)
+        assert torch.equal(torch.cat(keep_global(list(scores.split(7)), amount)), expected)
+        assert torch.equal(keep_rows(scores, of_row), torch.stack([naive_keep(row, of_row) for row in scores]))
+    expected = torch.stack([naive_keep(group, 2) for group in scores.view(-1, 4)]).view(scores.shape)
+    assert torch.equal(keep_pattern(scores, Pattern(2, 4)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_one_pass_gives_the_cuts_of_many_amounts(dtype: torch.dtype) -> None:
+    """In the order in which they were asked for, nothing and everything among them."""
+    matrices = [signed_scores(16, 32, dtype), signed_scores(8, 32, dtype).T]
+    flat, removals = torch.cat([matrix.flatten() for matrix in matrices]), [300, 0, 17, 768, 300]
+    for remove, cut in zip(removals, cuts(matrices, removals), strict=True):
+        assert torch.equal(torch.cat([k.flatten() for k in keep_behind(matrices, cut)]), naive_keep(flat, remove))
+
+
 def test_global_selection_ranks_all_matrices_together() -> None:
     small, large = torch.full((2, 3), 0.1), torch.full((2, 2), 5.0)
     keep = keep_global([large, small], 0.5)
@@ -65,6 +114,14 @@ def test_n_of_m_are_kept_not_removed() -> None:
     assert kept.nonzero().tolist() == [[0, 1], [0, 4], [1, 2], [1, 7]]
     kept = keep_pattern(scores, Pattern.parse("2:4"))
     assert kept.nonzero().tolist() == [[0, 1], [0, 3], [0, 4], [0, 6], [1, 1], [1, 2], [1, 6], [1, 7]]
+
+
+@pytest.mark.parametrize("text", ["2:4", "3:8", "8:8", "5:16"])
+def test_ties_within_a_pattern_go_by_the_lower_index_first(text: str) -> None:
+    pattern, scores = Pattern.parse(text), signed_scores(12, 48, torch.bfloat16)
+    groups = scores.reshape(-1, pattern.m)
+    expected = torch.stack([naive_keep(group, pattern.m - pattern.n) for group in groups]).view(scores.shape)
+    assert torch.equal(keep_pattern(scores, pattern), expected)
 
 
 def test_masks_nest_across_amounts() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from prune_lab.errors import Refused
+from prune_lab.files import mark
 from prune_lab.hub import why_not, why_unreachable
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.task_files import TaskFile, read_task_file
@@ -73,7 +74,7 @@ def by_itself() -> Iterator[None]:
 
 
 def _prepare(name: str, definition: Path, file: TaskFile | None, settings: Measure) -> ReadyTask:
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory(suffix=mark()) as place:
         config = _read_config(name, definition, Path(place))
         _check_safe(name, config)
         changes: dict[str, Any] = {"dataset_kwargs": _without_code(config.get("dataset_kwargs"))}

@@ -72,12 +72,20 @@ def _by_perplexity(anatomy: Anatomy, remove: int, calibrator: Calibrator) -> lis
     left, dropped = list(range(len(anatomy.blocks))), list[int]()
     passes = sum(len(left) - step for step in range(remove))
     with calibrator.console.progress(passes, "trying blocks", unit="pass") as bar:
-        for _ in range(remove):
-            losses = {}
+
+        def without_each() -> list[float]:
+            """The loss without each block that is left."""
+            losses = []
             for index in left:
                 with bypassed(anatomy, [*dropped, index]):
-                    losses[index] = calibrator.loss(anatomy.model)
+                    losses.append(calibrator.loss(anatomy.model))
                 bar.update()
-            dropped.append(min(losses, key=lambda index: (losses[index], index)))
-            left.remove(dropped[-1])
+            return losses
+
+        for _ in range(remove):
+            modules = ("prune_lab.models.loss", __name__)
+            losses = calibrator.remember(anatomy, "block_losses", {"dropped": dropped}, modules, without_each)
+            _, index = min(zip(losses, left, strict=True))
+            dropped.append(index)
+            left.remove(index)
     return dropped

@@ -15,6 +15,11 @@ from prune_lab.pruning.statistics import Seen
 class Magnitude(WeightMethod):
     """|W| of single weights (Han et al., 1506.02626)."""
 
+    @property
+    def fixed(self) -> str:
+        """It goes by the weight alone."""
+        return "magnitude"
+
     def score(self, weight: Tensor, seen: Seen) -> Tensor:
         """The absolute value, in the weight's own number type."""
         return scores.magnitude(weight, seen)

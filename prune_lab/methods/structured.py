@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from prune_lab.errors import Refused
 from prune_lab.methods.base import LayerRow, Method, Pruned
 from prune_lab.models.anatomy import Anatomy, UnitLinear
 from prune_lab.models.resize import dense_count
-from prune_lab.pruning import gradients, sensitivity
+from prune_lab.pruning import sensitivity
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.scores import OF_UNITS, SCORES
 from prune_lab.pruning.selection import count_to_remove, keep_rows
@@ -87,7 +88,13 @@ class Structured(Method):
             scores = self.unit_scores(parts_of[block], seen)
             zero_units(parts_of[block], keep_rows(scores[None], count_to_remove(len(scores), amount))[0])
 
-        return sensitivity.scan(anatomy, self._walk(anatomy, seed, calibrator, True), prune_block, calibrator, amounts)
+        def scan() -> list[list[float]]:
+            walk = self._walk(anatomy, seed, calibrator, dense=True)
+            return sensitivity.scan(anatomy, walk, prune_block, calibrator, amounts)
+
+        of = {"score": self.score, "compensate": self.compensate, "kind": kind, "amounts": amounts, "seed": seed}
+        rises: list[list[float]] = calibrator.remember(anatomy, "scan", of, sensitivity.source(type(self)), scan)
+        return rises
 
     def _zero(self, parts: list[UnitLinear], keep: Tensor, seen: dict[str, Seen], pruned: Pruned) -> None:
         reader = next(part for part in parts if part.side == "columns")
@@ -108,7 +115,7 @@ class Structured(Method):
             yield from ({name: Seen(random=random) for name, _ in linears} for linears in anatomy.linears_by_block())
             return
         assert calibrator is not None, "a calibrated method needs a calibrator"
-        sums = {
+        sums: dict[str, dict[str, Any]] = {
             field: self._saliency(anatomy, order, calibrator)
             for order, field in enumerate(GRADIENTS, 1)
             if field in needs
@@ -122,11 +129,10 @@ class Structured(Method):
     def _saliency(self, anatomy: Anatomy, order: int, calibrator: Calibrator) -> dict[str, Tensor]:
         """Saliency of each unit's weights by Linear, (units,): summed up at once, no gradient is kept."""
         parts = {part.name: part for kind in self.units for of_block in anatomy.unit_linears(kind) for part in of_block}
-        return gradients.saliency(
+        return calibrator.saliency(
             anatomy,
-            calibrator.windows,
             order,
-            calibrator.console,
+            " ".join(("units", *self.units)),
             lambda name, values: unit_sums(parts[name], values),
             set(parts),
         )

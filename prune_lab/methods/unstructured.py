@@ -27,6 +27,11 @@ class Unstructured(WeightMethod):
         """What the named score goes by."""
         return SCORES[self.score].needs
 
+    @property
+    def fixed(self) -> str | None:
+        """Magnitudes go by the weight alone."""
+        return self.score if self.score == "magnitude" else None
+
     def importance(self, weight: Tensor, seen: Seen) -> Tensor:
         """The named score, shape (out, in)."""
         return SCORES[self.score].function(weight, seen)

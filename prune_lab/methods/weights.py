@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor
 from prune_lab.errors import Refused
 from prune_lab.methods.base import LayerRow, Method, Pruned
 from prune_lab.models.anatomy import Anatomy, out_in
-from prune_lab.pruning import allocation, gradients, scores, sensitivity
+from prune_lab.pruning import allocation, scores, sensitivity
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.masks import Masks
 from prune_lab.pruning.selection import Pattern, count_to_remove, keep_global, keep_layer, keep_pattern, keep_rows
 from prune_lab.pruning.statistics import GRADIENTS, Seen
+from prune_lab.pruning.thresholds import Thresholds
 
 ALLOCATIONS = ("uniform", "global", "owl", "sensitivity")
 
@@ -61,6 +62,11 @@ class WeightMethod(Method):
         return frozenset(self.needs)
 
     @property
+    def fixed(self) -> str | None:
+        """The name of a score that goes by the weight alone: all amounts are thresholded from one pass over it."""
+        return None
+
+    @property
     def calibrated(self) -> bool:
         """Whether the score or the allocation looks at calibration text."""
         return bool(self.seen_by_score) or self.allocation in ("owl", "sensitivity")
@@ -86,7 +92,9 @@ class WeightMethod(Method):
         if self.is_global:
             seen = list(self._walk(anatomy, seed, calibrator, dense=True))
             values = {name: self._checked_score(name, linear, seen[b][name]) for b, name, linear in _each(linears)}
-            keep = dict(zip(values, keep_global(list(values.values()), amount), strict=True))
+            facts = anatomy.facts if self.fixed else None
+            rank = keep_global if facts is None else facts.in_process(f"{self.fixed} of all", Thresholds).keep
+            keep = dict(zip(values, rank(list(values.values()), amount), strict=True))
             if calibrator is not None and calibrator.propagate == "pruned":
                 pruned.notes.append("one ranking over all blocks: every block was seen with dense ones before it")
         else:
@@ -110,6 +118,8 @@ class WeightMethod(Method):
             keep = keep_pattern(values, Pattern.parse(self.pattern))
         elif self.scope == "row":
             keep = keep_rows(values, count_to_remove(values.shape[1], amount))
+        elif seen.thresholds is not None:
+            (keep,) = seen.thresholds.keep([values], amount)
         else:
             keep = keep_layer(values, amount)
         out_in(linear, linear.weight).masked_fill_(~keep, 0)
@@ -121,11 +131,17 @@ class WeightMethod(Method):
         """What was seen at each Linear, block by block, as the score needs it."""
         random = torch.Generator().manual_seed(seed)
         if not self.seen_by_score:
-            yield from ({name: Seen(random=random) for name, _ in linears} for linears in anatomy.linears_by_block())
+            facts = anatomy.facts if self.fixed else None
+            for linears in anatomy.linears_by_block():
+                seen = {name: Seen(random=random) for name, _ in linears}
+                if facts is not None:
+                    known = {name: facts.in_process(f"{self.fixed} of {name}", Thresholds) for name in seen}
+                    seen = {name: replace(seen[name], thresholds=known[name]) for name in seen}
+                yield seen
             return
         assert calibrator is not None, "a calibrated method needs a calibrator"
-        of_gradients = {
-            field: gradients.saliency(anatomy, calibrator.windows, order, calibrator.console)
+        of_gradients: dict[str, dict[str, Any]] = {
+            field: calibrator.saliency(anatomy, order)
             for order, field in enumerate(GRADIENTS, 1)
             if field in self.seen_by_score
         }
@@ -167,8 +183,14 @@ class WeightMethod(Method):
             for name, linear in linears[block]:
                 self.prune_linear(name, linear, amount, seen[name], Pruned())
 
-        walk = self._walk(anatomy, seed, calibrator, dense=True)
-        return sensitivity.scan(anatomy, walk, prune_block, calibrator, amounts)
+        def scan() -> list[list[float]]:
+            walk = self._walk(anatomy, seed, calibrator, dense=True)
+            return sensitivity.scan(anatomy, walk, prune_block, calibrator, amounts)
+
+        keys = asdict(self) | {"amount": None, "allocation": None}
+        of = {"method": keys, "amounts": amounts, "seed": seed}
+        rises: list[list[float]] = calibrator.remember(anatomy, "scan", of, sensitivity.source(type(self)), scan)
+        return rises
 
     def _checked_score(self, name: str, linear: Any, seen: Seen) -> Tensor:
         weight = out_in(linear, linear.weight)

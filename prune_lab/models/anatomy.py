@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.errors import Refused
+from prune_lab.models.dense import DenseFacts
 
 HEADS_OF_RUN = {"kv": 1, "qkv": 3}  # a run named "query" has all query heads of a KV group
 
@@ -134,12 +135,20 @@ class UnitLinear:
 
 
 class Anatomy:
-    """A loaded causal language model with its parts named: the view of it that pruning works on."""
+    """A loaded causal language model with its parts named: the view of it that pruning works on.
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    dense: facts about the model that it was copied from.
+    """
+
+    def __init__(self, model: Any, dense: DenseFacts | None = None) -> None:
+        self.model, self._dense = model, dense
         self.config = model.config
         self.family = family_of(model.config.model_type)
+
+    @property
+    def facts(self) -> DenseFacts | None:
+        """What is known of this model: only while it is as the dense one."""
+        return self._dense if self._dense is not None and self._dense.are_of(self.model) else None
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,15 @@ import torch
 
 from prune_lab.device import Device
 from prune_lab.errors import Refused
-from prune_lab.hub import cached_file, check_reachable, commit_of, why_not
+from prune_lab.hub import as_folder, cached_file, check_reachable, commit_of, is_hub_id, why_not
 from prune_lab.models import folder as folders
 from prune_lab.models.anatomy import family_of
+from prune_lab.models.folder_check import check_config, check_folder
 from prune_lab.models.low_bits import count_weights
 from prune_lab.text.encode import tokenizer_sha256
 
 TINY = Path(__file__).parent / "tiny"
 WEIGHTS = ("pretrained", "random")
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 @dataclass
@@ -80,20 +78,18 @@ class HubModel(ModelSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.name and self._folder.is_dir():
-            _check_folder(self._folder, self.weights)
-        elif not _HUB_ID.fullmatch(self.name):
-            raise ValueError(f"name={self.name!r} is neither a folder here nor a Hub id such as Qwen/Qwen2.5-0.5B")
-
-    @property
-    def _folder(self) -> Path:
-        return Path(self.name).expanduser()
+        if (folder := as_folder(self.name)) is not None:
+            check_folder(folder, self.weights)
+        elif not is_hub_id(self.name):
+            raise ValueError(
+                f"name={self.name[:200]!r} is neither a folder here nor a Hub id such as Qwen/Qwen2.5-0.5B"
+            )
 
     def load(self, device: Device, seed: int) -> Loaded:
         """Loads from the folder, else from the Hub or its cache on this machine."""
-        if self._folder.is_dir():
-            loaded = _load(str(self._folder), None, self.weights, self.name, device, seed)
-            loaded.licence = licence_of(self._folder / "README.md")
+        if (folder := as_folder(self.name)) is not None:
+            loaded = _load(str(folder), None, self.weights, self.name, device, seed)
+            loaded.licence = licence_of(folder / "README.md")
             return loaded
         if cached_file(self.name, "config.json", self.revision) is None:
             check_reachable("model.name", self.name)
@@ -110,7 +106,7 @@ class Tiny(ModelSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_folder(TINY, self.weights)
+        check_folder(TINY, self.weights)
 
     def load(self, device: Device, seed: int) -> Loaded:
         """Loads the shipped model under its own name."""
@@ -130,6 +126,7 @@ def _load(source: str, revision: str | None, weights: str, name: str, device: De
     try:
         config = AutoConfig.from_pretrained(source, **place)
         family_of(config.model_type)
+        check_config(config, name)
         tokenizer = _load_tokenizer(source, place, name)
         model = _build(source, config, weights, place, device, seed)
     except Refused:
@@ -194,41 +191,6 @@ def _build(source: str, config: Any, weights: str, place: dict[str, Any], device
             "cannot be read without it"
         )
     return model
-
-
-def _check_folder(folder: Path, weights: str) -> None:
-    """Refuses, without loading anything, a folder that can hold no model we may read."""
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ValueError(f"name={str(folder)!r} has no config.json: give a folder in the Hugging Face layout")
-    try:
-        model_type = str(json.loads(config.read_text(encoding="utf-8")).get("model_type", ""))
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"name={str(folder)!r}: config.json is not a JSON object ({error})") from error
-    family_of(model_type)
-    if weights == "pretrained" and not list(folder.glob("*.safetensors")):
-        pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for path in folder.glob(pattern)]
-        held = f"only {pickles[0]}, a pickle that could run code" if pickles else "no weights"
-        raise ValueError(
-            f"name={str(folder)!r} holds {held}: only *.safetensors are read; convert it, or give model.weights=random"
-        )
-    if weights == "pretrained" and (missing := _missing_shards(folder)):
-        raise ValueError(
-            f"name={str(folder)!r} lacks {', '.join(missing[:3])}, which its model.safetensors.index.json names: "
-            "the download is not complete; fetch it again"
-        )
-
-
-def _missing_shards(folder: Path) -> list[str]:
-    """Files that the index of a sharded checkpoint names and that are not there."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return []
-    try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"name={str(folder)!r}: model.safetensors.index.json cannot be read ({error})") from error
-    return sorted(name for name in shards if not (folder / str(name)).is_file())
 
 
 def _check_finite(model: Any, name: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 LOGITS_AT_ONCE = 2**22  # elements; so peak memory does not grow with vocabulary x window
 
@@ -17,12 +18,12 @@ def window_losses(model: Any, batch: Tensor) -> Tensor:
     The head runs over a few positions at a time, so the logits of a whole window are never held.
     """
     hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1]
-    head, targets = model.get_output_embeddings(), batch[:, 1:].reshape(-1, 1)
+    head, targets = model.get_output_embeddings(), batch[:, 1:].reshape(-1)
     rows = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
     cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2 bends its logits after the head
     losses = []
     for states, wanted in zip(hidden.reshape(-1, hidden.shape[-1]).split(rows), targets.split(rows), strict=True):
         logits = head(states).float()
         logits = logits if cap is None else cap * torch.tanh(logits / cap)
-        losses.append(logits.logsumexp(-1) - logits.gather(1, wanted)[:, 0])
+        losses.append(cross_entropy(logits, wanted, reduction="none"))
     return torch.cat(losses).view(len(batch), -1).mean(1)

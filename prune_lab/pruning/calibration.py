@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from prune_lab.console import Console
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.loss import window_losses
+from prune_lab.pruning import gradients, shared
 from prune_lab.pruning.blocks import BlockStream
-from prune_lab.pruning.statistics import NEEDS, InputStatistics, Seen
+from prune_lab.pruning.statistics import GRADIENTS, NEEDS, InputStatistics, Seen
+from prune_lab.text.tokens import sha256
 
 PROPAGATE = ("pruned", "dense")
 
@@ -24,7 +27,8 @@ class Calibrator:
     """Puts calibration windows, shape (windows, seq_len), through models.
 
     propagate: what the blocks after a pruned one see: its outputs as "pruned", or those of the "dense" block, which
-    costs half and makes the statistics independent of the amount.
+    costs half and makes the statistics independent of the amount: they are computed once, as are gradients, block
+    influence and scans, which are of the dense model either way (see models/dense.py).
     """
 
     windows: Tensor
@@ -43,16 +47,22 @@ class Calibrator:
         if not wanted:
             yield from ({name: Seen() for name, _ in of_block} for of_block in linears)
             return
-        stream, propagate_pruned = (
-            BlockStream(anatomy, self.windows, self.batch_size),
-            not dense and (self.propagate == "pruned"),
-        )
+        propagate_pruned = not dense and self.propagate == "pruned"
+        facts = None if propagate_pruned else anatomy.facts
+        if facts is None:
+            yield from self._observe(anatomy, propagate_pruned, wanted)
+            return
+        observe = partial(self._observe, anatomy, False)
+        yield from shared.dense_statistics(facts, self._of, len(linears), wanted, observe)
+
+    def _observe(self, anatomy: Anatomy, propagate_pruned: bool, wanted: frozenset[str]) -> Iterator[dict[str, Seen]]:
+        linears, stream = anatomy.linears_by_block(), BlockStream(anatomy, self.windows, self.batch_size)
         passes = 2 if propagate_pruned else 1
         with self.console.progress(len(linears) * passes * self.windows.numel(), "calibrating", unit="tok") as bar:
             for index, of_block in enumerate(linears):
                 with _observing(anatomy.blocks[index], of_block, wanted) as statistics:
                     self._forward(stream, index, bar, keep=not propagate_pruned)
-                yield {name: found.seen() for name, found in statistics.items()}
+                yield _seen(statistics)
                 if propagate_pruned:
                     self._forward(stream, index, bar, keep=True)
 
@@ -63,19 +73,61 @@ class Calibrator:
                 stream.states[number] = out
             bar.update(states.shape[0] * states.shape[1])
 
+    @cached_property
+    def _of(self) -> dict[str, Any]:
+        """What a statistic of the dense model depends on beside it."""
+        n, seq_len = self.windows.shape
+        text = {"tokens_sha256": sha256(self.windows), "n_samples": n, "seq_len": seq_len}
+        return {**text, "batch_size": self.batch_size, "propagate": "dense"}
+
+    def remember(
+        self, anatomy: Anatomy, kind: str, of: dict[str, Any], modules: tuple[str, ...], compute: Callable[[], Any]
+    ) -> Any:
+        """What `compute` finds out from the windows, once if the model is the dense one: numbers, lists, dictionaries.
+
+        of: what it depends on beside the model and the windows; modules: the full names of those that compute it.
+        """
+        facts = anatomy.facts
+        return compute() if facts is None else facts.value(kind, {**self._of, **of}, shared.SOURCE + modules, compute)
+
+    def saliency(
+        self,
+        anatomy: Anatomy,
+        order: int,
+        parts: str = "weights",
+        reduce: gradients.Reduce = lambda name, value: value,
+        only: Collection[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """Gradient saliency (pruning/gradients.py), once for the dense model; `parts` names what is reduced to."""
+
+        def compute() -> Iterator[dict[str, Tensor]]:
+            yield gradients.saliency(anatomy, self.windows, order, self.console, reduce, only)
+
+        facts, kind = anatomy.facts, GRADIENTS[order - 1]
+        if facts is None:
+            return next(compute())
+        of = {key: value for key, value in self._of.items() if key != "batch_size"} | {"parts": parts}
+        modules = (*shared.SOURCE, "prune_lab.pruning.gradients", "prune_lab.pruning.surgery")
+        (found,) = facts.parts(facts.key(kind, of, modules), kind, 1, compute)
+        return found
+
     def loss(self, model: Any, windows: int | None = None) -> float:
         """Mean cross-entropy of the next token in nats over the first `windows` windows (all of them by default)."""
         device = next(model.parameters()).device
         losses = [window_losses(model, batch.to(device)) for batch in self.windows[:windows].split(self.batch_size)]
         return float(torch.cat(losses).double().mean())
 
-    @torch.no_grad()
     def block_influence(self, anatomy: Anatomy) -> list[float]:
         """How much each block changes the direction of the states: 1 - mean over tokens of cos(before, after).
 
         ShortGPT's BI (Men et al., 2403.03853), between the block's own input and output: the model's last hidden
         state would be the one after the final norm.
         """
+        found: list[float] = self.remember(anatomy, "block_influence", {}, (), lambda: self._influence(anatomy))
+        return found
+
+    @torch.no_grad()
+    def _influence(self, anatomy: Anatomy) -> list[float]:
         stream, found = BlockStream(anatomy, self.windows, self.batch_size), []
         count = len(anatomy.blocks)
         with self.console.progress(count * self.windows.numel(), "block influence", unit="tok") as bar:
@@ -85,6 +137,12 @@ class Calibrator:
                 pairs = zip(before, stream.states, strict=True)
                 found.append(block_influence((was.flatten(0, 1), now.flatten(0, 1)) for was, now in pairs))
         return found
+
+
+def _seen(statistics: dict[str, InputStatistics]) -> dict[str, Seen]:
+    """What was gathered, by name of Linear; those that were given one input share its tensors."""
+    distinct = {id(found): found.seen() for found in statistics.values()}
+    return {name: distinct[id(found)] for name, found in statistics.items()}
 
 
 def block_influence(pairs: Any) -> float:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
+from prune_lab.pruning.cuts import Cut, at_once, cuts, row_cuts
+
 _PATTERN = re.compile(r"(\d+):(\d+)")
+_SMALL = 8  # entries whose pairs are fewer than the steps of a selection
 
 
 @dataclass(frozen=True)
@@ -42,29 +46,75 @@ def keep_rows(scores: Tensor, remove: int) -> Tensor:
 
     `scores` has shape (rows, columns); so has the mask (bool, True: kept).
     """
+    keep = torch.ones_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
     if remove == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(remove, dim=1, keepdim=True).values
-    below = scores < threshold
-    tied = scores == threshold
-    still_to_drop = remove - below.sum(1, keepdim=True)
-    return ~(below | (tied & (tied.cumsum(1) <= still_to_drop)))
+        return keep
+    rows = max(1, at_once(scores) // scores.shape[1])
+    for part, kept in zip(scores.split(rows), keep.split(rows), strict=True):
+        threshold, ties = row_cuts(part, remove)
+        torch.gt(part, threshold, out=kept)
+        row, column = (part == threshold).nonzero(as_tuple=True)  # in the order of rows, then columns
+        first = torch.searchsorted(row, torch.arange(len(part), device=row.device))
+        rank = torch.arange(len(row), device=row.device) - first[row]
+        kept[row, column] = rank >= ties[row, 0]
+    return keep
 
 
 def keep_layer(scores: Tensor, amount: float) -> Tensor:
     """Keep-mask over one matrix that drops `amount` of it."""
-    flat = scores.reshape(1, -1)
-    return keep_rows(flat, count_to_remove(flat.numel(), amount)).view(scores.shape)
+    return keep_global([scores], amount)[0]
 
 
 def keep_global(scores: list[Tensor], amount: float) -> list[Tensor]:
     """Keep-masks over several matrices that drop `amount` of all their entries, ranked together."""
-    flat = torch.cat([s.reshape(-1) for s in scores])
-    keep = keep_layer(flat, amount)
-    return [part.view(s.shape) for part, s in zip(keep.split([s.numel() for s in scores]), scores, strict=True)]
+    (cut,) = cuts(scores, [count_to_remove(sum(s.numel() for s in scores), amount)])
+    return keep_behind(scores, cut)
+
+
+def keep_behind(scores: list[Tensor], cut: Cut) -> list[Tensor]:
+    """Keep-masks over the matrices whose cut it is (thresholds.cuts), which ranks them together."""
+    keep, ties = [], cut.ties
+    for values in scores:
+        flat = values.reshape(-1)
+        end, ties = _behind_ties(flat, cut.threshold, ties)
+        kept = torch.empty_like(flat, dtype=torch.bool)
+        torch.gt(flat[:end], cut.threshold, out=kept[:end])
+        torch.ge(flat[end:], cut.threshold, out=kept[end:])
+        keep.append(kept.view(values.shape))
+    return keep
+
+
+def _behind_ties(flat: Tensor, threshold: float, ties: int) -> tuple[int, int]:
+    """The place behind so many entries that equal the threshold, or the end and how many are still to come."""
+    start = 0
+    for part in flat.split(at_once(flat)):
+        if ties == 0:
+            break
+        tied = part == threshold
+        found = int(torch.count_nonzero(tied))
+        if found >= ties:
+            return start + int(tied.nonzero()[ties - 1]) + 1, 0
+        start, ties = start + len(part), ties - found
+    return start, ties
 
 
 def keep_pattern(scores: Tensor, pattern: Pattern) -> Tensor:
     """Keep-mask of shape (out, in) with the `pattern.n` highest of every `pattern.m` consecutive inputs."""
     groups = scores.reshape(-1, pattern.m)
-    return keep_rows(groups, pattern.m - pattern.n).view(scores.shape)
+    if pattern.m > _SMALL:
+        return keep_rows(groups, pattern.m - pattern.n).view(scores.shape)
+    keep = torch.empty_like(groups, dtype=torch.bool)
+    for part, kept in zip(groups.split(at_once(scores)), keep.split(at_once(scores)), strict=True):
+        torch.ge(_ranks(part), pattern.m - pattern.n, out=kept)
+    return keep.view(scores.shape)
+
+
+def _ranks(groups: Tensor) -> Tensor:
+    """How many of its row each entry comes behind, ties by the index: of few columns, since each pair is compared."""
+    columns = groups.T.contiguous()
+    ranks = torch.zeros_like(columns, dtype=torch.uint8)
+    for first, second in combinations(range(len(columns)), 2):
+        in_order = columns[first] <= columns[second]
+        ranks[second] += in_order
+        ranks[first] += ~in_order
+    return ranks.T

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from prune_lab.pruning.thresholds import Thresholds
+
 NEEDS = ("input_norm", "variance", "gram")
 GRADIENTS = ("saliency", "saliency2")  # of the whole model's loss: prune_lab/pruning/gradients.py
 
@@ -21,7 +23,8 @@ class Seen:
 
     input_norm: L2 norm of each input over all tokens, (in,). mean, variance: of each input over all tokens, (in,),
     the variance unbiased. gram: X^T X over all tokens, (in, in). saliency: mean over windows of |w * gradient|,
-    saliency2: of (w * gradient)^2, both (out, in). random: the run's generator, for scores that draw.
+    saliency2: of (w * gradient)^2, both (out, in). random: the run's generator, for scores that draw. thresholds: of
+    scores that go by the weight alone.
     """
 
     input_norm: Tensor | None = None
@@ -31,6 +34,7 @@ class Seen:
     saliency: Tensor | None = None
     saliency2: Tensor | None = None
     random: torch.Generator = field(default_factory=_no_generator)
+    thresholds: Thresholds | None = None
 
 
 class InputStatistics:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from prune_lab.files import whole_file
 from prune_lab.methods.base import LayerRow, Pruned
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.resize import Shape, shape_of
@@ -86,9 +86,8 @@ def save(
         "notes": pruned.notes,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, half, metadata={"training": json.dumps(facts)})
-    half.replace(path)
+    with whole_file(path) as half:
+        save_file(tensors, half, metadata={"training": json.dumps(facts)})
 
 
 def read(path: Path) -> Checkpoint | None:

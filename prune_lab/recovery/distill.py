@@ -36,6 +36,13 @@ class Distill(Finetune):
             raise ValueError(f"temperature={self.temperature} is outside (0, 1000)")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha} is outside [0, 1]")
+        if self.teacher is not None:
+            try:
+                HubModel(name=self.teacher)
+            except Refused:
+                raise
+            except ValueError as error:  # it speaks of its own key
+                raise ValueError(str(error).replace("name=", "teacher=", 1)) from error
 
     def hashes(self, dense: Loaded, device: Device) -> dict[str, str]:
         """sha256 of the teacher, where it is not the dense model; raises Refused where its tokenizer is another."""
@@ -48,7 +55,9 @@ class Distill(Finetune):
                 f"recovery.teacher={self.teacher!r} has another tokenizer (vocabulary of {other}) than the model "
                 f"(vocabulary of {mine}): predictions of the same tokens are compared"
             )
-        return {f"teacher_{key}": value for key, value in teacher.fingerprint().items()}
+        if teacher.name not in _fingerprints:
+            _fingerprints[teacher.name] = teacher.fingerprint()
+        return {f"teacher_{key}": value for key, value in _fingerprints[teacher.name].items()}
 
     def recover(self, model: Any, training: Training) -> None:
         """Trains on the mixed loss; the teacher is in eval mode, has no gradients and is not changed."""
@@ -76,11 +85,13 @@ def soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 _teachers: dict[tuple[str, Device], Loaded] = {}
+_fingerprints: dict[str, dict[str, str]] = {}  # of the teacher that is kept
 
 
 def _load(name: str, device: Device) -> Loaded:
     """The teacher of that name: loaded once for the jobs of a sweep; one is kept at a time."""
     if (name, device) not in _teachers:
         _teachers.clear()
+        _fingerprints.clear()
         _teachers[name, device] = HubModel(name=name).load(device, seed=0)
     return _teachers[name, device]

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from prune_lab.device import Device, native_bfloat16
@@ -182,7 +183,10 @@ class _Loop:
         kept = {"rewind": self.rewinder.kept, "best": self.validation.kept}
         state, best = (self.work.model, self.work.optimizer, self.training.pruned), self.validation.remembered
         writes = self.training.world.is_main
-        checkpoint.save(self.training.checkpoint, step, *state, kept=kept, best=best, writes=writes)
+        try:
+            checkpoint.save(self.training.checkpoint, step, *state, kept=kept, best=best, writes=writes)
+        except (OSError, SafetensorError) as error:  # a full disk, say: the training itself does not need it
+            self.training.say(f"no checkpoint at step {step}: {error}")
 
 
 def uses_autocast(setting: str, device: Device) -> bool:

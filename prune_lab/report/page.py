@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.axes import axis
+from prune_lab.files import write_text
 from prune_lab.pareto import Point, front, lines, steps
 from prune_lab.report.runs import Report
 from prune_lab.summary import Summary
@@ -25,7 +26,6 @@ def write(report: Report, path: Path, x: str | None = None, y: str | None = None
     """Writes the page, whole or not at all; x and y are the axes it opens with. Imports plotly."""
     from plotly.offline import get_plotlyjs
 
-    half = path.with_name(f".{path.name}.tmp")
     page = TEMPLATE.read_text(encoding="utf-8")
     parts = {
         "TITLE": escape(f"Pareto report: {', '.join(report.sources)}"),
@@ -37,8 +37,7 @@ def write(report: Report, path: Path, x: str | None = None, y: str | None = None
     }
     for name, text in parts.items():
         page = page.replace(f"<!--{name}-->", text)
-    half.write_text(page, encoding="utf-8")
-    half.replace(path)
+    write_text(path, page)
 
 
 def about(report: Report) -> str:

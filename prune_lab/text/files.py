@@ -11,7 +11,7 @@ from pathlib import Path
 
 from prune_lab.errors import Refused
 from prune_lab.text.corpus import Corpus, Documents, LongDocument, Stream
-from prune_lab.text.rows import read_rows
+from prune_lab.text.rows import has_rows, read_rows
 from prune_lab.text.source import TextSource
 from prune_lab.text.splits import by_position
 
@@ -64,7 +64,7 @@ class TextFiles(TextSource):
         column = "text" if kind == ".txt" else self.column
         options = {"sample_by": "document"} if kind == ".txt" else {}
         try:
-            for row in read_rows(_READERS[kind], files, **options):
+            for row in read_rows(_READERS[kind], list(filter(has_rows, files)), **options):
                 if not isinstance(row.get(column), str):
                     raise Refused(
                         f"dataset.column={column!r} is not a column of text in {where}; "
@@ -88,15 +88,19 @@ def _first(texts: Iterable[str], count: int, where: str) -> list[str]:
 def _files(path: str, key: str) -> list[Path]:
     """The files that `path` names, sorted; raises Refused where there are none of a known kind."""
     kinds = ", ".join(_READERS)
-    place = Path(path).expanduser()
-    if place.is_dir():
-        found = [file for file in place.rglob("*") if file.suffix in _READERS]
-    elif place.is_file():
-        found = [place]
-    else:
-        found = [Path(name) for name in glob.glob(str(place), recursive=True)]  # noqa: PTH207 (absolute globs)
+    try:
+        place = Path(path).expanduser()
+        if place.is_dir():
+            found = [file for file in place.rglob("*") if file.suffix in _READERS]
+        elif place.is_file():
+            found = [place]
+        else:
+            found = [Path(name) for name in glob.glob(str(place), recursive=True)]  # noqa: PTH207 (absolute globs)
+        found = [file for file in found if file.is_file()]  # no folders, no pipes, no links that lead nowhere
+    except (OSError, ValueError, RuntimeError):  # no path at all: too long, with a NUL, ~ of nobody
+        found = []
     if not found:
-        raise Refused(f"{key}={path!r} names no file: give a file, a folder or a glob of {kinds}")
+        raise Refused(f"{key}={path[:200]!r} names no file: give a file, a folder or a glob of {kinds}")
     wrong = [file.name for file in found if file.suffix not in _READERS]
     if wrong:
         raise Refused(f"{key}={path!r}: {wrong[0]} is none of {kinds}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from prune_lab.errors import Refused
-from prune_lab.hub import cached_file, check_reachable, commit_of, why_not
+from prune_lab.hub import as_folder, cached_file, check_reachable, commit_of, is_hub_id, why_not
 from prune_lab.text.corpus import JOIN, Documents
 from prune_lab.text.rows import read_rows
 from prune_lab.text.source import TextSource
@@ -41,11 +41,13 @@ class HubText(TextSource):
         return self._read(source), commit
 
     def _locate(self, file: str, keep: bool) -> tuple[str, str]:
-        folder = Path(self.name).expanduser()
-        if folder.is_dir():
+        folder = as_folder(self.name)
+        if folder is not None:
             if not (folder / file).is_file():
                 raise Refused(f"dataset.name={self.name!r} has no file {file}: give a folder in the Hub's layout")
             return str(folder / file), "local folder"
+        if not is_hub_id(self.name):
+            raise Refused(f"dataset.name={self.name[:200]!r} is neither a folder here nor a Hub id such as allenai/c4")
         if (path := cached_file(self.name, file, self.revision, "dataset")) is not None:
             return str(path), commit_of(path, file)
         check_reachable("dataset.name", self.name)

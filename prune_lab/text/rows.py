@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -13,8 +14,19 @@ def read_rows(kind: str, files: str | list[str], **options: Any) -> Iterator[dic
     """
     import datasets
 
+    if not files:
+        return
     tell_nobody()
     yield from datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
+
+
+def has_rows(file: str) -> bool:
+    """Whether there is anything to read in a file: the readers of `datasets` fail on one without rows."""
+    import pyarrow.parquet
+
+    if file.endswith(".parquet"):
+        return bool(pyarrow.parquet.read_metadata(file).num_rows)
+    return Path(file).stat().st_size > 0
 
 
 def tell_nobody() -> None:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import shutil
-import uuid
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
-TOKENS, STARTS, FACTS = "tokens.i32", "starts.i64", "facts.json"
+from prune_lab import store
+
+TOKENS, STARTS = "tokens.i32", "starts.i64"
 Run = tuple[Iterable[int], int]  # the tokens of a document (or a piece of text), and its bytes of UTF-8
 
 
@@ -31,70 +27,25 @@ class Stored:
     largest: int  # id; -1 where there is no token
 
 
-def stored_tokens(folder: Path, key: str, make: Callable[[], Iterator[Run]]) -> Stored:
-    """The tokens kept under `key` in `folder`; made, and kept from then on, where there are none or they are damaged.
-
-    Entries appear whole or not at all, so that processes side by side may ask for the same one.
-    """
-    entry = folder / key
-    found = _read(entry)
-    if found is None:
-        _write(entry, make())
-        found = _read(entry)
-        if found is None:
-            raise RuntimeError(f"{entry} was written and cannot be read")
-    return found
+def stored_tokens(key: str, make: Callable[[], Iterator[Run]]) -> Stored:
+    """The tokens kept under `key`; made, and kept from then on, where there are none or they are damaged."""
+    with store.entry("tokens", key, lambda folder: _write(folder, make())) as entry:
+        facts = entry.facts
+        ids = _from_disk(entry.folder / TOKENS, facts["tokens"], torch.int32)
+        starts = _from_disk(entry.folder / STARTS, facts["runs"] + 1, torch.int64)
+        return Stored(ids, starts, int(facts["bytes"]), int(facts["largest"]))  # the files stay while they are mapped
 
 
-def _write(entry: Path, runs: Iterator[Run]) -> None:
-    half = entry.with_name(f".{entry.name}.{uuid.uuid4().hex[:8]}.tmp")
-    half.mkdir(parents=True)
-    try:
-        digest, starts, n_bytes, largest = hashlib.sha256(), array("q", [0]), 0, -1
-        with (half / TOKENS).open("wb") as file:
-            for ids, size in runs:
-                block = array("i", ids)
-                digest.update(block.tobytes())
-                file.write(block.tobytes())
-                starts.append(starts[-1] + len(block))
-                n_bytes, largest = n_bytes + size, max(largest, max(block, default=-1))
-        (half / STARTS).write_bytes(starts.tobytes())
-        digest.update(starts.tobytes())
-        facts = {
-            "tokens": starts[-1], "runs": len(starts) - 1, "bytes": n_bytes, "largest": largest,
-            "sha256": digest.hexdigest(),
-        }  # fmt: skip
-        (half / FACTS).write_text(json.dumps(facts), encoding="utf-8")
-        with suppress(OSError):  # another process was faster: its entry is the same
-            half.rename(entry)
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
-
-
-def _read(entry: Path) -> Stored | None:
-    """The entry, or None where there is none; one that is damaged is removed."""
-    if not entry.is_dir():
-        return None
-    try:
-        facts = json.loads((entry / FACTS).read_text(encoding="utf-8"))
-        if _sha256(entry) != facts["sha256"]:
-            raise ValueError("its checksum is another one")
-        ids = _from_disk(entry / TOKENS, facts["tokens"], torch.int32)
-        starts = _from_disk(entry / STARTS, facts["runs"] + 1, torch.int64)
-        return Stored(ids, starts, int(facts["bytes"]), int(facts["largest"]))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        log.warning("the cached tokens in %s are damaged (%s): they are made again", entry, error)
-        shutil.rmtree(entry, ignore_errors=True)
-        return None
-
-
-def _sha256(entry: Path) -> str:
-    digest = hashlib.sha256()
-    for name in (TOKENS, STARTS):
-        with (entry / name).open("rb") as file:
-            while block := file.read(2**22):
-                digest.update(block)
-    return digest.hexdigest()
+def _write(folder: Path, runs: Iterator[Run]) -> dict[str, Any]:
+    starts, n_bytes, largest = array("q", [0]), 0, -1
+    with (folder / TOKENS).open("wb") as file:
+        for ids, size in runs:
+            block = array("i", ids)
+            file.write(block.tobytes())
+            starts.append(starts[-1] + len(block))
+            n_bytes, largest = n_bytes + size, max(largest, max(block, default=-1))
+    (folder / STARTS).write_bytes(starts.tobytes())
+    return {"tokens": starts[-1], "runs": len(starts) - 1, "bytes": n_bytes, "largest": largest}
 
 
 def _from_disk(path: Path, size: int, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_lab.cache import cache_folder
 from prune_lab.console import Console
 from prune_lab.errors import Refused
 from prune_lab.text.corpus import JOIN, Corpus
@@ -97,7 +96,7 @@ class Tokens:
             of = [self.corpus.fingerprints[split], tokenizer_sha256(self._tokenizer), split, joined, "v2"]
             key = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:32]
             make = self._as_one_text if joined else self._each_by_itself
-            stored = stored_tokens(cache_folder() / "tokens", key, lambda: self._watched(split, make))
+            stored = stored_tokens(key, lambda: self._watched(split, make))
             if self.vocab_size is not None and stored.largest >= self.vocab_size:
                 raise Refused(
                     f"the tokenizer gives the id {stored.largest} and the model's vocabulary has {self.vocab_size} "

@@ -7,8 +7,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
+from prune_lab.errors import Refused
 from prune_lab.place import Place
 from prune_lab.summary import Summary
+
+
+class Unreachable(Refused):
+    """The store cannot be reached, or cannot be used as it is."""
 
 
 class RunLog(Protocol):
@@ -26,11 +31,14 @@ class Tracker(ABC):
 
     @abstractmethod
     def start_run(self, name: str, summary: Summary, place: Place) -> AbstractContextManager[RunLog]:
-        """Opens the record of a run; it ends FINISHED, FAILED or KILLED, whatever happens inside."""
+        """Opens the record of a run; it ends FINISHED, FAILED or KILLED, whatever happens inside.
+
+        A record that the store did not take is said in summary.unlogged; it does not end the run.
+        """
 
     @abstractmethod
     def find_finished(self, name: str, fingerprint: str) -> Summary | None:
-        """The summary of the finished run with this fingerprint, or None."""
+        """The summary of the finished run with this fingerprint, or None. Raises Unreachable."""
 
     @abstractmethod
     def enter_again(self, name: str, summary: Summary, place: Place) -> None:

@@ -38,8 +38,11 @@ class NoTracking(Tracker):
         yield _Silent()
         if summary.status == "FINISHED":
             entry = self._entry(name, summary.fingerprint)
-            entry.mkdir(parents=True, exist_ok=True)
-            summary.write(entry)
+            try:
+                entry.mkdir(parents=True, exist_ok=True)
+                summary.write(entry)
+            except OSError as error:  # the result itself is safe in the run's folder
+                summary.unlogged = f"not kept for the next time ({error}); see PRUNE_LAB_CACHE"
 
     def find_finished(self, name: str, fingerprint: str) -> Summary | None:
         """Looks the fingerprint up in the cache folder."""

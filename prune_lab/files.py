@@ -1,0 +1,76 @@
+"""Files that appear whole or not at all, and what a killed process left in their place: the next start removes it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+_MARK = re.compile(r"\.([0-9a-f]{8})-(\d+)\.tmp$")
+_FORGOTTEN = 7 * 24 * 3600  # seconds after which a temporary of another machine is nobody's
+
+
+def mark() -> str:
+    """The end of a temporary file's or folder's name: it says whose it is."""
+    return f".{_host()}-{os.getpid()}.tmp"
+
+
+def half_of(path: Path) -> Path:
+    """A name beside `path` for what is to take its place when it is whole."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{mark()}")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write: it takes the place of `path` at the end, and is gone where the writing failed."""
+    half = half_of(path)
+    try:
+        yield half
+        half.replace(path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes a text file whole or not at all and returns its path."""
+    with whole_file(path) as half:
+        half.write_text(text, encoding="utf-8")
+    return path
+
+
+def remove_leftovers(folder: Path, deep: bool = True) -> list[Path]:
+    """Removes what ended processes left half-written in `folder` and, if deep, below it; returns what went."""
+    removed: list[Path] = []
+    for place, folders, names in os.walk(folder):
+        found = [name for name in (*folders, *names) if _is_leftover(Path(place, name))]
+        folders[:] = [name for name in folders if deep and not name.endswith(".tmp")]
+        for path in (Path(place, name) for name in found):
+            with suppress(OSError):  # not ours to remove, or another start was faster
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                removed.append(path)
+    return removed
+
+
+def _is_leftover(path: Path) -> bool:
+    found = _MARK.search(path.name)
+    if found is None:
+        return False
+    if found[1] == _host():
+        return not psutil.pid_exists(int(found[2]))
+    try:
+        return time.time() - path.lstat().st_mtime > _FORGOTTEN
+    except OSError:
+        return False
+
+
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]

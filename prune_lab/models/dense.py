@@ -1,0 +1,170 @@
+"""What was found out about the dense model: computed once, good for every run on it, in this process and in others."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prune_lab import store
+from prune_lab.device import Device
+from prune_lab.environment import describe_environment
+
+MEMORY = 2**30  # bytes of facts that a process holds; what is beyond is read from disk each time
+_ENVIRONMENT = ("python", "torch", "transformers", "lm-eval", "platform", "cpu", "threads", "gpu", "cuda")
+
+Part = dict[str, Tensor]
+T = TypeVar("T")
+
+
+class DenseFacts:
+    """Facts about one dense model, each found under a key of all that it depends on.
+
+    The key holds the sha256 of weights and tokenizer, number type, device, threads, the versions of what computes, and
+    what the asker adds: the text by its token ids, sizes, and the source of the modules that compute the fact.
+    """
+
+    def __init__(self, model: Any, hashes: dict[str, str], device: Device) -> None:
+        self._model, self._device = model, device
+        environment = describe_environment(device)
+        self._key = {
+            "weights": hashes["weights"],
+            "tokenizer": hashes["tokenizer"],
+            "dtype": device.dtype_name,
+            "attention": getattr(model.config, "_attn_implementation", None),
+            "matmul": torch.get_float32_matmul_precision(),
+            **{name: environment[name] for name in _ENVIRONMENT},
+        }
+        self._values: dict[str, Any] = {}
+        self._parts: dict[str, list[Part]] = {}
+        self._held = 0
+        self._in_process: dict[str, Any] = {}
+
+    def are_of(self, model: Any) -> bool:
+        """Whether a model still is what the dense one is: the same tensors, bit by bit but for the sign of a zero."""
+        mine, others = self._model.state_dict(), model.state_dict()
+        return (
+            not model.training
+            and mine.keys() == others.keys()
+            and all(_same(tensor, others[name]) for name, tensor in mine.items())
+        )
+
+    def key(self, kind: str, of: dict[str, Any], modules: tuple[str, ...]) -> str:
+        """The name of a fact: a hash of all that it depends on."""
+        whole = [kind, self._key, of, source_of(modules)]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
+
+    def value(self, kind: str, of: dict[str, Any], modules: tuple[str, ...], compute: Callable[[], Any]) -> Any:
+        """A fact made of numbers, lists and dictionaries."""
+        key = self.key(kind, of, modules)
+        if key not in self._values:
+            with store.entry(kind, key, lambda folder: {"value": compute()}) as entry:
+                self._values[key] = entry.facts["value"]
+        return self._values[key]
+
+    def in_process(self, name: str, make: Callable[[], T]) -> T:
+        """A fact for this process alone, which costs less to find than to read."""
+        found: T = self._in_process.setdefault(name, make())
+        return found
+
+    def has_parts(self, key: str, kind: str) -> bool:
+        """Whether tensors are here or on disk already."""
+        return key in self._parts or store.has(kind, key)
+
+    def parts(self, key: str, kind: str, count: int, compute: Callable[[], Iterable[Part]]) -> Iterator[Part]:
+        """A fact made of `count` dictionaries of tensors, such as one for each block; they must not be changed.
+
+        Those larger than the bound of the cache are not kept on disk; if they are larger than what a process may hold
+        as well, they pass as they are computed and nothing is kept.
+        """
+        if key not in self._parts:
+            try:
+                with store.entry(kind, key, lambda folder: _save_parts(folder, count, compute())) as entry:
+                    files = [entry.folder / _file(index) for index in range(count)]
+                    if not self._may_hold(entry.facts["bytes"]):
+                        yield from (self._placed(_load(path)) for path in files)
+                        return
+                    self._hold(key, [_load(path) for path in files])
+            except _TooLargeError as error:
+                if not self._may_hold(error.size):
+                    yield from compute()
+                    return
+                self._hold(key, [{name: tensor.cpu() for name, tensor in part.items()} for part in compute()])
+        yield from map(self._placed, self._parts[key])
+
+    def _may_hold(self, size: int) -> bool:
+        return self._held + size <= MEMORY
+
+    def _hold(self, key: str, parts: list[Part]) -> None:
+        self._parts[key] = parts
+        self._held += sum(map(_size, parts))
+
+    def _placed(self, part: Part) -> Part:
+        """On the device; a tensor that stands under several names is one there too."""
+        placed = {id(tensor): tensor.to(self._device.torch_device) for tensor in part.values()}
+        return {name: placed[id(tensor)] for name, tensor in part.items()}
+
+
+class _TooLargeError(Exception):
+    """It would not fit into the cache."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and a.device.type != "meta" and torch.equal(a, b)
+
+
+@cache
+def source_of(modules: tuple[str, ...]) -> str:
+    """sha256 of the source of modules, so that what older code computed is not served for newer code."""
+    digest = hashlib.sha256()
+    for name in modules:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None, name
+        assert spec.origin is not None, name
+        digest.update(name.encode() + b"\0" + Path(spec.origin).read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _unique(part: Part) -> dict[int, Tensor]:
+    return {id(tensor): tensor for tensor in part.values()}
+
+
+def _size(part: Part) -> int:
+    return sum(tensor.nbytes for tensor in _unique(part).values())
+
+
+def _file(index: int) -> str:
+    return f"{index:04}.safetensors"
+
+
+def _save_parts(folder: Path, count: int, parts: Iterable[Part]) -> dict[str, Any]:
+    """Writes a file for each part; Linears that are given the same input share a tensor, which is written once."""
+    total = 0
+    for index, part in enumerate(parts):
+        if index == 0 and (estimate := _size(part) * count) > store.limit_bytes():
+            raise _TooLargeError(estimate)
+        numbers = {identity: str(number) for number, identity in enumerate(_unique(part))}
+        tensors = {numbers[identity]: tensor.cpu().contiguous() for identity, tensor in _unique(part).items()}
+        names = {name: numbers[id(tensor)] for name, tensor in part.items()}
+        save_file(tensors, folder / _file(index), metadata={"names": json.dumps(names)})
+        total += _size(part)
+    return {"bytes": total}
+
+
+def _load(path: Path) -> Part:
+    with safe_open(path, framework="pt") as file:
+        tensors = {number: file.get_tensor(number) for number in file.keys()}  # noqa: SIM118 - it is no dictionary
+        names = json.loads(file.metadata()["names"])
+    return {name: tensors[number] for name, number in names.items()}

@@ -1,0 +1,82 @@
+"""What can be told of a model's folder and config before anything of it is loaded, and why it may not be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from prune_lab.errors import Refused
+from prune_lab.models.anatomy import family_of
+
+# Fields of a config that say how large a model is, and the most that any model has by far: what is beyond is damaged,
+# and building it would take all memory or all day.
+_LAYERS = ("num_hidden_layers", "n_layer")
+_WIDTHS = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+    "max_position_embeddings", "n_embd", "n_head", "n_inner", "n_positions", "ffn_dim", "word_embed_proj_dim",
+)  # fmt: skip
+_MOST = dict.fromkeys(_LAYERS, 10_000) | dict.fromkeys(_WIDTHS, 2**24)
+# Transformers fetches any other kind of attention from the Hub, as code.
+_ATTENTION = ("eager", "sdpa")
+
+
+def check_folder(folder: Path, weights: str) -> None:
+    """Raises ValueError or Refused for a folder that can hold no model we may read; `weights`: pretrained or random."""
+    name = f"name={str(folder)!r}"
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ValueError(f"{name} has no config.json: give a folder in the Hugging Face layout")
+    try:
+        values = dict(json.loads(config.read_text(encoding="utf-8")).items())
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{name}: config.json is not a JSON object ({error})") from error
+    family_of(str(values.get("model_type", "")))
+    _check_sizes(values, name)
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{name} holds an adapter (adapter_config.json), which names the model it is for: merge it into that model"
+        )
+    if weights == "pretrained" and not list(folder.glob("*.safetensors")):
+        pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for path in folder.glob(pattern)]
+        held = f"only {pickles[0]}, a pickle that could run code" if pickles else "no weights"
+        raise ValueError(f"{name} holds {held}: only *.safetensors are read; convert it, or give model.weights=random")
+    if weights == "pretrained":
+        _check_shards(folder, name)
+
+
+def check_config(config: Any, name: str) -> None:
+    """Refuses a config of transformers with absurd sizes, or one that would have code for attention fetched."""
+    _check_sizes(config.to_dict(), f"name={name!r}")
+    asked = getattr(config, "_attn_implementation", None)
+    if asked is not None and asked not in _ATTENTION:
+        raise Refused(
+            f"model.name={name!r}: its config.json asks for attn_implementation={str(asked)[:80]!r}, which could be "
+            f"code from the Hub: allowed are {', '.join(_ATTENTION)}; take it out of config.json"
+        )
+
+
+def _check_sizes(config: dict[str, Any], name: str) -> None:
+    for key, most in _MOST.items():
+        value = config.get(key)
+        if value is not None and not (isinstance(value, int) and 1 <= value <= most):
+            raise ValueError(f"{name}: config.json has {key}={str(value)[:40]}, not a whole number from 1 to {most}")
+
+
+def _check_shards(folder: Path, name: str) -> None:
+    """Raises ValueError where the index of a sharded checkpoint names files that are not there, or not ours to read."""
+    file = "model.safetensors.index.json"
+    if not (folder / file).is_file():
+        return
+    try:
+        index = json.loads((folder / file).read_text(encoding="utf-8"))
+        shards = {str(shard) for shard in index["weight_map"].values()}
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{name}: {file} cannot be read ({error})") from error
+    if foreign := sorted(shard for shard in shards if Path(shard).name != shard or not shard.endswith(".safetensors")):
+        raise ValueError(f"{name}: {file} names {foreign[0][:80]!r}: only *.safetensors of the same folder are read")
+    if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
+        raise ValueError(
+            f"{name} lacks {', '.join(missing[:3])}, which its {file} names: the download is not complete; fetch it "
+            "again"
+        )

@@ -1,0 +1,44 @@
+"""python -m prune_lab.suggest [group=option] [key=value]: a measure.batch_size for this model, text and machine."""
+
+from __future__ import annotations
+
+import sys
+
+from hydra import compose, initialize_config_dir
+
+from prune_lab import config, explain
+
+OK, REFUSED = 0, 2
+
+
+def main(arguments: list[str]) -> int:
+    """Tries batch sizes on the dense model, prints their speeds and the override to give; returns the exit code."""
+    config.register_schema()
+    try:
+        with initialize_config_dir(config.CONF_DIR, version_base="1.3"):
+            parts = config.build_parts(compose("config", overrides=arguments))
+        _try(parts)
+    except Exception as error:  # as the command line has it: prune_lab/__main__.py
+        explain.to_stderr(explain.one_line(error))
+        return REFUSED
+    return OK
+
+
+def _try(parts: config.Parts) -> None:
+    from prune_lab import device as devices
+    from prune_lab.bench import open_bench
+    from prune_lab.console import Console
+    from prune_lab.measure.batch_size import suggest, try_batch_sizes
+
+    settings, console = parts.settings, Console()
+    device = devices.resolve(settings.device, settings.dtype)
+    bench = open_bench(parts.model, parts.dataset, parts.measure, device, settings.seed, console)
+    trials = try_batch_sizes(bench.dense.model, bench.windows, device)
+    for trial in trials:
+        console.result(f"batch of {trial.batch_size:3}: {trial.tokens_per_s:10,.0f} tokens/s")
+    chosen = suggest(trials)
+    console.result(f"measure.batch_size={chosen} is enough here (now {parts.measure.batch_size})")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,114 @@
+"""The way to an MLflow store: no call is cut in two, a locked database is waited for, a server that is gone is not."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from prune_lab.errors import Refused
+from prune_lab.explain import one_line
+from prune_lab.files import half_of, remove_leftovers
+from prune_lab.interrupt import whole
+from prune_lab.tracking import links
+from prune_lab.tracking.base import Unreachable
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # the console shows progress, once
+# A server that does not answer costs seconds, not the minutes that MLflow would give it: results are safe without it.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # seconds
+
+PATIENCE = 60.0  # seconds to wait for a database that another process has locked
+log = logging.getLogger(__name__)
+
+
+class Whole:
+    """An MlflowClient whose calls are not cut in two by a signal, and wait for a locked database."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        return _patient(whole()(getattr(self._client, name)))
+
+
+def connect(name: str) -> tuple[Any, str]:
+    """A client and the experiment's id, made if it is new; imports MLflow. Raises Refused where there is no store."""
+    from mlflow import MlflowClient
+
+    for chatty in ("mlflow", "alembic"):  # they announce every table they make, and print errors that we are told
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)
+    with reaching():
+        _make_file(links.store_uri(), MlflowClient)
+        client = Whole(_patient(whole()(MlflowClient))(tracking_uri=links.store_uri()))
+        return client, _experiment(client, name)
+
+
+@contextmanager
+def reaching() -> Iterator[None]:
+    """What fails inside is the store: raises Unreachable with its address. Each kind of store has its own errors."""
+    try:
+        yield
+    except Refused:
+        raise
+    except Exception as error:
+        uri = links.without_password(links.store_uri())
+        raise Unreachable(f"tracking: the MLflow store {uri} cannot be used: {one_line(error)[:200]}") from error
+
+
+def _make_file(uri: str, client: Any) -> None:
+    """Makes the file of a new SQLite store whole or not at all: a kill never leaves half its tables."""
+    kind, _, name = uri.partition(":///")
+    path = Path(name.partition("?")[0])
+    if kind != "sqlite" or not path.name or path.exists():
+        return
+    remove_leftovers(path.absolute().parent, deep=False)
+    half = half_of(path)
+    try:
+        client(tracking_uri=f"sqlite:///{half}").search_experiments(max_results=1)
+        with suppress(FileExistsError):  # another process was faster
+            os.link(half, path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def _experiment(client: Any, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name))
+        except MlflowException:  # another process made it in between
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        raise Refused(f"name={name!r}: that experiment was deleted; restore it in MLflow or give another name")
+    return str(found.experiment_id)
+
+
+def _patient(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call, again and again while the database is locked: SQLite itself gives up after five seconds."""
+
+    def calling(*arguments: Any, **named: Any) -> Any:
+        until, waiting = time.monotonic() + PATIENCE, False
+        while True:
+            try:
+                return call(*arguments, **named)
+            except Exception as error:
+                if "database is locked" not in str(error) or time.monotonic() > until:
+                    raise
+                if not waiting:
+                    log.warning("the store is locked by another process: waiting up to %g s", PATIENCE)
+                waiting = True
+            time.sleep(random.uniform(0.1, 0.5))
+
+    return calling

@@ -1,0 +1,570 @@
+"""The table of bad inputs: of the configuration, of recipes, of data, of checkpoints. test_bad_input.py runs it.
+
+Each has what is put in place beforehand, the command line, and what the message must name: key, value, what is allowed.
+PLACE stands for the test's folder, in arguments, files and messages alike; the small model's copy is PLACE/model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import make_folder, story
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prune_lab.models.load import TINY
+
+Prepare = Callable[[Path], object]
+
+
+@dataclass(frozen=True)
+class Bad:
+    """One bad input. `flags` come first on the command line, `overrides` after those of the small model and text."""
+
+    group: str
+    name: str
+    overrides: list[str]
+    says: tuple[str, ...]
+    prepare: Prepare = lambda place: None
+    flags: list[str] = field(default_factory=list)
+    small: bool = True  # whether it comes with the small model and text
+
+    @property
+    def id(self) -> str:
+        """The case's name among all."""
+        return f"{self.group}: {self.name}"
+
+
+# --- Configuration: overrides, and what the message must hold ---
+
+LONG = "x" * 251
+_CONFIG: list[tuple[str, tuple[str, ...]]] = [
+    ("amount=1.5", ("amount=1.5", "[0, 1)")),
+    ("amount=1", ("amount=1", "[0, 1)")),
+    ("amount=-0.1", ("amount=-0.1", "[0, 1)")),
+    ("amount=nan", ("amount=nan", "[0, 1)")),
+    ("amount=inf", ("amount=inf", "[0, 1)")),
+    ("amount=1e400", ("amount=inf", "[0, 1)")),
+    ("amount=abc", ("amount", "abc", "Float")),
+    ("amount=null", ("amount",)),
+    ("amount=", ("amount", "''", "Float")),
+    ("amount=[0.5]", ("amount",)),
+    ("amount={a:1}", ("amount",)),
+    ("amount=${amount}", ("amount",)),
+    ("method.amount=1.5", ("method.amount=1.5", "[0, 1)")),
+    ("method=nope", ("method", "nope", "magnitude", "structured")),
+    ("dataset=nope", ("dataset", "nope", "stdlib", "text")),
+    ("tracking=nope", ("tracking", "nope", "mlflow", "none")),
+    ("method=../model/hf", ("method._target_", "no option of the group method")),
+    ("method=/etc/passwd", ("method", "/etc/passwd")),
+    ("nope=1", ("nope", "amount", "seed", "device")),
+    ("method.nope=1", ("method.nope", "pattern", "scope")),
+    ("+method.nope=1", ("method.nope", "pattern", "scope")),
+    ("+method._args_=[1]", ("method._args_", "pattern", "scope")),
+    ("+method._partial_=true", ("method._partial_", "pattern", "scope")),
+    ("+nope=1", ("nope", "amount", "seed", "device")),
+    ("~method", ("method",)),
+    ("amount", ("amount",)),
+    ("method=magnitude,structured", ("method", "magnitude,structured", "-m")),
+    ("seed=-1", ("seed=-1", "[0, 2^63)")),
+    ("seed=9223372036854775808", ("seed=9223372036854775808", "[0, 2^63)")),
+    ("seed=1.5", ("seed", "1.5", "Integer")),
+    ("seed=null", ("seed",)),
+    ("export=perhaps", ("export", "perhaps", "bool")),
+    ("name=''", ("name=''", "1 to 250")),
+    (f"name={LONG}", ("name='xxx", "1 to 250")),
+    ("name=../up", ("name='../up'", "folder")),
+    ("name=/etc/passwd", ("name='/etc/passwd'", "folder")),
+    ("name='a\\b'", ("name='a\\\\b'", "folder")),
+    ("name=..", ("name='..'", "folder")),
+    ("name='a\tb'", ("name='a\\tb'", "control")),
+    ("name='\x1b[31mred'", ("name='\\x1b[31mred'", "control")),
+    ("name=\udcff", ("'name=\\udcff'", "UTF-8")),
+    ("dtype=float8", ("dtype='float8'", "float32", "bfloat16", "float16")),
+    ("dtype=", ("dtype=''", "float32", "bfloat16", "float16")),
+    ("device=tpu", ("device='tpu'", "auto", "cpu", "cuda")),
+    ("device=meta", ("device='meta'", "auto", "cpu", "cuda")),
+    ("device=cuda:99", ("device='cuda:99'", "CUDA devices")),
+    ("device=cuda:-1", ("device='cuda:-1'", "auto", "cpu", "cuda")),
+    ("method.pattern=124", ("method.pattern='124'", "quote")),
+    ("method.pattern=5:4", ("method.pattern='5:4'", "from 1 to M")),
+    ("method.pattern=2-4", ("method.pattern='2-4'", "N:M")),
+    ("method.scope=nope", ("method.scope='nope'", "layer", "global")),
+    ("method=structured method.units=[nope]", ("method.units=['nope']", "mlp", "heads")),
+    ("method=structured method.units=[]", ("method.units=[]", "mlp", "heads")),
+    ("method=structured method.score=nope", ("method.score='nope'", "l2", "l1", "random")),
+    ("method=structured method.round_to=0", ("method.round_to=0", "at least 1")),
+    ("model.weights=nope", ("model.weights='nope'", "pretrained", "random")),
+    ("schedule=iterative schedule.rounds=0", ("schedule.rounds=0", "at least 1")),
+    ("schedule=iterative schedule.start=nan", ("schedule.start=nan", "at least 0")),
+    ("schedule=gradual schedule.interval=0", ("schedule.interval=0", "above 0")),
+    ("schedule=gradual schedule.end=inf recovery=finetune", ("schedule.end=inf", "training of 200 steps")),
+    ("recovery=finetune recovery.steps=0", ("recovery.steps=0", "at least 1")),
+    ("recovery=finetune recovery.lr=-1", ("recovery.lr=-1", "(0, 1)")),
+    ("recovery=finetune recovery.lr=nan", ("recovery.lr=nan", "(0, 1)")),
+    ("recovery=finetune recovery.batch_size=0", ("recovery.batch_size=0", "at least 1")),
+    ("recovery=finetune recovery.autocast=fp4", ("recovery.autocast='fp4'", "auto", "bfloat16", "none")),
+    ("recovery=distill recovery.temperature=0", ("recovery.temperature=0", "(0, 1000)")),
+    ("recovery=distill recovery.teacher=/nowhere",
+     ("recovery.teacher='/nowhere'", "neither a folder here nor a Hub id")),
+    ("recovery=lora recovery.rank=0", ("recovery.rank=0", "at least 1")),
+    ("measure.pairs=3", ("measure.pairs=3", "at least 10")),
+    ("measure.max_windows=0", ("measure.max_windows=0", "at least 1")),
+    ("measure.lengths=[1000000000000]", ("measure.lengths=[1000000000000]", "context of 128")),
+    ("measure.batch_sizes=[-1]", ("measure.batch_sizes=[-1]", "at least 1")),
+    ("measure.tasks=[nope]", ("measure.tasks", "nope")),
+    ("dataset.seq_len=1", ("dataset.seq_len=1", "at least 2")),
+    ("dataset.seq_len=-32", ("dataset.seq_len=-32", "at least 2")),
+    ("dataset.seq_len=1000000000000000000", ("dataset.seq_len=1000000000000000000", "context of 128")),
+    ("dataset.seq_len=129", ("dataset.seq_len=129", "context of 128")),
+    ("dataset.calibration.n_samples=0", ("dataset.calibration.n_samples=0", "at least 1")),
+    ("method=wanda dataset.calibration.n_samples=1000000000000", ("1000000000000 are asked for", "n_samples")),
+    ("method=wanda dataset.calibration.seq_len=129", ("dataset.calibration.seq_len=129", "context of 128")),
+    ("hydra.run.dir=" + "d" * 300, ("File name too long",)),
+    ("model.name=/nowhere/llama", ("model.name='/nowhere/llama'", "neither a folder here nor a Hub id")),
+    ("model.name=./llama", ("model.name='./llama'", "neither a folder here nor a Hub id")),
+    ("model.name=a/b/c", ("model.name='a/b/c'", "neither a folder here nor a Hub id")),
+    ("model.name=../../etc", ("model.name='../../etc'", "neither a folder here nor a Hub id")),
+    ("model.name=" + "m" * 5000, ("model.name='mmm", "neither a folder here nor a Hub id")),
+    # The small model's Linears have 32 inputs.
+    ("measure=quality_only method.pattern=2:7 tracking=none", ("method.pattern=2:7", "32 inputs", "multiple of 7")),
+]  # fmt: skip
+# What `_target_` must not name; the last ones start well and are not ours.
+_TARGETS = [
+    "os.system", "subprocess.Popen", "builtins.eval", "Magnitude", "", "null", "prune_lab.methods.nope.Nope",
+    "prune_lab.config.os.system", "prune_lab.runner.shutil.rmtree", "prune_lab.runner.shutil",
+    "prune_lab.runner.save_model", "prune_lab.sweep.SweepCallback",
+]  # fmt: skip
+
+CONFIG = [Bad("config", overrides[:70], overrides.split(" "), says) for overrides, says in _CONFIG]
+CONFIG += [
+    Bad("config", f"target {target!r}", [f"method._target_={target}"],
+        ("method._target_=", target.replace("null", "None"), "allowed"))
+    for target in _TARGETS
+]  # fmt: skip
+
+
+# --- Recipes: a file, options beside it, and what the message must hold ---
+# Where one could act, it would make PLACE/made.
+
+MKDIR = "{_target_: os.mkdir, path: PLACE/made}"
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
+)
+_RECIPES: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
+    "a callback": (
+        f"hydra: {{callbacks: {{evil: {MKDIR}}}}}",
+        ("hydra.callbacks.evil._target_='os.mkdir'", "not allowed"),
+    ),
+    "a callback in the place of ours": (
+        f"hydra: {{callbacks: {{sweep: {MKDIR}}}}}",
+        ("hydra.callbacks.sweep", "not allowed"),
+    ),
+    "the environment": (
+        "hydra: {job: {env_set: {PRUNE_LAB_ALLOW: os}}}\nmethod: {_target_: os.mkdir}",
+        ("hydra.job.env_set.PRUNE_LAB_ALLOW='os'", "not allowed"),
+    ),
+    "a copied environment": ("hydra: {job: {env_copy: [HOME]}}", ("hydra.job.env_copy", "not allowed")),
+    "a launcher": ("hydra: {launcher: {_target_: os.mkdir}}", ("hydra.launcher", "not allowed")),
+    "a launcher's setup": ("hydra: {launcher: {setup: ['touch made']}}", ("hydra.launcher.setup", "not allowed")),
+    "a sweeper": ("hydra: {sweeper: {_target_: os.mkdir}}", ("hydra.sweeper", "not allowed")),
+    "a callback in the grid": (
+        f"hydra: {{sweeper: {{params: {{+hydra.callbacks.x: '{MKDIR}'}}}}}}", ("hydra.sweeper.params", "not allowed"),
+    ),
+    "a log handler": (
+        "hydra: {job_logging: {handlers: {file: {filename: PLACE/made}}}}",
+        ("hydra.job_logging", "not allowed"),
+    ),
+    "a run folder elsewhere": ("hydra: {run: {dir: PLACE/made}}", ("hydra.run.dir", "not allowed")),
+    "a sweep folder above": ("hydra: {sweep: {dir: ../made}}", ("hydra.sweep.dir='../made'", "not allowed")),
+    "a run folder by the name": (
+        "name: ../made\nhydra: {run: {dir: 'runs/${name}'}}", ("hydra.run.dir='runs/${name}'", "not allowed"),
+    ),
+    "changing the folder": ("hydra: {job: {chdir: true}}", ("hydra.job.chdir=True", "not allowed")),
+    "a search path": ("hydra: {searchpath: [file:///]}", ("hydra.searchpath", "not allowed")),
+    "reading the environment": ("name: ${oc.env:HOME}", ("name='${oc.env:HOME}'", "may not read the machine")),
+    "reading it inside a part": ("dataset: {path: 'x${oc.env:HOME}'}", ("${oc.env:HOME}", "may not read the machine")),
+    "a foreign part": ("method: {_target_: os.mkdir}", ("method._target_='os.mkdir'", "not allowed")),
+    "a foreign part by way of ours": (
+        "method: {_target_: prune_lab.config.os.mkdir}", ("method._target_='prune_lab.config.os.mkdir'", "allowed are"),
+    ),
+    "a Python object": ("name: !!python/object/apply:os.mkdir [PLACE/made]", ("recipe x", "YAML", "python/object")),
+    "a YAML bomb": (BOMB, ("recipe x", "alias")),
+    "an endless alias": ("name: &a [*a]", ("recipe x", "alias")),
+    "deep nesting": ("name: " + "[" * 3000 + "]" * 3000, ("recipe x", "nested")),
+    "too large a file": ("# " + "x" * 2**21, ("recipe x", "bytes")),
+    "no YAML": ("name: [unclosed", ("recipe x", "YAML")),
+    "the same key twice": ("amount: 0.1\namount: 0.2", ("recipe x", "YAML", "amount")),
+    "not UTF-8": (b"name: caf\xe9", ("recipe x", "UTF-8")),
+    "a control character": ('name: "a\\0b"', ("name='a\\x00b'", "control")),
+    "a teacher's name with a NUL": (
+        'recovery: {teacher: "a\\0b"}',
+        ("recovery.teacher='a\\x00b'", "neither a folder here nor a Hub id"),
+    ),
+    "a text's path with a NUL": ('dataset: {test_path: "a\\0b"}', ("dataset.test_path='a\\x00b'", "names no file")),
+    "a list": ("- amount", ("recipe x",)),
+    "a pattern as a number": ("method: {pattern: 2:4}", ("method.pattern=", "124", "quote")),
+    "a wrong value": ("amount: 7", ("amount=7.0", "[0, 1)")),
+    "an endless grid": (
+        "hydra: {mode: MULTIRUN, sweeper: {params: {seed: 'range(1000000000)'}}}",
+        ("hydra.sweeper.params", "10000 jobs"),
+    ),
+    "a grid without a step": (
+        "hydra: {sweeper: {params: {seed: 'range(0,1,0)'}}}",
+        ("hydra.sweeper.params", "10000 jobs"),
+    ),
+    "a part that is no mapping": ("method: magnitude", ("method",)),
+    "a default elsewhere": ("", ("defaults", "/etc/passwd")),
+    "a default of Hydra": ("", ("defaults", "job_logging", "not allowed")),
+}  # fmt: skip
+_HEADS = {
+    "a list": "",
+    "a teacher's name with a NUL": "defaults: [config, override recovery: distill, _self_]",
+    "a text's path with a NUL": "defaults: [config, override dataset: text, _self_]",
+    "a default elsewhere": "defaults: [config, /etc/passwd, _self_]",
+    "a default of Hydra": "defaults: [config, override hydra/job_logging: none, _self_]",
+}
+# Options beside a recipe that are chosen on the command line, after the recipe itself was read.
+_OPTIONS: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
+    "reads the environment": (
+        "_target_: prune_lab.methods.magnitude.Magnitude\nscope: ${oc.env:HOME}\n", ("may not read the machine",),
+    ),
+    "global package": ("# @package _global_\nhydra: {job: {env_set: {A: b}}}\n", ("mine.yaml", "options of Hydra")),
+    "hydra package": ("# @package hydra\njob: {env_set: {A: b}}\n", ("mine.yaml", "options of Hydra")),
+    "foreign class": ("_target_: os.system\n", ("method._target_='os.system'", "not allowed")),
+    "bomb": (BOMB, ("mine", "alias")),
+    "not UTF-8": (b"scope: caf\xe9", ("mine", "UTF-8")),
+}  # fmt: skip
+
+
+def _write_recipe(text: str | bytes, head: str, options: dict[str, str | bytes]) -> Prepare:
+    def prepare(place: Path) -> None:
+        folder = place / "recipes"
+        for name, content in {"x.yaml": text, **options}.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            first = f"{head}\n".encode() if name == "x.yaml" else b""
+            body = content.encode() if isinstance(content, str) else content
+            (folder / name).write_bytes(first + body.replace(b"PLACE", str(place).encode()) + b"\n")
+
+    return prepare
+
+
+def _links_to_itself(place: Path) -> None:
+    """Two links double the ways through the folder with every step down."""
+    _write_recipe("amount: 0.3", _HEAD, {"method/mine.yaml": "_target_: x\n"})(place)
+    for name in "ab":
+        (place / "recipes" / "method" / name).symlink_to(".")
+
+
+_HEAD = "defaults: [config, _self_]"
+_FLAGS = ["-cd", "PLACE/recipes", "-cn", "x"]
+RECIPES = [
+    Bad("recipe", name, [], says, _write_recipe(text, _HEADS.get(name, _HEAD), {}), _FLAGS)
+    for name, (text, says) in _RECIPES.items()
+]
+RECIPES += [
+    Bad("recipe", f"option, {name}", ["method=mine"], says,
+        _write_recipe("", _HEAD, {"method/mine.yaml": text}), _FLAGS)
+    for name, (text, says) in _OPTIONS.items()
+]  # fmt: skip
+RECIPES += [
+    Bad("recipe", "options in a loop of links", [], ("is a link to a folder",), _links_to_itself, _FLAGS),
+    Bad("recipe", "no such folder", [], ("-cd nowhere", "no such folder"), flags=["-cd", "nowhere"]),
+    Bad("recipe", "another configuration", [], ("-cp", "-cd"), flags=["-cp", "nowhere"]),
+    Bad("recipe", "no such name", [], ("nowhere",), flags=["-cn", "nowhere"]),
+    Bad("recipe", "no such name in the folder", [], ("nowhere",), flags=["-cd", ".", "-cn", "nowhere"]),
+    Bad("recipe", "a name with a path", [], ("-cn ../../x", "-cd FOLDER"), flags=["-cd", ".", "-cn", "../../x"]),
+    Bad("recipe", "a pickle of an earlier run", [], ("--experimental-rerun", "pickle"),
+        flags=["--experimental-rerun", "job.pickle"]),
+]  # fmt: skip
+
+
+# --- Data: files in PLACE, an override, and what the message must hold ---
+
+
+def _file(name: str, content: bytes) -> Prepare:
+    return lambda place: (place / name).write_bytes(content)
+
+
+def _parquet(place: Path, rows: dict[str, list[Any]]) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(
+        pa.table({name: pa.array(values, pa.string()) for name, values in rows.items()}), place / "a.parquet"
+    )
+    return place / "a.parquet"
+
+
+def _cut_parquet(place: Path) -> None:
+    path = _parquet(place, {"text": [story(seed) for seed in range(20)]})
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def _hole_in_parquet(place: Path) -> None:
+    """The table of contents is whole, the pages are not."""
+    path = _parquet(place, {"text": [story(seed) for seed in range(20)]})
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + b"\xff" * 400 + content[404:])
+
+
+def _folder_of(*names: str) -> Prepare:
+    def prepare(place: Path) -> None:
+        (place / "texts").mkdir()
+        for name in names:
+            (place / "texts" / name).write_bytes(b"text")
+
+    return prepare
+
+
+def _links_in_a_circle(place: Path) -> None:
+    (place / "a.txt").symlink_to("b.txt")
+    (place / "b.txt").symlink_to("a.txt")
+
+
+def _folder_linked_to_itself(place: Path) -> None:
+    (place / "texts").mkdir()
+    (place / "texts" / "again").symlink_to(".")
+
+
+_ROW = b'{"text": "one"}\n'
+_DATA: dict[str, tuple[Prepare, str, tuple[str, ...]]] = {
+    "empty": (_file("a.txt", b""), "a.txt", ("there is no text",)),
+    "blank": (_file("a.txt", b" \n\t\n"), "a.txt", ("there is no text",)),
+    "too short": (_file("a.txt", b"The cat sees a dog.\n"), "a.txt", ("dataset.seq_len=32", "test split", "tokens")),
+    "not UTF-8": (_file("a.txt", b"\xff\xfe\xfa caf\xe9 " * 500), "a.txt", ("cannot be read as text", "utf-8")),
+    "UTF-16": (_file("a.txt", "\n".join(map(story, range(9))).encode("utf-16")), "a.txt", ("cannot be read as text",)),
+    "broken jsonl": (
+        _file("a.jsonl", b'{"text": "one"}\n{"text": "tw\n'), "a.jsonl", ("cannot be read as json",),
+    ),
+    "empty jsonl": (_file("a.jsonl", b""), "a.jsonl", ("there is no text",)),
+    "jsonl of lists": (_file("a.jsonl", b"[1, 2]\n[3, 4]\n"), "a.jsonl", ("a.jsonl",)),
+    "jsonl that is not UTF-8": (_file("a.jsonl", b'{"text": "caf\xe9"}\n'), "a.jsonl", ("cannot be read as json",)),
+    "jsonl without the column": (
+        _file("a.jsonl", b'{"body": "one", "id": 3}\n'), "a.jsonl", ("dataset.column='text'", "body, id"),
+    ),
+    "a column of numbers": (_file("a.jsonl", b'{"text": 1}\n{"text": 2}\n'), "a.jsonl", ("dataset.column='text'",)),
+    "a column of nothing": (
+        _file("a.jsonl", b'{"text": null}\n{"text": null}\n'), "a.jsonl", ("dataset.column='text'",),
+    ),
+    "a number among texts": (_file("a.jsonl", _ROW * 50 + b'{"text": 2}\n'), "a.jsonl", ("a.jsonl",)),
+    "no parquet": (_file("a.parquet", b"this is not parquet"), "a.parquet", ("cannot be read as parquet",)),
+    "an empty parquet file": (_file("a.parquet", b""), "a.parquet", ("cannot be read as parquet",)),
+    "parquet without rows": (lambda place: _parquet(place, {"text": []}), "a.parquet", ("there is no text",)),
+    "parquet without the column": (
+        lambda place: _parquet(place, {"body": ["one"]}), "a.parquet", ("dataset.column='text'", "body"),
+    ),
+    "parquet cut short": (_cut_parquet, "a.parquet", ("cannot be read as parquet",)),
+    "parquet with a hole": (_hole_in_parquet, "a.parquet", ("cannot be read as parquet",)),
+    "of no known kind": (_file("a.csv", b"text\none\n"), "a.csv", ("a.csv", ".txt, .jsonl, .parquet")),
+    "a folder without files": (_folder_of(), "texts", ("names no file", ".txt, .jsonl, .parquet")),
+    "a folder without texts": (_folder_of("a.csv"), "texts", ("names no file", ".txt, .jsonl, .parquet")),
+    "links in a circle": (_links_in_a_circle, "a.txt", ("names no file",)),
+    "a folder linked to itself": (_folder_linked_to_itself, "texts", ("names no file",)),
+    "a folder named as a text": (lambda place: (place / "t" / "a.txt").mkdir(parents=True), "t", ("names no file",)),
+    "a pipe": (lambda place: os.mkfifo(place / "a.txt"), "a.txt", ("names no file",)),
+    "a pipe in a folder": (
+        lambda place: ((place / "t").mkdir(), os.mkfifo(place / "t" / "a.txt")), "t", ("names no file",),
+    ),
+    "an absent file": (lambda place: None, "absent.txt", ("names no file",)),
+    "an absent folder": (lambda place: None, "absent", ("names no file",)),
+    "a glob of nothing": (lambda place: None, "*.txt", ("names no file",)),
+    "too long a name": (lambda place: None, "t" * 5000, ("names no file",)),
+}  # fmt: skip
+
+DATA = [
+    Bad("data", name, [f"dataset.path=PLACE/{file}"], ("dataset.path=", f"PLACE/{file}"[:40], *says), prepare)
+    for name, (prepare, file, says) in _DATA.items()
+]
+DATA += [
+    Bad("data", f"a test text that is {name}", [f"dataset.test_path=PLACE/{file}"],
+        ("dataset.test_path=", f"PLACE/{file}", *says), prepare)
+    for name, (prepare, file, says) in _DATA.items()
+    if name in ("blank", "an absent file", "an absent folder", "a glob of nothing", "no parquet")
+]  # fmt: skip
+DATA += [
+    Bad("data", "calibration text that is absent",
+        ["method=wanda", "dataset.calibration.source=text", "dataset.calibration.name=PLACE/absent"],
+        ("dataset.calibration.name='PLACE/absent'", "names no file")),
+    Bad("data", "a corpus whose folder is another", ["model=hf", "model.name=PLACE/model", "dataset=wikitext2",
+        "dataset.name=PLACE/model"], ("dataset.name='PLACE/model'", "wikitext-2-raw-v1/train"), small=False),
+    Bad("data", "a corpus of no possible name", ["model=hf", "model.name=PLACE/model", "dataset=c4",
+        "dataset.name=../../c4"], ("dataset.name='../../c4'", "neither a folder here nor a Hub id"), small=False),
+    Bad("data", "a store that is no database", [], ("tracking", "mlflow.db", "not a database"),
+        _file("mlflow.db", b"this is no database " * 300)),
+]  # fmt: skip
+
+
+# --- Checkpoints: what is done to PLACE/model, and what the message must hold ---
+
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+
+
+def _config(**changes: Any) -> Prepare:
+    def change(model: Path) -> None:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | changes))
+
+    return change
+
+
+def _text(file: str, text: str) -> Prepare:
+    return lambda model: (model / file).write_text(text)
+
+
+def _without(pattern: str) -> Prepare:
+    return lambda model: [file.unlink() for file in model.glob(pattern)]
+
+
+def _weight(change: Callable[[Tensor], Tensor | None]) -> Prepare:
+    def save(model: Path) -> None:
+        tensors = load_file(model / "model.safetensors")
+        changed = change(tensors.pop(WEIGHT))
+        tensors |= {} if changed is None else {WEIGHT: changed.contiguous()}
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+    return save
+
+
+def _weights(change: Callable[[bytes], bytes]) -> Prepare:
+    def write(model: Path) -> None:
+        path = model / "model.safetensors"
+        path.write_bytes(change(path.read_bytes()))
+
+    return write
+
+
+def _pickle(file: str, keep: bool) -> Prepare:
+    """A checkpoint of the old kind, which would load if anyone asked for it."""
+
+    def write(model: Path) -> None:
+        tensors = load_file(model / "model.safetensors")
+        if not keep:
+            (model / "model.safetensors").unlink()
+        torch.save(tensors, model / file)
+
+    return write
+
+
+def _index(file: str) -> Prepare:
+    """An index of shards all of which are `file`, made here as a copy or a pickle of the weights."""
+
+    def write(model: Path) -> None:
+        keys = load_file(model / "model.safetensors")
+        shutil.copy(model / "model.safetensors", model / file)
+        if file.endswith(".bin"):
+            torch.save(keys, model / file)
+        (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(keys, file)}))
+        (model / "model.safetensors").rename(model / "other.safetensors")
+
+    return write
+
+
+def _code(model: Path) -> None:
+    """What config.json asks for lies beside it, and would make PLACE/made."""
+    (model / "code.py").write_text(f"import os\nos.mkdir({str(model.parent / 'made')!r})\n")
+    _config(model_type="mine", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})(model)
+
+
+def _tokenizer_code(model: Path) -> None:
+    (model / "code.py").write_text(f"import os\nos.mkdir({str(model.parent / 'made')!r})\n")
+    (model / "tokenizer.json").unlink()
+    config = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "code.Mine"]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def _other_tokenizer(model: Path) -> None:
+    for file in Path(TINY).glob("tokenizer*"):
+        shutil.copy(file, model)
+
+
+_BEYOND = json.dumps({"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
+_ADAPTER = json.dumps({"base_model_name_or_path": "someone/base", "peft_type": "LORA"})
+_NOT_JSON = ("model.name=", "PLACE/model", "config.json", "JSON")
+_NOT_LOADED = ("model.name=", "PLACE/model", "cannot be loaded")
+_CHECKPOINTS: dict[str, tuple[Prepare, tuple[str, ...]]] = {
+    "of an unknown family": (
+        _config(model_type="bert"), ("bert", "llama", "qwen3", "FAMILIES in prune_lab/models/anatomy.py"),
+    ),
+    "of a family that is code": (_code, ("'mine'", "llama", "qwen3")),
+    "with attention from the Hub": (
+        _config(attn_implementation="someone/kernel"), ("model.name=", "config.json", "'someone/kernel'"),
+    ),
+    "an adapter": (_text("adapter_config.json", _ADAPTER), ("model.name=", "adapter_config.json", "merge")),
+    "quantized by others": (
+        _config(quantization_config={"quant_method": "gptq", "bits": 4}), ("quantized already", "gptq"),
+    ),
+    "without a config": (_without("config.json"), ("model.name=", "PLACE/model", "config.json")),
+    "with a broken config": (_text("config.json", "{nope"), _NOT_JSON),
+    "with a deeply nested config": (_text("config.json", "[" * 100_000), _NOT_JSON),
+    "with a config that is a list": (_text("config.json", "[1, 2]"), _NOT_JSON),
+    "with a size in words": (_config(hidden_size="wide"), ("model.name=", "hidden_size")),
+    "with a negative size": (_config(intermediate_size=-48), ("model.name=", "config.json", "intermediate_size=-48")),
+    "with a huge width": (_config(hidden_size=10**12), ("model.name=", "config.json", "hidden_size=1000000000000")),
+    "with a thousand million blocks": (
+        _config(num_hidden_layers=10**9), ("model.name=", "config.json", "num_hidden_layers=1000000000"),
+    ),
+    "without weights": (_without("*.safetensors"), ("model.name=", "no weights", "model.weights=random")),
+    "a pickle": (_pickle("pytorch_model.bin", keep=False), ("model.name=", "pytorch_model.bin", "safetensors")),
+    "a pickle named as safetensors": (_pickle("model.safetensors", keep=False), _NOT_LOADED),
+    "an index of pickles": (
+        _index("pytorch_model.bin"),
+        ("model.name=", "model.safetensors.index.json", "pytorch_model.bin", "*.safetensors"),
+    ),
+    "an index that leaves the folder": (
+        _index("../elsewhere.safetensors"), ("model.name=", "model.safetensors.index.json", "../elsewhere.safetensors"),
+    ),
+    "a broken index": (
+        _text("model.safetensors.index.json", '{"weight_map": 3}'), ("model.name=", "model.safetensors.index.json"),
+    ),
+    "with a NaN": (
+        _weight(lambda weight: weight.index_fill(1, torch.tensor(5), float("nan"))), ("model.name=", WEIGHT, "NaN"),
+    ),
+    "with infinities": (_weight(lambda weight: weight / 0), ("model.name=", WEIGHT, "infinite")),
+    "with values beyond its type": (
+        _weight(lambda weight: weight.double() + 1e300), ("model.name=", WEIGHT, "infinite"),
+    ),
+    "with a weight missing": (_weight(lambda weight: None), ("model.name=", WEIGHT)),
+    "with a weight of another shape": (_weight(lambda weight: torch.ones(7, 32)), _NOT_LOADED),
+    "with a weight of more dimensions": (_weight(lambda weight: weight[None]), _NOT_LOADED),
+    "cut short": (_weights(lambda content: content[: len(content) // 2]), _NOT_LOADED),
+    "with an empty file": (_weights(lambda content: b""), _NOT_LOADED),
+    "with a header without end": (_weights(lambda content: struct.pack("<Q", 2**62) + content[8:]), _NOT_LOADED),
+    "with tensors beyond the file": (_weights(lambda content: struct.pack("<Q", len(_BEYOND)) + _BEYOND), _NOT_LOADED),
+    "without a tokenizer": (_without("tokenizer*"), ("model.name=", "tokenizer.json")),
+    "with a broken tokenizer": (_text("tokenizer.json", '{"version": "1.0", '), ("model.name=", "tokenizer.json")),
+    "with an empty tokenizer": (_text("tokenizer.json", "{}"), ("model.name=", "tokenizer.json")),
+    "with a tokenizer that is code": (_tokenizer_code, ("model.name=", "tokenizer.json")),
+    "with a tokenizer of another model": (
+        _other_tokenizer,
+        ("tokenizer", "vocabulary has 300", "do not belong together"),
+    ),
+}  # fmt: skip
+
+
+def _of_copy(damage: Prepare) -> Prepare:
+    return lambda place: damage(place / "model")
+
+
+CHECKPOINTS = [
+    Bad("checkpoint", name, ["model.name=PLACE/model"], says, _of_copy(damage))
+    for name, (damage, says) in _CHECKPOINTS.items()
+]
+CHECKPOINTS += [
+    # Llama's config wants the query heads to divide the hidden size, and 3 do not divide 40.
+    Bad("checkpoint", "whose config cannot hold what is left",
+        ["model.name=PLACE/odd", "method=structured", "method.units=[heads]", "amount=0.25", "tracking=none"],
+        ("method.amount=0.25", "3 of 4 KV groups", "amount=0.5"),
+        lambda place: make_folder(place / "odd", hidden_size=40, num_attention_heads=4, num_key_value_heads=4,
+                                  num_hidden_layers=1)),
+]  # fmt: skip
+
+TABLE = [*CONFIG, *RECIPES, *DATA, *CHECKPOINTS]

@@ -1,0 +1,285 @@
+"""Sweeps that are killed at random moments and started again: nothing is lost, done twice or left half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+from conftest import ROOT
+from safetensors import safe_open
+from test_tracking import Stored, read_store
+
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
+PATIENCE = 600  # seconds to wait for a sweep, many times what it takes
+AMOUNTS = "0.2,0.4,0.6"
+
+
+class Process(Protocol):
+    """A running sweep, the leader of its own process group."""
+
+    pid: int
+
+    def wait(self, timeout: float) -> int | None:
+        """Its exit code, negative for a signal; None where it is still running after `timeout` seconds."""
+
+
+class Started:
+    """A sweep as a user starts it."""
+
+    def __init__(self, arguments: list[str], place: Path, log: Path) -> None:
+        with log.open("w") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "prune_lab", *arguments],
+                cwd=place, env=environment(place), stdout=file, stderr=file, start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )  # fmt: skip
+        self.pid = self._process.pid
+
+    def wait(self, timeout: float) -> int | None:
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+
+
+# A process that has imported everything and becomes a sweep by forking: the same program, without seconds of imports
+# before each kill. Reads a line of JSON for each sweep; says its pid, and later how it ended.
+NURSERY = """
+import json, os, signal, sys
+import torch, mlflow, transformers, matplotlib.pyplot, plotly.offline
+import mlflow.store.tracking.sqlalchemy_store
+from prune_lab import __main__ as program, job
+print("ready", flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1), os.dup2(log, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(asked["place"])
+        os.environ.update(asked["env"])
+        import tempfile
+        tempfile.tempdir = None
+        sys.argv = ["prune_lab", *asked["arguments"]]
+        try:
+            program.main()
+        except SystemExit as end:
+            code = end.code
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Nursery:
+    """Starts sweeps from a process that is ready for them, one at a time."""
+
+    def __init__(self) -> None:
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", NURSERY], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+        )
+        assert self._line(PATIENCE) == "ready"
+
+    def __call__(self, arguments: list[str], place: Path, log: Path) -> Process:
+        asked = {"arguments": arguments, "place": str(place), "log": str(log), "env": environment(place)}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(asked).encode() + b"\n")
+        return _Forked(int(self._line(PATIENCE) or 0), self._line)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def _line(self, timeout: float) -> str | None:
+        import select
+
+        out = self._process.stdout
+        assert out is not None
+        if not select.select([out], [], [], timeout)[0]:
+            return None
+        return out.readline().decode().strip()  # unbuffered: select sees all there is
+
+
+@dataclass
+class _Forked:
+    pid: int
+    _line: Callable[[float], str | None]
+
+    def wait(self, timeout: float) -> int | None:
+        line = self._line(timeout)
+        return None if line is None else int(line)
+
+
+Start = Callable[[list[str], Path, Path], Process]
+
+
+def environment(place: Path) -> dict[str, str]:
+    """A world of its own for the sweeps of `place`."""
+    (place / "tmp").mkdir(exist_ok=True)
+    env = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    own = {"PRUNE_LAB_CACHE": str(place / "cache"), "TMPDIR": str(place / "tmp"), "PYTHONPATH": str(ROOT)}
+    return env | own | {"HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def sweep(folder: Path, corpus: Path) -> list[str]:
+    """Three jobs that train a little, with a checkpoint every few steps."""
+    return [
+        "model=hf", f"model.name={folder}", "dataset=text", f"dataset.path={corpus}", "dataset.seq_len=32",
+        "measure=quality_only", "measure.max_windows=8", "recovery=finetune", "recovery.steps=12",
+        "recovery.batch_size=4", "recovery.checkpoint_every=3", "recovery.autocast=none", "recovery.validate_every=6",
+        "recovery.validate_windows=4", f"amount={AMOUNTS}", "-m",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    """The process that sweeps are forked from."""
+    started = Nursery()
+    yield started
+    started.close()
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """What the sweep comes to when nothing happens to it, and how long that takes."""
+
+    jobs: dict[str, dict[str, Any]]  # fingerprint -> summary
+    layers: dict[str, str]  # fingerprint -> layers.csv
+    seconds: float
+
+
+def undisturbed(start: Start, arguments: list[str], place: Path) -> Undisturbed:
+    """Runs the sweep to its end."""
+    began = time.monotonic()
+    assert start(arguments, place, place / "log").wait(PATIENCE) == 0, (place / "log").read_text()
+    seconds = time.monotonic() - began
+    (folder,) = place.glob("multirun/*/*")
+    jobs = [json.loads((folder / job / "summary.json").read_text()) for job in "012"]
+    layers = [(folder / job / "layers.csv").read_text() for job in "012"]
+    names = [job["fingerprint"] for job in jobs]
+    assert len(set(names)) == 3
+    return Undisturbed(
+        dict(zip(names, jobs, strict=True)), dict(zip(names, layers, strict=True)), seconds
+    )  # fmt: skip
+
+
+def disturb(start: Start, arguments: list[str], place: Path, kills: int, seconds: float, rng: random.Random) -> int:
+    """Kills the sweep up to `kills` times and lets it come to its end; returns how often it was killed."""
+    killed, numbers = 0, 0
+    while True:
+        log = place / f"log{numbers}"
+        numbers += 1
+        process = start(arguments, place, log)
+        if killed == kills:
+            assert process.wait(PATIENCE) == 0, log.read_text()
+            return killed
+        number = rng.choice(SIGNALS)
+        code = process.wait(rng.uniform(0.1, 1.0) * seconds)
+        if code is None:
+            os.killpg(process.pid, number)
+            code = process.wait(PATIENCE)
+            assert code in (CODES[number], 0, -number), (number, code, log.read_text())  # -15: before the program began
+            killed += code != 0
+        if code == 0:
+            return killed
+        if code > 0:
+            assert "Traceback" not in log.read_text(), log.read_text()
+
+
+def check(place: Path, expected: Undisturbed) -> None:
+    """Every configuration FINISHED once, none RUNNING, the figures of an undisturbed sweep, and no half file."""
+    runs = read_store(place / "mlflow.db")
+    assert {run.status for run in runs} <= {"FINISHED", "KILLED"}
+    computed = [run for run in runs if run.status == "FINISHED" and "prune_lab.fingerprint" in run.tags]
+    assert sorted(run.tags["prune_lab.fingerprint"] for run in computed) == sorted(expected.jobs)
+    for run in computed:
+        assert untimed(run.metrics) == untimed(expected.jobs[run.tags["prune_lab.fingerprint"]]["metrics"])
+    parent = [run for run in runs if run.parent is None][-1]
+    assert parent.status == "FINISHED"
+    children = [run for run in runs if run.parent == parent.run_id]
+    assert [run.status for run in children] == ["FINISHED"] * 3
+    by_id = {run.run_id: run for run in computed}
+    sources = [by_id[run.tags.get("prune_lab.reused_from", run.run_id)] for run in children]
+    assert {run.tags["prune_lab.fingerprint"] for run in sources} == set(expected.jobs)
+    last = max(place.glob("multirun/*/*"), key=lambda folder: folder.name)
+    for entry in json.loads((last / "results.json").read_text()):
+        assert untimed(entry["metrics"]) == untimed(expected.jobs[entry["fingerprint"]]["metrics"])
+        assert entry["status"] == "FINISHED"
+    check_files(place, expected, runs)
+
+
+def check_files(place: Path, expected: Undisturbed, runs: list[Stored]) -> None:
+    """Everything that is there is whole: JSON, safetensors, tables, the store; and nothing is left over."""
+    for folder in (place / "multirun", place / "cache"):
+        for path in folder.rglob("*.json"):
+            json.loads(path.read_text())
+        for path in folder.rglob("*.safetensors"):
+            with safe_open(path, framework="pt") as file:
+                assert all(file.get_tensor(name) is not None for name in file.keys())  # noqa: SIM118
+        tables = set(expected.layers.values())
+        assert all(path.read_text() in tables for path in folder.rglob("layers.csv"))
+    assert [path for path in place.rglob("*") if path.name.endswith(".tmp")] == []
+    assert list((place / "cache" / "training").glob("*")) == []
+    with closing(sqlite3.connect(place / "mlflow.db")) as store:
+        assert store.execute("pragma integrity_check").fetchall() == [("ok",)]
+    for run in runs:
+        if run.status == "FINISHED":
+            for path in place.glob(f"mlruns/*/{run.run_id}/artifacts/*.json"):
+                json.loads(path.read_text())
+
+
+def untimed(metrics: dict[str, float]) -> dict[str, float]:
+    """The results that are the same every time; a training's figures, by step, are no results."""
+    return {name: value for name, value in metrics.items() if not re.match("time/|train/|validation/", name)}
+
+
+def chaos(start: Start, sweep: list[str], kills: int, at_once: int, tmp: pytest.TempPathFactory) -> None:
+    """Kills sweeps `kills` times in all, each up to `at_once` times before it may come to its end."""
+    seed = int(os.environ.get("CHAOS_SEED", random.randrange(10**6)))
+    print(f"CHAOS_SEED={seed} repeats the moments")  # noqa: T201 - pytest shows it when the test fails
+    rng = random.Random(seed)
+    expected = undisturbed(start, sweep, tmp.mktemp("undisturbed"))
+    killed = episodes = 0
+    while killed < kills:
+        place = tmp.mktemp("disturbed")
+        killed += disturb(start, sweep, place, min(at_once, kills - killed), expected.seconds, rng)
+        check(place, expected)
+        episodes += 1
+        assert episodes <= 3 * kills, "the sweeps end before they can be killed"
+    print(f"{killed} kills in {episodes} sweeps; one takes {expected.seconds:.1f} s")  # noqa: T201
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
+def test_a_sweep_that_is_killed_5_times_comes_to_the_same_end(
+    nursery: Nursery, sweep: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    chaos(nursery, sweep, 5, 5, tmp_path_factory)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
+def test_sweeps_that_are_killed_30_times_come_to_the_same_end(
+    sweep: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """As above, with sweeps that are started as a user starts them."""
+    chaos(Started, sweep, 30, 4, tmp_path_factory)

@@ -1,0 +1,433 @@
+"""What a sweep shares, in a process and through the cache folder, is the same to the last bit as computed anew."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CPU, ROOT
+from torch import Tensor
+
+from prune_lab import __main__ as program
+from prune_lab import bench, cache_command, store, sweep
+from prune_lab.errors import Refused
+from prune_lab.methods.depth import Depth
+from prune_lab.methods.magnitude import Magnitude
+from prune_lab.methods.unstructured import Unstructured
+from prune_lab.methods.wanda import Wanda
+from prune_lab.models import dense
+from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.dense import DenseFacts
+from prune_lab.models.load import Loaded
+from prune_lab.pruning import calibration, shared
+from prune_lab.pruning.calibration import Calibrator
+from prune_lab.pruning.selection import keep_global
+from prune_lab.pruning.statistics import NEEDS, Seen
+from prune_lab.pruning.thresholds import Thresholds
+
+WINDOWS = torch.randint(300, (6, 16), generator=torch.Generator().manual_seed(0))
+HASHES = {"weights": "w", "tokenizer": "t"}
+ALL = frozenset(NEEDS)
+
+Seens = list[dict[str, Seen]]
+
+
+def facts_of(loaded: Loaded, **changes: str) -> DenseFacts:
+    """Facts of a model as another process would have them: with nothing in memory."""
+    return DenseFacts(loaded.model, HASHES | changes, CPU)
+
+
+def walked(loaded: Loaded, facts: DenseFacts | None, needs: frozenset[str] = ALL) -> Seens:
+    return list(Calibrator(WINDOWS, "dense", 4).walk(Anatomy(loaded.model, facts), needs))
+
+
+def assert_equal(first: Seens, second: Seens) -> None:
+    assert [of_block.keys() for of_block in first] == [of_block.keys() for of_block in second]
+    for a, b in zip(first, second, strict=True):
+        for name in a:
+            for field in (f.name for f in fields(Seen) if f.name not in ("random", "thresholds")):
+                one, other = getattr(a[name], field), getattr(b[name], field)
+                assert (one is None and other is None) or torch.equal(one, other), (name, field)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with each passing of the calibration text through the blocks."""
+    count: list[int] = []
+    real = calibration.BlockStream
+
+    def stream(*arguments: Any) -> Any:
+        count.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(calibration, "BlockStream", stream)
+    return count
+
+
+# Statistics.
+
+
+@pytest.mark.parametrize(("gigabytes", "memory"), [("1", 2**30), ("1", 0), ("0", 2**30), ("0", 0)])
+def test_statistics_are_those_of_a_cold_pass(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, passes: list[int], gigabytes: str, memory: int
+) -> None:
+    """Held in memory, read from disk each time, in memory alone, and neither: then each asking is a pass."""
+    cold = walked(loaded, None)
+    monkeypatch.setenv("PRUNE_LAB_CACHE_GB", gigabytes)
+    monkeypatch.setattr(dense, "MEMORY", memory)
+    facts = facts_of(loaded)
+    passes.clear()
+    assert_equal(walked(loaded, facts), cold)
+    first = len(passes)
+    assert_equal(walked(loaded, facts), cold)
+    assert_equal(walked(loaded, facts, frozenset({"gram"})), [
+        {name: Seen(gram=seen.gram) for name, seen in of_block.items()} for of_block in cold
+    ])  # fmt: skip
+    assert (len(passes) == first) == (gigabytes == "1" or memory > 0)
+    passes.clear()
+    assert_equal(walked(loaded, facts_of(loaded)), cold)
+    assert (len(passes) == 0) == (gigabytes == "1")
+
+
+def test_a_need_that_is_known_is_not_observed_again(loaded: Loaded, passes: list[int]) -> None:
+    facts = facts_of(loaded)
+    walked(loaded, facts, frozenset({"input_norm"}))
+    walked(loaded, facts, frozenset({"input_norm", "variance"}))
+    assert len(passes) == 2
+    walked(loaded, facts_of(loaded), frozenset({"variance"}))
+    assert len(passes) == 2
+    walked(loaded, facts_of(loaded, weights="other"), frozenset({"input_norm", "variance"}))
+    assert len(passes) == 3  # both from one
+
+
+KEY = {
+    "weights": "other", "tokenizer": "other", "tokens": 1, "n_samples": 5, "seq_len": 15, "batch_size": 3,
+    "dtype": torch.bfloat16, "code": "prune_lab.errors", "threads": 77, "torch": "0.0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", ["nothing", *KEY])
+def test_each_field_of_the_key_misses(
+    loaded: Loaded, passes: list[int], monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    """Data and seed are in the tokens: they decide which these are. Propagation is in the test below."""
+    needs = frozenset({"input_norm"})
+    list(Calibrator(WINDOWS, "dense", 4).walk(Anatomy(loaded.model, facts_of(loaded)), needs))
+    value = KEY.get(field)
+    windows, size = WINDOWS.clone(), 3 if field == "batch_size" else 4
+    if field == "tokens":
+        windows[0, 0] = (windows[0, 0] + 1) % 300
+    windows = windows[: value if field == "n_samples" else None, : value if field == "seq_len" else None]
+    if field == "code":
+        monkeypatch.setattr(shared, "SOURCE", (*shared.SOURCE, value))
+    real = dense.describe_environment
+    if field in ("threads", "torch"):
+        monkeypatch.setattr(dense, "describe_environment", lambda device: real(device) | {field: value})
+    facts = facts_of(loaded, **({field: value} if field in HASHES else {}))
+    if field == "dtype":
+        facts = DenseFacts(loaded.model, HASHES, replace(CPU, dtype=value))
+    list(Calibrator(windows, "dense", size).walk(Anatomy(loaded.model, facts), needs))
+    assert len(passes) == (1 if field == "nothing" else 2)
+
+
+def test_behind_pruned_blocks_nothing_is_served(loaded: Loaded, passes: list[int]) -> None:
+    facts, needs = facts_of(loaded), frozenset({"input_norm"})
+    for propagate, count in (("dense", 1), ("pruned", 2), ("pruned", 3), ("dense", 3)):
+        list(Calibrator(WINDOWS, propagate, 4).walk(Anatomy(loaded.model, facts), needs))
+        assert len(passes) == count
+
+
+def test_edited_source_is_another_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    found = set()
+    for number in range(2):
+        (tmp_path / "statistic_of_a_test.py").write_text(f"# {number}\n")
+        dense.source_of.cache_clear()
+        found.add(dense.source_of(("statistic_of_a_test",)))
+    assert len(found) == 2
+
+
+def test_a_changed_model_has_no_facts(loaded: Loaded) -> None:
+    facts, changed = facts_of(loaded), copy.deepcopy(loaded.model)
+    assert Anatomy(changed, facts).facts is facts
+    assert Anatomy(changed.train(), facts).facts is None
+    changed.eval()
+    with torch.no_grad():
+        Anatomy(changed).linears_by_block()[1][0][1].weight[0, 0] += 1e-3
+    assert Anatomy(changed, facts).facts is None
+
+
+# Gradients, scans, block influence, thresholds: of the dense model, whatever is propagated.
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Unstructured(score="taylor"), Unstructured(score="taylor2"), Wanda(allocation="owl"),
+        Wanda(allocation="sensitivity"), Depth(), Depth(by="perplexity"), Magnitude(scope="global"),
+    ],
+    ids=lambda method: f"{type(method).__name__} {getattr(method, 'score', '') if not callable(method.score) else ''}"
+    if hasattr(method, "score") else type(method).__name__,
+)  # fmt: skip
+def test_pruned_with_known_facts_as_without(loaded: Loaded, method: Any) -> None:
+    def prune(amount: float, facts: DenseFacts | None) -> dict[str, Tensor]:
+        model = copy.deepcopy(loaded.model)
+        method.prune(Anatomy(model, facts), amount, 0, Calibrator(WINDOWS, "pruned", 4))
+        state: dict[str, Tensor] = model.state_dict()
+        return state
+
+    facts = facts_of(loaded)
+    for amount, known in ((0.3, facts), (0.5, facts), (0.5, facts_of(loaded))):
+        found, cold = prune(amount, known), prune(amount, None)
+        assert found.keys() == cold.keys()
+        assert all(torch.equal(found[name], cold[name]) for name in cold)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ties", [False, True])
+def test_thresholds_of_all_amounts_from_one_pass(dtype: torch.dtype, ties: bool) -> None:
+    """As a selection for each amount has it; with ties beyond a matrix, and weights that were gone before (-1)."""
+    generator = torch.Generator().manual_seed(1)
+    scores = [torch.randn(shape, generator=generator).abs() for shape in ((40, 30), (7, 11), (64, 5))]
+    scores = [(s.mul(3).round() if ties else s).masked_fill(s < 0.1, -1).to(dtype) for s in scores]
+    known = Thresholds()
+    for amount in (0.5, 0.0, 0.001, 0.04, 0.3, 0.77, 0.9999):
+        for found, expected in zip(known.keep(scores, amount), keep_global(scores, amount), strict=True):
+            assert torch.equal(found, expected)
+
+
+# Whole sweeps.
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture
+def run(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Runs a command line in this process as if it were a new one, untracked, and returns its folder."""
+    on_sigterm, count = signal.getsignal(signal.SIGTERM), 0
+    monkeypatch.setattr(sweep, "_current", None)
+
+    def here(*overrides: str) -> Path:
+        nonlocal count
+        count += 1
+        folder = tmp_path / f"run{count}"
+        places = [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}", "resume=false", "quiet=true"]
+        calibration = ["dataset.calibration.n_samples=8", "dataset.calibration.propagate=dense"]
+        arguments = [*small, "measure=quality_only", "tracking=none", *places, *calibration, *overrides]
+        monkeypatch.setattr(sys, "argv", ["prune_lab", *arguments])
+        bench._open.clear()
+        assert program._run(arguments) == 0
+        return folder
+
+    yield here
+    signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def test_a_sweep_from_the_cache_equals_cold_runs(run: Run, monkeypatch: pytest.MonkeyPatch, passes: list[int]) -> None:
+    """Metrics but for times, and exported weights, of the amounts that others went before."""
+    dense_measured: list[int] = []
+    real = bench.measure_quality
+
+    def measure(*arguments: Any) -> Any:
+        dense_measured.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(bench, "measure_quality", measure)
+    methods = ("magnitude", "wanda", "sparsegpt")
+    swept = run(f"method={','.join(methods)}", "amount=0.3,0.6", "export=true", "-m")
+    assert len(passes) == 2  # one for wanda, one for sparsegpt
+    assert len(dense_measured) == 1 + 2 * len(methods)
+    again = run("method=wanda", "amount=0.6", "export=true")  # another process, another day
+    assert len(passes) == 2
+    assert len(dense_measured) == 2 + 2 * len(methods)
+
+    def outcome(folder: Path) -> tuple[dict[str, float], bytes]:
+        metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+        lasting = {name: value for name, value in metrics.items() if not name.startswith("time/")}
+        return lasting, (folder / "export" / "model.safetensors").read_bytes()
+
+    assert outcome(again) == outcome(swept / "3")
+    for number, method in enumerate(methods):
+        monkeypatch.setenv("PRUNE_LAB_CACHE", str(swept / f"cold {method}"))
+        cold = run(f"method={method}", "amount=0.6", "export=true")
+        assert outcome(cold) == outcome(swept / str(2 * number + 1))
+
+
+# Entries on disk.
+
+
+def make_text(text: str) -> Callable[[Path], dict[str, Any]]:
+    def make(folder: Path) -> dict[str, Any]:
+        (folder / "file").write_text(text)
+        return {"text": text[:20]}
+
+    return make
+
+
+def read_text(kind: str, key: str, make: Callable[[Path], dict[str, Any]]) -> str:
+    with store.entry(kind, key, make) as entry:
+        text = (entry.folder / "file").read_text()
+        assert text.startswith(entry.facts["text"])
+        return text
+
+
+WRITER = """
+import os, sys, time
+from pathlib import Path
+from prune_lab import store
+def make(folder):
+    with open(sys.argv[1], "a") as log:
+        log.write("made\\n")
+    (folder / "file").write_text("x" * 1000)
+    time.sleep(float(sys.argv[2]))
+    return {"by": os.getpid()}
+with store.entry("gram", "one", make) as entry:
+    print(entry.facts["by"], len((entry.folder / "file").read_text()))
+"""
+
+
+def start_writer(log: Path, seconds: float) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    arguments = [sys.executable, "-c", WRITER, str(log), str(seconds)]
+    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_of_two_processes_one_makes_the_entry(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    both = [start_writer(log, 1.0) for _ in range(2)]
+    said = [process.communicate()[0] for process in both]
+    assert said[0] == said[1]
+    assert said[0].split()[1] == "1000"
+    assert log.read_text() == "made\n"
+
+
+def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
+    log, kind = tmp_path / "log", tmp_path / "cache" / "gram"
+    process = start_writer(log, 600)
+    while not list(kind.glob(".one.*.tmp/file")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    assert read_text("gram", "one", make_text("whole")) == "whole"
+    assert [path.name for path in kind.iterdir()] == ["one"]
+
+
+@pytest.mark.parametrize("damage", ["a byte", "cut short", "no file", "no facts", "broken facts", "other facts"])
+def test_a_damaged_entry_is_made_again_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    assert read_text("gram", "one", make_text("first")) == "first"
+    entry = tmp_path / "cache" / "gram" / "one"
+    if damage in ("a byte", "cut short"):
+        (entry / "file").write_text("fIrst" if damage == "a byte" else "fir")
+    elif damage in ("no file", "no facts"):
+        (entry / ("file" if damage == "no file" else "facts.json")).unlink()
+    else:
+        whole = (entry / "facts.json").read_text()
+        (entry / "facts.json").write_text(whole.replace("first", "fIrst") if damage == "other facts" else whole[:20])
+    assert read_text("gram", "one", make_text("second")) == "second"
+    assert "are damaged" in caplog.text
+    assert read_text("gram", "one", make_text("third")) == "second"
+
+
+def test_the_bound_throws_out_what_is_unused_for_longest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four of 0.4 MB where 1 MB is allowed; what a process is using stays, and what cannot be computed anew."""
+    monkeypatch.setenv("PRUNE_LAB_CACHE_GB", "0.001")
+    lasting = tmp_path / "cache" / "training" / "run" / "training.safetensors"
+    lasting.parent.mkdir(parents=True)
+    lasting.write_bytes(b"x" * 2_000_000)
+    text = "x" * 400_000
+
+    def kept() -> set[str]:
+        return {folder.name for kind in store.KINDS for folder in store.entries(kind)}
+
+    for age, (kind, key) in enumerate((("gram", "old"), ("tokens", "older"))):
+        read_text(kind, key, make_text(text))
+        os.utime(tmp_path / "cache" / kind / key / "facts.json", (1000 - age, 1000 - age))
+    read_text("gram", "new", make_text(text))
+    assert kept() == {"old", "new"}
+    with store.entry("gram", "old", make_text("unused")):
+        os.utime(tmp_path / "cache" / "gram" / "old" / "facts.json", (1, 1))
+        read_text("scan", "newest", make_text(text))
+        assert kept() == {"old", "newest"}
+    read_text("scan", "too large", make_text("x" * 1_200_000))
+    assert kept() == {"old", "newest"}
+    assert lasting.exists()
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("said", ["much", "-1", "nan", "inf"])
+def test_a_bound_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    monkeypatch.setenv("PRUNE_LAB_CACHE_GB", said)
+    with pytest.raises(Refused, match=f"PRUNE_LAB_CACHE_GB='{said}' must be"):
+        store.limit_bytes()
+
+
+def test_where_nothing_can_be_kept_the_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No folder can be made in /dev/fd; and a disk that is full says so to who writes."""
+    cache = Path(os.environ["PRUNE_LAB_CACHE"])
+
+    def full(folder: Path) -> dict[str, Any]:
+        if folder.is_relative_to(cache):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return make_text("third")(folder)
+
+    assert read_text("gram", "one", full) == "third"
+    monkeypatch.setenv("PRUNE_LAB_CACHE", "/dev/fd/cache")
+    assert [read_text("gram", "one", make_text(text)) for text in ("first", "second")] == ["first", "second"]
+    assert caplog.text.count("cannot be kept") == 3
+    assert [path for path in cache.rglob("*") if path.parent.name != "locks"] == [cache / "gram", cache / "locks"]
+    with pytest.raises(FileNotFoundError, match="of the text"):
+        read_text("gram", "one", lambda folder: {"text": Path("file of the text").read_text()})
+
+
+# The command.
+
+
+def test_the_cache_command_shows_and_clears(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind, key in (("gram", "a"), ("gram", "b"), ("tokens", "c")):
+        read_text(kind, key, make_text("x" * 50_000))
+    (tmp_path / "cache" / "training" / "run").mkdir(parents=True)
+
+    def said(*arguments: str) -> str:
+        assert program._run(["cache", *arguments]) == 0
+        return capsys.readouterr().out
+
+    rows = {line.split()[0]: line.split()[1:3] for line in said().splitlines() if line.split()}
+    assert rows["gram"] == ["2", "0.10"]
+    assert rows["tokens"] == ["1", "0.05"]
+    assert rows["training"][0] == "1"
+    with store.entry("gram", "a", make_text("")):
+        assert "1 entries thrown out, 0.05 MB; 1 in use stay" in said("clear", "gram")
+    assert "2 entries thrown out" in said("clear")
+    assert [path.name for path in (tmp_path / "cache").rglob("*") if path.parent.name in store.KINDS] == []
+    assert not list((tmp_path / "cache" / "locks").iterdir())
+    assert "1 entries" in said("clear", "training")
+
+
+@pytest.mark.parametrize("arguments", [["clear", "nothing"], ["clean"], ["clear", "gram", "tokens"], ["clear", "../x"]])
+def test_the_cache_command_refuses(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cache_command.main(arguments) == 2
+    assert " ".join(["cache", *arguments]) in capsys.readouterr().err
+
+
+def test_the_cache_command_does_without_torch() -> None:
+    code = "import sys; from prune_lab import __main__ as p; p._run(['cache']); print('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
