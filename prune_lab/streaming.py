@@ -1,6 +1,6 @@
 """What a run can do with a model larger than memory, and what it refuses.
 
-It holds: the interpreter (some 300 MB); embeddings, last norm and head; one block (two on a GPU); states of windows,
+It holds: the interpreter (some 300 MB); embeddings, last norm, head; one block (two on a GPU); states of the windows,
 256 MB of them at most (prune_lab/models/states.py), the others in a file; and while a block is at work, what pruning
 its largest matrix takes (about 20 bytes for each of its weights; SparseGPT: inputs x inputs x 4 bytes several times)
 and the activations of one batch. The pruned weights go to `.weights` in the run's folder, as large as the model.

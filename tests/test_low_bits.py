@@ -8,13 +8,12 @@ from compressed_tensors.compressors import pack_to_int32
 from torch import Tensor, nn
 
 from prune_lab.errors import Refused
+from prune_lab.models.contents import count_nonzero, count_weights
 from prune_lab.models.low_bits import (
     Fp8Linear,
     Int4Linear,
     Int8Linear,
     LowBitLinear,
-    count_nonzero,
-    count_weights,
     pack,
     unpack,
 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prune_lab.models.low_bits import count_nonzero, count_weights
+from prune_lab.models.contents import count_nonzero, count_weights
 
 MB = 1e6
 

@@ -149,7 +149,9 @@ class Anatomy:
 
     @property
     def facts(self) -> DenseFacts | None:
-        """What is known of this model: only while it is as the dense one."""
+        """What is known of this model: only while it is as the dense one, and in memory to be compared with it."""
+        if self.is_on_disk:
+            return None
         return self._dense if self._dense is not None and self._dense.are_of(self.model) else None
 
     @property

@@ -1,14 +1,29 @@
-"""What a model's tensors hold: their hash, and whether they are damaged."""
+"""What a model's tensors hold, wherever they rest: counts, their hash, whether they are damaged."""
 
 from __future__ import annotations
 
 import hashlib
+from itertools import chain
 from typing import Any
 
 import torch
 
 from prune_lab.errors import Refused
+from prune_lab.models.low_bits import LowBitLinear
 from prune_lab.models.on_disk import value
+
+
+def count_weights(model: Any) -> int:
+    """Weights of a model, whatever type they are kept in; a tied matrix once."""
+    codes = [module.codes() for module in model.modules() if isinstance(module, LowBitLinear)]
+    return sum(weight.numel() for weight in [*model.parameters(), *codes])  # parameters() yields a tied one once
+
+
+def count_nonzero(model: Any) -> int:
+    """How many of a model's weights are not zero, counted as `count_weights` does."""
+    codes = [module.codes() for module in model.modules() if isinstance(module, LowBitLinear)]
+    weights = (value(model, name, weight) for name, weight in model.named_parameters())
+    return sum(int(torch.count_nonzero(weight)) for weight in chain(weights, codes))
 
 
 def weights_sha256(model: Any) -> str:

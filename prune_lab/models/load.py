@@ -14,9 +14,8 @@ from prune_lab.hub import as_folder, cached_file, check_reachable, commit_of, do
 from prune_lab.models import folder as folders
 from prune_lab.models import streamed
 from prune_lab.models.anatomy import family_of
-from prune_lab.models.contents import check_finite, weights_sha256
+from prune_lab.models.contents import check_finite, count_weights, weights_sha256
 from prune_lab.models.folder_check import check_config, check_folder
-from prune_lab.models.low_bits import count_weights
 from prune_lab.text.encode import tokenizer_sha256
 
 TINY = Path(__file__).parent / "tiny"

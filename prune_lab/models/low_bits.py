@@ -10,14 +10,11 @@ inputs' type before each product, which is smaller and slower.
 
 from __future__ import annotations
 
-from itertools import chain
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
-
-from prune_lab.models.on_disk import value
 
 KERNEL_ROWS = 16  # up to so many rows the weight-only kernel beats expanding the weights
 KERNEL_WIDTH = 32  # it reads inputs in whole vectors: at other widths (seen at 7, 36, 40) it crashes or reads garbage
@@ -225,19 +222,6 @@ def unpack(words: Tensor, in_features: int) -> Tensor:
     """The int8 integers that `pack` took, shape (out, in_features)."""
     nibbles = (words[:, :, None] >> torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)) & 15
     return (nibbles.flatten(1)[:, :in_features] - 8).to(torch.int8)
-
-
-def count_weights(model: Any) -> int:
-    """Weights of a model, whatever type they are kept in; a tied matrix once."""
-    codes = [module.codes() for module in model.modules() if isinstance(module, LowBitLinear)]
-    return sum(weight.numel() for weight in [*model.parameters(), *codes])  # parameters() yields a tied one once
-
-
-def count_nonzero(model: Any) -> int:
-    """How many of a model's weights are not zero, counted as `count_weights` does."""
-    codes = [module.codes() for module in model.modules() if isinstance(module, LowBitLinear)]
-    weights = (value(model, name, weight) for name, weight in model.named_parameters())
-    return sum(int(torch.count_nonzero(weight)) for weight in chain(weights, codes))
 
 
 def _steps(step: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from prune_lab.pruning.statistics import Seen
 FIELDS = {"input_norm": ("input_norm",), "variance": ("mean", "variance"), "gram": ("gram",)}  # of Seen, by need
 SOURCE = tuple(
     f"prune_lab.{name}"
-    for name in ("models.anatomy", "pruning.calibration", "pruning.blocks", "pruning.statistics", "pruning.shared")
+    for name in ("models.anatomy", "pruning.calibration", "models.blocks", "pruning.statistics", "pruning.shared")
 )
 
 Observe = Callable[[frozenset[str]], Iterator[dict[str, Seen]]]
