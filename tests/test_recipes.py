@@ -1,0 +1,124 @@
+"""The recipes of experiments/: each composes, says what it asks, and runs in a shortened form on small things."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, Cli, make_folder
+from hydra import compose, initialize_config_dir
+from test_hub import c4, wikitext  # noqa: F401 - fixtures
+
+from prune_lab import config
+
+FOLDER = ROOT / "experiments"
+RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+SHORT = ["recovery.steps=16", "recovery.batch_size=2", "recovery.validate_every=8", "recovery.validate_windows=2"]
+# What makes each recipe short; a key given on the command line takes the place of that key in every grid.
+SHORTENED: dict[str, list[str]] = {
+    "budget": ["hydra.sweeper.step=0.35"],
+    "during_vs_after": SHORT,
+    "first_look": ["amount=0.5", "measure.prompt_tokens=16", "measure.decode_tokens=2", "measure.pairs=10"],
+    "methods": ["amount=0.5", "seed=0", "dataset.calibration.n_samples=4"],
+    "paper_wikitext2": ["method=magnitude,sparsegpt", "dataset.calibration.n_samples=4"],
+    "parallel": ["amount=0.5", "method=magnitude,random", "measure=quality_only"],
+    "prune_then_quantize": ["amount=0.4", "dataset.calibration.n_samples=4", "post.group_size=8", "method.round_to=8"],
+    "ray": [],  # needs a cluster: tests/test_launchers.py
+    "recover": SHORT,
+    "search": ["hydra.sweeper.n_trials=2", "dataset.calibration.n_samples=4", "post.group_size=8"],
+    "sensitivity": ["dataset.calibration.n_samples=4"],
+    "slurm": [],  # needs Slurm: tests/test_launchers.py runs it with submitit_local
+    "train_tiny": SHORT,
+}
+
+
+def recipe(name: str) -> dict[str, Any]:
+    found = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert isinstance(found, dict)
+    return found
+
+
+def test_every_recipe_is_here() -> None:
+    assert sorted(SHORTENED) == RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_says_what_it_asks_and_how_to_run_it(name: str) -> None:
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    for heading in ("# Question: ", "# Command:  "):
+        assert text.count(heading) == 1, heading
+    assert "# Hardware: " in text or "# Needs: " in text
+    assert f"-cn {name}" in text.split("# Command:  ")[1]
+    assert f"`{name}`" in (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_job_of_a_recipe_is_built(name: str) -> None:
+    """Each grid's first values: what a typing error in a key or an option would stop."""
+    config.register_schema()
+    sweeper = recipe(name).get("hydra", {}).get("sweeper", {})
+    jobs = sweeper.get("grids") or sweeper.get("candidates") or [{}]
+    with initialize_config_dir(config.CONF_DIR, version_base="1.3"):
+        for job in jobs:
+            given = {**(sweeper.get("params") or {}), **job}
+            overrides = [f"{key}={first(value)}" for key, value in given.items()]
+            parts = config.build_parts(compose("config", [*overrides, *own_keys(name)]))
+            assert parts.method is not None
+
+
+def first(value: Any) -> Any:
+    """The first of the values that are swept: of a list, choice(...), interval(...) or range(...)."""
+    if isinstance(value, str) and (found := re.match(r"(choice|interval|range)\((.*)\)$", value)):
+        value = found[2]
+    return value.split(",")[0] if isinstance(value, str) else value
+
+
+def own_keys(name: str) -> list[str]:
+    """What the recipe and those it builds on choose and set, as overrides."""
+    tree, found = recipe(name), []
+    for entry in tree["defaults"]:
+        if isinstance(entry, str) and entry not in ("config", "_self_"):
+            found += own_keys(entry)
+        elif isinstance(entry, dict):
+            ((key, option),) = entry.items()
+            if "hydra" not in key:
+                found.append(f"{key.removeprefix('override ')}={option}")
+    leaves = config.flatten({key: value for key, value in tree.items() if key not in ("defaults", "hydra")})
+    return found + [f"{key}={'null' if value is None else value}" for key, value in leaves.items()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(name for name, short in SHORTENED.items() if short))
+def test_a_recipe_runs_in_a_shortened_form(
+    cli: Cli,
+    folder: Path,
+    corpus: Path,
+    wikitext: Path,  # noqa: F811
+    c4: Path,  # noqa: F811
+    tmp_path: Path,
+    name: str,
+) -> None:
+    if name == "paper_wikitext2":  # an OPT, and corpora in the Hub's layout
+        opt = make_folder(tmp_path / "opt", "opt")
+        things = [f"model.name={opt}", f"dataset.name={wikitext}", f"dataset.calibration.name={c4}"]
+        things += ["dataset.calibration.seq_len=32"]
+    elif name == "train_tiny":  # the shipped model's config
+        things = ["dataset=text", f"dataset.path={corpus}"]
+    else:
+        things = ["model=hf", f"model.name={folder}", "dataset=text", f"dataset.path={corpus}"]
+    few = ["dataset.seq_len=32", "measure.max_windows=4", "tracking=none", "hydra.sweep.dir=sweep", "hydra.run.dir=run"]
+    done = cli("-cd", str(FOLDER), "-cn", name, *things, *few, *SHORTENED[name])
+    assert done.returncode == 0, done.stderr
+    files = [tmp_path / "run" / "summary.json"] if name == "train_tiny" else []
+    for path in files or sorted((tmp_path / "sweep").glob("*/summary.json")):
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        assert summary["status"] == "FINISHED", summary["reason"]
+        if name == "paper_wikitext2":
+            assert summary["protocol"]["calibration"] is None or summary["protocol"]["calibration"][
+                "source"
+            ].startswith("dataset.calibration.name=")
+    assert files or (tmp_path / "sweep" / "results.md").is_file()
