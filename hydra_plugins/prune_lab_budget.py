@@ -82,6 +82,7 @@ class BudgetSweeper(Sweeper):
         from prune_lab.budget import answer
         from prune_lab.comparison import ANSWER
 
+        assert self.config is not None
         self._refuse_sweeps(arguments)
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,6 +112,7 @@ class BudgetSweeper(Sweeper):
             candidate.tell(amount, summary.metrics, self.budget)
 
     def _refuse_sweeps(self, arguments: list[str]) -> None:
+        assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         for override in parser.parse_overrides(arguments):
             if override.is_sweep_override() or override.get_key_element() in ("amount", "method.amount"):

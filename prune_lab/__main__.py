@@ -11,7 +11,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from prune_lab import config, explain, interrupt, launch, recipes, remote, sweep, usage
+from prune_lab import __version__, config, explain, interrupt, launch, recipes, remote, sweep, usage
 
 SUBCOMMANDS = {"cache": "prune_lab.cache_command", "sync": "prune_lab.sync"}  # first word: who answers, main(arguments)
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
@@ -29,6 +29,8 @@ def _job(cfg: DictConfig) -> float | tuple[float, ...] | None:
 def main() -> None:
     """Runs a command line and leaves with its exit code (README, "Exit codes")."""
     arguments = sys.argv[1:]
+    if arguments == ["--version"]:  # Hydra's own would say Hydra's
+        sys.exit(print(f"prune_lab {__version__}"))  # noqa: T201
     if arguments and arguments[0] in SUBCOMMANDS:
         sys.exit(importlib.import_module(SUBCOMMANDS[arguments[0]]).main(arguments[1:]))
     sys.exit(_run(arguments))

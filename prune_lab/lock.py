@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+from prune_lab.turns import machine
+
 try:
     import fcntl
 except ImportError:  # no POSIX, no locks
@@ -29,7 +31,11 @@ def locked(path: Path, how: How) -> Iterator[bool | None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("a")
             flags = fcntl.LOCK_SH if how == "shared" else fcntl.LOCK_EX
-            fcntl.flock(file, flags | (fcntl.LOCK_NB if how == "now" else 0))
+            if how == "now":
+                fcntl.flock(file, flags | fcntl.LOCK_NB)
+            else:
+                with machine.resting():  # its holder may pause for a job that is timed, which waits for this one
+                    fcntl.flock(file, flags)
             with suppress(FileNotFoundError):  # removed, and perhaps made again, while we waited: not that one
                 held = True if path.stat().st_ino == os.fstat(file.fileno()).st_ino else None
             if held is None:

@@ -86,6 +86,21 @@ class Turns:
         if shared:
             self._enter()
 
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Waits for something else: who times need not wait for this job, or for whom it waits, meanwhile."""
+        shared, self._shares = self._shares, False
+        if shared:
+            self._unlock("work")
+        try:
+            yield
+        except OSError:
+            if shared:
+                self._enter()
+            raise
+        if shared:
+            self._enter()
+
     def _enter(self) -> None:
         self._wait("door", alone=False)
         self._wait("work", alone=False)

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -242,36 +242,38 @@ def test_what_a_killed_process_left_half_written_is_removed_and_nothing_else(tmp
 # The store.
 
 
-def lock(store: Path, seconds: float) -> threading.Thread:
-    """Another writer's transaction, in a thread, that has begun when this returns."""
-    begun = threading.Event()
+@contextmanager
+def locked(store: Path, seconds: float = PATIENCE) -> Iterator[None]:
+    """Another writer's transaction, in a thread; it ends after so many seconds, or when the work inside is done."""
+    begun, free = threading.Event(), threading.Event()
 
     def write() -> None:
         with closing(sqlite3.connect(store, timeout=30, isolation_level=None)) as writer:
             writer.execute("begin exclusive")
             begun.set()
-            time.sleep(seconds)
+            free.wait(seconds)
             writer.execute("commit")
 
     thread = threading.Thread(target=write)
     thread.start()
-    assert begun.wait(30)
-    return thread
+    try:
+        assert begun.wait(30)
+        yield
+    finally:
+        free.set()
+        thread.join()
 
 
 def test_a_locked_store_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SQLite's own patience is shorter than the lock here."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db?timeout=0.1")
     client, experiment = connection.connect("prune_lab")
-    thread = lock(tmp_path / "store.db", 1)
-    run = client.create_run(experiment)
-    assert thread.join() is None
+    with locked(tmp_path / "store.db", 1):
+        run = client.create_run(experiment)
     assert client.get_run(run.info.run_id).info.status == "RUNNING"
     monkeypatch.setattr(connection, "PATIENCE", 0.0)
-    thread = lock(tmp_path / "store.db", 1)
-    with pytest.raises(Exception, match="database is locked"):
+    with locked(tmp_path / "store.db"), pytest.raises(Exception, match="database is locked"):
         client.create_run(experiment)
-    thread.join()
 
 
 def test_a_store_that_stays_locked_costs_the_record_and_not_the_work(

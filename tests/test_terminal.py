@@ -59,3 +59,10 @@ def test_a_pipe_gets_the_outcome_alone(small: list[str], cli: Cli) -> None:
 def test_quiet_prints_nothing(small: list[str], cli: Cli) -> None:
     done = cli(*small, "tracking=none", "quiet=true", "measure=quality_only", "measure.max_windows=4")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_version_is_the_package_s(cli: Cli) -> None:
+    """Hydra's own flag of that name would say Hydra's."""
+    from prune_lab import __version__
+
+    assert cli("--version").stdout == f"prune_lab {__version__}\n"

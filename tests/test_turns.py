@@ -14,6 +14,7 @@ from conftest import ROOT
 
 from prune_lab import notes
 from prune_lab.console import Console
+from prune_lab.lock import locked
 from prune_lab.turns import Turns
 
 PATIENCE = 60
@@ -178,3 +179,32 @@ def test_what_others_compute_is_seen_and_what_we_compute_is_not(tmp_path: Path) 
     (note,) = notes.of_load({"cores_used_by_others": load.cores + 0.1})
     assert f"{load.cores + 0.1:.2f} cores" in note
     assert notes.of_load({"cores_used_by_others": 0.04}) == notes.of_load({}) == []
+
+
+def test_a_job_that_waits_for_another_one_s_lock_holds_no_timing_up(start: Start, tmp_path: Path) -> None:
+    """Otherwise: the holder pauses for the one that times, which waits for the one that waits for the holder."""
+    script = """
+import sys
+from pathlib import Path
+from prune_lab import lock
+from prune_lab.turns import Turns
+
+folder = Path(sys.argv[1])
+lock.machine = Turns(folder)
+with lock.machine.sharing():
+    (folder / "waits").touch()
+    with lock.locked(folder / "cache.lock", "exclusive"):
+        (folder / "got").touch()
+        lock.machine.pause()
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with locked(tmp_path / "cache.lock", "exclusive"):
+        waiting = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=env)
+        wait_until((tmp_path / "waits").exists)
+        time.sleep(0.3)
+        turns = Turns(tmp_path, patience=PATIENCE)
+        with turns.alone():
+            assert turns.waited < PATIENCE / 2
+            assert not (tmp_path / "got").exists()
+    assert waiting.wait(PATIENCE) == 0
+    assert (tmp_path / "got").exists()

@@ -103,11 +103,9 @@ class Int8Linear(LowBitLinear):
 
     @property
     def has_product(self) -> bool:
-        """Whether inputs are rounded too, and torch._int_mm takes these widths."""
-        if self.weight.is_cuda:
-            return self.dynamic and self.in_features % 8 == 0 and self.out_features % 8 == 0
-        # Of one input it makes garbage (torch 2.13), whose rounding changes nothing.
-        return self.dynamic and self.in_features > 1
+        """Whether inputs are rounded too, and torch._int_mm takes these widths (of one input it makes garbage)."""
+        fits = self.in_features % 8 == 0 == self.out_features % 8 if self.weight.is_cuda else self.in_features > 1
+        return self.dynamic and fits
 
     def _has_kernel(self, rows: Tensor) -> bool:
         """Whether the weight-only kernel takes these rows and is worth it."""
