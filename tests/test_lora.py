@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,19 @@ from conftest import CPU, Cli, make_folder, story
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from trainings import training_of, weights_of
 
-from prune_lab.console import Console
 from prune_lab.methods.base import Method, Pruned
 from prune_lab.methods.depth import Depth
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.structured import Structured
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel, Loaded
-from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.masks import Masks
 from prune_lab.recovery import adapters
 from prune_lab.recovery import train as loop
-from prune_lab.recovery.base import Training
 from prune_lab.recovery.lora import Lora
 from prune_lab.schedules import Gradual, Iterative, OneShot, Schedule
-from prune_lab.text.corpus import Documents
-from prune_lab.text.tokens import Tokens
 
 RANK, SCALE = 4, 1.5
 RECIPE = Lora(
@@ -40,37 +35,6 @@ RECIPE = Lora(
     weight_decay=0.5, rank=RANK, scale=SCALE,
 )  # fmt: skip
 IDS = torch.randint(300, (4, 16), generator=torch.Generator().manual_seed(1))
-Log = Callable[[int, dict[str, float]], None]
-
-
-def training_of(
-    loaded: Loaded, place: Path, log: Log | None = None, masks: Masks | None = None,
-    method: Method | None = None, schedule: Schedule | None = None, steps: int = 24,
-) -> Training:  # fmt: skip
-    """A training on short stories, of a model that `masks` have pruned, or that `method` prunes by `schedule`."""
-    calibrator = Calibrator(IDS, propagate="dense")
-
-    def prune(amount: float) -> Pruned:
-        assert method is not None
-        return method.prune(Anatomy(loaded.model), amount, 0, calibrator)
-
-    return Training(
-        dense=loaded,
-        tokens=Tokens(Documents("stories", tuple(map(story, range(8))), (), (), ()), loaded.tokenizer),
-        seq_len=32,
-        events=schedule.events(method.amount, steps) if schedule and method else [],
-        prune=prune,
-        device=CPU,
-        seed=0,
-        console=Console(quiet=True),
-        checkpoint=place / "training.safetensors",
-        log=log or (lambda step, values: None),
-        pruned=Pruned(masks=masks or Masks()),
-    )
-
-
-def weights_of(model: Any) -> dict[str, Tensor]:
-    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
 
 def linears(model: Any) -> dict[str, Any]:
@@ -198,7 +162,7 @@ def test_a_training_merges_what_it_trained(case: tuple[Loaded, Masks], tmp_path:
     def look(step: int, values: dict[str, float]) -> None:
         last.update(step=step, logits=logits_of(model), weights=weights_of(model))
 
-    RECIPE.recover(model, training_of(loaded, tmp_path, look, masks))
+    RECIPE.recover(model, training_of(loaded, tmp_path, look, masks=masks))
     assert last["step"] == 24
     torch.testing.assert_close(logits_of(model), last["logits"], rtol=1e-5, atol=1e-5)
     adapted = {
@@ -246,7 +210,7 @@ def test_only_adapters_are_trained_and_have_optimizer_state(loaded: Loaded, tmp_
     size = sum(RANK * sum(linear.weight.shape) for linear in linears(loaded.model).values())
     replace(RECIPE, steps=4).recover(loaded.model, training_of(loaded, tmp_path, look))
     assert seen == [expected]
-    saved = load_file(tmp_path / "training.safetensors")
+    saved = load_file(tmp_path / "training/training.safetensors")
     for moment in ("exp_avg", "exp_avg_sq"):
         prefix = f"optimizer/{moment}/"
         of = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
@@ -269,7 +233,7 @@ def test_pruned_weights_take_no_part_after_any_step(
             assert (computed_weight(linear)[~keep] == 0).all(), f"{name} at step {step}"
         checked.append(step)
 
-    replace(RECIPE, steps=8).recover(loaded.model, training_of(loaded, tmp_path, check, masks))
+    replace(RECIPE, steps=8).recover(loaded.model, training_of(loaded, tmp_path, check, masks=masks))
     assert checked == list(range(1, 9))
 
 
@@ -382,7 +346,7 @@ def test_an_interrupted_training_ends_in_the_same_model(
     torch.manual_seed(1)
     with pytest.raises(_StopError):
         recipe.recover(cut.model, training_of(cut, tmp_path / "cut", stop, method=method, schedule=schedule))
-    with safe_open(tmp_path / "cut" / "training.safetensors", framework="pt") as file:
+    with safe_open(tmp_path / "cut" / "training/training.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["training"])["step"] == {10: 8, 20: 16}[at]
     torch.manual_seed(5)
     recipe.recover(again.model, training_of(again, tmp_path / "cut", method=method, schedule=schedule))
@@ -402,7 +366,9 @@ def test_the_loss_falls_and_a_pruned_model_recovers(loaded: Loaded, tmp_path: Pa
     masks = half_masks(loaded.model)
     masks.hold(loaded.model)
     before, seen = loss(), dict[int, float]()
-    training = training_of(loaded, tmp_path, lambda step, values: seen.update({step: values["train/loss"]}), masks)
+    training = training_of(
+        loaded, tmp_path, lambda step, values: seen.update({step: values["train/loss"]}), masks=masks
+    )
     replace(RECIPE, steps=60, weight_decay=0.0).recover(loaded.model, training)
     assert loss() < 0.9 * before  # embeddings of random values stay as they are, so less than by finetune
     assert list(seen) == [10, 20, 30, 40, 50, 60]
@@ -419,7 +385,7 @@ def test_the_number_type_of_the_model_comes_back(folder: Path, tmp_path: Path) -
     def look(step: int, values: dict[str, float]) -> None:
         during.update(weight.dtype for weight in loaded.model.parameters())
 
-    replace(RECIPE, steps=2).recover(loaded.model, replace(training_of(loaded, tmp_path, look, masks), device=device))
+    replace(RECIPE, steps=2).recover(loaded.model, training_of(loaded, tmp_path, look, masks=masks, device=device))
     assert during == {torch.float32}
     assert {weight.dtype for weight in loaded.model.parameters()} == {torch.bfloat16}
     for name, keep in masks.keep.items():

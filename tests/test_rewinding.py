@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, Cli, make_folder, story
+from conftest import CPU, Cli, make_folder
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from trainings import Weights, same, training_of, weights_of
 
-from prune_lab.console import Console
 from prune_lab.errors import Refused
 from prune_lab.methods.base import Method, Pruned
 from prune_lab.methods.depth import Depth
@@ -22,15 +21,12 @@ from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.structured import Structured
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel, Loaded
-from prune_lab.pruning.calibration import Calibrator
 from prune_lab.recovery import train as loop
 from prune_lab.recovery.base import Training
 from prune_lab.recovery.finetune import Finetune
 from prune_lab.recovery.lora import Lora
 from prune_lab.recovery.order import WindowOrder
 from prune_lab.schedules import Gradual, Iterative, OneShot, Rewind, Schedule
-from prune_lab.text.corpus import Documents
-from prune_lab.text.tokens import Tokens
 
 RECIPE = Finetune(
     steps=24, lr=0.003, batch_size=4, warmup=0.25, final_lr=0.2, autocast="none", checkpoint_every=4, validate_every=0,
@@ -38,37 +34,6 @@ RECIPE = Finetune(
 )  # fmt: skip
 WINDOWS = torch.randint(300, (4, 16), generator=torch.Generator().manual_seed(1))
 BACK_TO_4 = Iterative(rounds=2, start=8, rewind="weights", rewind_to=4)  # prunes before the steps 8 and 16
-Log = Callable[[int, dict[str, float]], None]
-Weights = dict[str, Tensor]
-
-
-def training_of(
-    loaded: Loaded, place: Path, method: Method, schedule: Schedule, log: Log | None = None, steps: int = 24
-) -> Training:
-    """A training on short stories that prunes by `method` as `schedule` says, and goes back as that says."""
-    calibrator = Calibrator(WINDOWS, propagate="dense")
-    return Training(
-        dense=loaded,
-        tokens=Tokens(Documents("stories", tuple(map(story, range(8))), (), (), ()), loaded.tokenizer),
-        seq_len=32,
-        events=schedule.events(method.amount, steps),
-        prune=lambda amount: method.prune(Anatomy(loaded.model), amount, 0, calibrator),
-        device=CPU,
-        seed=0,
-        console=Console(quiet=True),
-        checkpoint=place / "training.safetensors",
-        log=log or (lambda step, values: None),
-        rewind=schedule.rewinding(steps),
-    )
-
-
-def weights_of(model: Any) -> Weights:
-    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
-
-
-def same(left: Weights, right: Weights) -> bool:
-    """Whether two sets of tensors are equal bit for bit."""
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 class Watcher:
@@ -102,7 +67,7 @@ def watched(
     loaded: Loaded, place: Path, method: Method, schedule: Schedule, recipe: Finetune = RECIPE
 ) -> tuple[Watcher, Training]:
     """What a whole training looked like."""
-    training = training_of(loaded, place, method, schedule, steps=recipe.steps)
+    training = training_of(loaded, place, None, method, schedule, steps=recipe.steps)
     watcher = Watcher(loaded.model, training)
     recipe.recover(loaded.model, training)
     assert len(watcher.begins) == recipe.steps
@@ -215,7 +180,7 @@ def test_the_learning_rate_of_every_step_by_hand(
     monkeypatch.setattr(loop, "LOG_EVERY", 1)
     seen: dict[int, float] = {}
     training = training_of(
-        loaded, tmp_path, Magnitude(amount=0.5), schedule, lambda step, values: seen.update({step: values["train/lr"]})
+        loaded, tmp_path, lambda step, values: seen.update({step: values["train/lr"]}), Magnitude(amount=0.5), schedule
     )
     RECIPE.recover(loaded.model, training)
     assert list(seen) == list(range(1, 25))
@@ -327,8 +292,8 @@ def test_lr_rewinding_goes_on_with_the_moments_and_weight_rewinding_does_not(fol
     for rewind, expected in (("lr", 24), ("weights", 8), ("random", 8), (None, 24)):
         loaded = HubModel(name=str(folder)).load(CPU, 0)
         schedule = Iterative(rounds=2, start=8, rewind=rewind)
-        RECIPE.recover(loaded.model, training_of(loaded, tmp_path / str(rewind), Magnitude(amount=0.5), schedule))
-        state = load_file(tmp_path / str(rewind) / "training.safetensors")
+        RECIPE.recover(loaded.model, training_of(loaded, tmp_path / str(rewind), None, Magnitude(amount=0.5), schedule))
+        state = load_file(tmp_path / str(rewind) / "training/training.safetensors")
         counts = {float(value) for name, value in state.items() if name.startswith("optimizer/step/")}
         assert counts == {float(expected)}, rewind
 
@@ -342,7 +307,7 @@ def test_random_rewinding_draws_what_stays_anew_as_transformers_does(
     from transformers import AutoModelForCausalLM
 
     original, drawn = weights_of(loaded.model), dict[int, Weights]()
-    training = training_of(loaded, tmp_path, method, Iterative(rounds=2, start=start, rewind="random"))
+    training = training_of(loaded, tmp_path, None, method, Iterative(rounds=2, start=start, rewind="random"))
     watcher, prune = Watcher(loaded.model, training), training.prune
 
     def drawing(amount: float) -> Pruned:
@@ -489,7 +454,7 @@ def test_rewinding_in_bfloat16_goes_back_to_the_float32_weights(folder: Path, tm
     """The run's number type is that of the model before and after, not of what is kept while it trains."""
     device = replace(CPU, dtype=torch.bfloat16)
     loaded = HubModel(name=str(folder)).load(device, 0)
-    training = replace(training_of(loaded, tmp_path, Magnitude(amount=0.6), BACK_TO_4), device=device)
+    training = training_of(loaded, tmp_path, None, Magnitude(amount=0.6), BACK_TO_4, device=device)
     watcher = Watcher(loaded.model, training)
     RECIPE.recover(loaded.model, training)
     for name, weight in watcher.begins[16].items():
@@ -527,7 +492,7 @@ def test_an_interrupted_rewinding_ends_in_the_same_model(
 ) -> None:
     """Weights and table, bit for bit, whether the checkpoint is of before, between or after the prunings."""
     whole, cut, again = (HubModel(name=str(folder)).load(CPU, 0) for _ in range(3))
-    undisturbed = training_of(whole, tmp_path / "whole", method, schedule)
+    undisturbed = training_of(whole, tmp_path / "whole", None, method, schedule)
     RECIPE.recover(whole.model, undisturbed)
 
     def stop(step: int, values: dict[str, float]) -> None:
@@ -535,9 +500,9 @@ def test_an_interrupted_rewinding_ends_in_the_same_model(
             raise _StopError
 
     with pytest.raises(_StopError):
-        RECIPE.recover(cut.model, training_of(cut, tmp_path / "cut", method, schedule, stop))
+        RECIPE.recover(cut.model, training_of(cut, tmp_path / "cut", stop, method, schedule))
     torch.manual_seed(5)
-    resumed = training_of(again, tmp_path / "cut", method, schedule)
+    resumed = training_of(again, tmp_path / "cut", None, method, schedule)
     RECIPE.recover(again.model, resumed)
     assert same(weights_of(again.model), weights_of(whole.model))
     assert resumed.pruned.rows == undisturbed.pruned.rows

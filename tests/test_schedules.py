@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, Cli, make_folder, story
+from conftest import CPU, Cli, make_folder
 from torch import Tensor, nn
+from trainings import training_of
 
-from prune_lab.console import Console
 from prune_lab.errors import Refused
 from prune_lab.methods.base import Method, Pruned
 from prune_lab.methods.depth import Depth
@@ -21,15 +20,11 @@ from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.structured import Structured
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel, Loaded
-from prune_lab.pruning.calibration import Calibrator
 from prune_lab.recovery import train as loop
-from prune_lab.recovery.base import Training
 from prune_lab.recovery.finetune import Finetune
 from prune_lab.recovery.none import NoRecovery
 from prune_lab.recovery.optimizer import follow
 from prune_lab.schedules import Gradual, Iterative, OneShot, Schedule
-from prune_lab.text.corpus import Documents
-from prune_lab.text.tokens import Tokens
 
 RECIPE = Finetune(steps=24, lr=0.003, batch_size=4, warmup=0.1, autocast="none", checkpoint_every=4, weight_decay=0.5)
 WINDOWS = torch.randint(300, (4, 16), generator=torch.Generator().manual_seed(1))
@@ -91,28 +86,6 @@ def test_wrong_keys_are_refused_when_built(cls: Any, keys: dict[str, Any], says:
 
 # With a real training.
 
-Log = Callable[[int, dict[str, float]], None]
-
-
-def training_of(
-    loaded: Loaded, method: Method, schedule: Schedule, place: Path, log: Log | None = None, steps: int = 24
-) -> Training:
-    """A training on short stories that prunes by `method` as `schedule` says."""
-    documents = Documents("stories", tuple(story(seed) for seed in range(8)), (), (), ())
-    calibrator = Calibrator(WINDOWS, propagate="dense")
-    return Training(
-        dense=loaded,
-        tokens=Tokens(documents, loaded.tokenizer),
-        seq_len=32,
-        events=schedule.events(method.amount, steps),
-        prune=lambda amount: method.prune(Anatomy(loaded.model), amount, 0, calibrator),
-        device=CPU,
-        seed=0,
-        console=Console(quiet=True),
-        checkpoint=place / "training.safetensors",
-        log=log or (lambda step, values: None),
-    )
-
 
 def linears(model: Any) -> dict[str, Tensor]:
     return {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
@@ -130,7 +103,7 @@ def test_zeros_grow_as_scheduled_nest_and_stay_at_every_step(
         if "train/loss" in values:
             seen[step] = {name: (weight == 0).clone() for name, weight in linears(loaded.model).items()}
 
-    training = training_of(loaded, Magnitude(amount=0.7), schedule, tmp_path, look)
+    training = training_of(loaded, tmp_path, look, Magnitude(amount=0.7), schedule)
     RECIPE.recover(loaded.model, training)
     assert list(seen) == list(range(1, 25))
     amount, before = (
@@ -151,7 +124,7 @@ def test_structured_rounds_cut_again_and_end_at_the_amount_of_the_dense_model(lo
     """48 channels: 42, 36, 30, 24. Counted from what was left, 0.5 in four rounds would leave fewer."""
     widths: list[int] = []
     method = Structured(amount=0.5)
-    training = training_of(loaded, method, Iterative(rounds=4), tmp_path)
+    training = training_of(loaded, tmp_path, None, method, Iterative(rounds=4))
     prune = training.prune
 
     def counting(amount: float) -> Pruned:
@@ -171,7 +144,7 @@ def test_structured_rounds_cut_again_and_end_at_the_amount_of_the_dense_model(lo
 
 def test_blocks_go_in_rounds(tmp_path: Path) -> None:
     loaded = HubModel(name=str(make_folder(tmp_path / "deep", num_hidden_layers=4))).load(CPU, 0)
-    training = training_of(loaded, Depth(amount=0.75), Iterative(rounds=3), tmp_path)
+    training = training_of(loaded, tmp_path, None, Depth(amount=0.75), Iterative(rounds=3))
     RECIPE.recover(loaded.model, training)
     assert len(loaded.model.model.layers) == loaded.model.config.num_hidden_layers == 1
     assert training.pruned.realized == 0.75
@@ -220,7 +193,7 @@ def test_an_interrupted_pruning_training_ends_in_the_same_model(
 ) -> None:
     """Weights, shapes, masks and table, bit for bit: the checkpoint holds what pruning has done so far."""
     whole, cut, again = (HubModel(name=str(folder)).load(CPU, 0) for _ in range(3))
-    undisturbed = training_of(whole, method, schedule, tmp_path / "whole")
+    undisturbed = training_of(whole, tmp_path / "whole", None, method, schedule)
     RECIPE.recover(whole.model, undisturbed)
 
     def stop(step: int, values: dict[str, float]) -> None:
@@ -228,9 +201,9 @@ def test_an_interrupted_pruning_training_ends_in_the_same_model(
             raise _StopError
 
     with pytest.raises(_StopError):
-        RECIPE.recover(cut.model, training_of(cut, method, schedule, tmp_path / "cut", stop))
+        RECIPE.recover(cut.model, training_of(cut, tmp_path / "cut", stop, method, schedule))
     torch.manual_seed(5)
-    resumed = training_of(again, method, schedule, tmp_path / "cut")
+    resumed = training_of(again, tmp_path / "cut", None, method, schedule)
     RECIPE.recover(again.model, resumed)
     state = again.model.state_dict()
     assert all(torch.equal(state[name], value) for name, value in whole.model.state_dict().items())
@@ -243,8 +216,10 @@ def test_an_interrupted_pruning_training_ends_in_the_same_model(
 def test_parts_of_a_batch_make_the_same_training(folder: Path, tmp_path: Path) -> None:
     """Gradient accumulation: equal but for rounding."""
     one, parts = (HubModel(name=str(folder)).load(CPU, 0) for _ in range(2))
-    RECIPE.recover(one.model, training_of(one, Magnitude(), OneShot(), tmp_path / "one"))
-    replace(RECIPE, accumulate=3).recover(parts.model, training_of(parts, Magnitude(), OneShot(), tmp_path / "parts"))
+    RECIPE.recover(one.model, training_of(one, tmp_path / "one", None, Magnitude(), OneShot()))
+    replace(RECIPE, accumulate=3).recover(
+        parts.model, training_of(parts, tmp_path / "parts", None, Magnitude(), OneShot())
+    )
     for name, weight in one.model.state_dict().items():
         torch.testing.assert_close(parts.model.state_dict()[name], weight, atol=2e-4, rtol=2e-3)
 
@@ -252,7 +227,7 @@ def test_parts_of_a_batch_make_the_same_training(folder: Path, tmp_path: Path) -
 def test_rounds_without_training_are_one_pruning(loaded: Loaded, tmp_path: Path) -> None:
     at_once = copy.deepcopy(loaded.model)
     Magnitude().prune(Anatomy(at_once), 0.6, 0)
-    NoRecovery().recover(loaded.model, training_of(loaded, Magnitude(amount=0.6), Iterative(), tmp_path, steps=0))
+    NoRecovery().recover(loaded.model, training_of(loaded, tmp_path, None, Magnitude(amount=0.6), Iterative(), steps=0))
     assert all(
         torch.equal(a, b)
         for a, b in zip(loaded.model.state_dict().values(), at_once.state_dict().values(), strict=True)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,13 @@ from conftest import CPU, ROOT, make_folder, story
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from trainings import same, training_of, weights_of
 
-from prune_lab.console import Console
 from prune_lab.device import Device
 from prune_lab.errors import Refused
-from prune_lab.methods.base import Pruned
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.pruning.masks import Masks
 from prune_lab.recovery import train as loop
-from prune_lab.recovery.base import Training
 from prune_lab.recovery.distill import Distill, soft_loss
 from prune_lab.recovery.dropout import residual_dropout
 from prune_lab.recovery.finetune import Finetune
@@ -41,40 +39,6 @@ from prune_lab.text.tokens import Tokens
 
 STORIES = tuple(story(seed) for seed in range(8))
 SHORT = Finetune(steps=24, lr=0.003, batch_size=4, warmup=0.1, autocast="none", checkpoint_every=4)
-Log = Callable[[int, dict[str, float]], None]
-
-
-def nothing_to_prune(amount: float) -> Pruned:
-    raise AssertionError("no schedule asked for it")
-
-
-def training_of(
-    loaded: Loaded, folder: Path, log: Log | None = None, masks: Masks | None = None, **changes: Any
-) -> Training:
-    """A training on short stories, in windows of 32 tokens, of a model that `masks` have pruned beforehand."""
-    training = Training(
-        dense=loaded,
-        tokens=Tokens(Documents("stories", STORIES, (), (), ()), loaded.tokenizer),
-        seq_len=32,
-        events=[],
-        prune=nothing_to_prune,
-        device=CPU,
-        seed=0,
-        console=Console(quiet=True),
-        checkpoint=folder / "training" / "training.safetensors",
-        log=log or (lambda step, values: None),
-        pruned=Pruned(masks=masks or Masks()),
-    )
-    return replace(training, **changes)
-
-
-def weights_of(model: Any) -> dict[str, Tensor]:
-    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    """Whether two sets of tensors are equal bit for bit."""
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def half_masks(model: Any) -> Masks:

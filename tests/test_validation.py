@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,23 +13,21 @@ from typing import Any
 
 import pytest
 import torch
+import trainings
 from conftest import CPU, make_folder, story
 from torch import Tensor, nn
+from trainings import same, weights_of
 
-from prune_lab.console import Console
 from prune_lab.errors import Refused
-from prune_lab.methods.base import Method, Pruned
+from prune_lab.methods.base import Method
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.structured import Structured
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.recovery import train as loop
-from prune_lab.recovery.base import Training
 from prune_lab.recovery.finetune import Finetune
 from prune_lab.recovery.lora import Lora
 from prune_lab.schedules import Gradual, Iterative, OneShot, Schedule
-from prune_lab.text.corpus import Documents
-from prune_lab.text.tokens import Tokens
 
 RECIPE = Finetune(
     steps=24, lr=0.003, batch_size=4, warmup=0.1, autocast="none", validate_every=4, validate_windows=6,
@@ -46,41 +45,8 @@ WORSENING = [
     pytest.param(FORGETFUL, SHOUTED, id="finetune"),
     pytest.param(replace(LORA, lr=0.1, validate_every=2), ALPHABET, id="lora"),
 ]
-Log = Callable[[int, dict[str, float]], None]
 
-
-def training_of(
-    loaded: Loaded, place: Path, log: Log | None = None, method: Method | None = None,
-    schedule: Schedule | None = None, steps: int = 24, validation: tuple[str, ...] = UNSEEN,
-    text: tuple[str, ...] = STORIES,
-) -> Training:  # fmt: skip
-    """A training on short stories, with others to validate on, that `method` prunes as `schedule` says."""
-
-    def prune(amount: float) -> Pruned:
-        assert method is not None
-        return method.prune(Anatomy(loaded.model), amount, 0)
-
-    return Training(
-        dense=loaded,
-        tokens=Tokens(Documents("stories", text, (), validation, ()), loaded.tokenizer),
-        seq_len=32,
-        events=schedule.events(method.amount, steps) if schedule and method else [],
-        prune=prune,
-        device=CPU,
-        seed=0,
-        console=Console(quiet=True),
-        checkpoint=place / "training.safetensors",
-        log=log or (lambda step, values: None),
-    )
-
-
-def weights_of(model: Any) -> dict[str, Tensor]:
-    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    """Whether two sets of tensors are equal bit for bit."""
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+training_of = functools.partial(trainings.training_of, validation=UNSEEN)
 
 
 class Watcher:
