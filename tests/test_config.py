@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import os
 import re
 import subprocess
@@ -40,6 +42,11 @@ def schema() -> None:
 
 def composed(*overrides: str) -> DictConfig:
     """The configuration of a command line."""
+    return copy.deepcopy(composed_once(*overrides))
+
+
+@functools.cache
+def composed_once(*overrides: str) -> DictConfig:
     with initialize_config_dir(config.CONF_DIR, version_base="1.3"):
         return compose("config", overrides=list(overrides))
 
