@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 
 import hydra
@@ -31,12 +32,13 @@ def main() -> None:
     arguments = sys.argv[1:]
     if arguments == ["--version"]:  # Hydra's own would say Hydra's
         sys.exit(print(f"prune_lab {__version__}"))  # noqa: T201
-    if arguments and arguments[0] in SUBCOMMANDS:
-        sys.exit(importlib.import_module(SUBCOMMANDS[arguments[0]]).main(arguments[1:]))
     sys.exit(_run(arguments))
 
 
 def _run(arguments: list[str]) -> int:
+    if arguments and arguments[0] in SUBCOMMANDS:
+        command: Callable[[list[str]], int] = importlib.import_module(SUBCOMMANDS[arguments[0]]).main
+        return command(arguments[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's refusals reach us as exceptions, to be shown in one line
     interrupt.end_on_signals()
     config.register_schema()

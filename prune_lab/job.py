@@ -18,6 +18,7 @@ from prune_lab.turns import machine
 
 log = logging.getLogger(__name__)
 FAILED, REFUSED = 1, 2
+_ASKED = 160  # characters of a job's overrides in a message
 
 
 def run(build: Callable[[], Parts], config: dict[str, Any], place: Place) -> float | tuple[float, ...] | None:
@@ -83,7 +84,9 @@ class _Record:
     def say(self, message: str, exit_code: int) -> None:
         """Says what is wrong with the job, and ends a single run."""
         sweep = self._place.sweep is not None
-        explain.to_stderr((f"job {self._place.job} ({' '.join(self._place.overrides)}): " if sweep else "") + message)
+        asked = " ".join(self._place.overrides)
+        asked = asked if len(asked) <= _ASKED else f"{asked[:_ASKED]}..."  # the message itself must not be cut short
+        explain.to_stderr((f"job {self._place.job} ({asked}): " if sweep else "") + message)
         if not sweep:
             raise SystemExit(exit_code)
 

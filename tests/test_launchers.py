@@ -158,7 +158,7 @@ def ray(lab: Lab, submitit: Ended) -> Ended:
         return lab.sweep("by_ray", "method=magnitude", "amount=0.3,1.5,0.4,0.1,0.6", at, recipe="ray")
 
 
-@pytest.fixture(params=["joblib", "submitit", "ray"])
+@pytest.fixture(params=["joblib", "submitit", pytest.param("ray", marks=pytest.mark.slow)])
 def ended(request: pytest.FixtureRequest) -> Ended:
     """Each of them."""
     found = request.getfixturevalue(request.param)
@@ -208,6 +208,7 @@ def test_nothing_is_left_lying_about(ended: Ended, lab: Lab) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow  # a cluster takes half a minute
 def test_a_launcher_finds_what_another_one_finished(submitit: Ended, ray: Ended) -> None:
     """Its child holds the figures and the id of the run that was computed."""
     earlier, again = submitit.children["0.3"], ray.children["0.3"]
@@ -219,6 +220,7 @@ def test_a_launcher_finds_what_another_one_finished(submitit: Ended, ray: Ended)
     assert all("prune_lab.fingerprint" in run.data.tags for run in computed)
 
 
+@pytest.mark.slow
 def test_both_nodes_of_the_cluster_worked(ray: Ended) -> None:
     """Each has room for one job at a time: jobs that ran at the same time ran on two nodes."""
     jobs = [ray.folder / str(job) for job in range(5)]

@@ -62,6 +62,8 @@ def here(
     """Runs a command line in this process, on the small model, untracked; folder: where its files go."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     monkeypatch.setattr(sweeps, "_current", None)
+    # MLflow keeps its connection to an address for the life of the process: each test has an address of its own.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
 
     def run(*overrides: str, folder: Path = tmp_path / "here") -> Ended:
         places = [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
@@ -100,7 +102,8 @@ def test_a_job_without_memory_fails_with_a_hint_and_the_sweep_goes_on(here: Here
 def test_a_model_that_does_not_fit_is_named_as_such(here: Here, tmp_path: Path) -> None:
     model = make_folder(tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "intermediate_size": 10**13}))
+    beyond = {"intermediate_size": 2**24, "hidden_size": 2**16, "head_dim": 8}  # 4.4 TB for one matrix
+    (model / "config.json").write_text(json.dumps({**config, **beyond}))
     done = here(f"model.name={model}", "model.weights=random")
     assert done.code == 1
     assert done.stderr.count("\n") == 1
@@ -276,6 +279,7 @@ def test_a_locked_store_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monkey
         client.create_run(experiment)
 
 
+@pytest.mark.slow  # MLflow itself tries for a minute
 def test_a_store_that_stays_locked_costs_the_record_and_not_the_work(
     here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

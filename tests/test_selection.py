@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from prune_lab.pruning import thresholds
+from prune_lab.pruning import cuts as cutting
 from prune_lab.pruning.cuts import cuts
 from prune_lab.pruning.selection import (
     Pattern,
@@ -78,7 +78,7 @@ def test_a_matrix_is_cut_alike_however_much_is_looked_at_together(
     dtype: torch.dtype, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ties lie in several parts of it."""
-    monkeypatch.setattr(thresholds, "AT_ONCE", 100)
+    monkeypatch.setattr(cutting, "AT_ONCE", 100)
     scores = torch.rand(30, 40, generator=torch.Generator().manual_seed(3)).mul(steps).ceil().to(dtype)
     for amount in (0.001, 0.45, 0.9):
         expected, of_row = naive_keep(scores, count_to_remove(scores.numel(), amount)), count_to_remove(40, amount)

@@ -72,6 +72,7 @@ def _make_file(uri: str, client: Any) -> None:
     remove_leftovers(path.absolute().parent, deep=False)
     half = half_of(path)
     try:
+        half.touch()  # where no file can be made MLflow would try for minutes
         client(tracking_uri=f"sqlite:///{half}").search_experiments(max_results=1)
         with suppress(FileExistsError):  # another process was faster
             os.link(half, path)
