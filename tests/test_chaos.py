@@ -208,7 +208,8 @@ def disturb(start: Start, arguments: list[str], place: Path, kills: int, seconds
 
 def check(place: Path, expected: Undisturbed) -> None:
     """Every configuration FINISHED once, none RUNNING, the figures of an undisturbed sweep, and no half file."""
-    runs = read_store(place / "mlflow.db")
+    # The record of a sweep that ended before its first job is taken back.
+    runs = [run for run in read_store(place / "mlflow.db") if not run.deleted]
     assert {run.status for run in runs} <= {"FINISHED", "KILLED"}
     computed = [run for run in runs if run.status == "FINISHED" and "prune_lab.fingerprint" in run.tags]
     assert sorted(run.tags["prune_lab.fingerprint"] for run in computed) == sorted(expected.jobs)

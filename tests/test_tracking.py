@@ -33,6 +33,7 @@ class Stored:
     status: str
     tags: dict[str, str]
     metrics: dict[str, float]
+    deleted: bool = False
 
     @property
     def parent(self) -> str | None:
@@ -43,15 +44,16 @@ class Stored:
 def read_store(path: Path) -> list[Stored]:
     """All runs of an sqlite store, oldest first, read without MLflow so that asking costs nothing."""
     with closing(sqlite3.connect(path, timeout=20)) as store:
-        runs = store.execute("select run_uuid, status from runs order by start_time").fetchall()
+        runs = store.execute("select run_uuid, status, lifecycle_stage from runs order by start_time").fetchall()
         return [
             Stored(
                 run_id,
                 status,
                 dict(store.execute("select key, value from tags where run_uuid = ?", (run_id,))),
                 dict(store.execute("select key, value from latest_metrics where run_uuid = ?", (run_id,))),
+                stage == "deleted",
             )
-            for run_id, status in runs
+            for run_id, status, stage in runs
         ]
 
 

@@ -201,8 +201,10 @@ def seen_steps(process: subprocess.Popen[str], cache: Path) -> Iterator[int]:
         for path in cache.glob("training/*/training.safetensors"):
             try:
                 yield step_of(path)
-            except FileNotFoundError:  # the run has finished and cleaned up
-                continue
+            except (FileNotFoundError, RuntimeError):  # torch, which reads it, says the latter
+                if path.exists():
+                    raise
+                continue  # the run has finished and cleaned up
         time.sleep(0.01)
 
 
