@@ -72,7 +72,7 @@ def keep_global(scores: list[Tensor], amount: float) -> list[Tensor]:
 
 
 def keep_behind(scores: list[Tensor], cut: Cut) -> list[Tensor]:
-    """Keep-masks over the matrices whose cut it is (thresholds.cuts), which ranks them together."""
+    """Keep-masks over the matrices whose cut it is (cuts.py), which ranks them together."""
     keep, ties = [], cut.ties
     for values in scores:
         flat = values.reshape(-1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prune_lab.pruning.selection import count_to_remove
+from prune_lab.pruning.cuts import cuts
+from prune_lab.pruning.selection import count_to_remove, keep_behind
 
 _BUCKETS = 2**16
 
@@ -34,16 +35,8 @@ class Thresholds:
         bucket = int((self._up_to < remove).sum())
         left = remove - (int(self._up_to[bucket - 1]) if bucket else 0)
         inside = torch.cat([s[_buckets(s) == bucket] for s in scores])
-        threshold = inside.kthvalue(left).values
-        tied_to_drop = left - int((inside < threshold).sum())
-        keep = [s > threshold for s in scores]
-        if tied_to_drop == int((inside == threshold).sum()):
-            return keep
-        for s, mask in zip(scores, keep, strict=True):
-            tied = (s == threshold).reshape(-1)
-            mask |= (tied & (tied.cumsum(0) > tied_to_drop)).view(s.shape)
-            tied_to_drop = max(0, tied_to_drop - int(tied.sum()))
-        return keep
+        (cut,) = cuts([inside], [left])
+        return keep_behind(scores, cut)
 
 
 def _buckets(scores: Tensor) -> Tensor:
