@@ -14,13 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, make_folder
+from test_resume import Ended
 from test_tracking import read_store
 
 from prune_lab import __main__ as program
@@ -34,22 +34,6 @@ from prune_lab.tracking import connection
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
 PATIENCE = 300  # seconds to wait for another process, many times what it takes
-
-
-@dataclass(frozen=True)
-class Ended:
-    """What a command line left: its exit code, what it printed, and its folder."""
-
-    code: int
-    stdout: str
-    stderr: str
-    folder: Path
-
-    def summary(self, job: str = "") -> dict[str, Any]:
-        """summary.json of the run, or of a job of the sweep."""
-        found = json.loads((self.folder / job / "summary.json").read_text())
-        assert isinstance(found, dict)
-        return found
 
 
 Here = Callable[..., Ended]
@@ -72,7 +56,7 @@ def here(
         capsys.readouterr()
         code = program._run(arguments)
         said = capsys.readouterr()
-        return Ended(code, said.out, said.err, folder)
+        return Ended(code, said.out, folder, said.err)
 
     yield run
     for number, handler in before.items():
@@ -366,7 +350,7 @@ def lost(tmp_path_factory: pytest.TempPathFactory, folder: Path, corpus: Path) -
         wait_for(lambda: any("train/loss" in run.metrics for run in read_store(place / "store.db")), sweep)
         os.killpg(server.pid, signal.SIGKILL)
         stdout, stderr = sweep.communicate(timeout=PATIENCE)
-        return place, Ended(sweep.returncode, stdout, stderr, place / "sweep")
+        return place, Ended(sweep.returncode, stdout, place / "sweep", stderr)
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGKILL)

@@ -36,6 +36,7 @@ class Ended:
     code: int
     stdout: str
     folder: Path
+    stderr: str = ""
 
     def summary(self, job: str = "") -> dict[str, Any]:
         """summary.json of the run, or of a job of the sweep."""
