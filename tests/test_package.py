@@ -125,6 +125,8 @@ def test_the_contract_of_the_project_file() -> None:
         "energy",
         "tasks",
         "postgres",
+        "distributed",
+        "low-bits",
     }
     assert project["scripts"] == {"prune-lab": "prune_lab.__main__:main"}
     assert project["requires-python"] == ">=3.11,<3.14"
