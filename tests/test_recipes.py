@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +92,43 @@ def own_keys(name: str) -> list[str]:
                 found.append(f"{key.removeprefix('override ')}={option}")
     leaves = config.flatten({key: value for key, value in tree.items() if key not in ("defaults", "hydra")})
     return found + [f"{key}={'null' if value is None else value}" for key, value in leaves.items()]
+
+
+SWEEP = """
+defaults:
+  - config
+  - override tracking: none
+  - override measure: quality_only
+  - _self_
+export: true
+hydra:
+  mode: MULTIRUN
+  sweep:
+    dir: sweep
+  sweeper:
+    params: {method: magnitude, method.pattern: "2:4,4:8"}
+"""
+
+
+def test_the_command_on_a_model_card_repeats_the_job(small: list[str], cli: Cli, tmp_path: Path) -> None:
+    """A shell runs the line as it stands: one run, not the recipe's sweep, and the one that was finished."""
+    (tmp_path / "my recipes").mkdir()
+    (tmp_path / "my recipes" / "mine.yaml").write_text(SWEEP)
+    options = [override for override in small if not override.startswith("measure=")]
+    done = cli("-cd", "my recipes", "-cn", "mine", *options)
+    assert done.returncode == 0, done.stderr
+    card = (tmp_path / "sweep" / "1" / "export" / "README.md").read_text(encoding="utf-8")
+    (command,) = [line.strip() for line in card.splitlines() if line.startswith("    python -m prune_lab ")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    line = f"{command} hydra.run.dir=again"
+    again = subprocess.run(line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    first, second = (
+        json.loads((tmp_path / place / "summary.json").read_text(encoding="utf-8")) for place in ("sweep/1", "again")
+    )
+    assert first["config"]["method"]["pattern"] == "4:8"
+    assert second["fingerprint"] == first["fingerprint"]
+    assert second["reused_from"]
 
 
 @pytest.mark.slow
