@@ -12,7 +12,7 @@ _GROUPS = ("method", "schedule", "recovery", "post")
 
 def run_name(summary: Summary) -> str:
     """What was done, short: structured 0.4 + finetune, or magnitude 2:4."""
-    how_much = summary.config["method"].get("pattern") or f"{summary.config['amount']:g}"
+    how_much = summary.config["method"].get("pattern") or f"{_amount(summary.config):g}"
     extra = [summary.choices[group] for group in ("recovery", "post") if summary.choices.get(group) != "none"]
     return " + ".join([f"{summary.choices.get('method')} {how_much}", *map(str, extra)])
 
@@ -21,7 +21,7 @@ def params_of(summary: Summary) -> dict[str, Any]:
     """The few, telling parameters: chosen options, amount, seed, device, and the chosen options' own keys."""
     config = summary.config
     params = {group: summary.choices.get(group) for group in ("model", "dataset", *_GROUPS)}
-    params |= {key: config[key] for key in ("amount", "seed")}
+    params |= {"amount": _amount(config), "seed": config["seed"]}
     params |= {"dtype": summary.protocol["dtype"], "device": summary.protocol["device"]}
     for group in _GROUPS:
         unused = summary.not_applicable.get(group, [])
@@ -29,6 +29,12 @@ def params_of(summary: Summary) -> dict[str, Any]:
             if key != "method.amount":
                 params[key] = "n/a" if key.removeprefix(f"{group}.") in unused else value
     return params
+
+
+def _amount(config: dict[str, Any]) -> float:
+    """The method's, which is the root's unless it was given one of its own; some have none."""
+    found: float = config["method"].get("amount", config["amount"])
+    return found
 
 
 def tags_of(summary: Summary, diverged: list[str]) -> dict[str, str]:
