@@ -192,8 +192,15 @@ def _compress(
 
 def _plan(parts: Parts) -> tuple[list[Event], Rewind | None]:
     """When to prune how much, and what to go back to, in the training that recovery does."""
-    steps = parts.recovery.training_steps
-    return parts.schedule.events(parts.method.amount, steps), parts.schedule.rewinding(steps)
+    method, steps = parts.method, parts.recovery.training_steps
+    events = parts.schedule.events(method.amount, steps)
+    pattern = None if "pattern" in method.not_applicable else getattr(method, "pattern", None)
+    if pattern is not None and len(events) > 1:
+        raise Refused(
+            f"method.pattern={pattern} fixes the amount, which leaves nothing to spread over {len(events)} prunings: "
+            "give schedule=one_shot, whose schedule.start says when, or method.pattern=null"
+        )
+    return events, parts.schedule.rewinding(steps)
 
 
 def _checkpoints(run_id: str) -> Path:
