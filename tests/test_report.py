@@ -511,6 +511,8 @@ def test_an_experiment_from_the_command_line(experiment: str, tmp_path: Path, co
     [
         ([], "required: SOURCE"),
         (["nowhere"], "nowhere: neither a folder nor an experiment"),
+        (["~nobody"], "~nobody: neither a folder nor an experiment"),
+        ([""], ": neither a folder nor an experiment"),
         (["empty"], "empty: this folder has no results.json"),
         (["broken"], "results.json: it is not the results.json of a sweep"),
         (["refused"], "refused: 1 runs, of which none finished"),

@@ -59,10 +59,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _report(sources: list[str], x: str | None, y: str | None, output: Path | None) -> None:
+    from prune_lab.hub import as_folder
     from prune_lab.pareto import draw
     from prune_lab.report import page
     from prune_lab.report.runs import compare
-    from prune_lab.report.sources import as_folder, read
+    from prune_lab.report.sources import read
 
     report = compare(read(sources))
     for key, metric in (("-x", x), ("-y", y)):
