@@ -15,7 +15,7 @@ from prune_lab.place import Place
 from prune_lab.summary import FILE, Summary, read_summary
 from prune_lab.tracking.mlflow_sync import AT_WORK, HELD, Syncing
 
-OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, REFUSED = 0, 1, 2
 FOLDERS = ("outputs", "multirun")
 _DIVERGED = re.compile(r"(\S+) diverged: it is not a finite number")
 
@@ -43,9 +43,6 @@ def main(arguments: list[str]) -> int:
     except Refused as error:
         explain.to_stderr(str(error))
         return REFUSED
-    except KeyboardInterrupt:
-        explain.to_stderr("interrupted")
-        return INTERRUPTED
 
 
 def _sync(folders: list[Path]) -> int:
