@@ -313,7 +313,7 @@ def test_resume_false_is_recorded_again(story: Story) -> None:
 
 CONFIG: dict[str, Any] = {
     "amount": 0.5, "seed": 0, "device": "auto", "dtype": "auto", "name": "prune_lab", "resume": True, "quiet": False,
-    "objectives": ["quality/perplexity"],
+    "objectives": ["quality/perplexity"], "export": False,
     "model": {"name": "here", "weights": "pretrained"}, "dataset": {"path": "there", "test_path": None, "seq_len": 32},
     "method": {"_target_": "prune_lab.methods.magnitude.Magnitude", "amount": 0.5}, "measure": {"pairs": 10},
     "tracking": {"_target_": "prune_lab.tracking.none.NoTracking"},
@@ -357,7 +357,7 @@ def test_what_was_found_out_changes_the_fingerprint(key: str, value: Any) -> Non
     ("key", "value"),
     [
         ("name", "other"), ("quiet", True), ("resume", False), ("tracking._target_", "prune_lab.tracking.mlflow_store"),
-        ("objectives", ["size/disk_mb"]),
+        ("objectives", ["size/disk_mb"]), ("export", True),
         ("device", "cpu"), ("dtype", "float32"), ("model.name", "elsewhere"), ("dataset.path", "elsewhere"),
     ],
 )  # fmt: skip
