@@ -37,14 +37,6 @@ from prune_lab.text.calibration import calibration_corpus
 from prune_lab.text.source import Calibration, TextSource
 from prune_lab.text.tokens import JOIN, Tokens, sha256
 
-_SOURCE_OF_FIGURES = tuple(
-    f"prune_lab.{name}"
-    for name in (
-        "measure.perplexity", "measure.size", "measure.tasks", "measure.task_setup", "measure.task_files",
-        "models.loss", "models.low_bits", "export", "bench",
-    )
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Figures:
@@ -204,7 +196,7 @@ class Bench:
                 for name in ("test_tokens_sha256", "seq_len", "windows", "batch_size", "tasks")
             }
             of["bytes_per_token"] = self.tokens.bytes_per_token("test")
-            figures = _figures(self.facts.value("baseline", of, _SOURCE_OF_FIGURES, lasting))
+            figures = _figures(self.facts.value("baseline", of, lasting))
             return replace(figures, memory_mb=self._memory(self.dense, folder, console))
 
 

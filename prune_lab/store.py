@@ -72,6 +72,7 @@ def entry(kind: str, key: str, make: Make) -> Iterator[Entry]:
 
     What cannot be kept (no space, no permission, larger than the bound) is made in a temporary folder.
     """
+    assert kind in KINDS, f"{kind}: what is no kind would be neither bounded nor shown nor cleared"
     folder = cache_folder() / kind / key
     for _ in range(3):  # it may be thrown out between being made and being read
         with locked(_lock(kind, key), "shared"):

@@ -204,7 +204,7 @@ class WeightMethod(Method):
 
         keys = asdict(self) | {"amount": None, "allocation": None}
         of = {"method": keys, "amounts": amounts, "seed": seed}
-        rises: list[list[float]] = calibrator.remember(anatomy, "scan", of, sensitivity.source(type(self)), scan)
+        rises: list[list[float]] = calibrator.remember(anatomy, "scan", of, scan, sensitivity.source(type(self)))
         return rises
 
     def _checked_score(self, name: str, linear: Any, seen: Seen) -> Tensor:
