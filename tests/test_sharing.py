@@ -35,9 +35,7 @@ from prune_lab.models.dense import DenseFacts
 from prune_lab.models.load import Loaded
 from prune_lab.pruning import calibration
 from prune_lab.pruning.calibration import Calibrator
-from prune_lab.pruning.selection import keep_global
 from prune_lab.pruning.statistics import NEEDS, Seen
-from prune_lab.pruning.thresholds import Thresholds
 
 WINDOWS = torch.randint(300, (6, 16), generator=torch.Generator().manual_seed(0))
 HASHES = {"weights": "w", "tokenizer": "t"}
@@ -59,7 +57,7 @@ def assert_equal(first: Seens, second: Seens) -> None:
     assert [of_block.keys() for of_block in first] == [of_block.keys() for of_block in second]
     for a, b in zip(first, second, strict=True):
         for name in a:
-            for field in (f.name for f in fields(Seen) if f.name not in ("random", "thresholds")):
+            for field in (f.name for f in fields(Seen) if f.name not in ("random", "counts")):
                 one, other = getattr(a[name], field), getattr(b[name], field)
                 assert (one is None and other is None) or torch.equal(one, other), (name, field)
 
@@ -154,7 +152,7 @@ def test_behind_pruned_blocks_nothing_is_served(loaded: Loaded, passes: list[int
 @pytest.mark.parametrize(
     ("edited", "is_another"),
     [
-        ("models/contents.py", True), ("pruning/thresholds.py", True), ("measure/task_names.py", True),
+        ("models/contents.py", True), ("pruning/cuts.py", True), ("measure/task_names.py", True),
         ("text/tokens.py", True), ("bench.py", True), ("report/page.py", False), ("tracking/params.py", False),
     ],
 )  # fmt: skip
@@ -210,7 +208,7 @@ def test_a_changed_model_has_no_facts(loaded: Loaded) -> None:
     assert Anatomy(changed, facts).facts is None
 
 
-# Gradients, scans, block influence, thresholds: of the dense model, whatever is propagated.
+# Gradients, scans, block influence, counts: of the dense model, whatever is propagated.
 
 
 @pytest.mark.parametrize(
@@ -234,19 +232,6 @@ def test_pruned_with_known_facts_as_without(loaded: Loaded, method: Any) -> None
         found, cold = prune(amount, known), prune(amount, None)
         assert found.keys() == cold.keys()
         assert all(torch.equal(found[name], cold[name]) for name in cold)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("ties", [False, True])
-def test_thresholds_of_all_amounts_from_one_pass(dtype: torch.dtype, ties: bool) -> None:
-    """As a selection for each amount has it; with ties beyond a matrix, and weights that were gone before (-1)."""
-    generator = torch.Generator().manual_seed(1)
-    scores = [torch.randn(shape, generator=generator).abs() for shape in ((40, 30), (7, 11), (64, 5))]
-    scores = [(s.mul(3).round() if ties else s).masked_fill(s < 0.1, -1).to(dtype) for s in scores]
-    known = Thresholds()
-    for amount in (0.5, 0.0, 0.001, 0.04, 0.3, 0.77, 0.9999):
-        for found, expected in zip(known.keep(scores, amount), keep_global(scores, amount), strict=True):
-            assert torch.equal(found, expected)
 
 
 # Whole sweeps.

@@ -14,10 +14,10 @@ from prune_lab.methods.base import LayerRow, Method, Pruned
 from prune_lab.models.anatomy import Anatomy, out_in
 from prune_lab.pruning import allocation, scores, sensitivity
 from prune_lab.pruning.calibration import Calibrator
+from prune_lab.pruning.cuts import Counts
 from prune_lab.pruning.masks import Masks
 from prune_lab.pruning.selection import Pattern, count_to_remove, keep_global, keep_layer, keep_pattern, keep_rows
 from prune_lab.pruning.statistics import GRADIENTS, Seen
-from prune_lab.pruning.thresholds import Thresholds
 
 ALLOCATIONS = ("uniform", "global", "owl", "sensitivity")
 
@@ -104,8 +104,8 @@ class WeightMethod(Method):
             seen = list(self._walk(anatomy, seed, calibrator, dense=True))
             values = {name: self._checked_score(name, linear, seen[b][name]) for b, name, linear in _each(linears)}
             facts = anatomy.facts if self.fixed else None
-            rank = keep_global if facts is None else facts.in_process(f"{self.fixed} of all", Thresholds).keep
-            keep = dict(zip(values, rank(list(values.values()), amount), strict=True))
+            counts = None if facts is None else facts.in_process(f"{self.fixed} of all", Counts)
+            keep = dict(zip(values, keep_global(list(values.values()), amount, counts), strict=True))
             pruned.rows = [_row(name, mask) for name, mask in keep.items()]
             if calibrator is not None and calibrator.propagate == "pruned":
                 pruned.notes.append("one ranking over all blocks: every block was seen with dense ones before it")
@@ -132,10 +132,8 @@ class WeightMethod(Method):
             keep = keep_pattern(values, Pattern.parse(self.pattern))
         elif self.scope == "row":
             keep = keep_rows(values, count_to_remove(values.shape[1], amount))
-        elif seen.thresholds is not None:
-            (keep,) = seen.thresholds.keep([values], amount)
         else:
-            keep = keep_layer(values, amount)
+            keep = keep_layer(values, amount, seen.counts)
         out_in(linear, linear.weight).masked_fill_(~keep, 0)
         return keep
 
@@ -149,8 +147,8 @@ class WeightMethod(Method):
             for index, linears in enumerate(anatomy.linears_by_block()):
                 seen = {name: Seen(random=random) for name, _ in linears}
                 if facts is not None:
-                    known = {name: facts.in_process(f"{self.fixed} of {name}", Thresholds) for name in seen}
-                    seen = {name: replace(seen[name], thresholds=known[name]) for name in seen}
+                    known = {name: facts.in_process(f"{self.fixed} of {name}", Counts) for name in seen}
+                    seen = {name: replace(seen[name], counts=known[name]) for name in seen}
                 with anatomy.at_hand(index):
                     yield seen
             return
