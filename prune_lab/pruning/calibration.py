@@ -19,8 +19,6 @@ from prune_lab.pruning import gradients, shared
 from prune_lab.pruning.statistics import GRADIENTS, NEEDS, InputStatistics, Seen
 from prune_lab.text.tokens import sha256
 
-PROPAGATE = ("pruned", "dense")
-
 
 @dataclass(frozen=True)
 class Calibrator:
