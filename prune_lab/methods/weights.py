@@ -62,8 +62,8 @@ class WeightMethod(Method):
         return frozenset(self.needs)
 
     @property
-    def fixed(self) -> str | None:
-        """The name of a score that goes by the weight alone: all amounts are thresholded from one pass over it."""
+    def counted_score(self) -> str | None:
+        """The name of its score where that goes by the weight alone: it is counted once, and cut for all amounts."""
         return None
 
     @property
@@ -103,8 +103,8 @@ class WeightMethod(Method):
         if self.is_global:
             seen = list(self._walk(anatomy, seed, calibrator, dense=True))
             values = {name: self._checked_score(name, linear, seen[b][name]) for b, name, linear in _each(linears)}
-            facts = anatomy.facts if self.fixed else None
-            counts = None if facts is None else facts.in_process(f"{self.fixed} of all", Counts)
+            facts = anatomy.facts if self.counted_score else None
+            counts = None if facts is None else facts.in_process(f"{self.counted_score} of all", Counts)
             keep = dict(zip(values, keep_global(list(values.values()), amount, counts), strict=True))
             pruned.rows = [_row(name, mask) for name, mask in keep.items()]
             if calibrator is not None and calibrator.propagate == "pruned":
@@ -143,11 +143,11 @@ class WeightMethod(Method):
         """What was seen at each Linear, block by block, as the score needs it."""
         random = torch.Generator().manual_seed(seed)
         if not self.seen_by_score:
-            facts = anatomy.facts if self.fixed else None
+            facts = anatomy.facts if self.counted_score else None
             for index, linears in enumerate(anatomy.linears_by_block()):
                 seen = {name: Seen(random=random) for name, _ in linears}
                 if facts is not None:
-                    known = {name: facts.in_process(f"{self.fixed} of {name}", Counts) for name in seen}
+                    known = {name: facts.in_process(f"{self.counted_score} of {name}", Counts) for name in seen}
                     seen = {name: replace(seen[name], counts=known[name]) for name in seen}
                 with anatomy.at_hand(index):
                     yield seen
