@@ -113,7 +113,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
         summary.warnings += pruned.notes + notes.of_calibration(protocol)
         metrics = compare(parts.method, dense, figures, timings, pruned)
         metrics |= compute_figures(bench.macs, macs) | seconds
-        diverged = summary.set_metrics(metrics)
+        summary.set_metrics(metrics)
         summary.warnings += notes.of_figures(summary.metrics) + notes.of_energy(protocol, summary.metrics)
         summary.warnings += notes.of_load(summary.environment)
         summary.status = "FINISHED"
@@ -121,7 +121,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
             card = model_card(summary, bench.dense.name, place.command, parts.post.reading)
             write_text(place.folder / "export" / "README.md", card)
         files = _write_files(place.folder, pruned)
-        log.result(summary, [summary.write(place.folder), *files], diverged)  # it is safe before it is tracked
+        log.result(summary, [summary.write(place.folder), *files])  # it is safe before it is tracked
     if summary.unlogged is not None:
         summary.warnings.append(summary.unlogged)
         summary.write(place.folder)

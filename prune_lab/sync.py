@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
@@ -17,7 +16,6 @@ from prune_lab.tracking.mlflow_sync import AT_WORK, HELD, Syncing
 
 OK, FAILED, REFUSED = 0, 1, 2
 FOLDERS = ("outputs", "multirun")
-_DIVERGED = re.compile(r"(\S+) diverged: it is not a finite number")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -84,7 +82,7 @@ def _log(sweep: Path | None, jobs: list[tuple[Place, Summary]]) -> Iterable[tupl
     """Logs the runs of a sweep, or single ones, and completes the sweep's record; what was done, and its outcome."""
     syncing = {name: Syncing(name) for name in dict.fromkeys(_experiment(summary) for _, summary in jobs)}
     for place, summary in jobs:
-        outcome = syncing[_experiment(summary)].ensure(place, summary, _files(place.folder), _diverged(summary))
+        outcome = syncing[_experiment(summary)].ensure(place, summary, _files(place.folder))
         yield (f"{place.folder}: {outcome}" if outcome != HELD else ""), outcome
     if sweep is not None and len(syncing) == 1 and (sweep / RESULTS).is_file():
         (store,) = syncing.values()
@@ -106,7 +104,3 @@ def _files(folder: Path) -> list[Path]:
         for path in folder.iterdir()
         if path.is_file() and not path.name.startswith(".") and path.suffix != ".log" and path.name != FILE
     )
-
-
-def _diverged(summary: Summary) -> list[str]:
-    return [found[1] for warning in summary.warnings if (found := _DIVERGED.fullmatch(warning))]

@@ -7,6 +7,7 @@ import math
 import re
 import signal
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +40,7 @@ from prune_lab.methods.magnitude import Magnitude
 from prune_lab.models import loss
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.models.loss import window_losses
-from prune_lab.summary import Summary
+from prune_lab.summary import Summary, from_dict
 from prune_lab.text.corpus import Documents
 from prune_lab.text.tokens import Tokens
 
@@ -203,8 +204,10 @@ def test_a_diverged_model_has_infinite_perplexity_and_no_metric(loaded: Loaded) 
     assert found.perplexity == math.inf
     assert 1000 < found.bits_per_byte < math.inf
     summary = Summary("FINISHED")
-    assert summary.set_metrics({"quality/perplexity": found.perplexity, "params/total": 3}) == ["quality/perplexity"]
-    assert summary.metrics == {"params/total": 3.0}
+    summary.set_metrics({"quality/perplexity": found.perplexity, "params/total": 3})
+    assert (summary.metrics, summary.diverged) == ({"params/total": 3.0}, ["quality/perplexity"])
+    written_before = {key: value for key, value in asdict(summary).items() if key != "diverged"}
+    assert from_dict(written_before) == summary
     assert len(summary.warnings) == 1
     assert "quality/perplexity diverged" in summary.warnings[0]
 

@@ -37,8 +37,8 @@ def _amount(config: dict[str, Any]) -> float:
     return found
 
 
-def tags_of(summary: Summary, diverged: list[str]) -> dict[str, str]:
+def tags_of(summary: Summary) -> dict[str, str]:
     """What is known at its end: the metrics that diverged, and what else the machine did while it was timed."""
-    tags = {"diverged": ", ".join(diverged)} if diverged else {}
+    tags = {"diverged": ", ".join(summary.diverged)} if summary.diverged else {}
     busy = summary.environment.get("cores_used_by_others")
     return tags if busy is None else {**tags, "cores_used_by_others": str(busy)}
