@@ -13,13 +13,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from prune_lab import __version__, config, explain, interrupt, launch, recipes, remote, sweep, usage
+from prune_lab.errors import FAILED, INTERRUPTED, OK, REFUSED
 
 SUBCOMMANDS = {  # first word: who answers, main(arguments)
     "cache": "prune_lab.cache_command",
     "suggest": "prune_lab.suggest",
     "sync": "prune_lab.sync",
 }
-OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
 @hydra.main(version_base="1.3", config_path=config.CONF_DIR, config_name="config")

@@ -7,7 +7,7 @@ import sys
 from hydra import compose, initialize_config_dir
 
 from prune_lab import config
-from prune_lab.errors import Refused
+from prune_lab.errors import OK, Refused
 
 USAGE = """usage: prune-lab suggest [group=option ...] [key=value ...]
 
@@ -23,14 +23,14 @@ def main(arguments: list[str]) -> int:
     """
     if {"-h", "--help"} & set(arguments):
         sys.stdout.write(USAGE)
-        return 0
+        return OK
     config.register_schema()
     with initialize_config_dir(config.CONF_DIR, version_base="1.3"):
         parts = config.build_parts(compose("config", overrides=arguments))
     if parts.model.stream:
         raise Refused("model.stream=true: a model that is read while it runs cannot be timed; give model.stream=false")
     _try(parts)
-    return 0
+    return OK
 
 
 def _try(parts: config.Parts) -> None:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from prune_lab import explain, interrupt, launch, remote
 from prune_lab.config import build
-from prune_lab.errors import Refused
+from prune_lab.errors import REFUSED, Refused
 from prune_lab.place import Place
 
 
@@ -53,7 +53,7 @@ class SweepCallback(Callback):
             tracker.open_sweep(str(config.name), folder)
         except Refused as error:  # Hydra makes warnings of a callback's errors
             explain.to_stderr(str(error))
-            raise SystemExit(2) from error
+            raise SystemExit(REFUSED) from error
         _current = _Sweep(folder, str(config.name), tracker, bool(config.quiet))
         remote.pack(config, folder)
         atexit.register(close_open_sweep)

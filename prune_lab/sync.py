@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn
 
 from prune_lab import explain
 from prune_lab.comparison import RESULTS, read_job, write
-from prune_lab.errors import Refused
+from prune_lab.errors import FAILED, OK, REFUSED, Refused
 from prune_lab.place import Place
 from prune_lab.summary import FILE, Summary, read_summary
 from prune_lab.tracking.mlflow_sync import AT_WORK, HELD, Syncing
 
-OK, FAILED, REFUSED = 0, 1, 2
 FOLDERS = ("outputs", "multirun")
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as the rest of the program does."""
-
-    def error(self, message: str) -> NoReturn:
-        """Refuses what argparse does not understand."""
-        raise Refused(f"{message}; see python -m prune_lab sync --help")
 
 
 def main(arguments: list[str]) -> int:
     """Runs a command line and returns its exit code: 0 all is in the store, 1 something is not, 2 refused."""
-    parser = _Parser(
+    parser = explain.Parser(
         prog="python -m prune_lab sync",
         description="Logs finished runs (summary.json) to the MLflow store, if it does not have them yet.",
         epilog="The store is sqlite:///mlflow.db here, or MLFLOW_TRACKING_URI; the experiment is each run's own.",
