@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
@@ -18,6 +17,7 @@ from prune_lab.device import Device, uses_bfloat16
 from prune_lab.errors import Refused
 from prune_lab.export import save_dense
 from prune_lab.files import mark
+from prune_lab.fingerprint import digest_of
 from prune_lab.lock import locked
 from prune_lab.measure.macs import Macs, count_macs
 from prune_lab.measure.memory import measure_memory
@@ -168,8 +168,7 @@ class Bench:
         anew in each sweep, since it is not the same to the last bit, and latency in each run, beside the compressed.
         """
         if self._baseline is None:
-            key = json.dumps([self.protocol, self.hashes], sort_keys=True)
-            name = f"baseline-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+            name = f"baseline-{digest_of([self.protocol, self.hashes])[:16]}.json"
             if sweep_folder is None:
                 self._baseline = self._measure_dense(console)
                 return self._baseline

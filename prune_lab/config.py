@@ -131,17 +131,6 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(k): v for k, v in container.items()}
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted leaves of nested dictionaries, without `_target_`."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            leaves.update(flatten(value, f"{prefix}{key}."))
-        elif key != "_target_":
-            leaves[prefix + key] = value
-    return leaves
-
-
 def register_schema() -> None:
     """Gives Hydra the types of the root keys, under the name `root_schema`."""
     keys = [(f.name, get_type_hints(Settings)[f.name], f.default) for f in dataclasses.fields(Settings)]

@@ -32,8 +32,7 @@ def fingerprint(config: dict[str, Any], protocol: dict[str, Any], hashes: dict[s
         if isinstance(part.get("calibration"), dict):
             part["calibration"] = _without(part["calibration"], (name,))
     whole = {"config": kept, "source": source_sha256(), "protocol": stamp, "hashes": hashes}
-    text = json.dumps(whole, sort_keys=True, allow_nan=False)
-    return text_sha256(text)
+    return digest_of(whole)
 
 
 def _without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -43,6 +42,11 @@ def _without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 def text_sha256(text: str) -> str:
     """sha256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of anything that JSON can hold, whatever the order of its keys."""
+    return text_sha256(json.dumps(value, sort_keys=True))
 
 
 @cache

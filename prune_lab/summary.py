@@ -68,6 +68,17 @@ def from_dict(values: dict[str, Any]) -> Summary:
     return summary
 
 
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted leaves of nested dictionaries, such as a run's configuration, without `_target_`."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves.update(flatten(value, f"{prefix}{key}."))
+        elif key != "_target_":
+            leaves[prefix + key] = value
+    return leaves
+
+
 def write_json(path: Path, value: Any) -> Path:
     """Writes JSON whole or not at all and returns the path; what JSON has no number for becomes text."""
     return write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False, default=str) + "\n")

@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir
 from test_hub import c4, wikitext  # noqa: F401 - fixtures
 
 from prune_lab import config
+from prune_lab.summary import flatten
 
 FOLDER = ROOT / "experiments"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -90,7 +91,7 @@ def own_keys(name: str) -> list[str]:
             ((key, option),) = entry.items()
             if "hydra" not in key:
                 found.append(f"{key.removeprefix('override ')}={option}")
-    leaves = config.flatten({key: value for key, value in tree.items() if key not in ("defaults", "hydra")})
+    leaves = flatten({key: value for key, value in tree.items() if key not in ("defaults", "hydra")})
     return found + [f"{key}={'null' if value is None else value}" for key, value in leaves.items()]
 
 

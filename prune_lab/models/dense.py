@@ -18,7 +18,7 @@ from torch import Tensor
 from prune_lab import store
 from prune_lab.device import Device
 from prune_lab.environment import describe_environment
-from prune_lab.fingerprint import source_sha256
+from prune_lab.fingerprint import digest_of, source_sha256
 
 MEMORY = 2**30  # bytes of facts that a process holds; what is beyond is read from disk each time
 # An edit of any of these makes every fact anew, whichever of them it comes from.
@@ -65,7 +65,7 @@ class DenseFacts:
     def key(self, kind: str, of: dict[str, Any], modules: tuple[str, ...] = ()) -> str:
         """The name of a fact: a hash of all that it depends on."""
         whole = [kind, self._key, of, source_sha256(*SOURCE), source_of(modules)]
-        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
+        return digest_of(whole)[:32]
 
     def value(self, kind: str, of: dict[str, Any], compute: Callable[[], Any], modules: tuple[str, ...] = ()) -> Any:
         """A fact made of numbers, lists and dictionaries."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prune_lab.config import flatten
-from prune_lab.summary import Summary
+from prune_lab.summary import Summary, flatten
 
 _GROUPS = ("method", "schedule", "recovery", "post")
 
