@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -58,6 +59,13 @@ def test_a_recipe_says_what_it_asks_and_how_to_run_it(name: str) -> None:
     assert "# Hardware: " in text or "# Needs: " in text
     assert f"-cn {name}" in text.split("# Command:  ")[1]
     assert f"`{name}`" in (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_documents_count_the_runs_of_the_methods_recipe() -> None:
+    grids = recipe("methods")["hydra"]["sweeper"]["grids"]
+    runs = sum(math.prod(len(str(value).split(",")) for value in grid.values()) for grid in grids)
+    for document in ("README.md", "experiments/README.md"):
+        assert f"{runs} runs" in (ROOT / document).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", RECIPES)
