@@ -1,4 +1,4 @@
-"""From Hydra's configuration to typed, validated objects: the only code that knows OmegaConf.
+"""From Hydra's configuration to typed, validated objects: where OmegaConf stops.
 
 Every option's YAML names a frozen dataclass of this package under `_target_`; its keys are that
 class's fields. `build` resolves the class, checks keys and types, and lets the class check the values.

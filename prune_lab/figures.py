@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # they import torch, and a report reads metrics without it
 def compare(
     method: Method, dense: Figures, compressed: Figures, timings: Timings | None, pruned: Pruned
 ) -> dict[str, float]:
-    """Metrics by their public names (README, "Metrics")."""
+    """Metrics by their public names (docs/metrics.md)."""
     quality, was = compressed.quality, dense.quality
     metrics = {  # the first one is what MLflow's comparison opens on
         "quality/perplexity": quality.perplexity,

@@ -119,8 +119,6 @@ def test_an_option_is_built_as_its_class(option: str, folder: Path) -> None:
     group, name = option.removesuffix(".yaml").split("/")
     required = REQUIRED.get(f"{group}/{name}")
     extra = [f"{required}={folder}"] if required else []
-    if f"{group}/{name}" == "model/tiny":
-        extra = ["model.weights=random"]  # whether or not the weights are shipped yet
     node = composed(f"{group}={name}", *extra)[group]
     built = config.build(node, group)
     assert type(built) is class_of(node["_target_"])
