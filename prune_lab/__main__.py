@@ -43,10 +43,10 @@ def _run(arguments: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's refusals reach us as exceptions, to be shown in one line
     interrupt.end_on_signals()
     try:
-        explain.check_text(arguments)
         if arguments and arguments[0] in SUBCOMMANDS:
             command: Callable[[list[str]], int] = importlib.import_module(SUBCOMMANDS[arguments[0]]).main
             return command(arguments[1:])
+        explain.check_text(arguments)
         config.register_schema()
         recipes.check(arguments)
         sys.argv[1:] = launch.for_this_process(usage.answer(arguments))
