@@ -154,9 +154,14 @@ def test_a_moved_text_is_the_same_text_and_a_changed_word_is_not(
     assert run_here(f"dataset.path={changed}").computed
 
 
-def test_an_export_that_is_gone_is_made_again(run_here: RunHere) -> None:
+def test_an_export_that_is_not_there_is_made(run_here: RunHere) -> None:
+    """Of a run that was finished without one, or whose export is gone; a run that has one serves both commands."""
+    run_here()
     first = run_here("export=true")
+    assert first.computed
+    assert (first.folder / "export" / "model.safetensors").exists()
     assert not run_here("export=true").computed
+    assert not run_here().computed
     shutil.rmtree(first.folder / "export")
     second = run_here("export=true")
     assert second.computed
