@@ -4,8 +4,8 @@ OMP_NUM_THREADS=1 python tests/benchmarks/growth.py PLOT.png [REPEATS]
 
 Each point is a process of its own: a Llama of random weights (hidden 128 to 1024, 4 blocks; by tokens, hidden 256) is
 pruned to 0.5 in memory, or the tiny model is swept over 1 to 8 amounts by the command line. Time is the processor's
-for pruning (or the whole command), memory the resident peak beyond that of the imports. Printed: medians of interleaved repeats,
-and between neighbours the exponent of growth: 1 is linear.
+for pruning (or the whole command), memory the resident peak beyond that of the imports. Printed: medians of interleaved
+repeats, and between neighbours the exponent of growth: 1 is linear.
 """
 
 from __future__ import annotations
