@@ -86,7 +86,7 @@ def test_amounts_that_cannot_be_searched_are_refused(low: float, high: float, st
         (0.1, 0.8, 0.25, [0.25, 0.5, 0.75]),  # 0 and 1 are as near to the ends as the first and the last
         (0.1, 0.99, 0.35, [0.35, 0.7]),
         (0.3, 0.9, 0.1, [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]),  # 0.3 / 0.1 is a little below 3
-        (0.15, 0.35, 0.2, [0.2]),
+        (0.15, 0.36, 0.2, [0.2]),
     ],
 )
 def test_only_multiples_between_the_ends_are_tried(
