@@ -1,4 +1,4 @@
-"""From Hydra's configuration to typed, validated objects: the only code that knows OmegaConf.
+"""From Hydra's configuration to typed, validated objects. What is built here knows OmegaConf no more.
 
 Every option's YAML names a frozen dataclass of this package under `_target_`; its keys are that
 class's fields. `build` resolves the class, checks keys and types, and lets the class check the values.
@@ -76,7 +76,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything a run is made of: built and validated, nothing loaded."""
+    """Everything a run is made of: built and validated, nothing loaded.
+
+    Each field is the object of the group's chosen option, of the kind that `_KINDS` names.
+    """
 
     settings: Settings
     model: Any

@@ -119,7 +119,7 @@ def test_an_option_is_built_as_its_class(option: str, folder: Path) -> None:
     required = REQUIRED.get(f"{group}/{name}")
     extra = [f"{required}={folder}"] if required else []
     if f"{group}/{name}" == "model/tiny":
-        extra = ["model.weights=random"]  # whether or not the weights are shipped yet
+        extra = ["model.weights=random"]  # it must not depend on the shipped weights
     node = composed(f"{group}={name}", *extra)[group]
     built = config.build(node, group)
     assert type(built) is class_of(node["_target_"])
