@@ -1,4 +1,4 @@
-"""From Hydra's configuration to typed, validated objects. What is built here knows OmegaConf no more.
+"""From Hydra's configuration to typed, validated objects: where OmegaConf stops.
 
 Every option's YAML names a frozen dataclass of this package under `_target_`; its keys are that
 class's fields. `build` resolves the class, checks keys and types, and lets the class check the values.
@@ -132,17 +132,6 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
         container = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(container, dict)
     return {str(k): v for k, v in container.items()}
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted leaves of nested dictionaries, without `_target_`."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            leaves.update(flatten(value, f"{prefix}{key}."))
-        elif key != "_target_":
-            leaves[prefix + key] = value
-    return leaves
 
 
 def register_schema() -> None:

@@ -266,7 +266,7 @@ def test_what_did_not_finish_stands_below_with_its_reason(folder: Path) -> None:
 
 
 def test_a_diverged_run_takes_no_axis_from_the_others(tmp_path: Path) -> None:
-    diverged = finished(0.8, 1, warnings=["quality/perplexity diverged: it is not a finite number"])
+    diverged = finished(0.8, 1, diverged=["quality/perplexity"])
     del diverged.metrics["quality/perplexity"]
     place = sweep(tmp_path / "sweep", [*RUNS, diverged])
     report = report_of(place)
@@ -388,8 +388,7 @@ def track(name: str, summary: Summary, folder: Path, sweep: Path | None = None) 
     with Mlflow().start_run(name, summary, Place(folder, sweep)) as log:
         if summary.status != "FINISHED":
             raise ValueError(summary.reason)
-        diverged = [w.partition(" ")[0] for w in summary.warnings if " diverged:" in w]
-        log.result(summary, [summary.write(folder)], diverged)
+        log.result(summary, [summary.write(folder)])
 
 
 @pytest.fixture(scope="module")
@@ -511,6 +510,8 @@ def test_an_experiment_from_the_command_line(experiment: str, tmp_path: Path, co
     [
         ([], "required: SOURCE"),
         (["nowhere"], "nowhere: neither a folder nor an experiment"),
+        (["~nobody"], "~nobody: neither a folder nor an experiment"),
+        ([""], ": neither a folder nor an experiment"),
         (["empty"], "empty: this folder has no results.json"),
         (["broken"], "results.json: it is not the results.json of a sweep"),
         (["refused"], "refused: 1 runs, of which none finished"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prune_lab.pruning import cuts as cutting
-from prune_lab.pruning.cuts import cuts
+from prune_lab.pruning.cuts import Counts, cuts
 from prune_lab.pruning.selection import (
     Pattern,
     count_to_remove,
@@ -96,6 +96,27 @@ def test_one_pass_gives_the_cuts_of_many_amounts(dtype: torch.dtype) -> None:
     flat, removals = torch.cat([matrix.flatten() for matrix in matrices]), [300, 0, 17, 768, 300]
     for remove, cut in zip(removals, cuts(matrices, removals), strict=True):
         assert torch.equal(torch.cat([k.flatten() for k in keep_behind(matrices, cut)]), naive_keep(flat, remove))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["magnitudes", "ties", "signed"])
+def test_counts_that_are_kept_cut_at_every_amount(
+    dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pass over the scores; with ties beyond a matrix, weights that were gone before (-1), and both zeros."""
+    passes = []
+    real = cutting._number_of_each
+    monkeypatch.setattr(cutting, "_number_of_each", lambda scores: passes.append(1) or real(scores))
+    generator = torch.Generator().manual_seed(1)
+    scores = [torch.randn(shape, generator=generator).abs() for shape in ((40, 30), (7, 11), (64, 5))]
+    scores = [(s.mul(3).round() if kind == "ties" else s).masked_fill(s < 0.1, -1).to(dtype) for s in scores]
+    if kind == "signed":
+        scores = [signed_scores(16, 32, dtype), signed_scores(8, 32, dtype).T]
+    flat, counts = torch.cat([matrix.flatten() for matrix in scores]), Counts()
+    for amount in (0.5, 0.0, 0.001, 0.04, 0.3, 0.55, 0.77, 0.9999, 0.5):
+        found = torch.cat([kept.flatten() for kept in keep_global(scores, amount, counts)])
+        assert torch.equal(found, naive_keep(flat, count_to_remove(flat.numel(), amount)))
+    assert passes == [1]
 
 
 def test_global_selection_ranks_all_matrices_together() -> None:

@@ -28,7 +28,7 @@ from prune_lab.summary import Summary
 # MLflow 3's own models use a deprecated part of SQLAlchemy, which says so when a store is first opened.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
-# The contract's metrics (README, "Metrics") without tasks/: written out, so that a changed name is noticed.
+# The contract's metrics (docs/metrics.md) without tasks/: written out, so that a changed name is noticed.
 METRICS = {
     "quality/perplexity", "quality/dense_perplexity", "quality/perplexity_ratio", "quality/bits_per_byte",
     "quality/dense_bits_per_byte",

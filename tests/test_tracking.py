@@ -19,8 +19,10 @@ import pytest
 from conftest import ROOT, Cli
 from safetensors.torch import load_file, save_file
 
+from prune_lab.summary import Summary
 from prune_lab.tracking.links import how_to_look
 from prune_lab.tracking.ownership import BORN, HOST, PID, is_alive, owner_tags
+from prune_lab.tracking.params import params_of, run_name
 
 PATIENCE = 90  # seconds to wait for another process, many times what it takes
 
@@ -275,6 +277,15 @@ def test_an_owner_is_alive_as_long_as_its_process_may_be() -> None:
     assert not is_alive({**mine, BORN: str(float(mine[BORN]) - 1000)}), "the pid is in use again"
     assert is_alive({**mine, PID: str(gone.pid), HOST: "elsewhere"}), "another machine's processes cannot be seen"
     assert not is_alive({HOST: socket.gethostname()})
+
+
+def test_a_method_s_own_amount_is_the_one_on_record() -> None:
+    config = {"amount": 0.5, "seed": 0, "method": {"amount": 0.3, "pattern": None}}
+    config |= {group: {} for group in ("schedule", "recovery", "post")}
+    choices = {"method": "magnitude", "recovery": "none", "post": "none"}
+    summary = Summary("FINISHED", config=config, choices=choices, protocol={"dtype": "float32", "device": "cpu"})
+    assert params_of(summary)["amount"] == 0.3
+    assert run_name(summary) == "magnitude 0.3"
 
 
 def test_a_stores_password_is_not_shown() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from prune_lab.pruning.thresholds import Thresholds
+from prune_lab.pruning.cuts import Counts
 
 NEEDS = ("input_norm", "variance", "gram")
 GRADIENTS = ("saliency", "saliency2")  # of the whole model's loss: prune_lab/pruning/gradients.py
@@ -24,8 +24,8 @@ class Seen:
 
     input_norm: L2 norm of each input over all tokens, (in,). mean, variance: of each input over all tokens, (in,),
     the variance unbiased. gram: X^T X over all tokens, (in, in). saliency: mean over windows of |w * gradient|,
-    saliency2: of (w * gradient)^2, both (out, in). random: the run's generator, for scores that draw. thresholds: of
-    scores that go by the weight alone.
+    saliency2: of (w * gradient)^2, both (out, in). random: the run's generator, for scores that draw. counts: of
+    scores that go by the weight alone, for all amounts.
     """
 
     input_norm: Tensor | None = None
@@ -35,7 +35,7 @@ class Seen:
     saliency: Tensor | None = None
     saliency2: Tensor | None = None
     random: torch.Generator = field(default_factory=_no_generator)
-    thresholds: Thresholds | None = None
+    counts: Counts | None = None
 
 
 class InputStatistics:
