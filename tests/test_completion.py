@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pty
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import pytest
 from conftest import ROOT
 
 PROGRAM, BASH = Path(sys.executable).parent / "prune-lab", shutil.which("bash")
-READY = "ready> "
+PROMPT, READY = r"\#> ", "{}> "  # with the number of the command: a prompt that is drawn again is no new one
 TAB, TO_THE_BEGINNING = "\t", "\x01"
 
 pytestmark = pytest.mark.skipif(BASH is None or not PROGRAM.exists(), reason="no bash, or prune-lab is not installed")
@@ -28,7 +30,7 @@ def typed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Typed]:
     """Types a beginning and Tab into one interactive bash; what the line is then, without `prune-lab`."""
     place = tmp_path_factory.mktemp("bash")
     (line,) = re.findall(r"Completion of all keys in bash: `(.*?)`", (ROOT / "README.md").read_text(encoding="utf-8"))
-    (place / "rc").write_text(f"bind 'set enable-bracketed-paste off'\n{line}\nPS1='{READY}'\n", encoding="utf-8")
+    (place / "rc").write_text(f"bind 'set enable-bracketed-paste off'\n{line}\nPS1='{PROMPT}'\n", encoding="utf-8")
     path = f"{PROGRAM.parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "TERM": "dumb", "COLUMNS": "200"}
     ours, theirs = pty.openpty()
@@ -43,16 +45,20 @@ def typed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Typed]:
         """What the shell shows up to an end."""
         shown = ""
         while not shown.endswith(end):
+            assert select.select([ours], [], [], 120)[0], f"nothing more comes after {shown!r}"
             shown += os.read(ours, 4096).decode()
         return shown
 
+    number = itertools.count(1)
+
     def complete(beginning: str) -> str:
         os.write(ours, f"prune-lab {beginning}{TAB}{TO_THE_BEGINNING}echo and then: \n".encode())
-        (found,) = re.findall(r"^and then: prune-lab (.*?)\r?$", until(READY), flags=re.MULTILINE)
+        shown = until(READY.format(next(number)))
+        (*_, found) = re.findall(r"^and then: prune-lab (.*?)\r?$", shown, flags=re.MULTILINE)
         return str(found).rstrip()
 
     try:
-        until(READY)
+        until(READY.format(next(number)))
         yield complete
     finally:
         shell.kill()
@@ -65,7 +71,6 @@ def typed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Typed]:
     [
         ("metho", "method"),  # method= chooses an option, method. a key of it: what both begin with
         ("method=wan", "method=wanda"),
-        ("method=wanda amou", "method=wanda amount="),
         ("method=sparsegpt method.allo", "method=sparsegpt method.allocation="),
     ],
 )
