@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prune_lab.cache import cache_folder
 from prune_lab.console import Console
-from prune_lab.device import Device
+from prune_lab.device import Device, uses_bfloat16
 from prune_lab.errors import Refused
 from prune_lab.export import save_dense
 from prune_lab.files import mark
@@ -121,6 +121,7 @@ class Bench:
             tokens = self.tokens
             if corpus is not None:
                 tokens = Tokens(corpus, self.dense.tokenizer, console, self.dense.model.config.vocab_size)
+            bfloat16 = uses_bfloat16(asked.autocast, self.device.torch_device)
             windows, places = tokens.calibration_windows(asked.n_samples, asked.seq_len, seed)
             stamp = {
                 "source": f"dataset.calibration.name={asked.name}" if asked.source == "text" else tokens.corpus.name,
@@ -128,11 +129,12 @@ class Bench:
                 "n_samples": asked.n_samples,
                 "seq_len": asked.seq_len,
                 "propagate": asked.propagate,
+                "bfloat16": bfloat16,
                 "seed": seed,
                 "windows": places,  # [document, first token] of each
                 "tokens_sha256": sha256(windows),
             }
-            self._calibrators[seed] = Calibrator(windows, asked.propagate, asked.batch_size), stamp
+            self._calibrators[seed] = Calibrator(windows, asked.propagate, asked.batch_size, bfloat16), stamp
         calibrator, stamp = self._calibrators[seed]
         return replace(calibrator, console=console), stamp
 

@@ -76,6 +76,11 @@ def native_bfloat16(place: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def uses_bfloat16(autocast: str, place: torch.device) -> bool:
+    """Whether a setting of a key `autocast` has the device multiply in bfloat16; "auto": where that is native."""
+    return native_bfloat16(place) if autocast == "auto" else autocast == "bfloat16"
+
+
 def seed_all(seed: int) -> None:
     """Seeds every generator a run could draw from."""
     random.seed(seed)

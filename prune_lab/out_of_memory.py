@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from prune_lab.config import flatten
 
@@ -48,9 +47,11 @@ def explained(config: dict[str, Any]) -> Iterator[None]:
 
 def _is_about_memory(error: BaseException) -> bool:
     """Whether an error, or what caused it, is that memory could not be had, on a CPU or a GPU."""
+    torch = sys.modules.get("torch")  # a refusal may come before it is imported, which takes seconds
+    kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, MemoryError | torch.OutOfMemoryError):
+        if isinstance(cause, kinds):
             return True
         if isinstance(cause, RuntimeError | OSError) and any(words in str(cause) for words in _SAYS):
             return True
@@ -74,7 +75,8 @@ def give_back(error: BaseException) -> None:
         traceback.clear_frames(cause.__traceback__)
         cause = cause.__cause__ or cause.__context__
     gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 

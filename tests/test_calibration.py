@@ -169,6 +169,30 @@ def test_only_what_is_needed_is_gathered(models: dict[str, Any], need: str) -> N
             assert {field for field in FIELDS if getattr(seen, field) is not None} == held
 
 
+@pytest.mark.parametrize(("propagate", "expected"), [("pruned", [1, 0]), ("dense", [1, 0])])
+def test_what_nothing_looks_at_is_not_computed(models: dict[str, Any], propagate: str, expected: list[int]) -> None:
+    """The last product of a block: once for its outputs, never only to observe inputs, and never in the last block."""
+    model, times = copy.deepcopy(models["llama"]), [0, 0]
+    for index, block in enumerate(model.model.layers):
+
+        def count(*_: Any, index: int = index) -> None:
+            times[index] += 1
+
+        block.mlp.down_proj.register_forward_hook(count)
+    walked(model, Calibrator(WINDOWS, propagate))
+    assert times == expected
+
+
+def test_bfloat16_is_of_the_products_alone(models: dict[str, Any]) -> None:
+    """What a stock autocast pass puts through each Linear, to bfloat16's precision; the sums themselves are float32."""
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = plain_sums(models["llama"])
+    found = walked(models["llama"], Calibrator(WINDOWS, "dense", bfloat16=True))
+    check_seen(found, expected, rtol=1e-3)  # a sum of 120 rows that was itself in bfloat16 would be 4e-3 off
+    exact = walked(models["llama"], Calibrator(WINDOWS, "dense"))
+    assert not torch.equal(found["model.layers.1.mlp.down_proj"].gram, exact["model.layers.1.mlp.down_proj"].gram)
+
+
 def test_hooks_are_gone_when_a_walk_is_given_up(models: dict[str, Any]) -> None:
     """In the middle, or because something failed."""
     model = copy.deepcopy(models["llama"])
@@ -179,7 +203,7 @@ def test_hooks_are_gone_when_a_walk_is_given_up(models: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError), bypassed(Anatomy(model), [0]):
         raise RuntimeError
     broken = copy.deepcopy(model)
-    broken.model.layers[1].mlp.down_proj.weight.data = torch.zeros(32, 7)
+    broken.model.layers[1].mlp.up_proj.weight.data = torch.zeros(32, 7)
     with pytest.raises(RuntimeError):
         list(Calibrator(WINDOWS, "dense").walk(Anatomy(broken), NEEDS))
     assert hooks_of(model) == hooks_of(broken) == 0
@@ -316,6 +340,7 @@ def test_a_run_stamps_what_it_was_calibrated_on(small: list[str], corpus: Path, 
     assert all(len(place) == 2 and min(place) >= 0 for place in windows)
     assert stamp == {
         "source": f"dataset.path={corpus}", "own": True, "n_samples": 6, "seq_len": 16, "propagate": "dense", "seed": 3,
+        "bfloat16": False,
     }  # fmt: skip
     assert any("flatters" in warning for warning in summary["warnings"])
 

@@ -13,8 +13,8 @@ from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.states import StateList, States
 
 
-class _ReachedError(Exception):
-    """Raised at the first block: the rest of the model need not run."""
+class ReachedError(Exception):
+    """Raised where what was wanted of a forward pass is at hand: the rest of it need not run."""
 
 
 class BlockStream:
@@ -52,9 +52,9 @@ class BlockStream:
 
         def stop(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             found.append(states)
-            raise _ReachedError
+            raise ReachedError
 
-        with _instead_of(self._blocks, stop), suppress(_ReachedError):
+        with _instead_of(self._blocks, stop), suppress(ReachedError):
             anatomy.model.base_model(input_ids=batch, use_cache=False)
         return found[0]
 
@@ -65,6 +65,11 @@ class BlockStream:
         args, kwargs = self._calls[len(states)][block]
         out = self._blocks[block](states, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
+
+    def look(self, block: int, number: int) -> None:
+        """Passes the states of one batch into a block, for its hooks to see; one that raises ReachedError ends it."""
+        with suppress(ReachedError):
+            self.output(block, number)
 
     def run(self, done: Callable[[int], Any]) -> None:
         """Moves all states to the exit of the last block, each block at hand once; `done` is told of tokens passed."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prune_lab.console import Console
 from prune_lab.models.anatomy import Anatomy
-from prune_lab.models.blocks import BlockStream
+from prune_lab.models.blocks import BlockStream, ReachedError
 from prune_lab.models.loss import window_losses
 from prune_lab.pruning import gradients, shared
 from prune_lab.pruning.statistics import GRADIENTS, NEEDS, InputStatistics, Seen
@@ -29,11 +29,13 @@ class Calibrator:
     propagate: what the blocks after a pruned one see: its outputs as "pruned", or those of the "dense" block, which
     costs half and makes the statistics independent of the amount: they are computed once, as are gradients, block
     influence and scans, which are of the dense model either way (see models/dense.py).
+    bfloat16: whether blocks multiply in bfloat16 while their inputs are observed; sums are float32 either way.
     """
 
     windows: Tensor
     propagate: str = "pruned"
     batch_size: int = 16
+    bfloat16: bool = False
     console: Console = Console(quiet=True)  # noqa: RUF009 - it has no state
 
     def walk(self, anatomy: Anatomy, needs: frozenset[str], dense: bool = False) -> Iterator[dict[str, Seen]]:
@@ -59,29 +61,34 @@ class Calibrator:
 
     def _observe(self, anatomy: Anatomy, propagate_pruned: bool, wanted: frozenset[str]) -> Iterator[dict[str, Seen]]:
         linears, stream = anatomy.linears_by_block(), BlockStream(anatomy, self.windows, self.batch_size)
-        passes = 2 if propagate_pruned else 1
-        with self.console.progress(len(linears) * passes * self.windows.numel(), "calibrating", unit="tok") as bar:
+        last = len(linears) - 1  # nothing needs the outputs of the last block
+        passes = len(linears) + last * propagate_pruned
+        with self.console.progress(passes * self.windows.numel(), "calibrating", unit="tok") as bar:
             for index, of_block in enumerate(linears):
+                keep = index < last and not propagate_pruned
                 with anatomy.at_hand(index):
-                    with _observing(anatomy.blocks[index], of_block, wanted) as statistics:
-                        self._forward(stream, index, bar, keep=not propagate_pruned)
+                    with _observing(anatomy.blocks[index], of_block, wanted, stop=not keep) as statistics:
+                        self._forward(stream, index, bar, keep)
                     yield _seen(statistics)
-                    if propagate_pruned:
+                    if propagate_pruned and index < last:
                         self._forward(stream, index, bar, keep=True)
 
     def _forward(self, stream: BlockStream, block: int, bar: Any, keep: bool) -> None:
+        device = stream.states[0].device.type
         for number in range(len(stream.states)):
-            out = stream.output(block, number)
-            if keep:
-                stream.states[number] = out
-            bar.update(out.shape[0] * out.shape[1])
+            with torch.autocast(device, torch.bfloat16, enabled=self.bfloat16):
+                if keep:
+                    stream.states[number] = stream.output(block, number)
+                else:
+                    stream.look(block, number)
+            bar.update(stream.states[number].shape[:2].numel())
 
     @cached_property
     def _of(self) -> dict[str, Any]:
         """What a statistic of the dense model depends on beside it."""
         n, seq_len = self.windows.shape
         text = {"tokens_sha256": sha256(self.windows), "n_samples": n, "seq_len": seq_len}
-        return {**text, "batch_size": self.batch_size, "propagate": "dense"}
+        return {**text, "batch_size": self.batch_size, "propagate": "dense", "bfloat16": self.bfloat16}
 
     def remember(
         self, anatomy: Anatomy, kind: str, of: dict[str, Any], modules: tuple[str, ...], compute: Callable[[], Any]
@@ -156,22 +163,32 @@ def block_influence(pairs: Any) -> float:
 
 @contextmanager
 def _observing(
-    block: nn.Module, linears: list[tuple[str, Any]], needs: frozenset[str]
+    block: nn.Module, linears: list[tuple[str, Any]], needs: frozenset[str], stop: bool
 ) -> Iterator[dict[str, InputStatistics]]:
-    """Statistics by name of Linear, gathered while `block` runs; Linears that are given one tensor share them."""
+    """Statistics by name of Linear, gathered while `block` runs; Linears that are given one tensor share them.
+
+    stop: ends a call of the block before the last of its Linears multiplies: only the inputs were wanted.
+    """
     statistics: dict[str, InputStatistics] = {}
     of_this_call: list[tuple[Tensor, InputStatistics]] = []
+    waiting: set[str] = set()
+
+    def begin(*_: Any) -> None:
+        of_this_call.clear()
+        waiting.update(name for name, _ in linears)
 
     def look(name: str, rows: Tensor) -> None:
-        for other, known in of_this_call:
-            if other is rows:
-                statistics[name] = known
-                return
-        mine = statistics.setdefault(name, InputStatistics(needs))
-        of_this_call.append((rows, mine))
-        mine.add(rows.reshape(-1, rows.shape[-1]))
+        known = next((known for other, known in of_this_call if other is rows), None)
+        if known is None:
+            known = statistics.setdefault(name, InputStatistics(needs))
+            of_this_call.append((rows, known))
+            known.add(rows.reshape(-1, rows.shape[-1]))
+        statistics[name] = known
+        waiting.discard(name)
+        if stop and not waiting:
+            raise ReachedError
 
-    hooks = [block.register_forward_pre_hook(lambda *_: of_this_call.clear())]
+    hooks = [block.register_forward_pre_hook(begin)]
     for name, linear in linears:
         hooks.append(linear.register_forward_pre_hook(lambda _, args, name=name: look(name, args[0])))
     try:

@@ -11,6 +11,7 @@ from prune_lab.pruning.thresholds import Thresholds
 
 NEEDS = ("input_norm", "variance", "gram")
 GRADIENTS = ("saliency", "saliency2")  # of the whole model's loss: prune_lab/pruning/gradients.py
+PANEL = 256  # columns of a gram matrix that are computed at once, from the diagonal on: the rest is their mirror
 
 
 def _no_generator() -> torch.Generator:
@@ -51,14 +52,22 @@ class InputStatistics:
     def add(self, rows: Tensor) -> None:
         """Takes in activations of shape (tokens, in)."""
         rows = rows.float()
-        if "input_norm" in self._needs:
-            squares = rows.square().sum(0)
-            self._squares = squares if self._squares is None else self._squares + squares
-        if "variance" in self._needs:
-            self._add_moments(rows)
-        if "gram" in self._needs:
-            self._gram = rows.T @ rows if self._gram is None else self._gram.addmm_(rows.T, rows)
+        with torch.autocast(rows.device.type, enabled=False):
+            if "input_norm" in self._needs:
+                squares = rows.square().sum(0)
+                self._squares = squares if self._squares is None else self._squares + squares
+            if "variance" in self._needs:
+                self._add_moments(rows)
+            if "gram" in self._needs:
+                self._add_gram(rows)
         self._tokens += len(rows)
+
+    def _add_gram(self, rows: Tensor) -> None:
+        if self._gram is None:
+            self._gram = rows.new_zeros(rows.shape[1], rows.shape[1])
+        for first in range(0, rows.shape[1], PANEL):
+            panel = rows[:, first : first + PANEL]
+            self._gram[first : first + PANEL, first:].addmm_(panel.T, rows[:, first:])
 
     def _add_moments(self, rows: Tensor) -> None:
         """Welford's update, a batch at a time (Chan, Golub & LeVeque, 1979)."""
@@ -78,5 +87,5 @@ class InputStatistics:
             input_norm=None if self._squares is None else self._squares.sqrt(),
             mean=self._mean,
             variance=None if self._deviations is None else self._deviations / max(1, self._tokens - 1),
-            gram=self._gram,
+            gram=None if self._gram is None else self._gram.triu() + self._gram.triu(1).T,
         )

@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from prune_lab.checks import check_autocast
 from prune_lab.recovery.base import Recovery, Training
 from prune_lab.recovery.train import train
-
-AUTOCAST = ("auto", "bfloat16", "none")
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,7 @@ class Finetune(Recovery):
                 raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1)")
         if not self.clip_norm > 0:
             raise ValueError(f"clip_norm={self.clip_norm} must be above 0")
-        if self.autocast not in AUTOCAST:
-            raise ValueError(f"autocast={self.autocast!r} is none of {', '.join(AUTOCAST)}")
+        check_autocast(self.autocast)
         if self.accumulate < 1 or self.accumulate > self.batch_size:
             raise ValueError(f"accumulate={self.accumulate} must be from 1 to batch_size={self.batch_size}")
         if self.checkpoint_every < 1:

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from prune_lab.device import Device, native_bfloat16
+from prune_lab.device import uses_bfloat16
 from prune_lab.errors import Refused
 from prune_lab.recovery import checkpoint
 from prune_lab.recovery.base import Training
@@ -58,7 +58,7 @@ class _Loop:
             )
         self.order = WindowOrder(stream, training.seq_len, batch_size, training.seed)
         self.rewinder = Rewinder(training.rewind, training.events, recipe.steps, training.seed)
-        self.bfloat16 = uses_autocast(recipe.autocast, training.device)
+        self.bfloat16 = uses_bfloat16(recipe.autocast, training.device.torch_device)
         self.autocast = torch.autocast(training.device.torch_device.type, torch.bfloat16, enabled=self.bfloat16)
         self.start = self._begin()
         model.train()
@@ -187,11 +187,6 @@ class _Loop:
             checkpoint.save(self.training.checkpoint, step, *state, kept=kept, best=best, writes=writes)
         except (OSError, SafetensorError) as error:  # a full disk, say: the training itself does not need it
             self.training.say(f"no checkpoint at step {step}: {error}")
-
-
-def uses_autocast(setting: str, device: Device) -> bool:
-    """Whether to compute in bfloat16: where it pays, that is where the hardware multiplies it."""
-    return native_bfloat16(device.torch_device) if setting == "auto" else setting == "bfloat16"
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from prune_lab.checks import check_autocast
 from prune_lab.text.corpus import Corpus
 
 SOURCES = ("own", "stdlib", "text", "wikitext2", "c4")
@@ -17,6 +18,7 @@ class Calibration:
     source: "own", the dataset's own calibration split (apart from its training text); or the name of another dataset.
     name: where that one lies: a Hub repository or a local folder in its layout, or the path of a "text".
     propagate: whether blocks are calibrated behind "pruned" or "dense" ones.
+    autocast: whether blocks multiply in bfloat16 while their inputs are observed, whatever the number type of the run.
     """
 
     n_samples: int = 128
@@ -25,6 +27,7 @@ class Calibration:
     name: str | None = None
     propagate: str = "pruned"
     batch_size: int = 16
+    autocast: str = "none"
 
     def __post_init__(self) -> None:
         if self.n_samples < 1:
@@ -43,6 +46,7 @@ class Calibration:
             raise ValueError(f"propagate={self.propagate!r} is none of {', '.join(PROPAGATE)}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+        check_autocast(self.autocast)
 
 
 @dataclass(frozen=True)
