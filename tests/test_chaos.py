@@ -21,7 +21,7 @@ import pytest
 from conftest import ROOT
 from safetensors import safe_open
 from test_tracking import Stored, read_store
-from warm import start_module
+from warm import give_store, start_module
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -98,6 +98,7 @@ class Undisturbed:
 
 def undisturbed(start: Start, arguments: list[str], place: Path) -> Undisturbed:
     """Runs the sweep to its end."""
+    give_store(place)
     began = time.monotonic()
     assert start(arguments, place, place / "log").wait(PATIENCE) == 0, (place / "log").read_text()
     seconds = time.monotonic() - began
@@ -114,6 +115,8 @@ def undisturbed(start: Start, arguments: list[str], place: Path) -> Undisturbed:
 def disturb(start: Start, arguments: list[str], place: Path, kills: int, seconds: float, rng: random.Random) -> int:
     """Kills the sweep up to `kills` times and lets it come to its end; returns how often it was killed."""
     killed, numbers = 0, 0
+    if rng.random() < 0.5:  # else it is killed while it makes its store, too
+        give_store(place)
     while True:
         log = place / f"log{numbers}"
         numbers += 1

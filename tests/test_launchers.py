@@ -22,7 +22,7 @@ import yaml
 from conftest import ROOT
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from warm import run_module
+from warm import give_store, run_module
 
 # MLflow 3's own models use a deprecated part of SQLAlchemy, which says so when a store is first opened.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
@@ -75,6 +75,7 @@ class Lab:
         # Relative paths: a job must find them wherever its process was started.
         (place / "model").symlink_to(folder)
         (place / "corpus").symlink_to(corpus)
+        give_store(place)
         self.small = [
             "model=hf", "model.name=model", "dataset=text", "dataset.path=corpus", "dataset.seq_len=32",
             "measure=quality_only", "measure.max_windows=8", "device=cpu",
@@ -90,8 +91,6 @@ class Lab:
 
     def runs(self) -> list[Run]:
         """All runs of the store."""
-        if not (self.place / "mlflow.db").exists():
-            return []
         client = MlflowClient(f"sqlite:///{self.place / 'mlflow.db'}")
         experiment = client.get_experiment_by_name("prune_lab")
         return client.search_runs([experiment.experiment_id]) if experiment else []

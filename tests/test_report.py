@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from mlflow import MlflowClient
-from warm import run_module
+from warm import give_store, run_module
 
 from prune_lab import comparison
 from prune_lab.axes import axis
@@ -394,7 +394,9 @@ def track(name: str, summary: Summary, folder: Path, sweep: Path | None = None) 
 @pytest.fixture(scope="module")
 def store_of_module(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A store that the tests share, since making one takes seconds; each has an experiment of its own."""
-    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'own.db'}"
+    place = tmp_path_factory.mktemp("store")
+    give_store(place)
+    return f"sqlite:///{place / 'mlflow.db'}"
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from conftest import ROOT
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from safetensors.torch import load_file, save_file
-from warm import run_module
+from warm import give_store, run_module
 
 from prune_lab import __main__ as program
 from prune_lab import sweep
@@ -244,6 +244,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, folder: Path, corpus: Path) 
         "measure=quality_only", "measure.max_windows=8",
     ]  # fmt: skip
     own = {"PRUNE_LAB_CACHE": str(place / "cache"), "MLFLOW_TRACKING_URI": None}
+    give_store(place)
     result = Story({}, {})
     for name, overrides in {
         "sweep": ["amount=0.2,0.4", "hydra.sweep.dir=sweep", "-m"],

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from warm import run_module
+from warm import give_store, run_module
 
 from prune_lab import __version__, comparison
 from prune_lab.comparison import Row, speedup
@@ -98,6 +98,7 @@ def run_sweep(place: Path, folder: Path, corpus: Path, *overrides: str) -> Sweep
         "device=cpu", "measure=quick", "measure.max_windows=8", "measure.prompt_tokens=16", "measure.decode_tokens=2",
     ]  # fmt: skip
     own = {"PRUNE_LAB_CACHE": str(place / "cache"), "MLFLOW_TRACKING_URI": None}
+    give_store(place)
     return Sweep(place, run_module("prune_lab", [*small, *overrides, "-m"], place, **own))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Cli
 from safetensors.torch import load_file, save_file
-from warm import Running, start_module
+from warm import Running, give_store, start_module
 
 from prune_lab.tracking.links import how_to_look
 from prune_lab.tracking.ownership import BORN, HOST, PID, is_alive, owner_tags
@@ -87,6 +87,8 @@ STOPS = {
 def stopped(tmp_path_factory: pytest.TempPathFactory, folder: Path, corpus: Path) -> dict[str, Stopped]:
     """Real processes, all at once, each stopped as soon as its store shows that it trains."""
     places = {name: tmp_path_factory.mktemp("stopped") for name in STOPS}
+    for place in places.values():
+        give_store(place)
     processes = {name: start_training(place, folder, corpus, *STOPS[name][1]) for name, place in places.items()}
     done: dict[str, Stopped] = {}
     try:
