@@ -19,7 +19,7 @@ def run_name(summary: Summary) -> str:
 def params_of(summary: Summary) -> dict[str, Any]:
     """The few, telling parameters: chosen options, amount, seed, device, and the chosen options' own keys."""
     config = summary.config
-    params = {group: summary.choices.get(group) for group in ("model", "dataset", *_GROUPS)}
+    params: dict[str, Any] = {group: summary.choices.get(group) for group in ("model", "dataset", *_GROUPS)}
     params |= {"amount": _amount(config), "seed": config["seed"]}
     params |= {"dtype": summary.protocol["dtype"], "device": summary.protocol["device"]}
     for group in _GROUPS:
