@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_skipped_and_what_fails_is_not_the_end(gpu: Any, ra
     assert stages.attempt("tiny", "slow", 1e4, lambda: 1) is None  # expected at 30 times its floor
     assert stages.attempt("tiny", "broken", 1e-9, lambda: fail(RuntimeError("out of memory\nmore"))) is None
     assert stages.attempt("tiny", "refused", 1e-9, lambda: fail(Refused("not here"))) is None
-    assert stages.attempt("tiny", "good", 1e-12, lambda: 1).result == 1
+    assert stages.attempt("tiny", "good", 1e-15, lambda: 1).result == 1
     assert stages.attempt("tiny", "good", 1e-3, lambda: 1) is None  # it was seen to take many times its floor
     notes = [row.note for row in stages.rows]
     assert notes[0].startswith("skipped: 300000 s expected, ")

@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.nn.functional import linear
 
 from prune_lab.device import Device
 
@@ -73,9 +74,9 @@ class Rates:
     def __str__(self) -> str:
         """On one line."""
         products = {"bfloat16": self.bfloat16, "tf32": self.tf32, "float32": self.float32}
-        named = ", ".join(f"{name} {rate / 1e12:,.2f}" for name, rate in products.items())
+        named = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in products.items())
         return (
-            f"memory {self.moved / 1e9:,.0f} GB/s, from the host {self.from_host / 1e9:,.0f} GB/s, "
+            f"memory {self.moved / 1e9:.3g} GB/s, from the host {self.from_host / 1e9:.3g} GB/s, "
             f"products in TFLOP/s: {named}"
         )
 
@@ -195,7 +196,7 @@ def measure_rates(device: Device) -> Rates:
         matrix, before = torch.randn(width, width, device=place, dtype=dtype), torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(precision)
         try:
-            return 2 * width**3 / _median_s(lambda: matrix @ matrix, device)
+            return 2 * width**3 / _median_s(lambda: linear(matrix, matrix), device)
         finally:
             torch.set_float32_matmul_precision(before)
 

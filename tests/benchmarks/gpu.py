@@ -206,8 +206,8 @@ def main(shapes: Sequence[str], device: str, budget: float, place: Path | None) 
     print(HEADER)
     for name in shapes:
         Case(stages, name, load).in_memory()
-        gc.collect()
         if on.is_cuda:
+            gc.collect()
             torch.cuda.empty_cache()
     if place is not None:
         Case(stages, shapes[0], load).streamed(place)

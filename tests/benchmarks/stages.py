@@ -87,11 +87,11 @@ class Stages:
         if expected > left:
             self.add(Row(shape, stage, note=f"skipped: {expected:.0f} s expected, {max(0, left):.0f} s left"))
             return None
-        gc.collect()
         place, is_cuda = self.device.torch_device, self.device.is_cuda
         try:
             self.device.synchronize()
             if is_cuda:
+                gc.collect()
                 torch.cuda.reset_peak_memory_stats(place)
             began = time.perf_counter()
             result = work()
