@@ -14,7 +14,7 @@ from prune_lab.methods.base import LayerRow, Method, Pruned
 from prune_lab.models.anatomy import Anatomy, out_in
 from prune_lab.pruning import allocation, scores, sensitivity
 from prune_lab.pruning.calibration import Calibrator
-from prune_lab.pruning.masks import Masks
+from prune_lab.pruning.masks import Masks, clear
 from prune_lab.pruning.selection import Pattern, count_to_remove, keep_global, keep_layer, keep_pattern, keep_rows
 from prune_lab.pruning.statistics import GRADIENTS, Seen
 from prune_lab.pruning.thresholds import Thresholds
@@ -136,7 +136,7 @@ class WeightMethod(Method):
             (keep,) = seen.thresholds.keep([values], amount)
         else:
             keep = keep_layer(values, amount)
-        out_in(linear, linear.weight).masked_fill_(~keep, 0)
+        clear(out_in(linear, linear.weight), keep)
         return keep
 
     def _walk(
