@@ -196,8 +196,8 @@ def _construct(cls: type, values: dict[str, Any], prefix: str) -> Any:
 
 def _construct_part(cls: Any, value: Any, key: str) -> None:
     if not isinstance(value, dict):
-        keys = ", ".join(f"{key}.{f.name}" for f in dataclasses.fields(cls))
-        raise Refused(f"{key}={value!r} is not one value: give {keys}")
+        keys = ", ".join(f.name for f in dataclasses.fields(cls))
+        raise Refused(f"{key}={value!r} is not one value: give {key}.KEY, where KEY is one of {keys}")
     _construct(cls, value, f"{key}.")
 
 
