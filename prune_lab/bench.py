@@ -40,7 +40,10 @@ from prune_lab.text.tokens import JOIN, Tokens, sha256
 
 @dataclass(frozen=True)
 class Figures:
-    """What is measured of one model by itself; memory_mb is None where it was not asked for."""
+    """What is measured of one model by itself.
+
+    memory_mb: peak memory in MB (10^6 bytes), None where it was not asked for. tasks: the scores of each task by name.
+    """
 
     quality: Quality
     size: Size

@@ -76,7 +76,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything a run is made of: built and validated, nothing loaded."""
+    """Everything a run is made of: built and validated, nothing loaded.
+
+    Each field is the object of the group's chosen option, of the kind that `_KINDS` names.
+    """
 
     settings: Settings
     model: Any
@@ -193,8 +196,8 @@ def _construct(cls: type, values: dict[str, Any], prefix: str) -> Any:
 
 def _construct_part(cls: Any, value: Any, key: str) -> None:
     if not isinstance(value, dict):
-        keys = ", ".join(f"{key}.{f.name}" for f in dataclasses.fields(cls))
-        raise Refused(f"{key}={value!r} is not one value: give {keys}")
+        keys = ", ".join(f.name for f in dataclasses.fields(cls))
+        raise Refused(f"{key}={value!r} is not one value: give {key}.KEY, where KEY is one of {keys}")
     _construct(cls, value, f"{key}.")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from mlflow import MlflowClient
+from warm import give_store, run_module
 
 from prune_lab import comparison
 from prune_lab.axes import axis
@@ -107,9 +108,7 @@ def command(tmp_path: Path) -> Command:
     """Runs `python -m prune_lab.report ...` in the test's folder."""
 
     def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "prune_lab.report", *map(str, arguments)]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-        return subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        return run_module("prune_lab.report", list(map(str, arguments)), tmp_path, **environment)
 
     return run
 
@@ -394,7 +393,9 @@ def track(name: str, summary: Summary, folder: Path, sweep: Path | None = None) 
 @pytest.fixture(scope="module")
 def store_of_module(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A store that the tests share, since making one takes seconds; each has an experiment of its own."""
-    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'own.db'}"
+    place = tmp_path_factory.mktemp("store")
+    give_store(place)
+    return f"sqlite:///{place / 'mlflow.db'}"
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from conftest import ROOT
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from safetensors.torch import load_file, save_file
+from warm import give_store, run_module
 
 from prune_lab import __main__ as program
 from prune_lab import sweep
@@ -247,8 +248,8 @@ def story(tmp_path_factory: pytest.TempPathFactory, folder: Path, corpus: Path) 
         "model=hf", f"model.name={folder}", "dataset=text", f"dataset.path={corpus}", "dataset.seq_len=32",
         "measure=quality_only", "measure.max_windows=8",
     ]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PRUNE_LAB_CACHE": str(place / "cache"), "HF_HUB_OFFLINE": "1"}
-    env.pop("MLFLOW_TRACKING_URI", None)
+    own = {"PRUNE_LAB_CACHE": str(place / "cache"), "MLFLOW_TRACKING_URI": None}
+    give_store(place)
     result = Story({}, {})
     for name, overrides in {
         "sweep": ["amount=0.2,0.4", "hydra.sweep.dir=sweep", "-m"],
@@ -256,8 +257,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, folder: Path, corpus: Path) 
         "single": ["amount=0.4", "hydra.run.dir=single"],
         "anew": ["amount=0.4", "resume=false", "hydra.run.dir=anew"],
     }.items():
-        command = [sys.executable, "-m", "prune_lab", *small, *overrides]
-        done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, check=False)
+        done = run_module("prune_lab", [*small, *overrides], place, **own)
         assert done.stderr == ""
         where = next(o for o in overrides if o.startswith("hydra.")).split("=")[1]
         result.ended[name] = Ended(done.returncode, done.stdout, place / where)

@@ -9,6 +9,7 @@ import torch
 
 from prune_lab.pruning import cuts as cutting
 from prune_lab.pruning.cuts import Counts, cuts
+from prune_lab.pruning.masks import clear
 from prune_lab.pruning.selection import (
     Pattern,
     count_to_remove,
@@ -159,3 +160,16 @@ def test_masks_nest_across_amounts() -> None:
 def test_a_wrong_pattern_is_refused(text: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Pattern.parse(text)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_is_cleared_is_plus_zero_whatever_stood_there(dtype: torch.dtype, transposed: bool) -> None:
+    """And what is kept stays to the bit: NaN, infinities, negative zero."""
+    odd = torch.tensor([[1.5, -2.0, float("nan")], [float("inf"), -float("inf"), -0.0]], dtype=dtype)
+    for keep in (torch.tensor([[True, False, True], [False, True, True]]), torch.zeros(2, 3, dtype=torch.bool)):
+        weight = odd.T.contiguous().T if transposed else odd.clone()
+        clear(weight, keep)
+        bits, before = weight.contiguous().view(torch.uint8).view(2, 3, -1), odd.view(torch.uint8).view(2, 3, -1)
+        assert torch.equal(bits[keep], before[keep])
+        assert not bits[~keep].any()

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Cli
 from safetensors.torch import load_file, save_file
+from warm import Running, give_store, start_module
 
 from prune_lab.summary import Summary
 from prune_lab.tracking.links import how_to_look
@@ -88,6 +89,8 @@ STOPS = {
 def stopped(tmp_path_factory: pytest.TempPathFactory, folder: Path, corpus: Path) -> dict[str, Stopped]:
     """Real processes, all at once, each stopped as soon as its store shows that it trains."""
     places = {name: tmp_path_factory.mktemp("stopped") for name in STOPS}
+    for place in places.values():
+        give_store(place)
     processes = {name: start_training(place, folder, corpus, *STOPS[name][1]) for name, place in places.items()}
     done: dict[str, Stopped] = {}
     try:
@@ -97,10 +100,11 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, folder: Path, corpus: Path
                 if trains(store):
                     before = read_store(store)
                     process.send_signal(STOPS[name][0])
-                    stderr = process.communicate(timeout=PATIENCE)[1]
-                    done[name] = Stopped(places[name], before, process.returncode, stderr)
+                    code = process.wait(PATIENCE)
+                    assert code is not None, f"{name} did not end it"
+                    done[name] = Stopped(places[name], before, code, (places[name] / "stderr").read_text())
                 else:
-                    assert process.poll() is None, process.communicate()
+                    assert process.poll() is None, (places[name] / "stderr").read_text()
             if len(done) == len(processes):
                 return done
             time.sleep(0.1)
@@ -108,27 +112,16 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, folder: Path, corpus: Path
     finally:
         for process in processes.values():
             process.kill()
-            process.communicate()
 
 
-def start_training(place: Path, folder: Path, corpus: Path, *overrides: str) -> subprocess.Popen[str]:
+def start_training(place: Path, folder: Path, corpus: Path, *overrides: str) -> Running:
     """Starts a training without end, on one thread, that logs and is on record in the default store."""
     small = [
         "model=hf", f"model.name={folder}", "dataset=text", f"dataset.path={corpus}", "dataset.seq_len=32",
         "measure=quality_only", "recovery=finetune", "recovery.steps=100000", "recovery.autocast=none",
     ]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PRUNE_LAB_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"}
-    env.pop("MLFLOW_TRACKING_URI", None)
-    return subprocess.Popen(
-        [sys.executable, "-m", "prune_lab", *small, *overrides],
-        cwd=place,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Tests that run in the background of a shell ignore Ctrl-C, and so would their children.
-        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
-    )
+    own = {"PRUNE_LAB_CACHE": str(place / "cache"), "MLFLOW_TRACKING_URI": None}
+    return start_module("prune_lab", [*small, *overrides], place, [place / "stdout", place / "stderr"], **own)
 
 
 def trains(store: Path) -> bool:

@@ -17,6 +17,7 @@ from conftest import ROOT, Cli
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from warm import give_store
 
 from prune_lab import launch
 from prune_lab.device import numbered
@@ -108,6 +109,7 @@ def test_a_sweep_of_two_processes_is_recorded_once_and_found_again(small: list[s
         "amount=0.3,0.5",
         f"hydra.sweep.dir={tmp_path / 'sweep'}",
     ]
+    give_store(tmp_path)
     done = together(tmp_path, *arguments)
     assert done.returncode == 0, done.stderr
     client = MlflowClient("sqlite:///" + str(tmp_path / "mlflow.db"))

@@ -15,7 +15,7 @@ from prune_lab.models.anatomy import Anatomy, out_in
 from prune_lab.pruning import allocation, scores, sensitivity
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.cuts import Counts
-from prune_lab.pruning.masks import Masks
+from prune_lab.pruning.masks import Masks, clear
 from prune_lab.pruning.selection import Pattern, count_to_remove, keep_global, keep_layer, keep_pattern, keep_rows
 from prune_lab.pruning.statistics import GRADIENTS, Seen
 
@@ -134,7 +134,7 @@ class WeightMethod(Method):
             keep = keep_rows(values, count_to_remove(values.shape[1], amount))
         else:
             keep = keep_layer(values, amount, seen.counts)
-        out_in(linear, linear.weight).masked_fill_(~keep, 0)
+        clear(out_in(linear, linear.weight), keep)
         return keep
 
     def _walk(

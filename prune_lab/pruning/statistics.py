@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -38,6 +40,22 @@ class Seen:
     counts: Counts | None = None
 
 
+@contextmanager
+def _tf32(wanted: bool) -> Iterator[None]:
+    """Within it, if wanted, a GPU multiplies float32 matrices in TF32, on its tensor cores, and adds in float32.
+
+    TF32 holds every bit of a number that was bfloat16 or float16: the products are exact.
+    """
+    before = torch.get_float32_matmul_precision()
+    if wanted:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        if wanted:
+            torch.set_float32_matmul_precision(before)
+
+
 class InputStatistics:
     """Running statistics of one input, float32, fed with rows of activations; only what `needs` names is kept."""
 
@@ -51,7 +69,7 @@ class InputStatistics:
 
     def add(self, rows: Tensor) -> None:
         """Takes in activations of shape (tokens, in)."""
-        rows = rows.float()
+        narrow, rows = rows.dtype in (torch.bfloat16, torch.float16), rows.float()
         with torch.autocast(rows.device.type, enabled=False):
             if "input_norm" in self._needs:
                 squares = rows.square().sum(0)
@@ -59,7 +77,8 @@ class InputStatistics:
             if "variance" in self._needs:
                 self._add_moments(rows)
             if "gram" in self._needs:
-                self._add_gram(rows)
+                with _tf32(narrow and rows.is_cuda):
+                    self._add_gram(rows)
         self._tokens += len(rows)
 
     def _add_gram(self, rows: Tensor) -> None:
