@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 import signal
 import statistics
 from dataclasses import asdict
@@ -21,22 +20,14 @@ from transformers import AutoModelForCausalLM
 
 from prune_lab import __main__ as program
 from prune_lab import cache_command, config, sync
-from prune_lab.axes import axis
-from prune_lab.bench import Figures
 from prune_lab.console import Console
 from prune_lab.export import save_model
-from prune_lab.figures import compare, compute_figures
 from prune_lab.measure.batch_size import Trial, suggest
-from prune_lab.measure.energy import Energy
-from prune_lab.measure.macs import Macs
 from prune_lab.measure.memory import measure_memory
 from prune_lab.measure.perplexity import Quality, measure_quality
 from prune_lab.measure.settings import Measure
-from prune_lab.measure.size import Size, measure_size
-from prune_lab.measure.speed import Latency, Paired, measure_latency
-from prune_lab.measure.timing import Timings
-from prune_lab.methods.base import Pruned
-from prune_lab.methods.magnitude import Magnitude
+from prune_lab.measure.size import measure_size
+from prune_lab.measure.speed import Paired, measure_latency
 from prune_lab.models import loss
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.models.loss import window_losses
@@ -122,28 +113,6 @@ def test_a_subcommand_that_is_interrupted_says_so_in_one_line(
         monkeypatch.setattr(module, name, interrupted)
         assert program._run([command]) == 130
         assert capsys.readouterr().err == "prune_lab: interrupted\n"
-
-
-# Every figure has a direction, or is known to have none.
-
-NO_DIRECTION = {"tasks/task_n", "tasks/task_truncated", "tasks/task_acc_stderr"}  # counts, and an error bar
-
-
-def test_every_metric_has_a_better_direction_or_is_known_to_have_none() -> None:
-    """All that a run can have: what is not here could be no axis with a front, objective or bound."""
-    latency = Latency(*(Paired(torch.ones(10), torch.ones(10)) for _ in range(2)))
-    timings = Timings(latency, latency, {(4, 128): latency}, Energy(1.0, 1.0))
-    scores = dict.fromkeys(("acc", "acc_norm", "acc_stderr", "n", "truncated"), 1.0)
-    of_model = Figures(Quality(2.0, 1.0), Size(1, 1, 1.0, 1.0), 1.0, {"task": scores})
-    metrics = compare(Magnitude(), of_model, of_model, timings, Pruned()) | compute_figures(Macs(1, 1), Macs(1, 1))
-    names = {name for name in metrics if "/dense_" not in name}
-    assert {"latency/prefill_speedup_b4_l128_low", "compute/macs_per_token", "energy/joules_per_token"} <= names
-    assert {name for name in names if axis(name).better is None} == NO_DIRECTION
-    for name in names - NO_DIRECTION:
-        higher = re.search(r"_speedup|reduction|amount/|per_s$|_acc", name)
-        assert axis(name).better == ("higher" if higher else "lower"), name
-    assert axis("latency/decode_ms_per_token_p50_b4_l128").better == "lower"
-    assert axis("tasks/x_b4_l128_of_mine").better is None
 
 
 @pytest.mark.parametrize("limit", [1, 300, 1000, 7 * 300])
