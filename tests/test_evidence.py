@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import itertools
+from pathlib import Path
 
 import pytest
-from conftest import CPU
+from conftest import CPU, ROOT
 from test_methods import method
 
 from prune_lab.console import Console
 from prune_lab.measure.perplexity import measure_quality
 from prune_lab.models.anatomy import Anatomy
-from prune_lab.models.load import Loaded, Tiny
+from prune_lab.models.load import HubModel, Loaded, ModelSource, Tiny
 from prune_lab.pruning.calibration import Calibrator
+from prune_lab.text.files import TextFiles
+from prune_lab.text.source import TextSource
 from prune_lab.text.stdlib import Stdlib
 from prune_lab.text.tokens import Tokens
 
@@ -21,13 +24,14 @@ QUIET = Console(quiet=True)
 
 
 class Lab:
-    """The shipped model, 32 windows of its calibration text and 30 test windows."""
+    """A model, 32 windows of its calibration text and 30 test windows."""
 
-    def __init__(self) -> None:
-        self.dense: Loaded = Tiny().load(CPU, seed=0)
-        self.tokens = Tokens(Stdlib().corpus(), self.dense.tokenizer)
+    def __init__(self, model: ModelSource, text: TextSource) -> None:
+        self.dense: Loaded = model.load(CPU, seed=0)
+        self.tokens = Tokens(text.corpus(), self.dense.tokenizer)
         self.calibrator = Calibrator(self.tokens.calibration_windows(32, 256, seed=0)[0])
-        self.windows = self.tokens.windows("test", 256)[::20][:30]
+        windows = self.tokens.windows("test", 256)
+        self.windows = windows[:: max(1, len(windows) // 30)][:30]
 
     def perplexity(self, option: str, amount: float = 0.6, **keys: object) -> float:
         model = copy.deepcopy(self.dense.model)
@@ -36,14 +40,32 @@ class Lab:
         return measure_quality(model, self.windows, per_token, 16, CPU, QUIET).perplexity
 
 
+def lab_of(model: ModelSource, text: TextSource, cache: Path) -> Lab:
+    with pytest.MonkeyPatch.context() as place:
+        place.setenv("PRUNE_LAB_CACHE", str(cache))
+        return Lab(model, text)
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    place = pytest.MonkeyPatch()
-    place.setenv("PRUNE_LAB_CACHE", str(tmp_path_factory.mktemp("cache")))
-    try:
-        return Lab()
-    finally:
-        place.undo()
+    """The shipped model and its text."""
+    return lab_of(Tiny(), Stdlib(), tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """A Llama that others trained (TinyStories-656K) and text of its kind."""
+    place = ROOT.parent / "shared" / "data" / "tinystories-656k"
+    if not place.is_dir():
+        pytest.skip("the checkpoint TinyStories-656K does not lie beside this project")
+    text = TextFiles(path=str(place / "stories.txt"))
+    return lab_of(HubModel(name=str(place)), text, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.parametrize("amount", [0.5, 0.6, 0.7])
+def test_on_a_checkpoint_of_others_the_order_is_the_published_one(stories: Lab, amount: float) -> None:
+    found = [stories.perplexity(option, amount) for option in ("sparsegpt", "wanda", "magnitude", "random")]
+    assert all(a < b for a, b in itertools.pairwise(found)), found
 
 
 def test_at_0_6_sparsegpt_is_best_and_chance_is_worst(lab: Lab) -> None:

@@ -147,6 +147,8 @@ def draw(plot: Path, axes: dict[str, list[float]], found: dict[tuple[str, str], 
             first = found[question, METHODS[-1]][0][key]
             axis.loglog(xs, [first * x / xs[0] for x in xs], ":", color="gray", label="linear")
             axis.set(xlabel=question, ylabel=unit)
+            axis.set_xticks(xs, [f"{x:,.0f}" for x in xs], fontsize=8)
+            axis.xaxis.set_minor_formatter("")
     grid[0][0].legend()
     figure.savefig(plot, dpi=100)
 
