@@ -18,17 +18,22 @@ from prune_lab import config
 FOLDER = ROOT / "experiments"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 SHORT = ["recovery.steps=16", "recovery.batch_size=2", "recovery.validate_every=8", "recovery.validate_windows=2"]
+FEW_PAIRS = ["measure.prompt_tokens=16", "measure.decode_tokens=2", "measure.pairs=10"]
 # What makes each recipe short; a key given on the command line takes the place of that key in every grid.
 SHORTENED: dict[str, list[str]] = {
+    "allocation": ["amount=0.6", "dataset.calibration.n_samples=4"],
     "budget": ["hydra.sweeper.step=0.35"],
+    "depth_vs_width": ["amount=0.5", "dataset.calibration.n_samples=4", *SHORT, *FEW_PAIRS],
     "during_vs_after": SHORT,
-    "first_look": ["amount=0.5", "measure.prompt_tokens=16", "measure.decode_tokens=2", "measure.pairs=10"],
+    "first_look": ["amount=0.5", *FEW_PAIRS],
     "methods": ["amount=0.5", "seed=0", "dataset.calibration.n_samples=4"],
     "paper_wikitext2": ["method=magnitude,sparsegpt", "dataset.calibration.n_samples=4"],
     "parallel": ["amount=0.5", "method=magnitude,random", "measure=quality_only"],
     "prune_then_quantize": ["amount=0.4", "dataset.calibration.n_samples=4", "post.group_size=8", "method.round_to=8"],
     "ray": [],  # needs a cluster: tests/test_launchers.py
     "recover": SHORT,
+    "schedules": SHORT,
+    "scores_and_structures": ["dataset.calibration.n_samples=4"],
     "search": ["hydra.sweeper.n_trials=2", "dataset.calibration.n_samples=4", "post.group_size=8"],
     "sensitivity": ["dataset.calibration.n_samples=4"],
     "slurm": [],  # needs Slurm: tests/test_launchers.py runs it with submitit_local
@@ -71,7 +76,9 @@ def test_every_job_of_a_recipe_is_built(name: str) -> None:
 
 
 def first(value: Any) -> Any:
-    """The first of the values that are swept: of a list, choice(...), interval(...) or range(...)."""
+    """The first of the values that are swept: of a list, choice(...), interval(...) or range(...); or the one list."""
+    if isinstance(value, str) and re.fullmatch(r"\[[^\]]*\]", value):
+        return value
     if isinstance(value, str) and (found := re.match(r"(choice|interval|range)\((.*)\)$", value)):
         value = found[2]
     return value.split(",")[0] if isinstance(value, str) else value
