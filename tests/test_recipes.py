@@ -17,13 +17,14 @@ from prune_lab import config
 
 FOLDER = ROOT / "experiments"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-SHORT = ["recovery.steps=16", "recovery.batch_size=2", "recovery.validate_every=8", "recovery.validate_windows=2"]
+STEPS = ["recovery.steps=16", "recovery.batch_size=2"]
+SHORT = [*STEPS, "recovery.validate_every=8", "recovery.validate_windows=2"]  # where recovery=none is not the first one
 FEW_PAIRS = ["measure.prompt_tokens=16", "measure.decode_tokens=2", "measure.pairs=10"]
 # What makes each recipe short; a key given on the command line takes the place of that key in every grid.
 SHORTENED: dict[str, list[str]] = {
     "allocation": ["amount=0.6", "dataset.calibration.n_samples=4"],
     "budget": ["hydra.sweeper.step=0.35"],
-    "depth_vs_width": ["amount=0.5", "dataset.calibration.n_samples=4", *SHORT, *FEW_PAIRS],
+    "depth_vs_width": ["amount=0.5", "dataset.calibration.n_samples=4", *STEPS, *FEW_PAIRS],
     "during_vs_after": SHORT,
     "first_look": ["amount=0.5", *FEW_PAIRS],
     "methods": ["amount=0.5", "seed=0", "dataset.calibration.n_samples=4"],
@@ -31,7 +32,7 @@ SHORTENED: dict[str, list[str]] = {
     "parallel": ["amount=0.5", "method=magnitude,random", "measure=quality_only"],
     "prune_then_quantize": ["amount=0.4", "dataset.calibration.n_samples=4", "post.group_size=8", "method.round_to=8"],
     "ray": [],  # needs a cluster: tests/test_launchers.py
-    "recover": SHORT,
+    "recover": STEPS,
     "schedules": SHORT,
     "scores_and_structures": ["dataset.calibration.n_samples=4"],
     "search": ["hydra.sweeper.n_trials=2", "dataset.calibration.n_samples=4", "post.group_size=8"],
