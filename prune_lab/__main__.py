@@ -13,9 +13,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from prune_lab import __version__, config, explain, interrupt, launch, recipes, remote, sweep, usage
+from prune_lab.errors import FAILED, INTERRUPTED, OK, REFUSED
 
-SUBCOMMANDS = {"cache": "prune_lab.cache_command", "sync": "prune_lab.sync"}  # first word: who answers, main(arguments)
-OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+SUBCOMMANDS = {  # first word: who answers, main(arguments)
+    "cache": "prune_lab.cache_command",
+    "suggest": "prune_lab.suggest",
+    "sync": "prune_lab.sync",
+}
 
 
 @hydra.main(version_base="1.3", config_path=config.CONF_DIR, config_name="config")
@@ -36,14 +40,14 @@ def main() -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    if arguments and arguments[0] in SUBCOMMANDS:
-        command: Callable[[list[str]], int] = importlib.import_module(SUBCOMMANDS[arguments[0]]).main
-        return command(arguments[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's refusals reach us as exceptions, to be shown in one line
     interrupt.end_on_signals()
-    config.register_schema()
     try:
+        if arguments and arguments[0] in SUBCOMMANDS:
+            command: Callable[[list[str]], int] = importlib.import_module(SUBCOMMANDS[arguments[0]]).main
+            return command(arguments[1:])
         explain.check_text(arguments)
+        config.register_schema()
         recipes.check(arguments)
         sys.argv[1:] = launch.for_this_process(usage.answer(arguments))
         _job()

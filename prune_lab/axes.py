@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,9 +24,9 @@ _BETTER: tuple[tuple[str, Direction], ...] = (
     ("bits_per_byte", "lower"),
     ("params/total", "lower"),
     ("params/nonzero", "lower"),
+    ("macs_per_token", "lower"),
+    ("joules_per_token", "lower"),
     ("_mb", "lower"),
-    ("_bytes", "lower"),
-    ("_ms", "lower"),
     ("_ms_p50", "lower"),
     ("_ms_p95", "lower"),
     ("_ms_per_token_p50", "lower"),
@@ -47,6 +48,7 @@ _TITLES = {
     "latency/decode_speedup": "decode speed-up",
     "throughput/decode_tokens_per_s": "decode (tokens per second)",
 }
+_SHAPE = re.compile(r"_b\d+_l\d+(?=$|_low$|_high$)")  # of one batch and length among several that were timed
 _MILLIONS = ("params/total", "params/nonzero")
 _LOGARITHMIC = ("quality/perplexity", "quality/perplexity_ratio")  # a bad run is many times a good one
 
@@ -64,7 +66,8 @@ class Axis:
 
 def axis(metric: str) -> Axis:
     """The axis of a metric, by its public name."""
-    better = next((direction for end, direction in _BETTER if metric.endswith(end)), None)
+    kind = _SHAPE.sub("", metric)
+    better = next((direction for end, direction in _BETTER if kind.endswith(end)), None)
     title = _TITLES.get(metric, metric)
     if better:
         title += f", {better} is better"

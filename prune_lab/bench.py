@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
@@ -18,6 +17,7 @@ from prune_lab.device import Device, uses_bfloat16
 from prune_lab.errors import Refused
 from prune_lab.export import save_dense
 from prune_lab.files import mark
+from prune_lab.fingerprint import digest_of
 from prune_lab.lock import locked
 from prune_lab.measure.macs import Macs, count_macs
 from prune_lab.measure.memory import measure_memory
@@ -37,18 +37,13 @@ from prune_lab.text.calibration import calibration_corpus
 from prune_lab.text.source import Calibration, TextSource
 from prune_lab.text.tokens import JOIN, Tokens, sha256
 
-_SOURCE_OF_FIGURES = tuple(
-    f"prune_lab.{name}"
-    for name in (
-        "measure.perplexity", "measure.size", "measure.tasks", "measure.task_setup", "measure.task_files",
-        "models.loss", "models.low_bits", "export", "bench",
-    )
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Figures:
-    """What is measured of one model by itself; memory_mb is None where it was not asked for."""
+    """What is measured of one model by itself.
+
+    memory_mb: peak memory in MB (10^6 bytes), None where it was not asked for. tasks: the scores of each task by name.
+    """
 
     quality: Quality
     size: Size
@@ -176,8 +171,7 @@ class Bench:
         anew in each sweep, since it is not the same to the last bit, and latency in each run, beside the compressed.
         """
         if self._baseline is None:
-            key = json.dumps([self.protocol, self.hashes], sort_keys=True)
-            name = f"baseline-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+            name = f"baseline-{digest_of([self.protocol, self.hashes])[:16]}.json"
             if sweep_folder is None:
                 self._baseline = self._measure_dense(console)
                 return self._baseline
@@ -204,7 +198,7 @@ class Bench:
                 for name in ("test_tokens_sha256", "seq_len", "windows", "batch_size", "tasks")
             }
             of["bytes_per_token"] = self.tokens.bytes_per_token("test")
-            figures = _figures(self.facts.value("baseline", of, _SOURCE_OF_FIGURES, lasting))
+            figures = _figures(self.facts.value("baseline", of, lasting))
             return replace(figures, memory_mb=self._memory(self.dense, folder, console))
 
 

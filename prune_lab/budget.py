@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import ceil, floor
 from typing import Any
 
 from prune_lab.axes import axis
@@ -82,7 +83,8 @@ class Candidate:
                 f"hydra.sweeper.low={self.low:g}, high={self.high:g}, step={self.step:g}: needed is 0 <= low < high < "
                 "1 and a step between 0 and high - low"
             )
-        first, last = round(self.low / self.step), round(self.high / self.step)
+        # Rounded, so that a multiple that misses an end by its last bits alone counts as that end.
+        first, last = ceil(round(self.low / self.step, 9)), floor(round(self.high / self.step, 9))
         # Multiples known to keep to the budget and not to, both just outside at first.
         self._good, self._bad = (first - 1, last + 1) if self.largest else (last + 1, first - 1)
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from prune_lab import explain, store
 from prune_lab.cache import cache_folder
 from prune_lab.console import Console
-from prune_lab.errors import Refused
+from prune_lab.errors import OK, REFUSED, Refused
 
 USAGE = """usage: prune-lab cache                what is kept, how much, and when it was last used
        prune-lab cache clear          throws out all that can be computed anew
@@ -43,8 +43,8 @@ def main(arguments: list[str]) -> int:
                 raise Refused(f"cache {' '.join(arguments)}: give nothing, clear, or clear KIND")
     except Refused as error:
         explain.to_stderr(str(error))
-        return 2
-    return 0
+        return REFUSED
+    return OK
 
 
 def _show() -> None:

@@ -1,4 +1,4 @@
-"""From Hydra's configuration to typed, validated objects: the only code that knows OmegaConf.
+"""From Hydra's configuration to typed, validated objects: where OmegaConf stops.
 
 Every option's YAML names a frozen dataclass of this package under `_target_`; its keys are that
 class's fields. `build` resolves the class, checks keys and types, and lets the class check the values.
@@ -76,7 +76,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything a run is made of: built and validated, nothing loaded."""
+    """Everything a run is made of: built and validated, nothing loaded.
+
+    Each field is the object of the group's chosen option, of the kind that `_KINDS` names.
+    """
 
     settings: Settings
     model: Any
@@ -129,17 +132,6 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
         container = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(container, dict)
     return {str(k): v for k, v in container.items()}
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted leaves of nested dictionaries, without `_target_`."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            leaves.update(flatten(value, f"{prefix}{key}."))
-        elif key != "_target_":
-            leaves[prefix + key] = value
-    return leaves
 
 
 def register_schema() -> None:
@@ -204,8 +196,8 @@ def _construct(cls: type, values: dict[str, Any], prefix: str) -> Any:
 
 def _construct_part(cls: Any, value: Any, key: str) -> None:
     if not isinstance(value, dict):
-        keys = ", ".join(f"{key}.{f.name}" for f in dataclasses.fields(cls))
-        raise Refused(f"{key}={value!r} is not one value: give {keys}")
+        keys = ", ".join(f.name for f in dataclasses.fields(cls))
+        raise Refused(f"{key}={value!r} is not one value: give {key}.KEY, where KEY is one of {keys}")
     _construct(cls, value, f"{key}.")
 
 

@@ -42,21 +42,29 @@ class Device:
 
 
 def resolve(device: str, dtype: str) -> Device:
-    """The device and number type that the keys `device` and `dtype` name; raises Refused."""
-    name = device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cuda" and launch.size() > 1:
-            name = f"cuda:{launch.local_rank()}"
+    """The device and number type that the keys `device` and `dtype` name; raises Refused.
+
+    A GPU has its number, and is from here on PyTorch's current one, by whose stream the timing goes, and nccl and FSDP.
+    """
+    name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        place = torch.device(name)
+        place = numbered(torch.device(name))
     except RuntimeError:
         place = None
     if place is None or place.type not in ("cpu", "cuda"):
         raise Refused(f"device={device!r} is none of auto, cpu, cuda, cuda:N")
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise Refused(f"device={device!r}: this machine has {torch.cuda.device_count()} CUDA devices; use device=auto")
+    if place.type == "cuda":
+        if place.index >= (count := torch.cuda.device_count()):
+            raise Refused(f"device={device!r}: this machine has {count} CUDA devices; use device=auto")
+        torch.cuda.set_device(place)
     return Device(place, _resolve_dtype(dtype, place))
+
+
+def numbered(place: torch.device) -> torch.device:
+    """The device with its number: a GPU that has none is the first one, or of several processes each has its own."""
+    if place.type != "cuda" or place.index is not None:
+        return place
+    return torch.device("cuda", launch.local_rank() if launch.size() > 1 else 0)
 
 
 def _resolve_dtype(dtype: str, place: torch.device) -> torch.dtype:

@@ -1,4 +1,6 @@
-"""Refused: the one error a user is meant to read."""
+"""Refused: the one error a user is meant to read; and the exit codes of every command (README)."""
+
+OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
 class Refused(ValueError):  # noqa: N818  (it reads as what happened: "Refused: amount=1.5 ...")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+from typing import NoReturn
 
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -35,6 +37,14 @@ def one_line(error: BaseException) -> str:
     if isinstance(cause, OmegaConfBaseException):
         return f"{cause.full_key}: {str(cause).splitlines()[0]}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's arguments; what is wrong with them is one line, as the rest of the program says it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises Refused for what argparse does not understand."""
+        raise Refused(f"{message}; see {self.prog} --help")
 
 
 def check_text(arguments: list[str]) -> None:

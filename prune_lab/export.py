@@ -20,8 +20,8 @@ from prune_lab.models.on_disk import stored_tensors, weights_on_disk
 from prune_lab.models.shards import lay_out
 
 
-def save_model(loaded: Loaded, folder: Path, card: str | None = None, storage: str = "dense") -> None:
-    """Writes safetensors, config, tokenizer and, if given, the model card; `folder` appears when all is there.
+def save_model(loaded: Loaded, folder: Path, storage: str = "dense") -> None:
+    """Writes safetensors, config and tokenizer; `folder` appears when all is there.
 
     `storage` is that of a post-compression (prune_lab/post/base.py).
     """
@@ -31,8 +31,6 @@ def save_model(loaded: Loaded, folder: Path, card: str | None = None, storage: s
         if storage == "bitmask":
             bitmask.compress_folder(half)
         loaded.tokenizer.save_pretrained(half)
-        if card is not None:
-            (half / "README.md").write_text(card, encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         half.rename(folder)

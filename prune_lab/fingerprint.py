@@ -8,8 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-# Keys that change where a result goes, not what it is.
-_NOT_PART = ("tracking", "name", "resume", "quiet", "objectives", "device", "dtype")
+PACKAGE = Path(__file__).parent
+# Keys that change where a result goes and what is done with it, not what it is.
+NO_FIGURE = ("tracking", "name", "resume", "quiet", "objectives", "export")
+_NOT_PART = (*NO_FIGURE, "device", "dtype")  # these two as they were decided: in the protocol
 # Where text, weights and tasks lie is not what they are: their hashes stand for them. Streamed, a model is the same.
 _PLACES = {
     "model": ("name", "revision", "stream"),
@@ -30,8 +32,7 @@ def fingerprint(config: dict[str, Any], protocol: dict[str, Any], hashes: dict[s
         if isinstance(part.get("calibration"), dict):
             part["calibration"] = _without(part["calibration"], (name,))
     whole = {"config": kept, "source": source_sha256(), "protocol": stamp, "hashes": hashes}
-    text = json.dumps(whole, sort_keys=True, allow_nan=False)
-    return text_sha256(text)
+    return digest_of(whole)
 
 
 def _without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -43,10 +44,19 @@ def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def digest_of(value: Any) -> str:
+    """sha256 of anything that JSON can hold, whatever the order of its keys."""
+    return text_sha256(json.dumps(value, sort_keys=True))
+
+
 @cache
-def source_sha256() -> str:
-    """sha256 over the package's Python files, so that a result of older code is not served for newer code."""
-    digest, package = hashlib.sha256(), Path(__file__).parent
-    for path in sorted(package.rglob("*.py")):
-        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+def source_sha256(*parts: str) -> str:
+    """sha256 over the package's Python files, so that a result of older code is not served for newer code.
+
+    parts: the folders and files of it that count; all by default.
+    """
+    digest = hashlib.sha256()
+    wanted = [PACKAGE / part for part in parts or ("",)]
+    for path in sorted({path for part in wanted for path in (part.rglob("*.py") if part.is_dir() else (part,))}):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -10,14 +10,13 @@ from typing import Any
 from prune_lab import explain, interrupt, launch, leftovers, out_of_memory
 from prune_lab.config import Parts
 from prune_lab.console import Console
-from prune_lab.errors import Refused
+from prune_lab.errors import FAILED, REFUSED, Refused
 from prune_lab.out_of_memory import OutOfMemory
 from prune_lab.place import Place
 from prune_lab.summary import Summary, read_summary
 from prune_lab.turns import machine
 
 log = logging.getLogger(__name__)
-FAILED, REFUSED = 1, 2
 _ASKED = 160  # characters of a job's overrides in a message
 
 

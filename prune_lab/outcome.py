@@ -10,18 +10,19 @@ from rich.table import Table
 
 from prune_lab.comparison import speedup
 from prune_lab.console import Console
+from prune_lab.figures import of_dense
 from prune_lab.summary import Summary
 
-_ROWS = (  # title, compressed, dense, format
-    ("perplexity", "quality/perplexity", "quality/dense_perplexity", ".3f"),
-    ("bits per byte", "quality/bits_per_byte", "quality/dense_bits_per_byte", ".4f"),
-    ("parameters", "params/total", "params/dense_total", ",.0f"),
-    ("non-zero parameters", "params/nonzero", "params/dense_total", ",.0f"),
-    ("multiply-accumulates per token", "compute/macs_per_token", "compute/dense_macs_per_token", ",.0f"),
-    ("on disk, MB", "size/disk_mb", "size/dense_disk_mb", ".2f"),
-    ("weights in memory, MB", "memory/weights_mb", "memory/dense_weights_mb", ".2f"),
-    ("peak memory, MB", "memory/peak_mb", "memory/dense_peak_mb", ".1f"),
-    ("energy, J per token", "energy/joules_per_token", "energy/dense_joules_per_token", ".4f"),
+_ROWS = (  # title, metric, format
+    ("perplexity", "quality/perplexity", ".3f"),
+    ("bits per byte", "quality/bits_per_byte", ".4f"),
+    ("parameters", "params/total", ",.0f"),
+    ("non-zero parameters", "params/nonzero", ",.0f"),
+    ("multiply-accumulates per token", "compute/macs_per_token", ",.0f"),
+    ("on disk, MB", "size/disk_mb", ".2f"),
+    ("weights in memory, MB", "memory/weights_mb", ".2f"),
+    ("peak memory, MB", "memory/peak_mb", ".1f"),
+    ("energy, J per token", "energy/joules_per_token", ".4f"),
 )
 _TIMED = (("prefill, ms (speed-up)", "prefill", "ms"), ("decode, ms per token (speed-up)", "decode", "ms_per_token"))
 
@@ -68,10 +69,12 @@ def _table(m: dict[str, float], tasks: list[dict[str, Any]]) -> Table:
     table = Table(title="dense -> compressed", title_justify="left", box=SIMPLE_HEAD)
     for name in ("", "dense", "compressed", "change"):
         table.add_column(name, justify="left" if not name else "right")
-    for title, after, before, form in _ROWS:
-        if after in m and before in m:
-            change = f"{m[after] / m[before] - 1:+.1%}" if m[before] else "-"
-            table.add_row(title, format(m[before], form), format(m[after], form), change)
+    dense_model = of_dense(m)
+    for title, name, form in _ROWS:
+        if name in m and name in dense_model:
+            before, after = dense_model[name], m[name]
+            change = f"{after / before - 1:+.1%}" if before else "-"
+            table.add_row(title, format(before, form), format(after, form), change)
     for task in tasks:
         name = f"{task['task']}_{task['metric']}"
         if {f"tasks/{name}", f"tasks/dense_{name}"} <= m.keys():

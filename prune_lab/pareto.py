@@ -11,7 +11,7 @@ from typing import Any
 from prune_lab.axes import Axis, axis
 from prune_lab.figures import dense_figures, of_dense
 from prune_lab.files import whole_file
-from prune_lab.series import Position
+from prune_lab.series import Position, place_on_line
 
 QUALITY = "quality/perplexity"
 SIZES = ("params/nonzero", "size/disk_mb")
@@ -60,7 +60,7 @@ def steps(points: list[Point]) -> list[list[Point]]:
     found: dict[str, list[Point]] = {}
     for point in points:
         found.setdefault(point.position.step, []).append(point)
-    return [found[step] for step in sorted(found, key=_place_on_line)]
+    return [found[step] for step in sorted(found, key=place_on_line)]
 
 
 def dense_points(points: list[Point]) -> list[Point]:
@@ -80,15 +80,6 @@ def dense_points(points: list[Point]) -> list[Point]:
 def _medians(figures: list[dict[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for each in figures for name in each)
     return {name: median(each[name] for each in figures if name in each) for name in names}
-
-
-def _place_on_line(step: str) -> tuple[float, str]:
-    """Amounts by size; patterns by what they keep, the most first."""
-    kept, _, of = step.partition(":")
-    try:
-        return (1 - float(kept) / float(of) if of else float(kept)), step
-    except (ValueError, ZeroDivisionError):
-        return 0.0, step
 
 
 def draw(

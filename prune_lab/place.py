@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,9 +17,12 @@ class Place:
     choices: dict[str, str] = field(default_factory=dict)  # the option chosen in each group
     overrides: list[str] = field(default_factory=list)
     recipe: str = "config"
+    recipes: str | None = None  # the folder given with -cd, from the working folder
 
     @property
     def command(self) -> str:
-        """The command line that repeats this job by itself."""
-        recipe = [] if self.recipe == "config" else ["-cd", "experiments", "-cn", self.recipe]
-        return " ".join(["python -m prune_lab", *recipe, *self.overrides])
+        """The line for a shell in the working folder that repeats this job by itself."""
+        folder = [] if self.recipes is None else ["-cd", self.recipes]
+        recipe = [] if self.recipe == "config" else ["-cn", self.recipe]
+        alone = ["hydra.mode=RUN"] if self.sweep is not None and folder else []  # a recipe may say that it is a sweep
+        return shlex.join(["python", "-m", "prune_lab", *folder, *recipe, *self.overrides, *alone])

@@ -72,7 +72,7 @@ def _recipe_and_its_bases(folder: Path, name: str) -> Iterator[Path]:
         seen.add(path)
         yield path
         tree = read(path, f"recipe {path.stem}")
-        waiting += [entry for entry in tree.get("defaults") or [] if isinstance(entry, str)]
+        waiting += [entry for entry in _defaults(tree, f"recipe {path.stem}") if isinstance(entry, str)]
 
 
 def _options(folder: Path) -> Iterator[Path]:

@@ -113,7 +113,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
         summary.warnings += pruned.notes + notes.of_calibration(protocol)
         metrics = compare(parts.method, dense, figures, timings, pruned)
         metrics |= compute_figures(bench.macs, macs) | seconds
-        diverged = summary.set_metrics(metrics)
+        summary.set_metrics(metrics)
         summary.warnings += notes.of_figures(summary.metrics) + notes.of_energy(protocol, summary.metrics)
         summary.warnings += notes.of_load(summary.environment)
         summary.status = "FINISHED"
@@ -121,7 +121,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
             card = model_card(summary, bench.dense.name, place.command, parts.post.reading)
             write_text(place.folder / "export" / "README.md", card)
         files = _write_files(place.folder, pruned)
-        log.result(summary, [summary.write(place.folder), *files], diverged)  # it is safe before it is tracked
+        log.result(summary, [summary.write(place.folder), *files])  # it is safe before it is tracked
     if summary.unlogged is not None:
         summary.warnings.append(summary.unlogged)
         summary.write(place.folder)
@@ -192,8 +192,15 @@ def _compress(
 
 def _plan(parts: Parts) -> tuple[list[Event], Rewind | None]:
     """When to prune how much, and what to go back to, in the training that recovery does."""
-    steps = parts.recovery.training_steps
-    return parts.schedule.events(parts.method.amount, steps), parts.schedule.rewinding(steps)
+    method, steps = parts.method, parts.recovery.training_steps
+    events = parts.schedule.events(method.amount, steps)
+    pattern = None if "pattern" in method.not_applicable else getattr(method, "pattern", None)
+    if pattern is not None and len(events) > 1:
+        raise Refused(
+            f"method.pattern={pattern} fixes the amount, which leaves nothing to spread over {len(events)} prunings: "
+            "give schedule=one_shot, whose schedule.start says when, or method.pattern=null"
+        )
+    return events, parts.schedule.rewinding(steps)
 
 
 def _checkpoints(run_id: str) -> Path:

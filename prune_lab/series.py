@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import mean
 
+from prune_lab.fingerprint import NO_FIGURE
 from prune_lab.summary import Summary
 
-_STEPS = ("amount", "method.pattern")
+_STEPS = ("amount", "method.amount", "method.pattern")
 _UNUSED = ("null", "None", "n/a")
-_NO_FIGURE = ("name", "tracking", "quiet", "resume", "export")  # where a run is kept, not what it is
-_NOT_SERIES = (*_STEPS, "seed", *_NO_FIGURE)
+_NOT_SERIES = (*_STEPS, "seed", *NO_FIGURE)
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,22 @@ def plain(override: str) -> str:
     return override.replace("\\:", ":")
 
 
+def place_on_line(step: str) -> tuple[bool, float, str]:
+    """Where a step stands among others: amounts by size, then patterns by what they keep, the most first."""
+    kept, pattern, of = step.partition(":")
+    try:
+        return bool(pattern), (1 - float(kept) / float(of) if pattern else float(kept)), step
+    except (ValueError, ZeroDivisionError):
+        return bool(pattern), 0.0, step
+
+
 def pivot(found: list[tuple[Position, float]]) -> list[list[str]]:
     """Perplexities as a table, a row for each series, a column for each step, over seeds the mean and the range.
 
     Empty where that would not be a table: fewer than two rows or columns.
     """
     series = list(dict.fromkeys(place.series for place, _ in found))
-    steps = sorted(dict.fromkeys(place.step for place, _ in found), key=lambda step: (":" in step, step))
+    steps = sorted(dict.fromkeys(place.step for place, _ in found), key=place_on_line)
     if len(series) < 2 or len(steps) < 2:
         return []
     table = [["perplexity", *steps]]

@@ -24,6 +24,7 @@ from typing import Any
 from prune_lab.cache import cache_folder
 from prune_lab.errors import Refused
 from prune_lab.files import half_of, mark
+from prune_lab.fingerprint import digest_of
 from prune_lab.lock import locked
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def entry(kind: str, key: str, make: Make) -> Iterator[Entry]:
 
     What cannot be kept (no space, no permission, larger than the bound) is made in a temporary folder.
     """
+    assert kind in KINDS, f"{kind}: what is no kind would be neither bounded nor shown nor cleared"
     folder = cache_folder() / kind / key
     for _ in range(3):  # it may be thrown out between being made and being read
         with locked(_lock(kind, key), "shared"):
@@ -174,7 +176,7 @@ def _temporary() -> Path:
 def _write(folder: Path, make: Make) -> None:
     facts = make(folder)
     files = {path.name: _sha256_of_file(path) for path in sorted(folder.iterdir())}
-    whole = {"facts": facts, "files": files, "sha256": _sha256_of(facts, files)}
+    whole = {"facts": facts, "files": files, "sha256": digest_of([facts, files])}
     (folder / FACTS).write_text(json.dumps(whole), encoding="utf-8")
 
 
@@ -184,7 +186,7 @@ def _read(folder: Path, and_remove: bool = False) -> Entry | None:
         return None
     try:
         whole = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        if whole["sha256"] != _sha256_of(whole["facts"], whole["files"]):
+        if whole["sha256"] != digest_of([whole["facts"], whole["files"]]):
             raise ValueError(f"{FACTS} has another checksum")
         for name, checksum in whole["files"].items():
             if _sha256_of_file(folder / name) != checksum:
@@ -203,10 +205,6 @@ def _throw_out(folder: Path) -> None:
     with suppress(OSError):
         folder.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
-
-
-def _sha256_of(facts: dict[str, Any], files: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps([facts, files], sort_keys=True).encode()).hexdigest()
 
 
 def _sha256_of_file(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""python -m prune_lab.suggest [group=option] [key=value]: a measure.batch_size for this model, text and machine."""
+"""`prune-lab suggest [group=option] [key=value]`: a measure.batch_size for this model, text and machine."""
 
 from __future__ import annotations
 
@@ -6,21 +6,30 @@ import sys
 
 from hydra import compose, initialize_config_dir
 
-from prune_lab import config, explain
+from prune_lab import config
+from prune_lab.errors import OK, Refused
 
-OK, REFUSED = 0, 2
+USAGE = """usage: prune-lab suggest [group=option ...] [key=value ...]
+
+Times the perplexity's passes over the dense model in batches of several sizes, and names the smallest
+measure.batch_size that is nearly as fast as the fastest. The keys are those of a run.
+"""
 
 
 def main(arguments: list[str]) -> int:
-    """Tries batch sizes on the dense model, prints their speeds and the override to give; returns the exit code."""
+    """Tries batch sizes on the dense model, prints their speeds and the override to give; returns the exit code.
+
+    Raises Refused, or Hydra's own errors, for what cannot be tried.
+    """
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write(USAGE)
+        return OK
     config.register_schema()
-    try:
-        with initialize_config_dir(config.CONF_DIR, version_base="1.3"):
-            parts = config.build_parts(compose("config", overrides=arguments))
-        _try(parts)
-    except Exception as error:  # as the command line has it: prune_lab/__main__.py
-        explain.to_stderr(explain.one_line(error))
-        return REFUSED
+    with initialize_config_dir(config.CONF_DIR, version_base="1.3"):
+        parts = config.build_parts(compose("config", overrides=arguments))
+    if parts.model.stream:
+        raise Refused("model.stream=true: a model that is read while it runs cannot be timed; give model.stream=false")
+    _try(parts)
     return OK
 
 
@@ -38,7 +47,3 @@ def _try(parts: config.Parts) -> None:
         console.result(f"batch of {trial.batch_size:3}: {trial.tokens_per_s:10,.0f} tokens/s")
     chosen = suggest(trials)
     console.result(f"measure.batch_size={chosen} is enough here (now {parts.measure.batch_size})")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -12,6 +12,7 @@ from prune_lab.files import write_text
 
 SCHEMA_VERSION = 1
 FILE = "summary.json"
+_DIVERGED = " diverged: it is not a finite number"  # what a warning says of a metric
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Summary:
     environment: dict[str, Any] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    diverged: list[str] = field(default_factory=list)  # metrics that came out as no finite number
     warnings: list[str] = field(default_factory=list)
     not_applicable: dict[str, list[str]] = field(default_factory=dict)  # keys of a group that its option ignores
     reason: str | None = None
@@ -35,12 +37,12 @@ class Summary:
     reused_from: str | None = None  # the MLflow run or the folder that held this result, where it was not computed anew
     schema_version: int = SCHEMA_VERSION
 
-    def set_metrics(self, values: dict[str, float]) -> list[str]:
-        """Adds the finite values; the others become warnings, and their names are returned."""
+    def set_metrics(self, values: dict[str, float]) -> None:
+        """Adds the finite values; the others have diverged, which is a warning each."""
         diverged = [name for name, value in values.items() if not math.isfinite(value)]
         self.metrics.update({name: float(v) for name, v in values.items() if name not in diverged})
-        self.warnings += [f"{name} diverged: it is not a finite number" for name in diverged]
-        return diverged
+        self.diverged += diverged
+        self.warnings += [f"{name}{_DIVERGED}" for name in diverged]
 
     def write(self, folder: Path) -> Path:
         """Writes summary.json whole or not at all and returns its path."""
@@ -60,7 +62,21 @@ def read_summary(folder: Path) -> Summary | None:
 def from_dict(values: dict[str, Any]) -> Summary:
     """A summary from the contents of a summary.json; unknown keys of later versions are left out."""
     known = {f.name for f in fields(Summary)}
-    return Summary(**{key: value for key, value in values.items() if key in known})
+    summary = Summary(**{key: value for key, value in values.items() if key in known})
+    if "diverged" not in values:  # it was written when the warnings alone said so
+        summary.diverged = [said.removesuffix(_DIVERGED) for said in summary.warnings if said.endswith(_DIVERGED)]
+    return summary
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted leaves of nested dictionaries, such as a run's configuration, without `_target_`."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves.update(flatten(value, f"{prefix}{key}."))
+        elif key != "_target_":
+            leaves[prefix + key] = value
+    return leaves
 
 
 def write_json(path: Path, value: Any) -> Path:

@@ -8,6 +8,7 @@ Hydra loads this module for --help too.
 from __future__ import annotations
 
 import atexit
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from prune_lab import explain, interrupt, launch, remote
 from prune_lab.config import build
-from prune_lab.errors import Refused
+from prune_lab.errors import REFUSED, Refused
 from prune_lab.place import Place
 
 
@@ -52,7 +53,7 @@ class SweepCallback(Callback):
             tracker.open_sweep(str(config.name), folder)
         except Refused as error:  # Hydra makes warnings of a callback's errors
             explain.to_stderr(str(error))
-            raise SystemExit(2) from error
+            raise SystemExit(REFUSED) from error
         _current = _Sweep(folder, str(config.name), tracker, bool(config.quiet))
         remote.pack(config, folder)
         atexit.register(close_open_sweep)
@@ -66,13 +67,16 @@ def place_of_job(hydra_config: Any) -> Place:
     """The place of the job that Hydra is running."""
     in_sweep = hydra_config.mode == RunMode.MULTIRUN
     overrides: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)  # as typed, ${...} and all
+    runtime = hydra_config.runtime
+    recipes = [source.path for source in runtime.config_sources if source.provider == "command-line"]
     return Place(
-        folder=Path(hydra_config.runtime.output_dir),
+        folder=Path(runtime.output_dir),
         sweep=Path(hydra_config.sweep.dir).absolute() if in_sweep else None,
         job=str(hydra_config.job.num) if in_sweep else "",
-        choices={key: str(value) for key, value in hydra_config.runtime.choices.items() if "hydra" not in key},
+        choices={key: str(value) for key, value in runtime.choices.items() if "hydra" not in key},
         overrides=[str(override) for override in overrides],
         recipe=str(hydra_config.job.config_name),
+        recipes=os.path.relpath(recipes[0], runtime.cwd) if recipes else None,
     )
 
 

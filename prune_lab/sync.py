@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
-import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn
 
 from prune_lab import explain
 from prune_lab.comparison import RESULTS, read_job, write
-from prune_lab.errors import Refused
+from prune_lab.errors import FAILED, OK, REFUSED, Refused
 from prune_lab.place import Place
 from prune_lab.summary import FILE, Summary, read_summary
 from prune_lab.tracking.mlflow_sync import AT_WORK, HELD, Syncing
 
-OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 FOLDERS = ("outputs", "multirun")
-_DIVERGED = re.compile(r"(\S+) diverged: it is not a finite number")
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as the rest of the program does."""
-
-    def error(self, message: str) -> NoReturn:
-        """Refuses what argparse does not understand."""
-        raise Refused(f"{message}; see python -m prune_lab sync --help")
 
 
 def main(arguments: list[str]) -> int:
     """Runs a command line and returns its exit code: 0 all is in the store, 1 something is not, 2 refused."""
-    parser = _Parser(
+    parser = explain.Parser(
         prog="python -m prune_lab sync",
         description="Logs finished runs (summary.json) to the MLflow store, if it does not have them yet.",
         epilog="The store is sqlite:///mlflow.db here, or MLFLOW_TRACKING_URI; the experiment is each run's own.",
@@ -43,9 +30,6 @@ def main(arguments: list[str]) -> int:
     except Refused as error:
         explain.to_stderr(str(error))
         return REFUSED
-    except KeyboardInterrupt:
-        explain.to_stderr("interrupted")
-        return INTERRUPTED
 
 
 def _sync(folders: list[Path]) -> int:
@@ -87,7 +71,7 @@ def _log(sweep: Path | None, jobs: list[tuple[Place, Summary]]) -> Iterable[tupl
     """Logs the runs of a sweep, or single ones, and completes the sweep's record; what was done, and its outcome."""
     syncing = {name: Syncing(name) for name in dict.fromkeys(_experiment(summary) for _, summary in jobs)}
     for place, summary in jobs:
-        outcome = syncing[_experiment(summary)].ensure(place, summary, _files(place.folder), _diverged(summary))
+        outcome = syncing[_experiment(summary)].ensure(place, summary, _files(place.folder))
         yield (f"{place.folder}: {outcome}" if outcome != HELD else ""), outcome
     if sweep is not None and len(syncing) == 1 and (sweep / RESULTS).is_file():
         (store,) = syncing.values()
@@ -109,7 +93,3 @@ def _files(folder: Path) -> list[Path]:
         for path in folder.iterdir()
         if path.is_file() and not path.name.startswith(".") and path.suffix != ".log" and path.name != FILE
     )
-
-
-def _diverged(summary: Summary) -> list[str]:
-    return [found[1] for warning in summary.warnings if (found := _DIVERGED.fullmatch(warning))]

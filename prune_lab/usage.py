@@ -15,7 +15,7 @@ Use:   python -m prune_lab [group=option ...] [key=value ...] [-m]
 Sweep: python -m prune_lab method=structured amount=0.2,0.4 -m
 Recipe: python -m prune_lab -cd experiments -cn train_tiny
 Show the composed configuration: python -m prune_lab --cfg job
-Other commands: prune-lab cache | sync | --version, python -m prune_lab.report, python -m prune_lab.suggest
+Other commands: prune-lab cache | suggest | sync | --version, python -m prune_lab.report
 Completion in bash: eval "$(prune-lab -sc install=bash)"
 Hydra's own flags: python -m prune_lab --hydra-help
 

@@ -73,7 +73,5 @@ def join(device: Device) -> World:
             raise Refused(f"{name}=true is not built: {instead}")
     os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)  # transformers would load no weights but in one process
     if launch.size() > 1 and not dist.is_initialized():
-        if device.is_cuda:
-            torch.cuda.set_device(device.torch_device)  # what nccl and FSDP go by
         dist.init_process_group("nccl" if device.is_cuda else "gloo", timeout=PATIENCE)
     return World(launch.rank(), launch.size(), launch.is_sharded())

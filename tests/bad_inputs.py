@@ -105,6 +105,14 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
     ("model.weights=nope", ("model.weights='nope'", "pretrained", "random")),
     ("schedule=iterative schedule.rounds=0", ("schedule.rounds=0", "at least 1")),
     ("schedule=iterative schedule.start=nan", ("schedule.start=nan", "at least 0")),
+    (
+        "schedule=iterative method.pattern='2:4'",
+        ("method.pattern=2:4", "4 prunings", "schedule=one_shot", "method.pattern=null"),
+    ),
+    (
+        "schedule=gradual recovery=finetune method=wanda method.pattern='2:4'",
+        ("method.pattern=2:4", "15 prunings", "schedule=one_shot"),
+    ),
     ("schedule=gradual schedule.interval=0", ("schedule.interval=0", "above 0")),
     ("schedule=gradual schedule.end=inf recovery=finetune", ("schedule.end=inf", "training of 200 steps")),
     ("recovery=finetune recovery.steps=0", ("recovery.steps=0", "at least 1")),
@@ -222,6 +230,7 @@ _RECIPES: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
         ("hydra.sweeper.params", "10000 jobs"),
     ),
     "a part that is no mapping": ("method: magnitude", ("method",)),
+    "defaults that are no list": ("", ("recipe x", "defaults=5", "list")),
     "a default elsewhere": ("", ("defaults", "/etc/passwd")),
     "a default of Hydra": ("", ("defaults", "job_logging", "not allowed")),
 }  # fmt: skip
@@ -229,6 +238,7 @@ _HEADS = {
     "a list": "",
     "a teacher's name with a NUL": "defaults: [config, override recovery: distill, _self_]",
     "a text's path with a NUL": "defaults: [config, override dataset: text, _self_]",
+    "defaults that are no list": "defaults: 5",
     "a default elsewhere": "defaults: [config, /etc/passwd, _self_]",
     "a default of Hydra": "defaults: [config, override hydra/job_logging: none, _self_]",
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process of tests for each cor
 
 import pytest
 import torch
+from warm import run_module
 
 from prune_lab.device import Device
 from prune_lab.models.load import HubModel, Loaded
@@ -126,8 +126,6 @@ def cli(tmp_path: Path) -> Cli:
     """Runs `python -m prune_lab ...` as a user would, in the test's folder."""
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "prune_lab", *arguments]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        return run_module("prune_lab", list(arguments), tmp_path, **environment)
 
     return run

@@ -80,6 +80,28 @@ def test_amounts_that_cannot_be_searched_are_refused(low: float, high: float, st
         Candidate((), low, high, step, True)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "step", "multiples"),
+    [
+        (0.1, 0.8, 0.25, [0.25, 0.5, 0.75]),  # 0 and 1 are as near to the ends as the first and the last
+        (0.1, 0.99, 0.35, [0.35, 0.7]),
+        (0.3, 0.9, 0.1, [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]),  # 0.3 / 0.1 is a little below 3
+        (0.15, 0.36, 0.2, [0.2]),
+    ],
+)
+def test_only_multiples_between_the_ends_are_tried(
+    low: float, high: float, step: float, multiples: list[float]
+) -> None:
+    """Whatever keeps to the budget; each is tried for some bound."""
+    tried = set()
+    for bound in (*(1 + a for a in multiples), 0.5):
+        candidate = Candidate((), low, high, step, largest=True)
+        while (amount := candidate.next_amount()) is not None:
+            tried.add(amount)
+            candidate.tell(amount, {QUALITY: 1 + amount}, Budget({QUALITY: bound}))
+    assert sorted(tried) == multiples
+
+
 @pytest.mark.parametrize("entries", [[], [{"method": "wanda", "amount": 0.5}]])
 def test_candidates_have_no_amount(entries: list[dict[str, object]]) -> None:
     with pytest.raises(ValueError, match="without amount"):

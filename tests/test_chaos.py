@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ import pytest
 from conftest import ROOT
 from safetensors import safe_open
 from test_tracking import Stored, read_store
+from warm import give_store, start_module
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -56,77 +57,12 @@ class Started:
             return None
 
 
-# A process that has imported everything and becomes a sweep by forking: the same program, without seconds of imports
-# before each kill. Reads a line of JSON for each sweep; says its pid, and later how it ended.
-NURSERY = """
-import json, os, signal, sys
-import torch, mlflow, transformers, matplotlib.pyplot, plotly.offline
-import mlflow.store.tracking.sqlalchemy_store
-from prune_lab import __main__ as program, job
-print("ready", flush=True)
-for line in sys.stdin:
-    asked = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        os.setsid()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1), os.dup2(log, 2)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.chdir(asked["place"])
-        os.environ.update(asked["env"])
-        import tempfile
-        tempfile.tempdir = None
-        sys.argv = ["prune_lab", *asked["arguments"]]
-        try:
-            program.main()
-        except SystemExit as end:
-            code = end.code
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Nursery:
-    """Starts sweeps from a process that is ready for them, one at a time."""
-
-    def __init__(self) -> None:
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
-        )
-        assert self._line(PATIENCE) == "ready"
-
-    def __call__(self, arguments: list[str], place: Path, log: Path) -> Process:
-        asked = {"arguments": arguments, "place": str(place), "log": str(log), "env": environment(place)}
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(asked).encode() + b"\n")
-        return _Forked(int(self._line(PATIENCE) or 0), self._line)
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def _line(self, timeout: float) -> str | None:
-        import select
-
-        out = self._process.stdout
-        assert out is not None
-        if not select.select([out], [], [], timeout)[0]:
-            return None
-        return out.readline().decode().strip()  # unbuffered: select sees all there is
-
-
-@dataclass
-class _Forked:
-    pid: int
-    _line: Callable[[float], str | None]
-
-    def wait(self, timeout: float) -> int | None:
-        line = self._line(timeout)
-        return None if line is None else int(line)
+def forked(arguments: list[str], place: Path, log: Path) -> Process:
+    """A sweep that finds its imports done: no seconds of them before each kill."""
+    log.unlink(missing_ok=True)
+    own: dict[str, str | None] = {"TMPDIR": str(place / "tmp"), "PRUNE_LAB_CACHE": str(place / "cache")}
+    (place / "tmp").mkdir(exist_ok=True)
+    return start_module("prune_lab", arguments, place, [log, log], MLFLOW_TRACKING_URI=None, **own)
 
 
 Start = Callable[[list[str], Path, Path], Process]
@@ -151,14 +87,6 @@ def sweep(folder: Path, corpus: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    """The process that sweeps are forked from."""
-    started = Nursery()
-    yield started
-    started.close()
-
-
 @dataclass(frozen=True)
 class Undisturbed:
     """What the sweep comes to when nothing happens to it, and how long that takes."""
@@ -170,6 +98,7 @@ class Undisturbed:
 
 def undisturbed(start: Start, arguments: list[str], place: Path) -> Undisturbed:
     """Runs the sweep to its end."""
+    give_store(place)
     began = time.monotonic()
     assert start(arguments, place, place / "log").wait(PATIENCE) == 0, (place / "log").read_text()
     seconds = time.monotonic() - began
@@ -186,6 +115,8 @@ def undisturbed(start: Start, arguments: list[str], place: Path) -> Undisturbed:
 def disturb(start: Start, arguments: list[str], place: Path, kills: int, seconds: float, rng: random.Random) -> int:
     """Kills the sweep up to `kills` times and lets it come to its end; returns how often it was killed."""
     killed, numbers = 0, 0
+    if rng.random() < 0.5:  # else it is killed while it makes its store, too
+        give_store(place)
     while True:
         log = place / f"log{numbers}"
         numbers += 1
@@ -272,9 +203,9 @@ def chaos(start: Start, sweep: list[str], kills: int, at_once: int, tmp: pytest.
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
 def test_a_sweep_that_is_killed_5_times_comes_to_the_same_end(
-    nursery: Nursery, sweep: list[str], tmp_path_factory: pytest.TempPathFactory
+    sweep: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    chaos(nursery, sweep, 5, 5, tmp_path_factory)
+    chaos(forked, sweep, 5, 5, tmp_path_factory)
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.structured import Structured
 from prune_lab.methods.weights import WeightMethod
 from prune_lab.recovery.base import Recovery
+from prune_lab.summary import flatten
 from prune_lab.text.stdlib import Stdlib
 
 OPTIONS = sorted(path.relative_to(ROOT / "conf").as_posix() for path in (ROOT / "conf").glob("*/*.yaml"))
@@ -118,8 +119,6 @@ def test_an_option_is_built_as_its_class(option: str, folder: Path) -> None:
     group, name = option.removesuffix(".yaml").split("/")
     required = REQUIRED.get(f"{group}/{name}")
     extra = [f"{required}={folder}"] if required else []
-    if f"{group}/{name}" == "model/tiny":
-        extra = ["model.weights=random"]  # whether or not the weights are shipped yet
     node = composed(f"{group}={name}", *extra)[group]
     built = config.build(node, group)
     assert type(built) is class_of(node["_target_"])
@@ -338,9 +337,9 @@ def test_a_pattern_that_yaml_reads_as_a_number_is_refused_with_a_hint(tmp_path: 
 
 def test_flatten_gives_dotted_leaves() -> None:
     tree = {"a": 1, "b": {"_target_": "x.Y", "c": None, "d": {"e": [1, 2], "f": {}}}, "_target_": "z"}
-    assert config.flatten(tree) == {"a": 1, "b.c": None, "b.d.e": [1, 2]}
-    assert config.flatten(tree["b"], "b.") == {"b.c": None, "b.d.e": [1, 2]}
-    everything = config.flatten(config.plain(composed()))
+    assert flatten(tree) == {"a": 1, "b.c": None, "b.d.e": [1, 2]}
+    assert flatten(tree["b"], "b.") == {"b.c": None, "b.d.e": [1, 2]}
+    everything = flatten(config.plain(composed()))
     assert everything["dataset.calibration.seq_len"] == 256
     assert not [key for key in everything if "_target_" in key]
 

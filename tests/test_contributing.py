@@ -1,4 +1,4 @@
-"""The worked example of CONTRIBUTING.md: a new method is one Python file and one YAML, and nothing else."""
+"""The worked examples of CONTRIBUTING.md: a method of one Python file and one YAML, a metric of four edits."""
 
 from __future__ import annotations
 
@@ -10,28 +10,102 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT
+import pytest
+import torch
+from conftest import CPU, ROOT
+from metrics_page import rows_of, without_dense
+from torch.nn.functional import cross_entropy
+
+from prune_lab.axes import axis
+from prune_lab.models.load import HubModel
+from prune_lab.text.files import TextFiles
+from prune_lab.text.tokens import Tokens
+
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
-def blocks() -> list[tuple[str, str]]:
-    """Each file named in CONTRIBUTING.md's section on new methods, with the code block that follows its name."""
-    section = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## A new method")[1]
-    return re.findall(r"`([\w/]+\.(?:py|yaml))`:\n\n```\w+\n(.*?)```", section, flags=re.DOTALL)
+def blocks(section: str) -> list[tuple[str, str]]:
+    """Each file named in a section, with the code block that follows its name."""
+    text = CONTRIBUTING.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return re.findall(r"`([\w/]+\.(?:py|yaml|md))`:\n\n```\w+\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_the_example_of_a_new_method_runs(tmp_path: Path, small: list[str]) -> None:
-    copy = tmp_path / "copy"
-    for part in ("prune_lab", "conf"):
-        shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-    assert [name for name, _ in blocks()] == ["prune_lab/methods/deviation.py", "conf/method/deviation.yaml"]
-    for name, text in blocks():
-        (copy / name).write_text(text, encoding="utf-8")
-    command = [sys.executable, "-m", "prune_lab", *small, "method=deviation", "method.allocation=owl", "amount=0.5"]
-    command += ["tracking=none", "hydra.run.dir=run", "dataset.calibration.n_samples=8", "measure=quality_only"]
+def edited(text: str, diff: str) -> str:
+    """The text with a change of adjacent lines made, where its old lines stand once."""
+    lines = diff.splitlines(keepends=True)
+    old = "".join(line[1:] for line in lines if line[0] in " -")
+    new = "".join(line[1:] for line in lines if line[0] in " +")
+    assert text.count(old) == 1, f"not there once:\n{old}"
+    return text.replace(old, new)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package with the two examples."""
+    place = tmp_path_factory.mktemp("copy")
+    for part in ("prune_lab", "conf", "docs"):
+        shutil.copytree(ROOT / part, place / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, text in blocks("A new method"):
+        assert not (place / name).exists()
+        (place / name).write_text(text, encoding="utf-8")
+    for name, diff in blocks("A new metric"):
+        path = place / name
+        path.write_text(edited(path.read_text(encoding="utf-8"), diff), encoding="utf-8")
+    return place
+
+
+def python(copy: Path, *arguments: str) -> str:
+    """What a program of the copy prints."""
     env = {**os.environ, "PYTHONPATH": str(copy)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    return done.stdout
+
+
+def test_the_examples_are_of_these_files() -> None:
+    assert [name for name, _ in blocks("A new method")] == [
+        "prune_lab/methods/deviation.py",
+        "conf/method/deviation.yaml",
+    ]
+    edits = ["measure/perplexity.py", "measure/perplexity.py", "outcome.py"]
+    assert [name for name, _ in blocks("A new metric")] == [*(f"prune_lab/{name}" for name in edits), "docs/metrics.md"]
+
+
+def test_a_run_with_the_new_method_and_the_new_metric(copy: Path, small: list[str], folder: Path, corpus: Path) -> None:
+    keys = ["method=deviation", "method.allocation=owl", "amount=0.5", "dataset.calibration.n_samples=8"]
+    keys += ["tracking=none", "hydra.run.dir=run", "measure=quality_only", "device=cpu"]
+    shown = python(copy, "-m", "prune_lab", *small, *keys)
+    summary = json.loads(Path("run", "summary.json").read_text(encoding="utf-8"))
     assert summary["choices"]["method"] == "deviation"
     assert abs(summary["metrics"]["amount/realized"] - 0.5) < 0.01
     assert summary["protocol"]["calibration"]["n_samples"] == 8
+
+    dense, compressed = (summary["metrics"][f"quality/{prefix}p95_perplexity"] for prefix in ("dense_", ""))
+    assert dense == pytest.approx(p95_by_hand(folder, corpus), rel=1e-5)
+    assert dense != pytest.approx(compressed, rel=1e-3)
+    assert axis("quality/p95_perplexity").better == "lower"
+    row = next(line.split() for line in shown.splitlines() if "perplexity of the 95th percentile" in line)
+    assert row[-3:-1] == [f"{dense:.3f}", f"{compressed:.3f}"]
+    rows = rows_of(copy / "docs" / "metrics.md")
+    for metric in summary["metrics"]:
+        assert any(row.is_about(without_dense(metric)) for row in rows), metric
+
+
+def p95_by_hand(folder: Path, corpus: Path) -> float:
+    """Of the dense model on the 8 windows of `small`, one at a time; between the two windows nearest to the place."""
+    loaded = HubModel(name=str(folder)).load(CPU, seed=0)
+    windows = Tokens(TextFiles(path=str(corpus)).corpus(), loaded.tokenizer).windows("test", 32)[:8].long()
+    with torch.no_grad():
+        logits = [loaded.model(input_ids=window[None]).logits[0, :-1] for window in windows]
+    losses = sorted(float(cross_entropy(z, window[1:])) for z, window in zip(logits, windows, strict=True))
+    place = 0.95 * (len(losses) - 1)  # 6.65: 65 % of the way from the last but one to the last
+    mean_of_two = losses[6] + (place - 6) * (losses[7] - losses[6])
+    return float(torch.tensor(mean_of_two, dtype=torch.float64).exp())
+
+
+def test_docs_of_every_key_are_written_with_the_new_method(copy: Path) -> None:
+    page = python(copy, "-m", "prune_lab.reference")
+    assert "| `deviation` | Weights x standard deviation of their input (an example: no paper)." in page
+    method = page.split("\n## method\n")[1].split("\n## ")[0]
+    scope = next(line for line in method.splitlines() if line.startswith("| `method.scope` "))
+    assert "deviation, wanda: `row`" in scope

@@ -202,10 +202,12 @@ def test_blocks_are_renumbered_and_generate_alike_with_and_without_cache(
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "qwen2", "mistral"])
 def test_settings_of_each_block_leave_with_it(models: dict[str, Loaded], family: str, tmp_path: Path) -> None:
-    """Each kept block is of the kind it was, in the config that is saved too."""
+    """Each kept block is of the kind it was, in the config that is saved too; a list of as many tokens stays."""
     loaded = copied(models[family])
     kinds = getattr(loaded.model.config, "layer_types", None)
+    ends = loaded.model.config.eos_token_id = [5, 6, 7, 8]
     dropped = said(prune(loaded.model, 0.5))
+    assert loaded.model.config.eos_token_id == ends
     if kinds is None:
         assert getattr(loaded.model.config, "layer_types", None) is None
         return

@@ -53,17 +53,11 @@ def test_an_export_is_the_model(tmp_path: Path, family: str, tied: bool) -> None
 
 
 def test_an_export_holds_safetensors_and_nothing_that_runs(loaded: Loaded, tmp_path: Path) -> None:
-    save_model(loaded, tmp_path / "export", card="# A card: Größe")
-    names = {path.name for path in (tmp_path / "export").iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"} <= names
-    assert {Path(name).suffix for name in names} <= {".json", ".safetensors", ".md", ".jinja", ".txt"}
-    assert (tmp_path / "export" / "README.md").read_text(encoding="utf-8") == "# A card: Größe"
-    assert "auto_map" not in json.loads((tmp_path / "export" / "config.json").read_text())
-
-
-def test_no_card_is_written_where_none_is_given(loaded: Loaded, tmp_path: Path) -> None:
     save_model(loaded, tmp_path / "export")
-    assert not (tmp_path / "export" / "README.md").exists()
+    names = {path.name for path in (tmp_path / "export").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert {Path(name).suffix for name in names} <= {".json", ".safetensors", ".jinja", ".txt"}
+    assert "auto_map" not in json.loads((tmp_path / "export" / "config.json").read_text())
 
 
 def test_an_export_that_fails_leaves_nothing(loaded: Loaded, tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ def job(*overrides: str, amount: float = 0.5, method: str = "wanda") -> Summary:
         (job("method=wanda", r"method.pattern=2\:4"), Position("wanda", "2:4")),
         (job("method=depth", "method.by=bi", "name=x", method="depth"), Position("depth by=bi", "0.5")),
         (job("+recovery.steps=5", "method.pattern=null"), Position("wanda recovery.steps=5", "0.5")),
+        (job("method=wanda", "method.amount=0.3", amount=0.3), Position("wanda", "0.3")),
     ],
 )
 def test_a_series_is_everything_but_amount_pattern_and_seed(summary: Summary, expected: Position) -> None:
@@ -113,4 +114,7 @@ def test_the_table_has_means_and_ranges_over_seeds() -> None:
         ["b", "5", "1234", ""],
     ]
     assert pivot(found[:3]) == []  # one series
+    steps = ["16:32", "0.5", "1e-05", "2:4", "4:8", "1:4", "0.25"]
+    header, *_ = pivot([(Position(series, step), 1.0) for series in "ab" for step in steps])
+    assert header == ["perplexity", "1e-05", "0.25", "0.5", "16:32", "2:4", "4:8", "1:4"]  # as the plot has them
     assert pivot([found[0], found[4]]) == []  # one step

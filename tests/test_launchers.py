@@ -22,6 +22,7 @@ import yaml
 from conftest import ROOT
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from warm import give_store, run_module
 
 # MLflow 3's own models use a deprecated part of SQLAlchemy, which says so when a store is first opened.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
@@ -74,6 +75,7 @@ class Lab:
         # Relative paths: a job must find them wherever its process was started.
         (place / "model").symlink_to(folder)
         (place / "corpus").symlink_to(corpus)
+        give_store(place)
         self.small = [
             "model=hf", "model.name=model", "dataset=text", "dataset.path=corpus", "dataset.seq_len=32",
             "measure=quality_only", "measure.max_windows=8", "device=cpu",
@@ -82,16 +84,13 @@ class Lab:
     def sweep(self, name: str, *overrides: str, recipe: str = "config") -> Ended:
         """Runs a sweep into the folder `name`, by a recipe of experiments/ or by the command line alone."""
         before = {run.info.run_id for run in self.runs()}
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "PRUNE_LAB_CACHE": "cache", "MLFLOW_TRACKING_URI": ""}
-        given = [*self.small, *overrides, f"hydra.sweep.dir={name}"]
-        command = [sys.executable, "-m", "prune_lab", "-cd", str(ROOT / "experiments"), "-cn", recipe, *given, "-m"]
-        done = subprocess.run(command, cwd=self.place, env=env, capture_output=True, text=True, check=False)
+        where = ["-cd", str(ROOT / "experiments"), "-cn", recipe]
+        given = [*where, *self.small, *overrides, f"hydra.sweep.dir={name}", "-m"]
+        done = run_module("prune_lab", given, self.place, PRUNE_LAB_CACHE="cache", MLFLOW_TRACKING_URI="")
         return Ended(done, self.place / name, [run for run in self.runs() if run.info.run_id not in before])
 
     def runs(self) -> list[Run]:
         """All runs of the store."""
-        if not (self.place / "mlflow.db").exists():
-            return []
         client = MlflowClient(f"sqlite:///{self.place / 'mlflow.db'}")
         experiment = client.get_experiment_by_name("prune_lab")
         return client.search_runs([experiment.experiment_id]) if experiment else []

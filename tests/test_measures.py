@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import signal
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from prune_lab import __main__ as program
+from prune_lab import cache_command, config, sync
 from prune_lab.console import Console
 from prune_lab.export import save_model
 from prune_lab.measure.batch_size import Trial, suggest
@@ -27,8 +31,7 @@ from prune_lab.measure.speed import Paired, measure_latency
 from prune_lab.models import loss
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.models.loss import window_losses
-from prune_lab.suggest import main as suggest_main
-from prune_lab.summary import Summary
+from prune_lab.summary import Summary, from_dict
 from prune_lab.text.corpus import Documents
 from prune_lab.text.tokens import Tokens
 
@@ -81,14 +84,35 @@ def test_batch_sizes_are_tried_on_the_model_and_one_is_named(
     small: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Up to the 8 windows that there are; a refusal is one line."""
-    assert suggest_main([*small, "device=cpu"]) == 0
+    assert program._run(["suggest", *small, "device=cpu"]) == 0
     *tried, named = capsys.readouterr().out.splitlines()
     sizes = [int(line.split(":")[0].removeprefix("batch of")) for line in tried]
     assert sizes == [1, 2, 4, 8][: len(sizes)]
     assert len(sizes) >= 3
     assert int(named.split()[0].removeprefix("measure.batch_size=")) in sizes
-    assert suggest_main([*small, "measure.batch_size=0"]) == 2
-    assert capsys.readouterr().err == "prune_lab: measure.batch_size=0 must be at least 1\n"
+    for key, value, reason in (
+        ("measure.batch_size", "0", " must be at least 1"),
+        ("model.stream", "true", ": a model that is read while it runs cannot be timed; give model.stream=false"),
+    ):
+        assert program._run(["suggest", *small, f"{key}={value}"]) == 2
+        assert capsys.readouterr().err == f"prune_lab: {key}={value}{reason}\n"
+    assert program._run(["suggest", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: prune-lab suggest [group=option ...]")
+
+
+def test_a_subcommand_that_is_interrupted_says_so_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C while it looks for the first key that it was given."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    for command, module in (("suggest", config), ("sync", sync), ("cache", cache_command)):
+        name = {"suggest": "register_schema", "sync": "_sync", "cache": "_show"}[command]
+        monkeypatch.setattr(module, name, interrupted)
+        assert program._run([command]) == 130
+        assert capsys.readouterr().err == "prune_lab: interrupted\n"
 
 
 @pytest.mark.parametrize("limit", [1, 300, 1000, 7 * 300])
@@ -149,8 +173,10 @@ def test_a_diverged_model_has_infinite_perplexity_and_no_metric(loaded: Loaded) 
     assert found.perplexity == math.inf
     assert 1000 < found.bits_per_byte < math.inf
     summary = Summary("FINISHED")
-    assert summary.set_metrics({"quality/perplexity": found.perplexity, "params/total": 3}) == ["quality/perplexity"]
-    assert summary.metrics == {"params/total": 3.0}
+    summary.set_metrics({"quality/perplexity": found.perplexity, "params/total": 3})
+    assert (summary.metrics, summary.diverged) == ({"params/total": 3.0}, ["quality/perplexity"])
+    written_before = {key: value for key, value in asdict(summary).items() if key != "diverged"}
+    assert from_dict(written_before) == summary
     assert len(summary.warnings) == 1
     assert "quality/perplexity diverged" in summary.warnings[0]
 

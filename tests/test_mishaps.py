@@ -22,6 +22,7 @@ import torch
 from conftest import ROOT, make_folder
 from test_resume import Ended
 from test_tracking import read_store
+from warm import give_store
 
 from prune_lab import __main__ as program
 from prune_lab import sweep as sweeps
@@ -48,6 +49,7 @@ def here(
     monkeypatch.setattr(sweeps, "_current", None)
     # MLflow keeps its connection to an address for the life of the process: each test has an address of its own.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    give_store(tmp_path)
 
     def run(*overrides: str, folder: Path = tmp_path / "here") -> Ended:
         places = [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]

@@ -36,14 +36,32 @@ def test_the_readme_shows_enough_commands() -> None:
     assert len(COMMANDS) >= 7
 
 
-def test_the_layout_exists() -> None:
-    tree = README.split("## Layout")[1].split("```")[1]
-    names = re.findall(r"(?<![\w.])([a-z_]+\.(?:py|yaml)|[a-z_]+/)", tree)
-    assert len(names) > 25
-    for name in names:
-        places = [ROOT / name, ROOT / "prune_lab" / name, ROOT / "conf" / name, ROOT / "tests" / name]
+LAYOUT = re.findall(r"(?<![\w.])([a-z_]+\.(?:py|yaml|md)|[a-z_]+/)", README.split("## Layout")[1].split("```")[1])
+
+
+def test_what_the_layout_lists_exists() -> None:
+    for name in LAYOUT:
+        places = [ROOT / folder / name for folder in ("", "prune_lab", "conf", "docs", "tests")]
         places += (ROOT / "prune_lab").glob(f"*/{name}")
         assert any(place.exists() for place in places), name
+
+
+def test_the_layout_lists_every_folder_and_every_module_of_the_root_once() -> None:
+    package = ROOT / "prune_lab"
+    there = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    there |= {f"{path.parent.name}/" for path in [*package.glob("*/__init__.py"), *ROOT.glob("*/*.py")]}
+    there |= {f"{name}/" for name in ("conf", "docs", "experiments")}
+    assert {name: LAYOUT.count(name) for name in there} == dict.fromkeys(there, 1)
+
+
+def test_it_names_every_option() -> None:
+    for path in sorted((ROOT / "conf").glob("*/*.yaml")):
+        group, name = path.parent.name, path.stem
+        assert f"`{name}`" in README or f"{group}={name}" in README, f"{group}={name}"
+
+
+def test_it_stays_short() -> None:
+    assert len(README.splitlines()) <= 250
 
 
 def test_ci_runs_the_test_command() -> None:

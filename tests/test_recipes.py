@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from hydra import compose, initialize_config_dir
 from test_hub import c4, wikitext  # noqa: F401 - fixtures
 
 from prune_lab import config
+from prune_lab.summary import flatten
 
 FOLDER = ROOT / "experiments"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -62,6 +67,13 @@ def test_a_recipe_says_what_it_asks_and_how_to_run_it(name: str) -> None:
     assert f"`{name}`" in (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_documents_count_the_runs_of_the_methods_recipe() -> None:
+    grids = recipe("methods")["hydra"]["sweeper"]["grids"]
+    runs = sum(math.prod(len(str(value).split(",")) for value in grid.values()) for grid in grids)
+    for document in ("README.md", "experiments/README.md"):
+        assert f"{runs} runs" in (ROOT / document).read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_job_of_a_recipe_is_built(name: str) -> None:
     """Each grid's first values: what a typing error in a key or an option would stop."""
@@ -95,8 +107,45 @@ def own_keys(name: str) -> list[str]:
             ((key, option),) = entry.items()
             if "hydra" not in key:
                 found.append(f"{key.removeprefix('override ')}={option}")
-    leaves = config.flatten({key: value for key, value in tree.items() if key not in ("defaults", "hydra")})
+    leaves = flatten({key: value for key, value in tree.items() if key not in ("defaults", "hydra")})
     return found + [f"{key}={'null' if value is None else value}" for key, value in leaves.items()]
+
+
+SWEEP = """
+defaults:
+  - config
+  - override tracking: none
+  - override measure: quality_only
+  - _self_
+export: true
+hydra:
+  mode: MULTIRUN
+  sweep:
+    dir: sweep
+  sweeper:
+    params: {method: magnitude, method.pattern: "2:4,4:8"}
+"""
+
+
+def test_the_command_on_a_model_card_repeats_the_job(small: list[str], cli: Cli, tmp_path: Path) -> None:
+    """A shell runs the line as it stands: one run, not the recipe's sweep, and the one that was finished."""
+    (tmp_path / "my recipes").mkdir()
+    (tmp_path / "my recipes" / "mine.yaml").write_text(SWEEP)
+    options = [override for override in small if not override.startswith("measure=")]
+    done = cli("-cd", "my recipes", "-cn", "mine", *options)
+    assert done.returncode == 0, done.stderr
+    card = (tmp_path / "sweep" / "1" / "export" / "README.md").read_text(encoding="utf-8")
+    (command,) = [line.strip() for line in card.splitlines() if line.startswith("    python -m prune_lab ")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    line = f"{command} hydra.run.dir=again"
+    again = subprocess.run(line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    first, second = (
+        json.loads((tmp_path / place / "summary.json").read_text(encoding="utf-8")) for place in ("sweep/1", "again")
+    )
+    assert first["config"]["method"]["pattern"] == "4:8"
+    assert second["fingerprint"] == first["fingerprint"]
+    assert second["reused_from"]
 
 
 @pytest.mark.slow

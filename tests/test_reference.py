@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 
 from prune_lab import config
 from prune_lab.reference import read_option, write_reference
+from prune_lab.summary import flatten
 
 PAGE = (ROOT / "docs" / "keys.md").read_text(encoding="utf-8")
 CELLS = [line.replace("\\|", "¦").strip("| ").split(" | ") for line in PAGE.splitlines() if line.startswith("| `")]
@@ -35,7 +36,7 @@ def test_hydra_composes_no_key_that_the_page_lacks(group: str) -> None:
     with initialize_config_dir(config.CONF_DIR, version_base="1.3"):
         for path in sorted(Path(config.CONF_DIR, group).glob("*.yaml")):
             assert f"| `{path.stem}` | " in PAGE
-            composed = config.flatten({group: _plain(compose("config", [f"{group}={path.stem}"])[group])})
+            composed = flatten({group: _plain(compose("config", [f"{group}={path.stem}"])[group])})
             for key, value in composed.items():
                 assert key in ROWS, key
                 if not str(value).startswith("$"):

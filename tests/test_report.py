@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from mlflow import MlflowClient
+from warm import give_store, run_module
 
 from prune_lab import comparison
 from prune_lab.axes import axis
@@ -107,9 +108,7 @@ def command(tmp_path: Path) -> Command:
     """Runs `python -m prune_lab.report ...` in the test's folder."""
 
     def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "prune_lab.report", *map(str, arguments)]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-        return subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        return run_module("prune_lab.report", list(map(str, arguments)), tmp_path, **environment)
 
     return run
 
@@ -266,7 +265,7 @@ def test_what_did_not_finish_stands_below_with_its_reason(folder: Path) -> None:
 
 
 def test_a_diverged_run_takes_no_axis_from_the_others(tmp_path: Path) -> None:
-    diverged = finished(0.8, 1, warnings=["quality/perplexity diverged: it is not a finite number"])
+    diverged = finished(0.8, 1, diverged=["quality/perplexity"])
     del diverged.metrics["quality/perplexity"]
     place = sweep(tmp_path / "sweep", [*RUNS, diverged])
     report = report_of(place)
@@ -388,14 +387,15 @@ def track(name: str, summary: Summary, folder: Path, sweep: Path | None = None) 
     with Mlflow().start_run(name, summary, Place(folder, sweep)) as log:
         if summary.status != "FINISHED":
             raise ValueError(summary.reason)
-        diverged = [w.partition(" ")[0] for w in summary.warnings if " diverged:" in w]
-        log.result(summary, [summary.write(folder)], diverged)
+        log.result(summary, [summary.write(folder)])
 
 
 @pytest.fixture(scope="module")
 def store_of_module(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A store that the tests share, since making one takes seconds; each has an experiment of its own."""
-    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'own.db'}"
+    place = tmp_path_factory.mktemp("store")
+    give_store(place)
+    return f"sqlite:///{place / 'mlflow.db'}"
 
 
 @pytest.fixture
@@ -511,6 +511,8 @@ def test_an_experiment_from_the_command_line(experiment: str, tmp_path: Path, co
     [
         ([], "required: SOURCE"),
         (["nowhere"], "nowhere: neither a folder nor an experiment"),
+        (["~nobody"], "~nobody: neither a folder nor an experiment"),
+        ([""], ": neither a folder nor an experiment"),
         (["empty"], "empty: this folder has no results.json"),
         (["broken"], "results.json: it is not the results.json of a sweep"),
         (["refused"], "refused: 1 runs, of which none finished"),

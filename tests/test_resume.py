@@ -18,6 +18,7 @@ from conftest import ROOT
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from safetensors.torch import load_file, save_file
+from warm import give_store, run_module
 
 from prune_lab import __main__ as program
 from prune_lab import sweep
@@ -154,9 +155,14 @@ def test_a_moved_text_is_the_same_text_and_a_changed_word_is_not(
     assert run_here(f"dataset.path={changed}").computed
 
 
-def test_an_export_that_is_gone_is_made_again(run_here: RunHere) -> None:
+def test_an_export_that_is_not_there_is_made(run_here: RunHere) -> None:
+    """Of a run that was finished without one, or whose export is gone; a run that has one serves both commands."""
+    run_here()
     first = run_here("export=true")
+    assert first.computed
+    assert (first.folder / "export" / "model.safetensors").exists()
     assert not run_here("export=true").computed
+    assert not run_here().computed
     shutil.rmtree(first.folder / "export")
     second = run_here("export=true")
     assert second.computed
@@ -242,8 +248,8 @@ def story(tmp_path_factory: pytest.TempPathFactory, folder: Path, corpus: Path) 
         "model=hf", f"model.name={folder}", "dataset=text", f"dataset.path={corpus}", "dataset.seq_len=32",
         "measure=quality_only", "measure.max_windows=8",
     ]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PRUNE_LAB_CACHE": str(place / "cache"), "HF_HUB_OFFLINE": "1"}
-    env.pop("MLFLOW_TRACKING_URI", None)
+    own = {"PRUNE_LAB_CACHE": str(place / "cache"), "MLFLOW_TRACKING_URI": None}
+    give_store(place)
     result = Story({}, {})
     for name, overrides in {
         "sweep": ["amount=0.2,0.4", "hydra.sweep.dir=sweep", "-m"],
@@ -251,8 +257,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, folder: Path, corpus: Path) 
         "single": ["amount=0.4", "hydra.run.dir=single"],
         "anew": ["amount=0.4", "resume=false", "hydra.run.dir=anew"],
     }.items():
-        command = [sys.executable, "-m", "prune_lab", *small, *overrides]
-        done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, check=False)
+        done = run_module("prune_lab", [*small, *overrides], place, **own)
         assert done.stderr == ""
         where = next(o for o in overrides if o.startswith("hydra.")).split("=")[1]
         result.ended[name] = Ended(done.returncode, done.stdout, place / where)
@@ -313,7 +318,7 @@ def test_resume_false_is_recorded_again(story: Story) -> None:
 
 CONFIG: dict[str, Any] = {
     "amount": 0.5, "seed": 0, "device": "auto", "dtype": "auto", "name": "prune_lab", "resume": True, "quiet": False,
-    "objectives": ["quality/perplexity"],
+    "objectives": ["quality/perplexity"], "export": False,
     "model": {"name": "here", "weights": "pretrained"}, "dataset": {"path": "there", "test_path": None, "seq_len": 32},
     "method": {"_target_": "prune_lab.methods.magnitude.Magnitude", "amount": 0.5}, "measure": {"pairs": 10},
     "tracking": {"_target_": "prune_lab.tracking.none.NoTracking"},
@@ -357,7 +362,7 @@ def test_what_was_found_out_changes_the_fingerprint(key: str, value: Any) -> Non
     ("key", "value"),
     [
         ("name", "other"), ("quiet", True), ("resume", False), ("tracking._target_", "prune_lab.tracking.mlflow_store"),
-        ("objectives", ["size/disk_mb"]),
+        ("objectives", ["size/disk_mb"]), ("export", True),
         ("device", "cpu"), ("dtype", "float32"), ("model.name", "elsewhere"), ("dataset.path", "elsewhere"),
     ],
 )  # fmt: skip

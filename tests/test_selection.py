@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from prune_lab.pruning import cuts as cutting
-from prune_lab.pruning.cuts import cuts
+from prune_lab.pruning.cuts import Counts, cuts
+from prune_lab.pruning.masks import clear
 from prune_lab.pruning.selection import (
     Pattern,
     count_to_remove,
@@ -98,6 +99,27 @@ def test_one_pass_gives_the_cuts_of_many_amounts(dtype: torch.dtype) -> None:
         assert torch.equal(torch.cat([k.flatten() for k in keep_behind(matrices, cut)]), naive_keep(flat, remove))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["magnitudes", "ties", "signed"])
+def test_counts_that_are_kept_cut_at_every_amount(
+    dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pass over the scores; with ties beyond a matrix, weights that were gone before (-1), and both zeros."""
+    passes = []
+    real = cutting._number_of_each
+    monkeypatch.setattr(cutting, "_number_of_each", lambda scores: passes.append(1) or real(scores))
+    generator = torch.Generator().manual_seed(1)
+    scores = [torch.randn(shape, generator=generator).abs() for shape in ((40, 30), (7, 11), (64, 5))]
+    scores = [(s.mul(3).round() if kind == "ties" else s).masked_fill(s < 0.1, -1).to(dtype) for s in scores]
+    if kind == "signed":
+        scores = [signed_scores(16, 32, dtype), signed_scores(8, 32, dtype).T]
+    flat, counts = torch.cat([matrix.flatten() for matrix in scores]), Counts()
+    for amount in (0.5, 0.0, 0.001, 0.04, 0.3, 0.55, 0.77, 0.9999, 0.5):
+        found = torch.cat([kept.flatten() for kept in keep_global(scores, amount, counts)])
+        assert torch.equal(found, naive_keep(flat, count_to_remove(flat.numel(), amount)))
+    assert passes == [1]
+
+
 def test_global_selection_ranks_all_matrices_together() -> None:
     small, large = torch.full((2, 3), 0.1), torch.full((2, 2), 5.0)
     keep = keep_global([large, small], 0.5)
@@ -138,3 +160,16 @@ def test_masks_nest_across_amounts() -> None:
 def test_a_wrong_pattern_is_refused(text: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Pattern.parse(text)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_is_cleared_is_plus_zero_whatever_stood_there(dtype: torch.dtype, transposed: bool) -> None:
+    """And what is kept stays to the bit: NaN, infinities, negative zero."""
+    odd = torch.tensor([[1.5, -2.0, float("nan")], [float("inf"), -float("inf"), -0.0]], dtype=dtype)
+    for keep in (torch.tensor([[True, False, True], [False, True, True]]), torch.zeros(2, 3, dtype=torch.bool)):
+        weight = odd.T.contiguous().T if transposed else odd.clone()
+        clear(weight, keep)
+        bits, before = weight.contiguous().view(torch.uint8).view(2, 3, -1), odd.view(torch.uint8).view(2, 3, -1)
+        assert torch.equal(bits[keep], before[keep])
+        assert not bits[~keep].any()

@@ -16,6 +16,7 @@ import torch
 from conftest import CPU, Cli, make_folder
 from test_families import HEAD_DIM, HIDDEN, MLP
 from torch import Tensor
+from warm import give_store
 
 from prune_lab.methods.base import Pruned
 from prune_lab.methods.sensitivity import PARTS, Sensitivity
@@ -229,6 +230,7 @@ def test_wrong_keys_are_refused(keys: dict[str, Any], says: str) -> None:
 def test_the_files_lie_in_the_run_folder_and_in_the_store(small: list[str], tmp_path: Path, cli: Cli) -> None:
     keys = ["method=sensitivity", "method.amounts=[0.5]", "measure=quality_only", "hydra.run.dir=run"]
     keys += ["dataset.calibration.n_samples=6", "dataset.calibration.seq_len=16", "tracking=mlflow"]
+    give_store(tmp_path)
     done = cli(*small, *keys)
     assert done.returncode == 0, done.stderr
     stored = {name: (tmp_path / "run" / name).read_bytes() for name in FILES}

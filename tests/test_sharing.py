@@ -6,6 +6,7 @@ import copy
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +19,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import CPU, ROOT
+from test_package import MODULES, imports
 from torch import Tensor
 
 from prune_lab import __main__ as program
-from prune_lab import bench, cache_command, store, sweep
+from prune_lab import bench, cache_command, fingerprint, store, sweep
 from prune_lab.errors import Refused
 from prune_lab.methods.depth import Depth
 from prune_lab.methods.magnitude import Magnitude
@@ -31,11 +33,9 @@ from prune_lab.models import dense
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.dense import DenseFacts
 from prune_lab.models.load import Loaded
-from prune_lab.pruning import calibration, shared
+from prune_lab.pruning import calibration
 from prune_lab.pruning.calibration import Calibrator
-from prune_lab.pruning.selection import keep_global
 from prune_lab.pruning.statistics import NEEDS, Seen
-from prune_lab.pruning.thresholds import Thresholds
 
 WINDOWS = torch.randint(300, (6, 16), generator=torch.Generator().manual_seed(0))
 HASHES = {"weights": "w", "tokenizer": "t"}
@@ -57,7 +57,7 @@ def assert_equal(first: Seens, second: Seens) -> None:
     assert [of_block.keys() for of_block in first] == [of_block.keys() for of_block in second]
     for a, b in zip(first, second, strict=True):
         for name in a:
-            for field in (f.name for f in fields(Seen) if f.name not in ("random", "thresholds")):
+            for field in (f.name for f in fields(Seen) if f.name not in ("random", "counts")):
                 one, other = getattr(a[name], field), getattr(b[name], field)
                 assert (one is None and other is None) or torch.equal(one, other), (name, field)
 
@@ -114,7 +114,7 @@ def test_a_need_that_is_known_is_not_observed_again(loaded: Loaded, passes: list
 
 KEY = {
     "weights": "other", "tokenizer": "other", "tokens": 1, "n_samples": 5, "seq_len": 15, "batch_size": 3,
-    "dtype": torch.bfloat16, "code": "prune_lab.errors", "threads": 77, "torch": "0.0",
+    "dtype": torch.bfloat16, "code": "errors.py", "threads": 77, "torch": "0.0",
 }  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def test_each_field_of_the_key_misses(
         windows[0, 0] = (windows[0, 0] + 1) % 300
     windows = windows[: value if field == "n_samples" else None, : value if field == "seq_len" else None]
     if field == "code":
-        monkeypatch.setattr(shared, "SOURCE", (*shared.SOURCE, value))
+        monkeypatch.setattr(dense, "SOURCE", (*dense.SOURCE, value))
     real = dense.describe_environment
     if field in ("threads", "torch"):
         monkeypatch.setattr(dense, "describe_environment", lambda device: real(device) | {field: value})
@@ -149,7 +149,46 @@ def test_behind_pruned_blocks_nothing_is_served(loaded: Loaded, passes: list[int
         assert len(passes) == count
 
 
-def test_edited_source_is_another_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("edited", "is_another"),
+    [
+        ("models/contents.py", True), ("pruning/cuts.py", True), ("measure/task_names.py", True),
+        ("text/tokens.py", True), ("bench.py", True), ("report/page.py", False), ("tracking/params.py", False),
+    ],
+)  # fmt: skip
+def test_edited_source_is_another_key(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edited: str, is_another: bool
+) -> None:
+    """In a copy of the package: of all that could compute the fact, and of nothing else."""
+    package = shutil.copytree(ROOT / "prune_lab", tmp_path / "package", ignore=shutil.ignore_patterns("tiny", "*.pyc"))
+    monkeypatch.setattr(fingerprint, "PACKAGE", package)
+    facts, keys = facts_of(loaded), set()
+    for addition in ("", "\n# edited\n"):
+        with (package / edited).open("a") as file:
+            file.write(addition)
+        fingerprint.source_sha256.cache_clear()
+        keys.add(facts.key("baseline", {}))
+    fingerprint.source_sha256.cache_clear()
+    assert len(keys) == 1 + is_another
+
+
+# What the modules of a key's source import and cannot change a figure by: where things are kept, said, locked, awaited.
+HARMLESS = {
+    "cache", "checks", "console", "environment", "errors", "files", "fingerprint", "hub", "launch", "lock", "store",
+    "summary", "turns",
+}  # fmt: skip
+
+
+def test_the_source_of_a_key_holds_all_that_it_imports() -> None:
+    outside = set()
+    for path in MODULES:
+        part = path.relative_to(ROOT / "prune_lab").parts[0]
+        if part in dense.SOURCE or part.removesuffix(".py") in HARMLESS:
+            outside |= {name.split(".")[1] for name in imports(path) if name.startswith("prune_lab.")}
+    assert outside - {part.removesuffix(".py") for part in dense.SOURCE} - {"__version__"} == HARMLESS
+
+
+def test_an_edited_method_is_another_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     found = set()
     for number in range(2):
@@ -169,7 +208,7 @@ def test_a_changed_model_has_no_facts(loaded: Loaded) -> None:
     assert Anatomy(changed, facts).facts is None
 
 
-# Gradients, scans, block influence, thresholds: of the dense model, whatever is propagated.
+# Gradients, scans, block influence, counts: of the dense model, whatever is propagated.
 
 
 @pytest.mark.parametrize(
@@ -193,19 +232,6 @@ def test_pruned_with_known_facts_as_without(loaded: Loaded, method: Any) -> None
         found, cold = prune(amount, known), prune(amount, None)
         assert found.keys() == cold.keys()
         assert all(torch.equal(found[name], cold[name]) for name in cold)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("ties", [False, True])
-def test_thresholds_of_all_amounts_from_one_pass(dtype: torch.dtype, ties: bool) -> None:
-    """As a selection for each amount has it; with ties beyond a matrix, and weights that were gone before (-1)."""
-    generator = torch.Generator().manual_seed(1)
-    scores = [torch.randn(shape, generator=generator).abs() for shape in ((40, 30), (7, 11), (64, 5))]
-    scores = [(s.mul(3).round() if ties else s).masked_fill(s < 0.1, -1).to(dtype) for s in scores]
-    known = Thresholds()
-    for amount in (0.5, 0.0, 0.001, 0.04, 0.3, 0.77, 0.9999):
-        for found, expected in zip(known.keep(scores, amount), keep_global(scores, amount), strict=True):
-            assert torch.equal(found, expected)
 
 
 # Whole sweeps.
@@ -394,6 +420,12 @@ def test_where_nothing_can_be_kept_the_run_goes_on(
     assert [path for path in cache.rglob("*") if path.parent.name != "locks"] == [cache / "gram", cache / "locks"]
     with pytest.raises(FileNotFoundError, match="of the text"):
         read_text("gram", "one", lambda folder: {"text": Path("file of the text").read_text()})
+
+
+def test_a_kind_that_is_not_listed_is_not_kept() -> None:
+    """It would be neither bounded nor shown nor cleared."""
+    with pytest.raises(AssertionError, match="grams: what is no kind"):
+        read_text("grams", "one", make_text("text"))
 
 
 # The command.

@@ -18,8 +18,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from conftest import ROOT
 from test_tracking import Stored
+from warm import run_module
 
 from prune_lab.tracking.links import how_to_look, without_password
 
@@ -139,11 +139,8 @@ def sweep(place: Path, folder: Path, corpus: Path, store: str, *overrides: str) 
         "model=hf", f"model.name={folder}", "dataset=text", f"dataset.path={corpus}", "dataset.seq_len=32",
         "measure=quality_only", "measure.max_windows=8", "device=cpu",
     ]  # fmt: skip
-    env = {
-        **os.environ, "PYTHONPATH": str(ROOT), "PRUNE_LAB_CACHE": str(place / "cache"), "MLFLOW_TRACKING_URI": store,
-    }  # fmt: skip
-    command = [sys.executable, "-m", "prune_lab", *small, *overrides, "-m"]
-    return subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, check=False)
+    own = {"PRUNE_LAB_CACHE": str(place / "cache"), "MLFLOW_TRACKING_URI": store}
+    return run_module("prune_lab", [*small, *overrides, "-m"], place, **own)
 
 
 def check_shape(runs: list[Stored], jobs: int) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,9 @@ from urllib.parse import quote
 
 import pytest
 import yaml
-from conftest import ROOT
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from warm import give_store, run_module
 
 from prune_lab import __version__, comparison
 from prune_lab.comparison import Row, speedup
@@ -28,7 +26,7 @@ from prune_lab.summary import Summary
 # MLflow 3's own models use a deprecated part of SQLAlchemy, which says so when a store is first opened.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
-# The contract's metrics (README, "Metrics") without tasks/: written out, so that a changed name is noticed.
+# The contract's metrics (docs/metrics.md) without tasks/: written out, so that a changed name is noticed.
 METRICS = {
     "quality/perplexity", "quality/dense_perplexity", "quality/perplexity_ratio", "quality/bits_per_byte",
     "quality/dense_bits_per_byte",
@@ -99,10 +97,9 @@ def run_sweep(place: Path, folder: Path, corpus: Path, *overrides: str) -> Sweep
         "model=hf", f"model.name={folder}", "dataset=text", f"dataset.path={corpus}", "dataset.seq_len=32",
         "device=cpu", "measure=quick", "measure.max_windows=8", "measure.prompt_tokens=16", "measure.decode_tokens=2",
     ]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PRUNE_LAB_CACHE": str(place / "cache"), "HF_HUB_OFFLINE": "1"}
-    env.pop("MLFLOW_TRACKING_URI", None)
-    command = [sys.executable, "-m", "prune_lab", *small, *overrides, "-m"]
-    return Sweep(place, subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, check=False))
+    own = {"PRUNE_LAB_CACHE": str(place / "cache"), "MLFLOW_TRACKING_URI": None}
+    give_store(place)
+    return Sweep(place, run_module("prune_lab", [*small, *overrides, "-m"], place, **own))
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Cli
 from safetensors.torch import load_file, save_file
+from warm import Running, give_store, start_module
 
+from prune_lab.summary import Summary
 from prune_lab.tracking.links import how_to_look
 from prune_lab.tracking.ownership import BORN, HOST, PID, is_alive, owner_tags
+from prune_lab.tracking.params import params_of, run_name
 
 PATIENCE = 90  # seconds to wait for another process, many times what it takes
 
@@ -86,6 +89,8 @@ STOPS = {
 def stopped(tmp_path_factory: pytest.TempPathFactory, folder: Path, corpus: Path) -> dict[str, Stopped]:
     """Real processes, all at once, each stopped as soon as its store shows that it trains."""
     places = {name: tmp_path_factory.mktemp("stopped") for name in STOPS}
+    for place in places.values():
+        give_store(place)
     processes = {name: start_training(place, folder, corpus, *STOPS[name][1]) for name, place in places.items()}
     done: dict[str, Stopped] = {}
     try:
@@ -95,10 +100,11 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, folder: Path, corpus: Path
                 if trains(store):
                     before = read_store(store)
                     process.send_signal(STOPS[name][0])
-                    stderr = process.communicate(timeout=PATIENCE)[1]
-                    done[name] = Stopped(places[name], before, process.returncode, stderr)
+                    code = process.wait(PATIENCE)
+                    assert code is not None, f"{name} did not end it"
+                    done[name] = Stopped(places[name], before, code, (places[name] / "stderr").read_text())
                 else:
-                    assert process.poll() is None, process.communicate()
+                    assert process.poll() is None, (places[name] / "stderr").read_text()
             if len(done) == len(processes):
                 return done
             time.sleep(0.1)
@@ -106,27 +112,16 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, folder: Path, corpus: Path
     finally:
         for process in processes.values():
             process.kill()
-            process.communicate()
 
 
-def start_training(place: Path, folder: Path, corpus: Path, *overrides: str) -> subprocess.Popen[str]:
+def start_training(place: Path, folder: Path, corpus: Path, *overrides: str) -> Running:
     """Starts a training without end, on one thread, that logs and is on record in the default store."""
     small = [
         "model=hf", f"model.name={folder}", "dataset=text", f"dataset.path={corpus}", "dataset.seq_len=32",
         "measure=quality_only", "recovery=finetune", "recovery.steps=100000", "recovery.autocast=none",
     ]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PRUNE_LAB_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"}
-    env.pop("MLFLOW_TRACKING_URI", None)
-    return subprocess.Popen(
-        [sys.executable, "-m", "prune_lab", *small, *overrides],
-        cwd=place,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Tests that run in the background of a shell ignore Ctrl-C, and so would their children.
-        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
-    )
+    own = {"PRUNE_LAB_CACHE": str(place / "cache"), "MLFLOW_TRACKING_URI": None}
+    return start_module("prune_lab", [*small, *overrides], place, [place / "stdout", place / "stderr"], **own)
 
 
 def trains(store: Path) -> bool:
@@ -275,6 +270,15 @@ def test_an_owner_is_alive_as_long_as_its_process_may_be() -> None:
     assert not is_alive({**mine, BORN: str(float(mine[BORN]) - 1000)}), "the pid is in use again"
     assert is_alive({**mine, PID: str(gone.pid), HOST: "elsewhere"}), "another machine's processes cannot be seen"
     assert not is_alive({HOST: socket.gethostname()})
+
+
+def test_a_method_s_own_amount_is_the_one_on_record() -> None:
+    config = {"amount": 0.5, "seed": 0, "method": {"amount": 0.3, "pattern": None}}
+    config |= {group: {} for group in ("schedule", "recovery", "post")}
+    choices = {"method": "magnitude", "recovery": "none", "post": "none"}
+    summary = Summary("FINISHED", config=config, choices=choices, protocol={"dtype": "float32", "device": "cpu"})
+    assert params_of(summary)["amount"] == 0.3
+    assert run_name(summary) == "magnitude 0.3"
 
 
 def test_a_stores_password_is_not_shown() -> None:

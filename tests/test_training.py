@@ -5,10 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, ROOT, make_folder, story
+from conftest import CPU, make_folder, story
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from trainings import same, training_of, weights_of
+from warm import Running, start_module
 
 from prune_lab.device import Device
 from prune_lab.errors import Refused
@@ -194,7 +192,7 @@ def step_of(path: Path) -> int:
         return int(json.loads(file.metadata()["training"])["step"])
 
 
-def seen_steps(process: subprocess.Popen[str], cache: Path) -> Iterator[int]:
+def seen_steps(process: Running, cache: Path) -> Iterator[int]:
     """The steps of the checkpoints that a process leaves, as they appear, until it ends."""
     deadline = time.monotonic() + 100
     while process.poll() is None and time.monotonic() < deadline:
@@ -215,12 +213,9 @@ def test_a_killed_process_goes_on_and_exports_the_same_model(small: list[str], t
         "recovery.batch_size=4", "recovery.lr=0.003", "recovery.checkpoint_every=5", "recovery.autocast=none",
     ]  # fmt: skip
 
-    def start(name: str, cache: Path) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "prune_lab", *arguments, f"hydra.run.dir={tmp_path / name}"]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "PRUNE_LAB_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-        log = (tmp_path / f"{name}.log").open("w")
-        with log:
-            return subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=subprocess.STDOUT, text=True)
+    def start(name: str, cache: Path) -> Running:
+        log, own = tmp_path / f"{name}.log", [f"hydra.run.dir={tmp_path / name}"]
+        return start_module("prune_lab", [*arguments, *own], tmp_path, [log, log], PRUNE_LAB_CACHE=str(cache))
 
     def export_of(name: str) -> dict[str, Tensor]:
         return load_file(tmp_path / name / "export/model.safetensors")

@@ -12,12 +12,15 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, Cli
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from warm import give_store
 
 from prune_lab import launch
+from prune_lab.device import numbered
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
@@ -52,6 +55,15 @@ def together(folder: Path, *arguments: str, launcher: list[str] = TORCHRUN) -> s
         check=False,
         timeout=400,
     )
+
+
+def test_a_gpu_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """device=cuda and auto name the same one, alone the first and under a launcher each process's own."""
+    for size, expected in ((None, "cuda:0"), ("1", "cuda:0"), ("2", "cuda:1")):
+        for name, value in (("WORLD_SIZE", size), ("LOCAL_RANK", size and "1")):
+            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+        assert str(numbered(torch.device("cuda"))) == expected
+        assert [str(numbered(torch.device(name))) for name in ("cpu", "cuda:3")] == ["cpu", "cuda:3"]
 
 
 @pytest.mark.parametrize(
@@ -97,6 +109,7 @@ def test_a_sweep_of_two_processes_is_recorded_once_and_found_again(small: list[s
         "amount=0.3,0.5",
         f"hydra.sweep.dir={tmp_path / 'sweep'}",
     ]
+    give_store(tmp_path)
     done = together(tmp_path, *arguments)
     assert done.returncode == 0, done.stderr
     client = MlflowClient("sqlite:///" + str(tmp_path / "mlflow.db"))

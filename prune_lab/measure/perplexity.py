@@ -19,7 +19,7 @@ from prune_lab.models.loss import window_losses
 
 @dataclass(frozen=True)
 class Quality:
-    """Perplexity, and bits per byte, which a tokenizer cannot flatter."""
+    """Perplexity, and bits per byte, which a tokenizer cannot flatter. Each field is a metric of its name."""
 
     perplexity: float
     bits_per_byte: float
@@ -44,5 +44,9 @@ def measure_quality(
             if stream is None:
                 bar.update(batch.numel())
     mean = float(torch.cat(losses).mean())
-    # A diverged model is reported as infinite, never as an OverflowError.
-    return Quality(math.exp(mean) if mean < 700 else math.inf, mean / math.log(2) / bytes_per_token)
+    return Quality(_perplexity(mean), mean / math.log(2) / bytes_per_token)
+
+
+def _perplexity(loss: float) -> float:
+    """exp of a loss in nats; of a diverged model infinite, never an OverflowError."""
+    return math.exp(loss) if loss < 700 else math.inf

@@ -13,7 +13,18 @@ MIN_PAIRS = 10
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure option. Quality and size are always measured; latency and memory when asked for."""
+    """A measure option. Quality and size are always measured, the rest when asked for.
+
+    batch_size: windows of a forward pass of the perplexity, and texts of one of the tasks.
+    max_windows: the first so many windows of the test split; None: all.
+    latency: prefill and decode, timed in `pairs` of dense and compressed, at least MIN_PAIRS, after `warmup` pairs that
+    do not count, on a prompt of `prompt_tokens` with `decode_tokens` after it: the sizes of memory and energy too.
+    batch_sizes, lengths: prompts that are timed beside that one, each number of rows with each number of tokens.
+    memory: the peak of loading and inference. energy: joules per decoded token, where a counter can be read.
+    aa: the dense model timed against a copy of itself. accelerate: how models are made ready to be timed, of CHOICES.
+    tasks: names of lm-eval's tasks. task_path: a folder of TASK.jsonl, used for the tasks found there; None: the Hub.
+    task_limit: documents of each, the first so many. task_shots: examples before each question.
+    """
 
     batch_size: int = 8
     max_windows: int | None = None

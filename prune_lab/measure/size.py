@@ -13,7 +13,7 @@ MB = 1e6
 
 @dataclass(frozen=True)
 class Size:
-    """Counts of a model's own tensors; a tied matrix counts once."""
+    """Counts of a model's own tensors, and their megabytes (10^6 bytes); a tied matrix counts once."""
 
     params: int
     nonzero: int

@@ -83,8 +83,7 @@ def _by_perplexity(anatomy: Anatomy, remove: int, calibrator: Calibrator) -> lis
             return losses
 
         for _ in range(remove):
-            modules = ("prune_lab.models.loss", __name__)
-            losses = calibrator.remember(anatomy, "block_losses", {"dropped": dropped}, modules, without_each)
+            losses = calibrator.remember(anatomy, "block_losses", {"dropped": dropped}, without_each, (__name__,))
             _, index = min(zip(losses, left, strict=True))
             dropped.append(index)
             left.remove(index)

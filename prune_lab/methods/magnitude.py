@@ -16,8 +16,8 @@ class Magnitude(WeightMethod):
     """|W| of single weights (Han et al., 1506.02626)."""
 
     @property
-    def fixed(self) -> str:
-        """It goes by the weight alone."""
+    def counted_score(self) -> str:
+        """The one there is, which goes by the weight alone."""
         return "magnitude"
 
     def score(self, weight: Tensor, seen: Seen) -> Tensor:

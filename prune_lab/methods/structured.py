@@ -93,7 +93,7 @@ class Structured(Method):
             return sensitivity.scan(anatomy, walk, prune_block, calibrator, amounts)
 
         of = {"score": self.score, "compensate": self.compensate, "kind": kind, "amounts": amounts, "seed": seed}
-        rises: list[list[float]] = calibrator.remember(anatomy, "scan", of, sensitivity.source(type(self)), scan)
+        rises: list[list[float]] = calibrator.remember(anatomy, "scan", of, scan, sensitivity.source(type(self)))
         return rises
 
     def _zero(self, parts: list[UnitLinear], keep: Tensor, seen: dict[str, Seen], pruned: Pruned) -> None:

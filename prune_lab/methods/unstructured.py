@@ -28,9 +28,9 @@ class Unstructured(WeightMethod):
         return SCORES[self.score].needs
 
     @property
-    def fixed(self) -> str | None:
-        """Magnitudes go by the weight alone."""
-        return self.score if self.score == "magnitude" else None
+    def counted_score(self) -> str | None:
+        """The named score, where it goes by the weight alone."""
+        return self.score if SCORES[self.score].by_weight_alone else None
 
     def importance(self, weight: Tensor, seen: Seen) -> Tensor:
         """The named score, shape (out, in)."""

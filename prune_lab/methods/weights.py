@@ -14,10 +14,10 @@ from prune_lab.methods.base import LayerRow, Method, Pruned
 from prune_lab.models.anatomy import Anatomy, out_in
 from prune_lab.pruning import allocation, scores, sensitivity
 from prune_lab.pruning.calibration import Calibrator
-from prune_lab.pruning.masks import Masks
+from prune_lab.pruning.cuts import Counts
+from prune_lab.pruning.masks import Masks, clear
 from prune_lab.pruning.selection import Pattern, count_to_remove, keep_global, keep_layer, keep_pattern, keep_rows
 from prune_lab.pruning.statistics import GRADIENTS, Seen
-from prune_lab.pruning.thresholds import Thresholds
 
 ALLOCATIONS = ("uniform", "global", "owl", "sensitivity")
 
@@ -62,8 +62,8 @@ class WeightMethod(Method):
         return frozenset(self.needs)
 
     @property
-    def fixed(self) -> str | None:
-        """The name of a score that goes by the weight alone: all amounts are thresholded from one pass over it."""
+    def counted_score(self) -> str | None:
+        """The name of its score where that goes by the weight alone: it is counted once, and cut for all amounts."""
         return None
 
     @property
@@ -103,9 +103,9 @@ class WeightMethod(Method):
         if self.is_global:
             seen = list(self._walk(anatomy, seed, calibrator, dense=True))
             values = {name: self._checked_score(name, linear, seen[b][name]) for b, name, linear in _each(linears)}
-            facts = anatomy.facts if self.fixed else None
-            rank = keep_global if facts is None else facts.in_process(f"{self.fixed} of all", Thresholds).keep
-            keep = dict(zip(values, rank(list(values.values()), amount), strict=True))
+            facts = anatomy.facts if self.counted_score else None
+            counts = None if facts is None else facts.in_process(f"{self.counted_score} of all", Counts)
+            keep = dict(zip(values, keep_global(list(values.values()), amount, counts), strict=True))
             pruned.rows = [_row(name, mask) for name, mask in keep.items()]
             if calibrator is not None and calibrator.propagate == "pruned":
                 pruned.notes.append("one ranking over all blocks: every block was seen with dense ones before it")
@@ -132,11 +132,9 @@ class WeightMethod(Method):
             keep = keep_pattern(values, Pattern.parse(self.pattern))
         elif self.scope == "row":
             keep = keep_rows(values, count_to_remove(values.shape[1], amount))
-        elif seen.thresholds is not None:
-            (keep,) = seen.thresholds.keep([values], amount)
         else:
-            keep = keep_layer(values, amount)
-        out_in(linear, linear.weight).masked_fill_(~keep, 0)
+            keep = keep_layer(values, amount, seen.counts)
+        clear(out_in(linear, linear.weight), keep)
         return keep
 
     def _walk(
@@ -145,12 +143,12 @@ class WeightMethod(Method):
         """What was seen at each Linear, block by block, as the score needs it."""
         random = torch.Generator().manual_seed(seed)
         if not self.seen_by_score:
-            facts = anatomy.facts if self.fixed else None
+            facts = anatomy.facts if self.counted_score else None
             for index, linears in enumerate(anatomy.linears_by_block()):
                 seen = {name: Seen(random=random) for name, _ in linears}
                 if facts is not None:
-                    known = {name: facts.in_process(f"{self.fixed} of {name}", Thresholds) for name in seen}
-                    seen = {name: replace(seen[name], thresholds=known[name]) for name in seen}
+                    known = {name: facts.in_process(f"{self.counted_score} of {name}", Counts) for name in seen}
+                    seen = {name: replace(seen[name], counts=known[name]) for name in seen}
                 with anatomy.at_hand(index):
                     yield seen
             return
@@ -204,7 +202,7 @@ class WeightMethod(Method):
 
         keys = asdict(self) | {"amount": None, "allocation": None}
         of = {"method": keys, "amounts": amounts, "seed": seed}
-        rises: list[list[float]] = calibrator.remember(anatomy, "scan", of, sensitivity.source(type(self)), scan)
+        rises: list[list[float]] = calibrator.remember(anatomy, "scan", of, scan, sensitivity.source(type(self)))
         return rises
 
     def _checked_score(self, name: str, linear: Any, seen: Seen) -> Tensor:

@@ -31,12 +31,12 @@ class BlockStream:
         device = next(anatomy.model.parameters()).device
         batches = [batch.to(device, torch.int64) for batch in windows.split(batch_size)]
         by_size = {len(batch): batch for batch in batches}
-        self._calls = {size: self._record_calls(anatomy, batch) for size, batch in by_size.items()}
+        self._calls = {size: self._record_calls(batch) for size, batch in by_size.items()}
         self.states: StateList = States() if anatomy.is_on_disk else []  # each (windows, seq_len, hidden)
         for batch in batches:
-            self.states.append(self._embed(anatomy, batch))
+            self.states.append(self._embed(batch))
 
-    def _record_calls(self, anatomy: Anatomy, batch: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    def _record_calls(self, batch: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def note(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -44,10 +44,10 @@ class BlockStream:
             return states
 
         with _instead_of(self._blocks, note):
-            anatomy.model.base_model(input_ids=batch, use_cache=False)
+            self._anatomy.model.base_model(input_ids=batch, use_cache=False)
         return calls
 
-    def _embed(self, anatomy: Anatomy, batch: Tensor) -> Tensor:
+    def _embed(self, batch: Tensor) -> Tensor:
         found: list[Tensor] = []
 
         def stop(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -55,7 +55,7 @@ class BlockStream:
             raise ReachedError
 
         with _instead_of(self._blocks, stop), suppress(ReachedError):
-            anatomy.model.base_model(input_ids=batch, use_cache=False)
+            self._anatomy.model.base_model(input_ids=batch, use_cache=False)
         return found[0]
 
     @torch.no_grad()

@@ -18,8 +18,11 @@ from torch import Tensor
 from prune_lab import store
 from prune_lab.device import Device
 from prune_lab.environment import describe_environment
+from prune_lab.fingerprint import digest_of, source_sha256
 
 MEMORY = 2**30  # bytes of facts that a process holds; what is beyond is read from disk each time
+# An edit of any of these makes every fact anew, whichever of them it comes from.
+SOURCE = ("measure", "models", "pruning", "text", "bench.py", "device.py", "export.py")
 _ENVIRONMENT = ("python", "torch", "transformers", "lm-eval", "platform", "cpu", "threads", "gpu", "cuda")
 
 Part = dict[str, Tensor]
@@ -29,8 +32,9 @@ T = TypeVar("T")
 class DenseFacts:
     """Facts about one dense model, each found under a key of all that it depends on.
 
-    The key holds the sha256 of weights and tokenizer, number type, device, threads, the versions of what computes, and
-    what the asker adds: the text by its token ids, sizes, and the source of the modules that compute the fact.
+    The key holds the sha256 of weights and tokenizer, number type, device, threads, the versions of what computes, the
+    source of all that could (SOURCE), and what the asker adds: the text by its token ids, sizes, and modules beside
+    those, such as the method's whose score is scanned.
     """
 
     def __init__(self, model: Any, hashes: dict[str, str], device: Device) -> None:
@@ -58,12 +62,12 @@ class DenseFacts:
             and all(_same(tensor, others[name]) for name, tensor in mine.items())
         )
 
-    def key(self, kind: str, of: dict[str, Any], modules: tuple[str, ...]) -> str:
+    def key(self, kind: str, of: dict[str, Any], modules: tuple[str, ...] = ()) -> str:
         """The name of a fact: a hash of all that it depends on."""
-        whole = [kind, self._key, of, source_of(modules)]
-        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
+        whole = [kind, self._key, of, source_sha256(*SOURCE), source_of(modules)]
+        return digest_of(whole)[:32]
 
-    def value(self, kind: str, of: dict[str, Any], modules: tuple[str, ...], compute: Callable[[], Any]) -> Any:
+    def value(self, kind: str, of: dict[str, Any], compute: Callable[[], Any], modules: tuple[str, ...] = ()) -> Any:
         """A fact made of numbers, lists and dictionaries."""
         key = self.key(kind, of, modules)
         if key not in self._values:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 LOGITS_AT_ONCE = 2**22  # elements; so peak memory does not grow with vocabulary x window
+TIMES_ON_GPU = 16  # as many there: products of few positions, 32 of a vocabulary of 128,256, only read the head
 
 
 @torch.no_grad()
@@ -19,7 +20,7 @@ def window_losses(model: Any, batch: Tensor) -> Tensor:
     """
     hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1]
     head, targets = model.get_output_embeddings(), batch[:, 1:].reshape(-1)
-    rows = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    rows = max(1, LOGITS_AT_ONCE * (TIMES_ON_GPU if hidden.is_cuda else 1) // head.weight.shape[0])
     cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2 bends its logits after the head
     losses = []
     for states, wanted in zip(hidden.reshape(-1, hidden.shape[-1]).split(rows), targets.split(rows), strict=True):

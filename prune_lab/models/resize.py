@@ -12,6 +12,8 @@ from prune_lab.models.anatomy import Anatomy
 
 _DENSE, _BLOCKS = "_dense_counts", "_original_blocks"  # kept with a model while it is pruned; in no export
 
+_PER_BLOCK = ("layer_types",)  # settings with one entry for each block, in the families of models/anatomy.py
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -57,8 +59,8 @@ def set_unit_count(anatomy: Anatomy, kind: str, count: int, was: int) -> None:
 def keep_blocks(anatomy: Anatomy, kept: list[int]) -> None:
     """Keeps the blocks with these indices, in order, renumbered, and writes their number into the config.
 
-    The key-value cache goes by a block's number. Settings with one entry for each block, such as Gemma's
-    layer_types, keep those of the blocks. Raises Refused where a block's number is part of what it computes.
+    The key-value cache goes by a block's number. Settings with one entry for each block keep those of the blocks.
+    Raises Refused where a block's number is part of what it computes.
     """
     blocks, config, original = anatomy.blocks, anatomy.config, original_blocks(anatomy)
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
@@ -66,8 +68,8 @@ def keep_blocks(anatomy: Anatomy, kept: list[int]) -> None:
             "blocks cannot be removed: scale_attn_by_inverse_layer_idx=true scales attention by a block's number, "
             "which removal changes"
         )
-    for name, value in list(vars(config).items()):
-        if isinstance(value, list | tuple) and len(value) == len(blocks):
+    for name in _PER_BLOCK:
+        if (value := getattr(config, name, None)) is not None:
             setattr(config, name, type(value)(value[index] for index in kept))
     config.num_hidden_layers = len(kept)
     anatomy.model.__dict__.setdefault(_DENSE, {}).setdefault("blocks", len(blocks))

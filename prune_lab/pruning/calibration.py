@@ -19,8 +19,6 @@ from prune_lab.pruning import gradients, shared
 from prune_lab.pruning.statistics import GRADIENTS, NEEDS, InputStatistics, Seen
 from prune_lab.text.tokens import sha256
 
-PROPAGATE = ("pruned", "dense")
-
 
 @dataclass(frozen=True)
 class Calibrator:
@@ -91,14 +89,15 @@ class Calibrator:
         return {**text, "batch_size": self.batch_size, "propagate": "dense", "bfloat16": self.bfloat16}
 
     def remember(
-        self, anatomy: Anatomy, kind: str, of: dict[str, Any], modules: tuple[str, ...], compute: Callable[[], Any]
+        self, anatomy: Anatomy, kind: str, of: dict[str, Any], compute: Callable[[], Any], modules: tuple[str, ...] = ()
     ) -> Any:
         """What `compute` finds out from the windows, once if the model is the dense one: numbers, lists, dictionaries.
 
-        of: what it depends on beside the model and the windows; modules: the full names of those that compute it.
+        of: what it depends on beside the model and the windows; modules: full names of those outside of
+        models.dense.SOURCE that compute it.
         """
         facts = anatomy.facts
-        return compute() if facts is None else facts.value(kind, {**self._of, **of}, shared.SOURCE + modules, compute)
+        return compute() if facts is None else facts.value(kind, {**self._of, **of}, compute, modules)
 
     def saliency(
         self,
@@ -117,8 +116,7 @@ class Calibrator:
         if facts is None:
             return next(compute())
         of = {key: value for key, value in self._of.items() if key != "batch_size"} | {"parts": parts}
-        modules = (*shared.SOURCE, "prune_lab.pruning.gradients", "prune_lab.pruning.surgery")
-        (found,) = facts.parts(facts.key(kind, of, modules), kind, 1, compute)
+        (found,) = facts.parts(facts.key(kind, of), kind, 1, compute)
         return found
 
     def loss(self, model: Any, windows: int | None = None) -> float:
@@ -133,7 +131,7 @@ class Calibrator:
         ShortGPT's BI (Men et al., 2403.03853), between the block's own input and output: the model's last hidden
         state would be the one after the final norm.
         """
-        found: list[float] = self.remember(anatomy, "block_influence", {}, (), lambda: self._influence(anatomy))
+        found: list[float] = self.remember(anatomy, "block_influence", {}, lambda: self._influence(anatomy))
         return found
 
     @torch.no_grad()

@@ -1,7 +1,8 @@
 """Where a ranking of scores is cut, for any number of amounts from one pass over them. Pure functions.
 
 Scores are counted, compared or partly ordered, never sorted, and no index as large as they are is made: 16-bit numbers
-have few values, so that a count of each says where every amount cuts; wider ones are partitioned (Hoare, 1961).
+have few values, so that a count of each says where every amount cuts; wider ones are partitioned (Hoare, 1961), all or,
+where they are asked about again and again, those alone that begin with the same 16 bits as the cut.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def cuts(scores: Sequence[Tensor], removals: Sequence[int]) -> list[Cut]:
     The tensors have any shapes, one number type and no NaN; an entry's place is that in their concatenation.
     """
     if all(values.dtype in (torch.bfloat16, torch.float16) for values in scores):
-        return _from_counts(scores, removals)
+        counts = Counts()
+        return [counts.cut(scores, remove) for remove in removals]
     flat = torch.cat([values.reshape(-1) for values in scores])
     if flat.device.type != "cpu":
         return [_by_selection(flat, remove) for remove in removals]
@@ -47,6 +49,31 @@ def cuts(scores: Sequence[Tensor], removals: Sequence[int]) -> list[Cut]:
     if last := sorted({remove - 1 for remove in removals if remove > 0}):
         array.partition(last)
     return [_cut_of(torch.from_numpy(array[:remove]), remove) for remove in removals]
+
+
+class Counts:
+    """Where any amount cuts scores that are the same at each asking: one pass over them counts their upper halves.
+
+    Scores are float32, bfloat16 or float16, without NaN. In 16 bits the counts are the whole answer; in float32 those
+    scores are looked into whose upper half is the one in which the cut lies.
+    """
+
+    def __init__(self) -> None:
+        self._up_to: Tensor | None = None  # how many scores have each upper half or a lower one
+
+    def cut(self, scores: Sequence[Tensor], remove: int) -> Cut:
+        """As `cuts` has it."""
+        if remove == 0:
+            return NOTHING
+        if self._up_to is None:
+            self._up_to = _number_of_each(scores).cumsum(0)
+        place = int(torch.searchsorted(self._up_to, remove))
+        half, left = _half_at(place), remove - (int(self._up_to[place - 1]) if place else 0)
+        if scores[0].dtype != torch.float32:
+            return Cut(float(torch.tensor([half], dtype=torch.int16).view(scores[0].dtype)), left)
+        parts = [part for values in scores for part in values.reshape(-1).split(at_once(values))]
+        inside = [part[_has_half(part, half)] for part in parts]
+        return cuts(inside, [left])[0]
 
 
 def row_cuts(scores: Tensor, remove: int) -> tuple[Tensor, Tensor]:
@@ -75,21 +102,28 @@ def _cut_of(lowest: Tensor, remove: int) -> Cut:
     return Cut(float(lowest[-1]), int(torch.count_nonzero(lowest == lowest[-1])))
 
 
-def _from_counts(scores: Sequence[Tensor], removals: Sequence[int]) -> list[Cut]:
-    """From how often each of the 65,536 bit patterns occurs."""
+def _upper_half(scores: Tensor) -> Tensor:
+    """The upper 16 bits of each, int32 from -2^15 to 2^15 - 1; of 16-bit numbers those are all."""
+    return scores.view(torch.int32) >> 16 if scores.dtype == torch.float32 else scores.view(torch.int16).int()
+
+
+def _has_half(scores: Tensor, half: int) -> Tensor:
+    found = _upper_half(scores)
+    return found == half if half else (found & (_HALF - 1)) == 0  # the two signs of zero are one number
+
+
+def _number_of_each(scores: Sequence[Tensor]) -> Tensor:
+    """How many scores have each upper half, in the order of the numbers that they are."""
     counts = torch.zeros(2 * _HALF, dtype=torch.int64, device=scores[0].device)
     for values in scores:
-        for part in values.reshape(-1).view(torch.int16).split(at_once(values)):
-            counts += torch.bincount(part.int() + _HALF, minlength=len(counts))
+        for part in values.reshape(-1).split(at_once(values)):
+            counts += torch.bincount(_upper_half(part) + _HALF, minlength=len(counts))
     counts = counts.cpu()
     # Read as integers, negative numbers descend from -0.0 on, and -0.0 is the same number as 0.0.
     counts[_HALF] += counts[0]
-    counts = torch.cat([counts[1:_HALF].flip(0), counts[_HALF:]])
-    patterns = torch.cat([torch.arange(-1, -_HALF, -1), torch.arange(_HALF)]).to(torch.int16)
-    numbers, up_to = patterns.view(scores[0].dtype).tolist(), counts.cumsum(0)
-    found = []
-    for remove in removals:
-        place = int(torch.searchsorted(up_to, remove))
-        ties = remove - int(up_to[place] - counts[place])
-        found.append(Cut(numbers[place], ties) if remove else NOTHING)
-    return found
+    return torch.cat([counts[1:_HALF].flip(0), counts[_HALF:]])
+
+
+def _half_at(place: int) -> int:
+    """The upper half at a place of that order."""
+    return place - _HALF + 1 if place >= _HALF - 1 else -1 - place

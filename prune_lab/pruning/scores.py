@@ -68,18 +68,19 @@ class Score:
     """A score, what it needs calibration to observe, and which Linears of a unit it is summed over.
 
     output_only: only the Linear that reads the unit (an MLP's down projection, attention's output projection). Scores
-    by activations are: there the activation is the unit's own.
+    by activations are: there the activation is the unit's own. by_weight_alone: it is the same for the same weight.
     """
 
     function: Callable[[Tensor, Seen], Tensor]
     needs: frozenset[str] = frozenset()
     output_only: bool = False
+    by_weight_alone: bool = False
 
 
 SCORES = {
-    "magnitude": Score(magnitude),
-    "l1": Score(magnitude),
-    "l2": Score(square),
+    "magnitude": Score(magnitude, by_weight_alone=True),
+    "l1": Score(magnitude, by_weight_alone=True),
+    "l2": Score(square, by_weight_alone=True),
     "random": Score(random),
     "wanda": Score(wanda, frozenset({"input_norm"}), output_only=True),
     "ria": Score(ria, frozenset({"input_norm"}), output_only=True),

@@ -10,7 +10,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from prune_lab.pruning.cuts import Cut, at_once, cuts, row_cuts
+from prune_lab.pruning.cuts import Counts, Cut, at_once, cuts, row_cuts
 
 _PATTERN = re.compile(r"(\d+):(\d+)")
 _SMALL = 8  # entries whose pairs are fewer than the steps of a selection
@@ -60,15 +60,18 @@ def keep_rows(scores: Tensor, remove: int) -> Tensor:
     return keep
 
 
-def keep_layer(scores: Tensor, amount: float) -> Tensor:
-    """Keep-mask over one matrix that drops `amount` of it."""
-    return keep_global([scores], amount)[0]
+def keep_layer(scores: Tensor, amount: float, counts: Counts | None = None) -> Tensor:
+    """Keep-mask over one matrix that drops `amount` of it; `counts` as in keep_global."""
+    return keep_global([scores], amount, counts)[0]
 
 
-def keep_global(scores: list[Tensor], amount: float) -> list[Tensor]:
-    """Keep-masks over several matrices that drop `amount` of all their entries, ranked together."""
-    (cut,) = cuts(scores, [count_to_remove(sum(s.numel() for s in scores), amount)])
-    return keep_behind(scores, cut)
+def keep_global(scores: list[Tensor], amount: float, counts: Counts | None = None) -> list[Tensor]:
+    """Keep-masks over several matrices that drop `amount` of all their entries, ranked together.
+
+    counts: what is kept of these very scores from one amount to the next.
+    """
+    remove = count_to_remove(sum(s.numel() for s in scores), amount)
+    return keep_behind(scores, cuts(scores, [remove])[0] if counts is None else counts.cut(scores, remove))
 
 
 def keep_behind(scores: list[Tensor], cut: Cut) -> list[Tensor]:

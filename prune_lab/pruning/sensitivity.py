@@ -17,12 +17,8 @@ PruneBlock = Callable[[int, dict[str, Seen], float], None]
 
 
 def source(method: type) -> tuple[str, ...]:
-    """The modules whose code a scan by a method runs, beside those of the statistics."""
-    own = [
-        f"prune_lab.pruning.{name}" for name in ("sensitivity", "scores", "selection", "cuts", "sparsegpt", "surgery")
-    ]
-    of_method = [kind.__module__ for kind in method.__mro__ if kind is not object]
-    return (*own, "prune_lab.pruning.gradients", "prune_lab.models.loss", *dict.fromkeys(of_method))
+    """The modules in which a method is written, whose code a scan by it runs."""
+    return tuple(dict.fromkeys(kind.__module__ for kind in method.__mro__ if kind is not object))
 
 
 @torch.no_grad()

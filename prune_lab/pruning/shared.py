@@ -10,10 +10,6 @@ from prune_lab.models.dense import DenseFacts, Part
 from prune_lab.pruning.statistics import Seen
 
 FIELDS = {"input_norm": ("input_norm",), "variance": ("mean", "variance"), "gram": ("gram",)}  # of Seen, by need
-SOURCE = tuple(
-    f"prune_lab.{name}"
-    for name in ("models.anatomy", "pruning.calibration", "models.blocks", "pruning.statistics", "pruning.shared")
-)
 
 Observe = Callable[[frozenset[str]], Iterator[dict[str, Seen]]]
 
@@ -26,7 +22,7 @@ def dense_statistics(
     Each need is kept by itself, so that a method that needs fewer finds its own. Those that are missing are observed
     together, but for gram matrices, which are too large to be held beside others.
     """
-    keys = {need: facts.key(need, of, SOURCE) for need in sorted(needs)}
+    keys = {need: facts.key(need, of) for need in sorted(needs)}
     waiting: dict[str, list[Part]] = {}
 
     def compute(need: str) -> Iterator[Part]:

@@ -49,7 +49,8 @@ def solve(weight: Tensor, gram: Tensor, amount: float, pattern: Pattern | None =
     for first in range(0, len(columns), window):
         part = slice(first, min(first + window, len(columns)))
         diagonal_block = factor[part, part]
-        inverse = torch.linalg.solve_triangular(diagonal_block, torch.eye(len(diagonal_block)).to(gram), upper=True)
+        one = torch.eye(len(diagonal_block), dtype=gram.dtype, device=gram.device)
+        inverse = torch.linalg.solve_triangular(diagonal_block, one, upper=True)
         was = columns[part].clone()
         columns[part].addmm_(inverse.T, factor[:first, part].T @ changes[:first])
         _prune_window(columns[part], keep[part], zero[part], inverse, amount, pattern)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from prune_lab.pruning.thresholds import Thresholds
+from prune_lab.pruning.cuts import Counts
 
 NEEDS = ("input_norm", "variance", "gram")
 GRADIENTS = ("saliency", "saliency2")  # of the whole model's loss: prune_lab/pruning/gradients.py
@@ -24,8 +26,8 @@ class Seen:
 
     input_norm: L2 norm of each input over all tokens, (in,). mean, variance: of each input over all tokens, (in,),
     the variance unbiased. gram: X^T X over all tokens, (in, in). saliency: mean over windows of |w * gradient|,
-    saliency2: of (w * gradient)^2, both (out, in). random: the run's generator, for scores that draw. thresholds: of
-    scores that go by the weight alone.
+    saliency2: of (w * gradient)^2, both (out, in). random: the run's generator, for scores that draw. counts: of
+    scores that go by the weight alone, for all amounts.
     """
 
     input_norm: Tensor | None = None
@@ -35,7 +37,23 @@ class Seen:
     saliency: Tensor | None = None
     saliency2: Tensor | None = None
     random: torch.Generator = field(default_factory=_no_generator)
-    thresholds: Thresholds | None = None
+    counts: Counts | None = None
+
+
+@contextmanager
+def _tf32(wanted: bool) -> Iterator[None]:
+    """Within it, if wanted, a GPU multiplies float32 matrices in TF32, on its tensor cores, and adds in float32.
+
+    TF32 holds every bit of a number that was bfloat16 or float16: the products are exact.
+    """
+    before = torch.get_float32_matmul_precision()
+    if wanted:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        if wanted:
+            torch.set_float32_matmul_precision(before)
 
 
 class InputStatistics:
@@ -51,7 +69,7 @@ class InputStatistics:
 
     def add(self, rows: Tensor) -> None:
         """Takes in activations of shape (tokens, in)."""
-        rows = rows.float()
+        narrow, rows = rows.dtype in (torch.bfloat16, torch.float16), rows.float()
         with torch.autocast(rows.device.type, enabled=False):
             if "input_norm" in self._needs:
                 squares = rows.square().sum(0)
@@ -59,7 +77,8 @@ class InputStatistics:
             if "variance" in self._needs:
                 self._add_moments(rows)
             if "gram" in self._needs:
-                self._add_gram(rows)
+                with _tf32(narrow and rows.is_cuda):
+                    self._add_gram(rows)
         self._tokens += len(rows)
 
     def _add_gram(self, rows: Tensor) -> None:

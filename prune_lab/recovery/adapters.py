@@ -24,7 +24,7 @@ def attach(anatomy: Anatomy, masks: Masks, rank: int, scale: float, seed: int) -
     """
     generator = torch.Generator().manual_seed(seed % 2**63)
     anatomy.model.requires_grad_(False)
-    for _, name, linear in _linears(anatomy):
+    for name, linear in anatomy.linears():
         out_features, in_features = out_in(linear, linear.weight).shape
         a = (torch.rand(rank, in_features, generator=generator) * 2 - 1) / in_features**0.5
         like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
@@ -40,7 +40,7 @@ def attach(anatomy: Anatomy, masks: Masks, rank: int, scale: float, seed: int) -
 def merged(anatomy: Anatomy, masks: Masks, scale: float) -> dict[str, Tensor]:
     """The weights by name as `merge` would leave them."""
     found = {n: w for n, w in anatomy.model.named_parameters() if n.rpartition(".")[2] not in (_A, _B)}
-    for _, name, linear in _linears(anatomy):
+    for name, linear in anatomy.linears():
         found[f"{name}.weight"] = linear.weight + out_in(linear, _update(linear, masks.keep.get(name), scale))
     return found
 
@@ -48,7 +48,7 @@ def merged(anatomy: Anatomy, masks: Masks, scale: float) -> dict[str, Tensor]:
 @torch.no_grad()
 def merge(anatomy: Anatomy, masks: Masks, scale: float) -> None:
     """Adds every update to its weights, through the masks, and takes the adapters off."""
-    for _, name, linear in _linears(anatomy):
+    for name, linear in anatomy.linears():
         out_in(linear, linear.weight).add_(_update(linear, masks.keep.get(name), scale))
         del linear.__dict__["forward"], linear._parameters[_A], linear._parameters[_B]
 
@@ -56,11 +56,6 @@ def merge(anatomy: Anatomy, masks: Masks, scale: float) -> None:
 def _update(linear: Any, keep: Tensor | None, scale: float) -> Tensor:
     update = scale * (getattr(linear, _B) @ getattr(linear, _A))
     return update if keep is None else update.masked_fill_(~out_in(linear, keep).to(update.device), 0)
-
-
-def _linears(anatomy: Anatomy) -> list[tuple[int, str, Any]]:
-    by_block = anatomy.linears_by_block()
-    return [(index, name, linear) for index, of_block in enumerate(by_block) for name, linear in of_block]
 
 
 def _forward(linear: Any, keep: Tensor | None, scale: float, inputs: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class Training:
 
     dense: Loaded
     tokens: Tokens
-    seq_len: int
+    seq_len: int  # tokens of a window that is trained on: dataset.seq_len
     events: list[Event]  # when to prune, in order
     prune: Callable[[float], Pruned]  # to a cumulative amount
     device: Device

@@ -13,7 +13,11 @@ from prune_lab.schedules import Event, Rewind
 
 
 class Rewinder:
-    """Keeps the weights of the step to go back to, cuts them as the model is cut, and puts them back."""
+    """Keeps the weights of the step to go back to, cuts them as the model is cut, and puts them back.
+
+    Rewinding of weights (Frankle et al., 1903.01611), of the learning rate alone (Renda et al., 2003.02389), or to
+    weights drawn anew, the control (Frankle & Carbin, 1803.03635).
+    """
 
     def __init__(self, rewind: Rewind | None, events: list[Event], steps: int, seed: int) -> None:
         self._rewind, self._seed, self._steps = rewind, seed, steps

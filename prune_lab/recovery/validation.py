@@ -47,7 +47,7 @@ class Validation:
         return self.every > 0 and (step % self.every == 0 or step == self._recipe.steps)
 
     @torch.no_grad()
-    def measure(self, trained: Whole, step: int, autocast: Any, share: Callable[[float], float]) -> float:
+    def measure(self, trained: Whole, step: int, autocast: Any, share: Callable[[float], float]) -> None:
         """Perplexity after `step` steps, logged; the weights are kept if it is the best so far.
 
         The model is in eval mode meanwhile. `share` has every process of a training go by the same figure.
@@ -64,7 +64,6 @@ class Validation:
             self._training.log(step, {"validation/perplexity": perplexity})
         if self._keeps and step > self._training.last_event:
             self._compare(trained.model, step, perplexity)
-        return perplexity
 
     @property
     def remembered(self) -> dict[str, float | None]:

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn
 
 from prune_lab import explain
-from prune_lab.errors import Refused
+from prune_lab.errors import INTERRUPTED, OK, REFUSED, Refused
 
-OK, REFUSED, INTERRUPTED = 0, 2, 130
 PAGE, PICTURE = "report.html", "report.png"
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as the rest of the program does."""
-
-    def error(self, message: str) -> NoReturn:
-        """Refuses what argparse does not understand."""
-        raise Refused(f"{message}; see python -m prune_lab.report --help")
 
 
 def main() -> None:
@@ -44,8 +33,8 @@ def _run(arguments: list[str]) -> int:
     return OK
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> explain.Parser:
+    parser = explain.Parser(
         prog="python -m prune_lab.report",
         description=f"Compares runs by any two metrics: {PAGE} (interactive, needs no network) and {PICTURE}.",
         epilog="The MLflow store is sqlite:///mlflow.db here, or MLFLOW_TRACKING_URI.",
@@ -59,10 +48,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _report(sources: list[str], x: str | None, y: str | None, output: Path | None) -> None:
+    from prune_lab.hub import as_folder
     from prune_lab.pareto import draw
     from prune_lab.report import page
     from prune_lab.report.runs import compare
-    from prune_lab.report.sources import as_folder, read
+    from prune_lab.report.sources import read
 
     report = compare(read(sources))
     for key, metric in (("-x", x), ("-y", y)):

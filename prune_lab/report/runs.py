@@ -24,12 +24,6 @@ class Run:
     summary: Summary
     tracked: bool = False  # it was read from an MLflow store
 
-    @property
-    def diverged(self) -> list[str]:
-        """The metrics that came out as no finite number."""
-        said = (warning.partition(" diverged:") for warning in self.summary.warnings)
-        return [name for name, diverged, _ in said if diverged]
-
 
 @dataclass(frozen=True)
 class Missing:
@@ -106,7 +100,7 @@ def _once(runs: Iterable[Run]) -> list[Run]:
 def _metrics(runs: list[Run]) -> list[str]:
     """The metrics that all runs share, but for runs in which they diverged; the dense figures are no axes."""
     names = dict.fromkeys(name for run in runs for name in run.summary.metrics if "/dense_" not in name)
-    return [name for name in names if all(name in run.summary.metrics or name in run.diverged for run in runs)]
+    return [name for name in names if all(name in run.summary.metrics or name in run.summary.diverged for run in runs)]
 
 
 def _missing(run: Run, several: bool) -> Missing | None:
@@ -116,8 +110,8 @@ def _missing(run: Run, several: bool) -> Missing | None:
         label = " ".join([f"{label}:", *summary.overrides])
     if summary.status != FINISHED:
         return Missing(label, summary.status, summary.reason or "no reason is on record")
-    if run.diverged:
-        return Missing(label, summary.status, f"no finite number: {', '.join(run.diverged)}")
+    if summary.diverged:
+        return Missing(label, summary.status, f"no finite number: {', '.join(summary.diverged)}")
     return None
 
 

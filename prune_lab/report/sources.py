@@ -9,6 +9,7 @@ from typing import Any
 
 from prune_lab.comparison import RESULTS
 from prune_lab.errors import Refused
+from prune_lab.hub import as_folder
 from prune_lab.report.runs import Run
 from prune_lab.summary import Summary, from_dict
 from prune_lab.tracking.mlflow_reader import read_experiment
@@ -28,12 +29,6 @@ def read(sources: list[str]) -> dict[str, list[Run]]:
 def _short(place: Path | str) -> str:
     """A sweep's folder as DATE/TIME, an experiment by its name."""
     return "/".join(place.parts[-2:]) if isinstance(place, Path) else place
-
-
-def as_folder(source: str) -> Path | None:
-    """The folder that a source is; None for every other one, which is an experiment's name."""
-    folder = Path(source).expanduser()
-    return folder if folder.is_dir() else None
 
 
 def _sweep(name: str, folder: Path) -> list[Run]:

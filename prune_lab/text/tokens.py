@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from prune_lab.console import Console
 from prune_lab.errors import Refused
+from prune_lab.fingerprint import digest_of
 from prune_lab.text.corpus import JOIN, Corpus
 from prune_lab.text.encode import encode, tokenizer_sha256
 from prune_lab.text.joined import tokenise_joined
@@ -94,7 +94,7 @@ class Tokens:
         if split not in self._splits:
             joined = split not in ("train", "calibration") or self.corpus.is_one_document(split)
             of = [self.corpus.fingerprints[split], tokenizer_sha256(self._tokenizer), split, joined, "v2"]
-            key = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:32]
+            key = digest_of(of)[:32]
             make = self._as_one_text if joined else self._each_by_itself
             stored = stored_tokens(key, lambda: self._watched(split, make))
             if self.vocab_size is not None and stored.largest >= self.vocab_size:

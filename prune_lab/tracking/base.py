@@ -22,8 +22,8 @@ class RunLog(Protocol):
     def figures(self, step: int, values: dict[str, float]) -> None:
         """Logs figures of a training step."""
 
-    def result(self, summary: Summary, files: list[Path], diverged: list[str]) -> None:
-        """Logs what came out: metrics, artifacts, and a tag for each diverged metric."""
+    def result(self, summary: Summary, files: list[Path]) -> None:
+        """Logs what came out: metrics, artifacts, and a tag that names what diverged."""
 
 
 class Tracker(ABC):

@@ -44,7 +44,7 @@ class MlflowLog:
                 explain.to_stderr(f"warning: the MLflow store is away, the run goes on without it: {reason}")
             self._not_before = time.monotonic() + AGAIN
 
-    def result(self, summary: Summary, files: list[Path], diverged: list[str]) -> None:
+    def result(self, summary: Summary, files: list[Path]) -> None:
         """Logs metrics, the run's files (summary.json the first), config.yaml, and marks what diverged."""
         import yaml
 
@@ -53,7 +53,7 @@ class MlflowLog:
         try:
             self._waiting += _metrics(summary.metrics)
             self._send()
-            for tag, value in tags_of(summary, diverged).items():
+            for tag, value in tags_of(summary).items():
                 self._client.set_tag(self._run_id, tag, value)
             for file in files:
                 self._client.log_artifact(self._run_id, str(file))

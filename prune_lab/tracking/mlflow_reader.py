@@ -88,15 +88,11 @@ def _summary(client: Any, run: Any) -> Summary:
             choices={"method": params.get("method", "")},
             overrides=[f"{key}={value}" for key, value in params.items() if value not in ("n/a", "None")],
             protocol=_protocol(run),
-            warnings=[f"{metric} diverged: it is not a finite number" for metric in _diverged(tags)],
+            diverged=[metric for metric in tags.get("diverged", "").split(", ") if metric],
             reason=tags.get("status_reason"),
         )
     summary.metrics = dict(run.data.metrics)
     return summary
-
-
-def _diverged(tags: dict[str, str]) -> list[str]:
-    return [metric for metric in tags.get("diverged", "").split(", ") if metric]
 
 
 def _protocol(run: Any) -> dict[str, str]:

@@ -34,7 +34,7 @@ class Syncing:
         self._client, self._experiment = connect(name)
         reconcile(self._client, self._experiment)
 
-    def ensure(self, place: Place, summary: Summary, files: list[Path], diverged: list[str]) -> str:
+    def ensure(self, place: Place, summary: Summary, files: list[Path]) -> str:
         """Logs a finished run that the store does not have; LOGGED, HELD or AT_WORK. Its file then says no more."""
         if summary.reused_from and place.sweep is None:
             return HELD
@@ -45,7 +45,7 @@ class Syncing:
         elif any(run.info.status == "RUNNING" and is_alive(run.data.tags) for run in runs):
             return AT_WORK
         else:
-            self._log(place, summary, files, diverged, tags)
+            self._log(place, summary, files, tags)
             outcome = LOGGED
         if summary.unlogged is not None:
             _as_logged(summary).write(place.folder)
@@ -76,16 +76,14 @@ class Syncing:
         found: list[Any] = list(self._client.search_runs([self._experiment], query))
         return found
 
-    def _log(
-        self, place: Place, summary: Summary, files: list[Path], diverged: list[str], tags: dict[str, str]
-    ) -> None:
+    def _log(self, place: Place, summary: Summary, files: list[Path], tags: dict[str, str]) -> None:
         if place.sweep is not None and find_parent(self._client, self._experiment, place.sweep) is None:
             Mlflow().open_sweep(self._name, place.sweep)
         log, logged = MlflowLog(), _as_logged(summary)
         log.begin(self._client, create_run(self._client, self._experiment, logged, place, {**tags, SYNCED: "true"}))
         if summary.unlogged is not None:
             logged.write(place.folder)
-        log.result(logged, [place.folder / FILE, *files], diverged)
+        log.result(logged, [place.folder / FILE, *files])
         log.end("FINISHED")
         if log.lost is not None:
             summary.write(place.folder)

@@ -20,7 +20,7 @@ class _Silent:
     def figures(self, step: int, values: dict[str, float]) -> None:
         """Forgets them."""
 
-    def result(self, summary: Summary, files: list[Path], diverged: list[str]) -> None:
+    def result(self, summary: Summary, files: list[Path]) -> None:
         """Nothing to do: the files stand in the run's folder."""
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from prune_lab.config import flatten
-from prune_lab.summary import Summary
+from prune_lab.summary import Summary, flatten
 
 _GROUPS = ("method", "schedule", "recovery", "post")
 
 
 def run_name(summary: Summary) -> str:
     """What was done, short: structured 0.4 + finetune, or magnitude 2:4."""
-    how_much = summary.config["method"].get("pattern") or f"{summary.config['amount']:g}"
+    how_much = summary.config["method"].get("pattern") or f"{_amount(summary.config):g}"
     extra = [summary.choices[group] for group in ("recovery", "post") if summary.choices.get(group) != "none"]
     return " + ".join([f"{summary.choices.get('method')} {how_much}", *map(str, extra)])
 
@@ -20,8 +19,8 @@ def run_name(summary: Summary) -> str:
 def params_of(summary: Summary) -> dict[str, Any]:
     """The few, telling parameters: chosen options, amount, seed, device, and the chosen options' own keys."""
     config = summary.config
-    params = {group: summary.choices.get(group) for group in ("model", "dataset", *_GROUPS)}
-    params |= {key: config[key] for key in ("amount", "seed")}
+    params: dict[str, Any] = {group: summary.choices.get(group) for group in ("model", "dataset", *_GROUPS)}
+    params |= {"amount": _amount(config), "seed": config["seed"]}
     params |= {"dtype": summary.protocol["dtype"], "device": summary.protocol["device"]}
     for group in _GROUPS:
         unused = summary.not_applicable.get(group, [])
@@ -31,8 +30,14 @@ def params_of(summary: Summary) -> dict[str, Any]:
     return params
 
 
-def tags_of(summary: Summary, diverged: list[str]) -> dict[str, str]:
+def _amount(config: dict[str, Any]) -> float:
+    """The method's, which is the root's unless it was given one of its own; some have none."""
+    found: float = config["method"].get("amount", config["amount"])
+    return found
+
+
+def tags_of(summary: Summary) -> dict[str, str]:
     """What is known at its end: the metrics that diverged, and what else the machine did while it was timed."""
-    tags = {"diverged": ", ".join(diverged)} if diverged else {}
+    tags = {"diverged": ", ".join(summary.diverged)} if summary.diverged else {}
     busy = summary.environment.get("cores_used_by_others")
     return tags if busy is None else {**tags, "cores_used_by_others": str(busy)}

@@ -27,11 +27,11 @@ from prune_lab.schedules import Event
 from prune_lab.text.stdlib import Stdlib
 from prune_lab.text.tokens import Tokens
 
-STEPS, BATCH, SEQ_LEN, REPEATS = 4, 8, 256, 3
+STEPS, BATCH, SEQ_LEN, REPEATS = 8, 8, 256, 5
 
 
 def bare(model: torch.nn.Module, tokens: Tokens) -> None:
-    """The least that trains: batches, loss, backward, AdamW."""
+    """The least that trains so: batches, loss, backward, clipping, AdamW."""
     for weight in model.parameters():
         weight.requires_grad_(True)
     model.train()
@@ -42,6 +42,7 @@ def bare(model: torch.nn.Module, tokens: Tokens) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             loss = next_token_loss(model, order.batch(step))
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
