@@ -7,6 +7,7 @@ from typing import Any
 
 _STAGES = ("prefill", "decode")
 LOAD = 0.25  # cores; what a system does by itself is a tenth of it
+KNOWS_NOTHING = 4.5  # bits per byte; letters and spaces of English by their frequency alone take 4.1 (Shannon, 1951)
 
 
 def of_calibration(protocol: dict[str, Any]) -> list[str]:
@@ -40,11 +41,24 @@ def of_load(environment: dict[str, Any]) -> list[str]:
 def of_figures(metrics: dict[str, float]) -> list[str]:
     """Plain words, with the measured figures in them, where one figure promises what another does not keep."""
     return [
+        *_of_text(metrics),
         *_of_zeros(metrics),
         *(note for stage in _STAGES for note in _of_time(metrics, stage)),
         *_of_disk_and_memory(metrics),
         *_of_noise(metrics),
         *_of_tasks(metrics),
+    ]
+
+
+def _of_text(m: dict[str, float]) -> list[str]:
+    """A model that was never trained on anything like the text: what pruning costs it there says nothing."""
+    bits = m.get("quality/dense_bits_per_byte", 0.0)
+    if bits <= KNOWS_NOTHING:
+        return []
+    return [
+        f"the dense model knows nothing of this text ({bits:.1f} bits per byte; counting characters takes 4 to 5), so "
+        "what pruning costs it says little: unless it has yet to be trained, give text like that which it was trained "
+        "on, dataset=text dataset.path=..."
     ]
 
 

@@ -34,6 +34,13 @@ def test_a_model_that_nothing_happened_to_needs_no_words() -> None:
     assert said() == []
 
 
+@pytest.mark.parametrize(("bits", "is_strange"), [(4.4, False), (4.6, True)])
+def test_a_model_that_knows_nothing_of_the_text_is_told(bits: float, is_strange: bool) -> None:
+    found = said(quality__dense_bits_per_byte=bits)
+    assert len(found) == is_strange
+    assert all("knows nothing of this text" in note and "dataset.path=" in note for note in found)
+
+
 def test_zeros_in_dense_tensors_come_with_what_they_did_not_save() -> None:
     (note,) = said(params__reduction=0.5, memory__reduction=-0.003)
     assert note == (
