@@ -108,11 +108,16 @@ def test_a_subcommand_that_is_interrupted_says_so_in_one_line(
     def interrupted(*_: Any, **__: Any) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    for command, module in (("suggest", config), ("sync", sync), ("cache", cache_command)):
-        name = {"suggest": "register_schema", "sync": "_sync", "cache": "_show"}[command]
-        monkeypatch.setattr(module, name, interrupted)
-        assert program._run([command]) == 130
-        assert capsys.readouterr().err == "prune_lab: interrupted\n"
+    # Tests that run in the background of a shell ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for command, module in (("suggest", config), ("sync", sync), ("cache", cache_command)):
+            name = {"suggest": "register_schema", "sync": "_sync", "cache": "_show"}[command]
+            monkeypatch.setattr(module, name, interrupted)
+            assert program._run([command]) == 130
+            assert capsys.readouterr().err == "prune_lab: interrupted\n"
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("limit", [1, 300, 1000, 7 * 300])
