@@ -39,7 +39,8 @@ def header(summary: Summary, console: Console) -> None:
     console.note(f"dtype     {protocol['dtype']}")
     if (seen := protocol["calibration"]) is not None:
         windows = f"{seen['n_samples']} windows of {seen['seq_len']} tokens of {seen['source']}"
-        console.note(f"calibration  {windows}, behind {seen['propagate']} blocks")
+        products = ", products in bfloat16" if seen["bfloat16"] else ""
+        console.note(f"calibration  {windows}, behind {seen['propagate']} blocks{products}")
     chosen = summary.choices
     console.note("run       " + ", ".join(f"{g} {chosen.get(g)}" for g in ("method", "schedule", "recovery", "post")))
 

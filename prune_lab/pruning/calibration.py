@@ -27,7 +27,7 @@ class Calibrator:
     propagate: what the blocks after a pruned one see: its outputs as "pruned", or those of the "dense" block, which
     costs half and makes the statistics independent of the amount: they are computed once, as are gradients, block
     influence and scans, which are of the dense model either way (see models/dense.py).
-    bfloat16: whether blocks multiply in bfloat16 while their inputs are observed; sums are float32 either way.
+    bfloat16: whether blocks multiply in bfloat16 as the windows pass; sums over inputs are float32 either way.
     """
 
     windows: Tensor
