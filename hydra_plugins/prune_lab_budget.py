@@ -62,7 +62,7 @@ class BudgetSweeper(Sweeper):
         step: float,
         params: Mapping[str, Any] | None = None,
     ) -> None:
-        from prune_lab.budget import Budget, Candidate, read_candidates
+        from prune_lab.sweeps.budget import Budget, Candidate, read_candidates
 
         self.budget = Budget(dict(at_most), best)
         self.candidates = [
@@ -79,8 +79,8 @@ class BudgetSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Runs rounds until every bracket is closed; `arguments` are the command line's, which come last."""
-        from prune_lab.budget import answer
-        from prune_lab.comparison import ANSWER
+        from prune_lab.sweeps.budget import answer
+        from prune_lab.sweeps.comparison import ANSWER
 
         assert self.config is not None
         self._refuse_sweeps(arguments)
@@ -102,7 +102,7 @@ class BudgetSweeper(Sweeper):
         return returns
 
     def _take_in(self, candidate: Any, amount: float, result: JobReturn) -> None:
-        from prune_lab.summary import read_summary
+        from prune_lab.results.summary import read_summary
 
         assert result.hydra_cfg is not None
         summary = read_summary(Path(result.hydra_cfg.hydra.runtime.output_dir))

@@ -12,13 +12,17 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from prune_lab import __version__, config, explain, interrupt, launch, recipes, remote, sweep, usage
+from prune_lab import __version__, explain
+from prune_lab.config import parts as config
+from prune_lab.config import recipes, usage
 from prune_lab.errors import FAILED, INTERRUPTED, OK, REFUSED
+from prune_lab.sweeps import remote, sweep
+from prune_lab.system import interrupt, launch
 
 SUBCOMMANDS = {  # first word: who answers, main(arguments)
-    "cache": "prune_lab.cache_command",
-    "suggest": "prune_lab.suggest",
-    "sync": "prune_lab.sync",
+    "cache": "prune_lab.commands.cache",
+    "suggest": "prune_lab.commands.suggest",
+    "sync": "prune_lab.commands.sync",
 }
 
 

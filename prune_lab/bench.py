@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,43 +12,31 @@ from typing import Any
 from torch import Tensor
 
 from prune_lab.cache import cache_folder
-from prune_lab.console import Console
-from prune_lab.device import Device, uses_bfloat16
 from prune_lab.errors import Refused
-from prune_lab.export import save_dense
-from prune_lab.files import mark
 from prune_lab.fingerprint import digest_of
-from prune_lab.lock import locked
+from prune_lab.measure.figures import Figures
 from prune_lab.measure.macs import Macs, count_macs
 from prune_lab.measure.memory import measure_memory
-from prune_lab.measure.perplexity import Quality, measure_quality
-from prune_lab.measure.prompts import Shape, cut_grid, cut_headline
+from prune_lab.measure.perplexity import measure_quality
+from prune_lab.measure.prompts import PromptShape, cut_grid, cut_headline
 from prune_lab.measure.settings import Measure
-from prune_lab.measure.size import Size, measure_size
+from prune_lab.measure.size import measure_size
 from prune_lab.measure.task_setup import ReadyTask, prepare_tasks
-from prune_lab.measure.tasks import Scores, measure_tasks
+from prune_lab.measure.tasks import measure_tasks
 from prune_lab.models.anatomy import Anatomy
-from prune_lab.models.dense import DenseFacts
+from prune_lab.models.dense_facts import DenseFacts
+from prune_lab.models.export import save_dense
 from prune_lab.models.load import Loaded, ModelSource
 from prune_lab.models.on_disk import own_copy
 from prune_lab.pruning.calibration import Calibrator
-from prune_lab.summary import write_json
+from prune_lab.results.summary import write_json
+from prune_lab.system.console import Console
+from prune_lab.system.device import Device, uses_bfloat16
+from prune_lab.system.files import mark
+from prune_lab.system.lock import locked
 from prune_lab.text.calibration import calibration_corpus
 from prune_lab.text.source import Calibration, TextSource
 from prune_lab.text.tokens import JOIN, Tokens, sha256
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What is measured of one model by itself.
-
-    memory_mb: peak memory in MB (10^6 bytes), None where it was not asked for. tasks: the scores of each task by name.
-    """
-
-    quality: Quality
-    size: Size
-    memory_mb: float | None
-    tasks: dict[str, Scores] = field(default_factory=dict)
 
 
 class Bench:
@@ -71,7 +59,7 @@ class Bench:
         self.windows = self.tokens.windows("test", text.seq_len)[: measure.max_windows]
         stream = self.tokens.stream("test")
         self.prompt: Tensor = cut_headline(stream, measure, self.context)
-        self.grid: dict[Shape, Tensor] = cut_grid(stream, measure, self.context)
+        self.grid: dict[PromptShape, Tensor] = cut_grid(stream, measure, self.context)
 
     @cached_property
     def protocol(self) -> dict[str, Any]:
@@ -180,7 +168,7 @@ class Bench:
                 if not stored.exists():
                     write_json(stored, asdict(self._measure_dense(console)))
                 lock.unlink(missing_ok=True)
-            self._baseline = _read_figures(stored)
+            self._baseline = Figures.from_dict(json.loads(stored.read_text(encoding="utf-8")))
         return self._baseline
 
     def _measure_dense(self, console: Console) -> Figures:
@@ -198,7 +186,7 @@ class Bench:
                 for name in ("test_tokens_sha256", "seq_len", "windows", "batch_size", "tasks")
             }
             of["bytes_per_token"] = self.tokens.bytes_per_token("test")
-            figures = _figures(self.facts.value("baseline", of, lasting))
+            figures = Figures.from_dict(self.facts.value("baseline", of, lasting))
             return replace(figures, memory_mb=self._memory(self.dense, folder, console))
 
 
@@ -215,12 +203,3 @@ def open_bench(
         _open[parts] = Bench(*parts, console)
     _open[parts].tokens.console = console
     return _open[parts]
-
-
-def _read_figures(path: Path) -> Figures:
-    return _figures(json.loads(path.read_text(encoding="utf-8")))
-
-
-def _figures(values: dict[str, Any]) -> Figures:
-    quality = {name: float(value) for name, value in values["quality"].items()}  # a diverged one stands there as "inf"
-    return Figures(Quality(**quality), Size(**values["size"]), values["memory_mb"], values["tasks"])

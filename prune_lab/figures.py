@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # they import torch, and a report reads metrics without it
-    from prune_lab.bench import Figures
-    from prune_lab.measure.macs import Macs
-    from prune_lab.measure.speed import Paired
-    from prune_lab.measure.timing import Timings
-    from prune_lab.methods.base import Method, Pruned
+from prune_lab.measure.figures import Figures
+from prune_lab.measure.macs import Macs
+from prune_lab.measure.speed import Paired
+from prune_lab.measure.timing import Timings
+from prune_lab.methods.base import Method, Pruned
 
 
 def compare(
@@ -46,29 +44,6 @@ def compare(
         for task, values in scores.items():
             metrics |= {f"tasks/{prefix}{task}_{name}": float(value) for name, value in values.items()}
     return metrics | (latency_figures(timings) if timings is not None else {})
-
-
-def dense_figures(metrics: dict[str, float]) -> dict[str, float]:
-    """The figures of the dense model among a run's metrics."""
-    return {name: value for name, value in metrics.items() if "/dense_" in name}
-
-
-def of_dense(metrics: dict[str, float]) -> dict[str, float]:
-    """The dense model beside a run, by the names that the figures of a run have: nothing removed, no faster.
-
-    Figures that only a run has, such as seconds spent on pruning, are missing.
-    """
-    found = {name.replace("/dense_", "/"): value for name, value in dense_figures(metrics).items()}
-    if "params/total" in found:
-        found["params/nonzero"] = found["params/total"]
-    if "latency/decode_ms_per_token_p50" in found:
-        found["throughput/decode_tokens_per_s"] = 1e3 / found["latency/decode_ms_per_token_p50"]
-    for name in metrics:
-        if name.startswith("amount/") or name.endswith("reduction"):
-            found[name] = 0.0
-        elif name == "quality/perplexity_ratio" or "_speedup" in name:
-            found[name] = 1.0
-    return found
 
 
 def latency_figures(timings: Timings) -> dict[str, float]:

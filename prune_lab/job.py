@@ -7,14 +7,15 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from typing import Any
 
-from prune_lab import explain, interrupt, launch, leftovers, out_of_memory
-from prune_lab.config import Parts
-from prune_lab.console import Console
+from prune_lab import explain, leftovers, out_of_memory
+from prune_lab.config.parts import Parts
 from prune_lab.errors import FAILED, REFUSED, Refused
 from prune_lab.out_of_memory import OutOfMemory
 from prune_lab.place import Place
-from prune_lab.summary import Summary, read_summary
-from prune_lab.turns import machine
+from prune_lab.results.summary import Summary, read_summary
+from prune_lab.system import interrupt, launch
+from prune_lab.system.console import Console
+from prune_lab.system.turns import machine
 
 log = logging.getLogger(__name__)
 _ASKED = 160  # characters of a job's overrides in a message
@@ -31,7 +32,8 @@ def run(build: Callable[[], Parts], config: dict[str, Any], place: Place) -> flo
     record = _Record(place, config)
     try:
         parts = build()  # what is refused here need not wait for what a run imports
-        from prune_lab import outcome, runner
+        from prune_lab import runner
+        from prune_lab.results import outcome
 
         console = Console(parts.settings.quiet)
         if place.sweep is not None:

@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 
 from prune_lab.cache import cache_folder
-from prune_lab.files import remove_leftovers
 from prune_lab.place import Place
+from prune_lab.system.files import remove_leftovers
 
 
 def remove(place: Place) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prune_lab.summary import flatten
+from prune_lab.results.summary import flatten
 
 _PACKAGE = Path(__file__).parent
 _SAYS = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory", "std::bad_alloc")

@@ -12,36 +12,36 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from prune_lab import device as devices
-from prune_lab import notes, outcome
 from prune_lab.bench import Bench, open_bench
 from prune_lab.cache import cache_folder
-from prune_lab.card import model_card
-from prune_lab.config import Parts
-from prune_lab.console import Console
-from prune_lab.environment import describe_environment
+from prune_lab.config.parts import Parts
 from prune_lab.errors import Refused
-from prune_lab.export import check_reload, save_model
 from prune_lab.figures import compare, compute_figures
-from prune_lab.files import mark, whole_file, write_text
 from prune_lab.fingerprint import fingerprint
 from prune_lab.measure.accelerate import check_acceleration
 from prune_lab.measure.macs import Macs
 from prune_lab.measure.timing import measure_timings
 from prune_lab.methods.base import Pruned
 from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.export import check_reload, save_model
 from prune_lab.models.load import Loaded
 from prune_lab.models.on_disk import weights_on_disk
 from prune_lab.out_of_memory import explained
 from prune_lab.place import Place
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.recovery.base import Training
+from prune_lab.results import notes, outcome
+from prune_lab.results.card import model_card
+from prune_lab.results.summary import Summary
 from prune_lab.schedules import Event, Rewind
 from prune_lab.streaming import check_streaming
-from prune_lab.summary import Summary
+from prune_lab.system import device as devices
+from prune_lab.system.console import Console
+from prune_lab.system.environment import describe_environment
+from prune_lab.system.files import mark, whole_file, write_text
+from prune_lab.system.turns import machine
+from prune_lab.system.world import World, join
 from prune_lab.tracking.base import RunLog, Unreachable
-from prune_lab.turns import machine
-from prune_lab.world import World, join
 
 
 def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) -> Summary:

@@ -8,10 +8,10 @@ and the activations of one batch. The pruned weights go to `.weights` in the run
 
 from __future__ import annotations
 
-from prune_lab import launch
-from prune_lab.config import Parts
+from prune_lab.config.parts import Parts
 from prune_lab.errors import Refused
 from prune_lab.post.none import NoPost
+from prune_lab.system import launch
 
 
 def check_streaming(parts: Parts) -> None:
@@ -29,5 +29,5 @@ def check_streaming(parts: Parts) -> None:
     ):
         if is_wanted:
             raise Refused(f"model.stream=true: {reason}")
-    if (reason := parts.method.needs_whole_model) is not None:
-        raise Refused(f"model.stream=true: {reason}")
+    if parts.method.needs_whole_model is not None:
+        raise Refused(f"model.stream=true: {parts.method.needs_whole_model}")

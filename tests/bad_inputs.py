@@ -148,8 +148,8 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
 # What `_target_` must not name; the last ones start well and are not ours.
 _TARGETS = [
     "os.system", "subprocess.Popen", "builtins.eval", "Magnitude", "", "null", "prune_lab.methods.nope.Nope",
-    "prune_lab.config.os.system", "prune_lab.runner.shutil.rmtree", "prune_lab.runner.shutil",
-    "prune_lab.runner.save_model", "prune_lab.sweep.SweepCallback",
+    "prune_lab.config.parts.os.system", "prune_lab.runner.shutil.rmtree", "prune_lab.runner.shutil",
+    "prune_lab.runner.save_model", "prune_lab.sweeps.sweep.SweepCallback",
 ]  # fmt: skip
 
 CONFIG = [Bad("config", overrides[:70], overrides.split(" "), says) for overrides, says in _CONFIG]
@@ -202,7 +202,8 @@ _RECIPES: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "reading it inside a part": ("dataset: {path: 'x${oc.env:HOME}'}", ("${oc.env:HOME}", "may not read the machine")),
     "a foreign part": ("method: {_target_: os.mkdir}", ("method._target_='os.mkdir'", "not allowed")),
     "a foreign part by way of ours": (
-        "method: {_target_: prune_lab.config.os.mkdir}", ("method._target_='prune_lab.config.os.mkdir'", "allowed are"),
+        "method: {_target_: prune_lab.config.parts.os.mkdir}",
+        ("method._target_='prune_lab.config.parts.os.mkdir'", "allowed are"),
     ),
     "a Python object": ("name: !!python/object/apply:os.mkdir [PLACE/made]", ("recipe x", "YAML", "python/object")),
     "a YAML bomb": (BOMB, ("recipe x", "alias")),

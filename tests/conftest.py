@@ -14,8 +14,8 @@ import pytest
 import torch
 from warm import run_module
 
-from prune_lab.device import Device
 from prune_lab.models.load import HubModel, Loaded
+from prune_lab.system.device import Device
 from prune_lab.text.train_tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parent.parent

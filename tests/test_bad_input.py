@@ -237,6 +237,6 @@ def test_nothing_heavy_is_imported_before_there_is_a_job(arguments: list[str], t
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
     )
     imported = set(re.findall(r"^import time:.*\|\s+([\w.]+)$", done.stderr, re.MULTILINE))
-    assert {"hydra", "prune_lab.recipes"} <= imported  # the list is what it seems to be
+    assert {"hydra", "prune_lab.config.recipes"} <= imported  # the list is what it seems to be
     assert not imported & {"torch", "transformers", "mlflow", "datasets", "numpy", "pandas", "matplotlib", "rich"}
     assert not list(tmp_path.rglob("mlflow.db"))

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import Cli
 
-from prune_lab.budget import Budget, Candidate, answer, read_candidates
-from prune_lab.recipes import check
+from prune_lab.config.recipes import check
+from prune_lab.sweeps.budget import Budget, Candidate, answer, read_candidates
 
 QUALITY, SIZE = "quality/perplexity_ratio", "size/disk_mb"
 

@@ -20,7 +20,6 @@ from transformers.pytorch_utils import Conv1D
 
 from prune_lab import __main__ as program
 from prune_lab.bench import Bench
-from prune_lab.console import Console
 from prune_lab.fingerprint import fingerprint
 from prune_lab.measure.settings import Measure
 from prune_lab.models.anatomy import Anatomy
@@ -28,6 +27,7 @@ from prune_lab.models.blocks import bypassed
 from prune_lab.models.load import HubModel
 from prune_lab.pruning.calibration import Calibrator, block_influence
 from prune_lab.pruning.statistics import Seen
+from prune_lab.system.console import Console
 from prune_lab.text.files import TextFiles
 from prune_lab.text.source import Calibration
 from prune_lab.text.splits import split_of

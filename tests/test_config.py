@@ -19,13 +19,14 @@ from conftest import ROOT, Cli
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from prune_lab import config, recipes
+from prune_lab.config import parts as config
+from prune_lab.config import recipes
 from prune_lab.errors import Refused
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.structured import Structured
 from prune_lab.methods.weights import WeightMethod
 from prune_lab.recovery.base import Recovery
-from prune_lab.summary import flatten
+from prune_lab.results.summary import flatten
 from prune_lab.text.stdlib import Stdlib
 
 OPTIONS = sorted(path.relative_to(ROOT / "conf").as_posix() for path in (ROOT / "conf").glob("*/*.yaml"))
@@ -172,9 +173,10 @@ def test_options_that_are_swept_against_each_other_share_keys() -> None:
 FOREIGN = [
     "os.system", "os", "subprocess.Popen", "builtins.eval", "torch.nn.Linear", "hydra.utils.call",
     "prune_labx.evil.Thing",
-    "prune_lab.runner.shutil.rmtree", "prune_lab.config.os.system", "prune_lab.config.importlib.import_module",
-    "prune_lab.config.DictConfig", "prune_lab.config.dataclass", "prune_lab.config.build", "prune_lab.errors.Refused",
-    "prune_lab.console.Console", "prune_lab.text.tokens.Tokens", "prune_lab", "prune_lab.", "prune_lab.config",
+    "prune_lab.runner.shutil.rmtree", "prune_lab.config.parts.os.system",
+    "prune_lab.config.parts.importlib.import_module", "prune_lab.config.parts.DictConfig",
+    "prune_lab.config.parts.dataclass", "prune_lab.config.parts.build", "prune_lab.errors.Refused",
+    "prune_lab.system.console.Console", "prune_lab.text.tokens.Tokens", "prune_lab", "prune_lab.", "prune_lab.config",
     "prune_lab..config.Settings", "prune_lab.nothing.Thing", "prune_lab.methods.magnitude.Nothing", "", ".", 5, None,
     {"_target_": "os.system"}, ["os.system"],
 ]  # fmt: skip
@@ -199,7 +201,7 @@ def test_a_node_without_a_target_is_refused() -> None:
 @pytest.mark.parametrize(
     ("group", "target"),
     [
-        ("method", "prune_lab.config.Settings"),
+        ("method", "prune_lab.config.parts.Settings"),
         ("method", "prune_lab.text.stdlib.Stdlib"),
         ("recovery", "prune_lab.methods.magnitude.Magnitude"),
         ("recovery", "prune_lab.recovery.base.Training"),
@@ -241,7 +243,7 @@ def test_other_packages_are_let_in_by_the_environment_alone(tmp_path: Path) -> N
         "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Foreign:\n    size: int = 3\n"
     )
     program = (
-        "import os, sys\nfrom omegaconf import OmegaConf\nfrom prune_lab.config import build\n"
+        "import os, sys\nfrom omegaconf import OmegaConf\nfrom prune_lab.config.parts import build\n"
         "os.environ['PRUNE_LAB_ALLOW'] = 'mine,other,os'\n"
         "try:\n    print(build(OmegaConf.create({'_target_': sys.argv[1], 'size': sys.argv[2]}), 'schedule'))\n"
         "except ValueError as error:\n    print(type(error).__name__, error)\n"

@@ -16,8 +16,8 @@ from conftest import CPU, ROOT
 from metrics_page import rows_of, without_dense
 from torch.nn.functional import cross_entropy
 
-from prune_lab.axes import axis
 from prune_lab.models.load import HubModel
+from prune_lab.results.metrics import axis
 from prune_lab.text.files import TextFiles
 from prune_lab.text.tokens import Tokens
 
@@ -67,7 +67,7 @@ def test_the_examples_are_of_these_files() -> None:
         "prune_lab/methods/deviation.py",
         "conf/method/deviation.yaml",
     ]
-    edits = ["measure/perplexity.py", "measure/perplexity.py", "outcome.py"]
+    edits = ["measure/perplexity.py", "measure/perplexity.py", "results/outcome.py"]
     assert [name for name, _ in blocks("A new metric")] == [*(f"prune_lab/{name}" for name in edits), "docs/metrics.md"]
 
 
@@ -104,7 +104,7 @@ def p95_by_hand(folder: Path, corpus: Path) -> float:
 
 
 def test_docs_of_every_key_are_written_with_the_new_method(copy: Path) -> None:
-    page = python(copy, "-m", "prune_lab.reference")
+    page = python(copy, "-m", "prune_lab.commands.reference")
     assert "| `deviation` | Weights x standard deviation of their input (an example: no paper)." in page
     method = page.split("\n## method\n")[1].split("\n## ")[0]
     scope = next(line for line in method.splitlines() if line.startswith("| `method.scope` "))

@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from prune_lab.errors import Refused
-from prune_lab.export import check_reload, save_model
 from prune_lab.measure.size import measure_size
 from prune_lab.methods.base import Pruned
 from prune_lab.methods.depth import Depth
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import bypassed
+from prune_lab.models.export import check_reload, save_model
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.models.resize import keep_blocks
 from prune_lab.pruning.calibration import Calibrator

@@ -10,11 +10,11 @@ import pytest
 from conftest import CPU, ROOT
 from test_methods import method
 
-from prune_lab.console import Console
 from prune_lab.measure.perplexity import measure_quality
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel, Loaded, ModelSource, Tiny
 from prune_lab.pruning.calibration import Calibrator
+from prune_lab.system.console import Console
 from prune_lab.text.files import TextFiles
 from prune_lab.text.source import TextSource
 from prune_lab.text.stdlib import Stdlib

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prune_lab.device import Device
-from prune_lab.export import check_reload, save_model
+from prune_lab.models.export import check_reload, save_model
 from prune_lab.models.load import HubModel, Loaded
+from prune_lab.system.device import Device
 
 TOKENS = torch.randint(300, (1, 24), generator=torch.Generator().manual_seed(2))
 

@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from prune_lab.errors import Refused
-from prune_lab.export import check_reload, save_model
 from prune_lab.measure.inference import decode, prefill
 from prune_lab.methods.base import Method
 from prune_lab.methods.depth import Depth
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.structured import Structured
 from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.export import check_reload, save_model
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.models.loss import window_losses
 from prune_lab.pruning.calibration import Calibrator

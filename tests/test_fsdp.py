@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing import assert_close
 
-from prune_lab.console import Console
 from prune_lab.errors import Refused
 from prune_lab.methods.base import Method
 from prune_lab.methods.magnitude import Magnitude
@@ -38,9 +37,10 @@ from prune_lab.recovery.distill import Distill
 from prune_lab.recovery.finetune import Finetune
 from prune_lab.recovery.lora import Lora
 from prune_lab.schedules import Gradual, Iterative, OneShot, Schedule
+from prune_lab.system.console import Console
+from prune_lab.system.world import World, join
 from prune_lab.text.corpus import Documents
 from prune_lab.text.tokens import Tokens
-from prune_lab.world import World, join
 
 STEPS = 10
 STORIES = Documents("stories", tuple(map(story, range(8))), (), tuple(map(story, range(8, 12))), ())

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from prune_lab.device import Device
 from prune_lab.errors import Refused
 from prune_lab.measure.macs import count_macs
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.pruning.statistics import _tf32
+from prune_lab.system.device import Device
 
 PLACE = Device(torch.device("cpu"), torch.bfloat16)
 

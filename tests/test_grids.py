@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import Cli
 
+from prune_lab.config.recipes import check
 from prune_lab.errors import Refused
-from prune_lab.recipes import check
-from prune_lab.series import Position, pivot, position
-from prune_lab.summary import Summary
+from prune_lab.results.series import Position, pivot, position
+from prune_lab.results.summary import Summary
 
 RECIPE = """
 defaults:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from prune_lab import interrupt
-from prune_lab.interrupt import whole
-from prune_lab.tracking.connection import Whole
+from prune_lab.system import interrupt
+from prune_lab.system.interrupt import whole
+from prune_lab.tracking.connection import Uninterrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -116,7 +116,7 @@ def test_a_transaction_of_a_store_is_not_left_open(tmp_path: Path) -> None:
             connection.close()
 
     with pytest.raises(KeyboardInterrupt):
-        Whole(Client()).write()
+        Uninterrupted(Client()).write()
     with sqlite3.connect(tmp_path / "store.db", timeout=0) as store:
         store.execute("begin immediate")
         assert store.execute("select x from t").fetchall() == [(1,)]

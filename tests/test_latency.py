@@ -15,10 +15,6 @@ from conftest import CPU, Cli
 from rich.console import Console as RichConsole
 from torch import Tensor, nn
 
-from prune_lab import outcome
-from prune_lab.console import Console
-from prune_lab.device import Device
-from prune_lab.environment import gpu_clocks
 from prune_lab.errors import Refused
 from prune_lab.figures import latency_figures
 from prune_lab.measure.accelerate import accelerator, check_acceleration
@@ -28,6 +24,10 @@ from prune_lab.measure.settings import Measure
 from prune_lab.measure.speed import Latency, Paired
 from prune_lab.measure.timing import Timings, measure_timings
 from prune_lab.models.load import Loaded
+from prune_lab.results import outcome
+from prune_lab.system.console import Console
+from prune_lab.system.device import Device
+from prune_lab.system.environment import gpu_clocks
 
 QUIET = Console(quiet=True)
 Noise = Callable[[random.Random, int], Iterator[float]]

@@ -19,9 +19,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from prune_lab import __main__ as program
-from prune_lab import cache_command, config, sync
-from prune_lab.console import Console
-from prune_lab.export import save_model
+from prune_lab.commands import cache as cache_command
+from prune_lab.commands import sync
+from prune_lab.config import parts as config
 from prune_lab.measure.batch_size import Trial, suggest
 from prune_lab.measure.memory import measure_memory
 from prune_lab.measure.perplexity import Quality, measure_quality
@@ -29,9 +29,11 @@ from prune_lab.measure.settings import Measure
 from prune_lab.measure.size import measure_size
 from prune_lab.measure.speed import Paired, measure_latency
 from prune_lab.models import loss
+from prune_lab.models.export import save_model
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.models.loss import window_losses
-from prune_lab.summary import Summary, from_dict
+from prune_lab.results.summary import Summary, from_dict
+from prune_lab.system.console import Console
 from prune_lab.text.corpus import Documents
 from prune_lab.text.tokens import Tokens
 

@@ -1,4 +1,4 @@
-"""docs/metrics.md lists every metric that a run can log, with its direction as axes.py has it, and no other."""
+"""docs/metrics.md lists every metric that a run can log, with its direction as the code has it, and no other."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import torch
 from conftest import ROOT
 from metrics_page import Row, rows_of, without_dense
 
-from prune_lab.axes import axis
-from prune_lab.bench import Figures
 from prune_lab.figures import compare, compute_figures
 from prune_lab.measure.energy import Energy
+from prune_lab.measure.figures import Figures
 from prune_lab.measure.macs import Macs
 from prune_lab.measure.perplexity import Quality
 from prune_lab.measure.size import Size
@@ -22,6 +21,7 @@ from prune_lab.measure.speed import Latency, Paired
 from prune_lab.measure.timing import Timings
 from prune_lab.methods.base import Pruned
 from prune_lab.methods.magnitude import Magnitude
+from prune_lab.results.metrics import axis
 
 ROWS = rows_of(ROOT / "docs" / "metrics.md")
 NAMES = [name for row in ROWS for name in row.names]

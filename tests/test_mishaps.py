@@ -25,10 +25,10 @@ from test_tracking import read_store
 from warm import give_store
 
 from prune_lab import __main__ as program
-from prune_lab import sweep as sweeps
-from prune_lab import sync
-from prune_lab.files import half_of, mark, remove_leftovers, write_text
+from prune_lab.commands import sync
 from prune_lab.out_of_memory import OutOfMemory, explained
+from prune_lab.sweeps import sweep as sweeps
+from prune_lab.system.files import half_of, mark, remove_leftovers, write_text
 from prune_lab.tracking import connection
 
 # MLflow 3's own models use a deprecated part of SQLAlchemy, which says so when a store is first opened.
@@ -399,7 +399,8 @@ def test_sync_logs_the_sweep_as_if_the_server_had_stayed(lost: tuple[Path, Ended
     """Without torch, whose import would take longer than the work; a second time it finds nothing to do."""
     place, done = lost
     code = (
-        "import sys; from prune_lab.sync import main\nprint([main(['sweep']), main(['sweep'])], 'torch' in sys.modules)"
+        "import sys; from prune_lab.commands.sync import main\n"
+        "print([main(['sweep']), main(['sweep'])], 'torch' in sys.modules)"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{place}/store.db"}
     said = subprocess.run([sys.executable, "-c", code], cwd=place, env=env, capture_output=True, text=True, check=False)

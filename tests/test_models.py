@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from prune_lab.config import build
-from prune_lab.device import Device
+from prune_lab.config.parts import build
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import Anatomy, family_of
 from prune_lab.models.load import HubModel, Loaded
+from prune_lab.system.device import Device
 
 
 @pytest.fixture

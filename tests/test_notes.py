@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prune_lab import notes
+from prune_lab.results import notes
 
 # A model of 10 MB and 100 MB at the peak, which nothing happened to.
 DENSE = {

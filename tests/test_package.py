@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import re
 import subprocess
 import sys
 import tomllib
@@ -17,29 +16,37 @@ import torch
 from conftest import CPU, ROOT
 
 from prune_lab import __version__
-from prune_lab.console import Console
 from prune_lab.measure.perplexity import measure_quality
 from prune_lab.models.load import TINY, Tiny
+from prune_lab.system.console import Console
 from prune_lab.text.stdlib import Stdlib
 from prune_lab.text.tokens import Tokens
 
 MODULES = sorted((ROOT / "prune_lab").rglob("*.py"))
-# Parts that the story uses, and what they must not know of.
-PARTS = ("methods", "pruning", "recovery", "post", "measure", "models", "text")
-ABOVE = (
-    "runner",
-    "job",
-    "sweep",
-    "tracking",
-    "config",
-    "recipes",
-    "bench",
-    "outcome",
-    "notes",
-    "report",
-    "comparison",
-    "figures",
+# The story from its end to its beginning: what stands in a line knows those before it and its own, and nothing below.
+LAYERS = (
+    ("__init__", "errors", "checks"),
+    ("explain",),
+    ("system",),
+    ("fingerprint", "schedules"),
+    ("cache",),
+    ("results",),
+    ("text",),
+    ("models",),
+    ("measure",),
+    ("pruning",),
+    ("methods", "post"),
+    ("recovery",),
+    ("place", "out_of_memory", "figures"),
+    ("leftovers", "tracking"),
+    ("config", "bench"),
+    ("streaming", "report"),
+    ("sweeps",),
+    ("runner",),
+    ("job", "commands"),
+    ("__main__",),
 )
+LAYER = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 
 
 def imports(path: Path) -> set[str]:
@@ -53,28 +60,30 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def modules_of(part: str) -> list[Path]:
-    return [path for path in MODULES if path.relative_to(ROOT / "prune_lab").parts[0] in (part, f"{part}.py")]
+def part_of(path: Path) -> str:
+    return path.relative_to(ROOT / "prune_lab").parts[0].removesuffix(".py")
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_parts_do_not_know_who_runs_them(part: str) -> None:
-    assert modules_of(part)
-    for path in modules_of(part):
-        known = imports(path)
-        for name in ABOVE:
-            assert not any(found.startswith(f"prune_lab.{name}") for found in known), f"{path.name} imports {name}"
-        assert not any(found.split(".")[0] in ("hydra", "omegaconf", "mlflow") for found in known), path.name
+def test_every_part_has_its_layer() -> None:
+    assert {part_of(path) for path in MODULES} == set(LAYER)
 
 
-def test_measures_do_not_know_the_methods() -> None:
-    for part in ("measure", "models", "text"):
-        for path in modules_of(part):
-            assert not any(re.match(r"prune_lab\.(methods|pruning|recovery|post)", name) for name in imports(path))
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT / "prune_lab").as_posix())
+def test_imports_point_down_the_story(path: Path) -> None:
+    """Also those inside functions, and those for types alone."""
+    known = {name.split(".")[1] for name in imports(path) if name.startswith("prune_lab.")} & set(LAYER)
+    mine = part_of(path)
+    assert not [name for name in known if LAYER[name] >= LAYER[mine] and name != mine]
+
+
+def test_what_is_measured_and_pruned_does_not_know_of_hydra() -> None:
+    for path in MODULES:
+        if LAYER[part_of(path)] < LAYER["tracking"] and part_of(path) != "explain":
+            assert not any(name.split(".")[0] in ("hydra", "omegaconf", "mlflow") for name in imports(path)), path
 
 
 def test_omegaconf_stops_at_the_door() -> None:
-    allowed = {"__main__.py", "config.py", "explain.py", "recipe_files.py", "remote.py", "sweep.py"}
+    allowed = {"__main__.py", "parts.py", "explain.py", "recipe_files.py", "remote.py", "sweep.py"}
     users = {path.name for path in MODULES if any(name.split(".")[0] == "omegaconf" for name in imports(path))}
     assert users <= allowed
 

@@ -15,14 +15,14 @@ from conftest import ALL_FAMILIES, CPU, Cli, make_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prune_lab.device import Device
 from prune_lab.errors import Refused
-from prune_lab.export import check_reload, save_model
 from prune_lab.models.anatomy import Anatomy, out_in
+from prune_lab.models.export import check_reload, save_model
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.models.low_bit_format import Scheme
 from prune_lab.models.low_bits import LowBitLinear
 from prune_lab.post.quantize import Int4WeightOnly, Int8Dynamic, Int8WeightOnly, quantize
+from prune_lab.system.device import Device
 
 TOKENS = torch.randint(300, (1, 24), generator=torch.Generator().manual_seed(2))
 POSTS = {

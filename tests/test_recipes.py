@@ -17,8 +17,8 @@ from conftest import ROOT, Cli, make_folder
 from hydra import compose, initialize_config_dir
 from test_hub import c4, wikitext  # noqa: F401 - fixtures
 
-from prune_lab import config
-from prune_lab.summary import flatten
+from prune_lab.config import parts as config
+from prune_lab.results.summary import flatten
 
 FOLDER = ROOT / "experiments"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))

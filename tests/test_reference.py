@@ -9,9 +9,9 @@ import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 
-from prune_lab import config
-from prune_lab.reference import read_option, write_reference
-from prune_lab.summary import flatten
+from prune_lab.commands.reference import read_option, write_reference
+from prune_lab.config import parts as config
+from prune_lab.results.summary import flatten
 
 PAGE = (ROOT / "docs" / "keys.md").read_text(encoding="utf-8")
 CELLS = [line.replace("\\|", "¦").strip("| ").split(" | ") for line in PAGE.splitlines() if line.startswith("| `")]
@@ -19,7 +19,7 @@ ROWS = {cells[0].strip("`"): cells for cells in CELLS if len(cells) == 4}
 
 
 def test_the_page_is_up_to_date() -> None:
-    assert write_reference() == PAGE, "run: python -m prune_lab.reference > docs/keys.md"
+    assert write_reference() == PAGE, "run: python -m prune_lab.commands.reference > docs/keys.md"
 
 
 def test_every_key_has_a_type_a_default_and_a_meaning() -> None:

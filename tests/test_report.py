@@ -19,18 +19,17 @@ from conftest import ROOT
 from mlflow import MlflowClient
 from warm import give_store, run_module
 
-from prune_lab import comparison
-from prune_lab.axes import axis
-from prune_lab.comparison import Row
 from prune_lab.errors import Refused
-from prune_lab.figures import of_dense
-from prune_lab.pareto import Point, dense_points, front, steps
 from prune_lab.place import Place
-from prune_lab.report import page
-from prune_lab.report.runs import Report, compare
+from prune_lab.report import page, runs
+from prune_lab.report.runs import Report
 from prune_lab.report.sources import read
-from prune_lab.series import Position, telling
-from prune_lab.summary import Summary
+from prune_lab.results.metrics import axis, of_dense
+from prune_lab.results.pareto import Point, dense_points, front, steps
+from prune_lab.results.series import Position, telling
+from prune_lab.results.summary import Summary
+from prune_lab.sweeps import comparison
+from prune_lab.sweeps.comparison import Row
 from prune_lab.tracking.mlflow_store import Mlflow
 
 # MLflow 3's own models use a deprecated part of SQLAlchemy, which says so when a store is first opened.
@@ -88,7 +87,7 @@ def folder(tmp_path: Path) -> Path:
 
 def report_of(*sources: object) -> Report:
     """The report of these sources."""
-    return compare(read([str(source) for source in sources]))
+    return runs.report_of(read([str(source) for source in sources]))
 
 
 def drawn(path: Path) -> dict[str, Any]:

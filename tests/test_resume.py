@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from warm import give_store, run_module
 
 from prune_lab import __main__ as program
-from prune_lab import sweep
 from prune_lab.fingerprint import fingerprint
+from prune_lab.sweeps import sweep
 
 # MLflow 3's own models use a deprecated part of SQLAlchemy, which says so when a store is first opened.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")

@@ -15,7 +15,6 @@ from conftest import ALL_FAMILIES, CPU, make_folder
 from test_families import BY_HAND, HEAD_DIM, MLP, Parts
 from torch import Tensor, nn
 
-from prune_lab.console import Console
 from prune_lab.errors import Refused
 from prune_lab.methods.base import Pruned
 from prune_lab.methods.ria import Ria
@@ -28,6 +27,7 @@ from prune_lab.pruning import gradients, scores
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.statistics import InputStatistics, Seen
 from prune_lab.pruning.surgery import unit_sums
+from prune_lab.system.console import Console
 
 QUIET = Console(quiet=True)
 # The worked example of algorithms and tests: 2 outputs, 4 inputs, 6 tokens.

@@ -15,11 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from prune_lab import __main__ as program
-from prune_lab.config import Parts, Settings
-from prune_lab.console import Console
-from prune_lab.device import Device
+from prune_lab.config.parts import Parts, Settings
 from prune_lab.errors import Refused
-from prune_lab.export import check_reload, save_model
 from prune_lab.measure.macs import count_macs
 from prune_lab.measure.perplexity import measure_quality
 from prune_lab.measure.settings import Measure
@@ -36,6 +33,7 @@ from prune_lab.methods.unstructured import Unstructured
 from prune_lab.methods.wanda import Wanda
 from prune_lab.models import states
 from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.export import check_reload, save_model
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.models.on_disk import own_copy
 from prune_lab.models.prefetch import Prefetch
@@ -46,6 +44,8 @@ from prune_lab.pruning.calibration import Calibrator
 from prune_lab.recovery.finetune import Finetune
 from prune_lab.recovery.none import NoRecovery
 from prune_lab.streaming import check_streaming
+from prune_lab.system.console import Console
+from prune_lab.system.device import Device
 
 WINDOWS = torch.randint(1, 300, (5, 24), generator=torch.Generator().manual_seed(7))
 BF16 = Device(torch.device("cpu"), torch.bfloat16)
@@ -311,8 +311,8 @@ MEASURED = """
 import sys
 from pathlib import Path
 import torch
-from prune_lab.console import Console
-from prune_lab.device import Device
+from prune_lab.system.console import Console
+from prune_lab.system.device import Device
 from prune_lab.measure.memory import _peak, _reset_peak
 from prune_lab.measure.perplexity import measure_quality
 from prune_lab.methods.wanda import Wanda

@@ -17,11 +17,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from warm import give_store, run_module
 
-from prune_lab import __version__, comparison
-from prune_lab.comparison import Row, speedup
-from prune_lab.console import Console
-from prune_lab.pareto import Point, front
-from prune_lab.summary import Summary
+from prune_lab import __version__
+from prune_lab.results.pareto import Point, front
+from prune_lab.results.summary import Summary
+from prune_lab.sweeps import comparison
+from prune_lab.sweeps.comparison import Row, speedup
+from prune_lab.system.console import Console
 
 # MLflow 3's own models use a deprecated part of SQLAlchemy, which says so when a store is first opened.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")

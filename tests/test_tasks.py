@@ -19,9 +19,7 @@ from datasets import Dataset
 from hub_server import Hub
 
 from prune_lab.bench import open_bench
-from prune_lab.console import Console
 from prune_lab.errors import Refused
-from prune_lab.figures import dense_figures
 from prune_lab.fingerprint import fingerprint
 from prune_lab.measure import task_names
 from prune_lab.measure.settings import Measure
@@ -29,7 +27,9 @@ from prune_lab.measure.task_files import read_task_file
 from prune_lab.measure.task_setup import prepare_tasks
 from prune_lab.measure.tasks import measure_tasks
 from prune_lab.models.load import HubModel, Loaded
-from prune_lab.notes import of_figures
+from prune_lab.results.metrics import dense_figures
+from prune_lab.results.notes import of_figures
+from prune_lab.system.console import Console
 from prune_lab.text.files import TextFiles
 
 QUIET = Console(quiet=True)

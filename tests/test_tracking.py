@@ -20,7 +20,7 @@ from conftest import ROOT, Cli
 from safetensors.torch import load_file, save_file
 from warm import Running, give_store, start_module
 
-from prune_lab.summary import Summary
+from prune_lab.results.summary import Summary
 from prune_lab.tracking.links import how_to_look
 from prune_lab.tracking.ownership import BORN, HOST, PID, is_alive, owner_tags
 from prune_lab.tracking.params import params_of, run_name

@@ -21,7 +21,6 @@ from torch import Tensor
 from trainings import same, training_of, weights_of
 from warm import Running, start_module
 
-from prune_lab.device import Device
 from prune_lab.errors import Refused
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.pruning.masks import Masks
@@ -32,6 +31,7 @@ from prune_lab.recovery.finetune import Finetune
 from prune_lab.recovery.none import NoRecovery
 from prune_lab.recovery.optimizer import lr_factor
 from prune_lab.recovery.order import WindowOrder
+from prune_lab.system.device import Device
 from prune_lab.text.corpus import Documents
 from prune_lab.text.tokens import Tokens
 

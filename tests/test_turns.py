@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from prune_lab import notes
-from prune_lab.console import Console
-from prune_lab.lock import locked
-from prune_lab.turns import Turns
+from prune_lab.results import notes
+from prune_lab.system.console import Console
+from prune_lab.system.lock import locked
+from prune_lab.system.turns import Turns
 
 PATIENCE = 60
 
@@ -23,7 +23,7 @@ PATIENCE = 60
 COMPUTE = """
 import sys, time
 from pathlib import Path
-from prune_lab.turns import Turns
+from prune_lab.system.turns import Turns
 
 folder, steps = Path(sys.argv[1]), Path(sys.argv[1]) / sys.argv[2]
 turns = Turns(folder)
@@ -114,7 +114,7 @@ def test_two_that_time_take_turns(tmp_path: Path) -> None:
     script = """
 import sys, time
 from pathlib import Path
-from prune_lab.turns import Turns
+from prune_lab.system.turns import Turns
 
 turns, book = Turns(Path(sys.argv[1])), Path(sys.argv[1]) / "book"
 for _ in range(5):
@@ -133,7 +133,7 @@ for _ in range(5):
 
 def test_a_bar_that_moves_is_where_a_job_pauses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paused = []
-    monkeypatch.setattr("prune_lab.console.machine.pause", lambda: paused.append(1))
+    monkeypatch.setattr("prune_lab.system.console.machine.pause", lambda: paused.append(1))
     with Console(quiet=True).progress(3, "work") as bar:
         bar.update()
         bar.update(2)
@@ -186,8 +186,8 @@ def test_a_job_that_waits_for_another_one_s_lock_holds_no_timing_up(start: Start
     script = """
 import sys
 from pathlib import Path
-from prune_lab import lock
-from prune_lab.turns import Turns
+from prune_lab.system import lock
+from prune_lab.system.turns import Turns
 
 folder = Path(sys.argv[1])
 lock.machine = Turns(folder)

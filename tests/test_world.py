@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from warm import give_store
 
-from prune_lab import launch
-from prune_lab.device import numbered
+from prune_lab.system import launch
+from prune_lab.system.device import numbered
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 

@@ -11,7 +11,6 @@ import torch
 from conftest import CPU, story
 from torch import Tensor
 
-from prune_lab.console import Console
 from prune_lab.methods.base import Method, Pruned
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import Loaded
@@ -19,6 +18,7 @@ from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.masks import Masks
 from prune_lab.recovery.base import Training
 from prune_lab.schedules import Schedule
+from prune_lab.system.console import Console
 from prune_lab.text.corpus import Documents
 from prune_lab.text.tokens import Tokens
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from prune_lab.device import Device
 from prune_lab.errors import Refused
+from prune_lab.system.device import Device
 
 CHOICES = ("none", "compile")
 # Each model of a pair, stage and length is one more compilation of the same code of its family.

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_lab.device import Device
 from prune_lab.models.loss import window_losses
+from prune_lab.system.device import Device
 
 REPEATS = 3
 ENOUGH = 0.95  # of the best speed: beyond that a larger batch only takes memory

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_lab.device import Device
 from prune_lab.measure.inference import decode, prefill
 from prune_lab.measure.settings import Measure
+from prune_lab.system.device import Device
 
 POWERCAP = Path("/sys/class/powercap")
 Counter = Callable[[], float]  # joules since some moment in the past; to be called again before it wraps twice

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_lab.device import Device
 from prune_lab.measure.inference import decode, prefill
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.size import MB, held_bytes
+from prune_lab.system.device import Device
 
 # glibc then gives freed pages back at once instead of keeping them in per-thread pools: four runs on a model of 11 MB
 # spread over 0.3 MB instead of 5 MB.

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_lab.console import Console
-from prune_lab.device import Device
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import BlockStream
 from prune_lab.models.loss import window_losses
+from prune_lab.system.console import Console
+from prune_lab.system.device import Device
 
 
 @dataclass(frozen=True)

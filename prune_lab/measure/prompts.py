@@ -8,7 +8,7 @@ from torch import Tensor
 from prune_lab.errors import Refused
 from prune_lab.measure.settings import Measure
 
-Shape = tuple[int, int]  # rows, tokens
+PromptShape = tuple[int, int]  # rows, tokens
 
 
 def cut_headline(stream: Tensor, settings: Measure, context: int | None) -> Tensor:
@@ -17,7 +17,7 @@ def cut_headline(stream: Tensor, settings: Measure, context: int | None) -> Tens
     return stream[: max(1, min(settings.prompt_tokens, room))][None].long()
 
 
-def cut_grid(stream: Tensor, settings: Measure, context: int | None) -> dict[Shape, Tensor]:
+def cut_grid(stream: Tensor, settings: Measure, context: int | None) -> dict[PromptShape, Tensor]:
     """A prompt, shape (batch, length), for each combination of the settings; empty where none is asked for.
 
     The rows of a batch come from places spread evenly over the stream and share no token. Raises Refused where a

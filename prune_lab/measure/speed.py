@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_lab.console import Console
-from prune_lab.device import Device
 from prune_lab.measure.inference import decode, prefill
 from prune_lab.measure.settings import Measure
+from prune_lab.system.console import Console
+from prune_lab.system.device import Device
 
 RESAMPLES = 2000
 

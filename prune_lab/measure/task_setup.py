@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from prune_lab.errors import Refused
-from prune_lab.files import mark
-from prune_lab.hub import why_not, why_unreachable
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.task_files import TaskFile, read_task_file
 from prune_lab.measure.task_names import find_definitions
+from prune_lab.system.files import mark
+from prune_lab.system.hub import why_not, why_unreachable
 from prune_lab.text.rows import tell_nobody
 
 SEED = 1234  # of few-shot examples and of whatever a task draws, as in lm-eval

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from prune_lab.console import Console
 from prune_lab.measure.task_setup import SEED, ReadyTask, by_itself
+from prune_lab.system.console import Console
 
 Scores = dict[str, float]
 

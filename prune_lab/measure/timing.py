@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from prune_lab.console import Console
-from prune_lab.device import Device
 from prune_lab.measure.accelerate import accelerator
 from prune_lab.measure.energy import Energy, measure_energy
-from prune_lab.measure.prompts import Shape
+from prune_lab.measure.prompts import PromptShape
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.speed import Latency, measure_latency
+from prune_lab.system.console import Console
+from prune_lab.system.device import Device
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Timings:
 
     headline: Latency
     aa: Latency | None = None
-    grid: Mapping[Shape, Latency] = field(default_factory=dict)
+    grid: Mapping[PromptShape, Latency] = field(default_factory=dict)
     energy: Energy | None = None
 
 
@@ -36,7 +36,7 @@ def measure_timings(
     dense: Any,
     compressed: Any,
     prompt: Tensor,
-    grid: Mapping[Shape, Tensor],
+    grid: Mapping[PromptShape, Tensor],
     settings: Measure,
     device: Device,
     console: Console,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.errors import Refused
-from prune_lab.models.dense import DenseFacts
+from prune_lab.models.dense_facts import DenseFacts
 from prune_lab.models.on_disk import at_hand, weights_on_disk
 
 HEADS_OF_RUN = {"kv": 1, "qkv": 3}  # a run named "query" has all query heads of a KV group

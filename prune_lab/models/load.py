@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from prune_lab.device import Device
 from prune_lab.errors import Refused
-from prune_lab.hub import as_folder, cached_file, check_reachable, commit_of, download, is_hub_id, why_not
 from prune_lab.models import folder as folders
 from prune_lab.models import streamed
 from prune_lab.models.anatomy import family_of
 from prune_lab.models.contents import check_finite, count_weights, weights_sha256
 from prune_lab.models.folder_check import check_config, check_folder
+from prune_lab.system.device import Device
+from prune_lab.system.hub import as_folder, cached_file, check_reachable, commit_of, download, is_hub_id, why_not
 from prune_lab.text.encode import tokenizer_sha256
 
 TINY = Path(__file__).parent / "tiny"

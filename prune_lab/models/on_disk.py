@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prune_lab.device import Device
 from prune_lab.models.prefetch import Prefetch
 from prune_lab.models.shards import INDEX, Shards, lay_out
+from prune_lab.system.device import Device
 
 _WEIGHTS = "_weights_on_disk"  # where a model keeps them
 

@@ -27,7 +27,7 @@ _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
 
 @dataclass(frozen=True)
-class Place:
+class Span:
     """Where a tensor's bytes are."""
 
     file: Path
@@ -39,27 +39,27 @@ class Place:
 class Shards:
     """The tensors of a folder's safetensors by name."""
 
-    def __init__(self, places: Mapping[str, Place]) -> None:
-        self.places = dict(places)
+    def __init__(self, spans: Mapping[str, Span]) -> None:
+        self.spans = dict(spans)
 
     def read(self, name: str) -> Tensor:
         """A tensor, in the type it is stored in. Raises ValueError where the file ends before it does."""
-        place = self.places[name]
-        with place.file.open("rb", buffering=0) as file:
-            return read_tensor(file, place.offset, place.shape, place.dtype)
+        span = self.spans[name]
+        with span.file.open("rb", buffering=0) as file:
+            return read_tensor(file, span.offset, span.shape, span.dtype)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Puts a tensor of the shape and type that are stored under `name` there."""
-        place = self.places[name]
-        if (tuple(tensor.shape), tensor.dtype) != (place.shape, place.dtype):
+        span = self.spans[name]
+        if (tuple(tensor.shape), tensor.dtype) != (span.shape, span.dtype):
             raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype} does not fit what is laid out for it")
-        with place.file.open("r+b", buffering=0) as file:
-            write_tensor(file, place.offset, tensor)
+        with span.file.open("r+b", buffering=0) as file:
+            write_tensor(file, span.offset, tensor)
 
     @property
     def files(self) -> list[Path]:
         """The files, once each."""
-        return sorted({place.file for place in self.places.values()})
+        return sorted({span.file for span in self.spans.values()})
 
 
 def open_shards(folder: Path) -> Shards:
@@ -69,7 +69,7 @@ def open_shards(folder: Path) -> Shards:
         if not index.is_file():
             raise ValueError(f"there is neither {WHOLE} nor {INDEX}: tensor by tensor, dense weights only can be read")
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    return Shards({name: place for file in names for name, place in _read_header(folder / file).items()})
+    return Shards({name: span for file in names for name, span in _read_header(folder / file).items()})
 
 
 def lay_out(folder: Path, tensors: Mapping[str, Tensor], max_shard_size: str = MAX_SHARD_SIZE) -> Shards:
@@ -80,14 +80,14 @@ def lay_out(folder: Path, tensors: Mapping[str, Tensor], max_shard_size: str = M
     split = split_torch_state_dict_into_shards(
         dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
-    places: dict[str, Place] = {}
+    spans: dict[str, Span] = {}
     for file, names in split.filename_to_tensors.items():
-        places |= _write_header(folder / file, {name: tensors[name] for name in names})
+        spans |= _write_header(folder / file, {name: tensors[name] for name in names})
     if split.is_sharded:
         total = {"total_parameters": sum(tensor.numel() for tensor in tensors.values())}
         content = {"metadata": total | split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return Shards(places)
+    return Shards(spans)
 
 
 def read_tensor(file: RawIOBase, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -116,13 +116,13 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _read_header(path: Path) -> dict[str, Place]:
+def _read_header(path: Path) -> dict[str, Span]:
     try:
         with path.open("rb") as file:
             header, start = _parse(file)
     except (ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name} is no safetensors file ({error})") from error
-    places, end = {}, start
+    spans, end = {}, start
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -132,11 +132,11 @@ def _read_header(path: Path) -> dict[str, Place]:
         dtype, shape = _TYPES[entry["dtype"]], tuple(entry["shape"])
         if last - first != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{path.name}: the size of {name} does not fit its shape")
-        places[name] = Place(path, start + first, dtype, shape)
+        spans[name] = Span(path, start + first, dtype, shape)
         end = max(end, start + last)
     if path.stat().st_size != end:
         raise ValueError(f"{path.name} should have {end} bytes and has {path.stat().st_size}: it is cut off or damaged")
-    return places
+    return spans
 
 
 def _parse(file: BinaryIO) -> tuple[dict[str, Any], int]:
@@ -147,7 +147,7 @@ def _parse(file: BinaryIO) -> tuple[dict[str, Any], int]:
     return json.loads(file.read(length)), 8 + length
 
 
-def _write_header(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Place]:
+def _write_header(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Span]:
     """Begins a file: wide types first, then by name, as the library has it."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     order, end = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)), 0

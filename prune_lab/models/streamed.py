@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from prune_lab.device import Device
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import family_of
 from prune_lab.models.on_disk import DiskWeights, stored_tensors
 from prune_lab.models.shards import Shards, open_shards
+from prune_lab.system.device import Device
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
@@ -85,7 +85,7 @@ def _places(model: Any, stored: Shards, name: str) -> Shards:
     wanted, prefix = stored_tensors(model), f"{model.base_model_prefix}."
     found = {}
     for key, tensor in wanted.items():
-        place = stored.places.get(key) or stored.places.get(key.removeprefix(prefix))
+        place = stored.spans.get(key) or stored.spans.get(key.removeprefix(prefix))
         if place is None:
             raise Refused(
                 f"model.name={name!r} has no {key} of its own: model.stream=true reads each tensor by the name that "
@@ -99,7 +99,7 @@ def _places(model: Any, stored: Shards, name: str) -> Shards:
             )
         found[key] = place
     source = Shards(found)
-    for key in (model.state_dict().keys() - wanted.keys()) & stored.places.keys():
+    for key in (model.state_dict().keys() - wanted.keys()) & stored.spans.keys():
         if not torch.equal(stored.read(key), source.read(_twin(model, key))):
             raise Refused(f"model.name={name!r}: {key} differs from what config.json says it is tied to")
     return source

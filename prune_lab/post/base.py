@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from prune_lab.device import Device
 from prune_lab.models.anatomy import Anatomy
+from prune_lab.system.device import Device
 
 
 @dataclass(frozen=True)

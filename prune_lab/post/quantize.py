@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from prune_lab.device import Device
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import Anatomy, out_in
 from prune_lab.models.low_bit_format import Scheme, linear_names, replace_linear
 from prune_lab.models.low_bits import LowBitLinear
 from prune_lab.post.base import Post
+from prune_lab.system.device import Device
 
 EXPANDED = "the weights are expanded before each product: smaller, and slower"
 OWN_EXPORT = "only prune_lab can load the export: other software knows low-bit layouts of Linears, and these are {}s"

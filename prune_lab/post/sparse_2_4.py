@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 
-from prune_lab.device import Device
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.post.base import Post
+from prune_lab.system.device import Device
 
 
 class SparseLinear(nn.Module):

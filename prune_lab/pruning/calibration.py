@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prune_lab.console import Console
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import BlockStream, ReachedError
 from prune_lab.models.loss import window_losses
-from prune_lab.pruning import gradients, shared
+from prune_lab.pruning import gradients
+from prune_lab.pruning.dense_statistics import dense_statistics
 from prune_lab.pruning.statistics import GRADIENTS, NEEDS, InputStatistics, Seen
+from prune_lab.system.console import Console
 from prune_lab.text.tokens import sha256
 
 
@@ -26,7 +27,7 @@ class Calibrator:
 
     propagate: what the blocks after a pruned one see: its outputs as "pruned", or those of the "dense" block, which
     costs half and makes the statistics independent of the amount: they are computed once, as are gradients, block
-    influence and scans, which are of the dense model either way (see models/dense.py).
+    influence and scans, which are of the dense model either way (see models/dense_facts.py).
     bfloat16: whether blocks multiply in bfloat16 as the windows pass; sums over inputs are float32 either way.
     """
 
@@ -55,7 +56,7 @@ class Calibrator:
             yield from self._observe(anatomy, propagate_pruned, wanted)
             return
         observe = partial(self._observe, anatomy, False)
-        yield from shared.dense_statistics(facts, self._of, len(linears), wanted, observe)
+        yield from dense_statistics(facts, self._of, len(linears), wanted, observe)
 
     def _observe(self, anatomy: Anatomy, propagate_pruned: bool, wanted: frozenset[str]) -> Iterator[dict[str, Seen]]:
         linears, stream = anatomy.linears_by_block(), BlockStream(anatomy, self.windows, self.batch_size)

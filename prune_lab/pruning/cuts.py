@@ -24,17 +24,17 @@ def at_once(scores: Tensor) -> int:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Threshold:
     """Scores below `threshold` go, and of those equal to it the first `ties`."""
 
     threshold: float
     ties: int
 
 
-NOTHING = Cut(-math.inf, 0)
+NOTHING = Threshold(-math.inf, 0)
 
 
-def cuts(scores: Sequence[Tensor], removals: Sequence[int]) -> list[Cut]:
+def cuts(scores: Sequence[Tensor], removals: Sequence[int]) -> list[Threshold]:
     """Where to cut for each of `removals`, the numbers to remove, from one pass over all `scores` together.
 
     The tensors have any shapes, one number type and no NaN; an entry's place is that in their concatenation.
@@ -61,7 +61,7 @@ class Counts:
     def __init__(self) -> None:
         self._up_to: Tensor | None = None  # how many scores have each upper half or a lower one
 
-    def cut(self, scores: Sequence[Tensor], remove: int) -> Cut:
+    def cut(self, scores: Sequence[Tensor], remove: int) -> Threshold:
         """As `cuts` has it."""
         if remove == 0:
             return NOTHING
@@ -70,7 +70,7 @@ class Counts:
         place = int(torch.searchsorted(self._up_to, remove))
         half, left = _half_at(place), remove - (int(self._up_to[place - 1]) if place else 0)
         if scores[0].dtype != torch.float32:
-            return Cut(float(torch.tensor([half], dtype=torch.int16).view(scores[0].dtype)), left)
+            return Threshold(float(torch.tensor([half], dtype=torch.int16).view(scores[0].dtype)), left)
         parts = [part for values in scores for part in values.reshape(-1).split(at_once(values))]
         inside = [part[_has_half(part, half)] for part in parts]
         return cuts(inside, [left])[0]
@@ -88,18 +88,18 @@ def row_cuts(scores: Tensor, remove: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(lowest[:, -1:]).to(scores.dtype), torch.from_numpy(ties)
 
 
-def _by_selection(flat: Tensor, remove: int) -> Cut:
+def _by_selection(flat: Tensor, remove: int) -> Threshold:
     if remove == 0:
         return NOTHING
     threshold = flat.kthvalue(remove).values
-    return Cut(float(threshold), remove - int((flat < threshold).sum()))
+    return Threshold(float(threshold), remove - int((flat < threshold).sum()))
 
 
-def _cut_of(lowest: Tensor, remove: int) -> Cut:
+def _cut_of(lowest: Tensor, remove: int) -> Threshold:
     """The cut behind the `remove` lowest scores, of which the last is the highest."""
     if remove == 0:
         return NOTHING
-    return Cut(float(lowest[-1]), int(torch.count_nonzero(lowest == lowest[-1])))
+    return Threshold(float(lowest[-1]), int(torch.count_nonzero(lowest == lowest[-1])))
 
 
 def _upper_half(scores: Tensor) -> Tensor:

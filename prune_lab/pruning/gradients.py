@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from prune_lab.console import Console
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import Anatomy, out_in
+from prune_lab.system.console import Console
 
 Reduce = Callable[[str, Tensor], Tensor]
 FLOAT16_SCALE = 2.0**10  # of the loss, since gradients of a mean loss vanish in float16; scores only compare

@@ -10,7 +10,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from prune_lab.pruning.cuts import Counts, Cut, at_once, cuts, row_cuts
+from prune_lab.pruning.cuts import Counts, Threshold, at_once, cuts, row_cuts
 
 _PATTERN = re.compile(r"(\d+):(\d+)")
 _SMALL = 8  # entries whose pairs are fewer than the steps of a selection
@@ -74,7 +74,7 @@ def keep_global(scores: list[Tensor], amount: float, counts: Counts | None = Non
     return keep_behind(scores, cuts(scores, [remove])[0] if counts is None else counts.cut(scores, remove))
 
 
-def keep_behind(scores: list[Tensor], cut: Cut) -> list[Tensor]:
+def keep_behind(scores: list[Tensor], cut: Threshold) -> list[Tensor]:
     """Keep-masks over the matrices whose cut it is (cuts.py), which ranks them together."""
     keep, ties = [], cut.ties
     for values in scores:

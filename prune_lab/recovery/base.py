@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from prune_lab.console import Console
-from prune_lab.device import Device
 from prune_lab.methods.base import Pruned
 from prune_lab.models.load import Loaded
 from prune_lab.schedules import Event, Rewind
+from prune_lab.system.console import Console
+from prune_lab.system.device import Device
+from prune_lab.system.world import World
 from prune_lab.text.tokens import Tokens
-from prune_lab.world import World
 
 
 @dataclass

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from prune_lab.device import Device
 from prune_lab.errors import Refused
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.recovery.base import Training
 from prune_lab.recovery.finetune import Finetune
 from prune_lab.recovery.train import train
+from prune_lab.system.device import Device
 from prune_lab.text.encode import tokenizer_sha256
 
 

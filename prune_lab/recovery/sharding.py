@@ -14,7 +14,7 @@ from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.loss import window_losses
 from prune_lab.pruning.masks import Masks
 from prune_lab.recovery.optimizer import adamw
-from prune_lab.world import World
+from prune_lab.system.world import World
 
 if TYPE_CHECKING:
     from prune_lab.recovery.finetune import Finetune

@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from prune_lab.device import uses_bfloat16
 from prune_lab.errors import Refused
 from prune_lab.recovery import checkpoint
 from prune_lab.recovery.base import Training
@@ -20,6 +19,7 @@ from prune_lab.recovery.order import WindowOrder
 from prune_lab.recovery.rewinding import Rewinder
 from prune_lab.recovery.sharding import Sharded, Whole
 from prune_lab.recovery.validation import Validation
+from prune_lab.system.device import uses_bfloat16
 
 if TYPE_CHECKING:
     from prune_lab.recovery.finetune import Finetune

@@ -48,13 +48,13 @@ def _parser() -> explain.Parser:
 
 
 def _report(sources: list[str], x: str | None, y: str | None, output: Path | None) -> None:
-    from prune_lab.hub import as_folder
-    from prune_lab.pareto import draw
     from prune_lab.report import page
-    from prune_lab.report.runs import compare
+    from prune_lab.report.runs import report_of
     from prune_lab.report.sources import read
+    from prune_lab.results.pareto import draw
+    from prune_lab.system.hub import as_folder
 
-    report = compare(read(sources))
+    report = report_of(read(sources))
     for key, metric in (("-x", x), ("-y", y)):
         if metric is not None and metric not in report.metrics:
             held = sum(metric in summary.metrics for summary in report.summaries)

@@ -9,11 +9,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from prune_lab.axes import axis
-from prune_lab.files import write_text
-from prune_lab.pareto import Point, front, lines, steps
 from prune_lab.report.runs import Report
-from prune_lab.summary import Summary
+from prune_lab.results.metrics import axis
+from prune_lab.results.pareto import Point, front, lines, steps
+from prune_lab.results.summary import Summary
+from prune_lab.system.files import write_text
 
 TEMPLATE = Path(__file__).parent / "page.html"
 _SHOWN = (  # in the box beside a point, where the run has them; the two axes come in addition

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from prune_lab.errors import Refused
-from prune_lab.pareto import Point, dense_points
 from prune_lab.report.alike import warnings
-from prune_lab.series import keys, position, shared, telling
-from prune_lab.summary import Summary
+from prune_lab.results.pareto import Point, dense_points
+from prune_lab.results.series import keys, position, shared, telling
+from prune_lab.results.summary import Summary
 from prune_lab.tracking.params import params_of
 
 FINISHED = "FINISHED"
@@ -59,7 +59,7 @@ class Report:
         return x, y
 
 
-def compare(sources: dict[str, list[Run]]) -> Report:
+def report_of(sources: dict[str, list[Run]]) -> Report:
     """The report of the runs of each source. Raises Refused where there is nothing to plot."""
     every = [run for runs in sources.values() for run in runs]
     runs = _once(run for run in every if run.summary.status == FINISHED)

@@ -7,11 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from prune_lab.comparison import RESULTS
 from prune_lab.errors import Refused
-from prune_lab.hub import as_folder
 from prune_lab.report.runs import Run
-from prune_lab.summary import Summary, from_dict
+from prune_lab.results.summary import RESULTS, Summary, from_dict
+from prune_lab.system.hub import as_folder
 from prune_lab.tracking.mlflow_reader import read_experiment
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from prune_lab.errors import Refused
-from prune_lab.hub import as_folder, cached_file, check_reachable, commit_of, is_hub_id, why_not
+from prune_lab.system.hub import as_folder, cached_file, check_reachable, commit_of, is_hub_id, why_not
 from prune_lab.text.corpus import JOIN, Documents
 from prune_lab.text.rows import read_rows
 from prune_lab.text.source import TextSource

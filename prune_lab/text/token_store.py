@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_lab import store
+from prune_lab import cache as store
 
 TOKENS, STARTS = "tokens.i32", "starts.i64"
 Run = tuple[Iterable[int], int]  # the tokens of a document (or a piece of text), and its bytes of UTF-8

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_lab.console import Console
 from prune_lab.errors import Refused
 from prune_lab.fingerprint import digest_of
+from prune_lab.system.console import Console
 from prune_lab.text.corpus import JOIN, Corpus
 from prune_lab.text.encode import encode, tokenizer_sha256
 from prune_lab.text.joined import tokenise_joined

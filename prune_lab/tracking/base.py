@@ -9,7 +9,7 @@ from typing import Protocol
 
 from prune_lab.errors import Refused
 from prune_lab.place import Place
-from prune_lab.summary import Summary
+from prune_lab.results.summary import Summary
 
 
 class Unreachable(Refused):

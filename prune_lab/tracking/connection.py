@@ -13,8 +13,8 @@ from typing import Any
 
 from prune_lab.errors import Refused
 from prune_lab.explain import one_line
-from prune_lab.files import half_of, remove_leftovers
-from prune_lab.interrupt import whole
+from prune_lab.system.files import half_of, remove_leftovers
+from prune_lab.system.interrupt import whole
 from prune_lab.tracking import links
 from prune_lab.tracking.base import Unreachable
 
@@ -29,7 +29,7 @@ PATIENCE = 60.0  # seconds to wait for a database that another process has locke
 log = logging.getLogger(__name__)
 
 
-class Whole:
+class Uninterrupted:
     """An MlflowClient whose calls are not cut in two by a signal, and wait for a locked database."""
 
     def __init__(self, client: Any) -> None:
@@ -47,7 +47,7 @@ def connect(name: str) -> tuple[Any, str]:
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
     with reaching():
         _make_file(links.store_uri(), MlflowClient)
-        client = Whole(_patient(whole()(MlflowClient))(tracking_uri=links.store_uri()))
+        client = Uninterrupted(_patient(whole()(MlflowClient))(tracking_uri=links.store_uri()))
         return client, _experiment(client, name)
 
 

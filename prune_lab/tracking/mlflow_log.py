@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab import explain
-from prune_lab.interrupt import whole
-from prune_lab.summary import Summary
+from prune_lab.results.summary import Summary
+from prune_lab.system.interrupt import whole
 from prune_lab.tracking.params import tags_of
 
 AGAIN = 60.0  # seconds after which figures of the training are sent once more to a store that was away

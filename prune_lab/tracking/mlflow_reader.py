@@ -10,7 +10,7 @@ from typing import Any
 
 from prune_lab.errors import Refused
 from prune_lab.explain import one_line
-from prune_lab.summary import Summary
+from prune_lab.results.summary import Summary
 from prune_lab.tracking import links
 from prune_lab.tracking.mlflow_store import FINGERPRINT, REUSED, SWEEP, stored_summary
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.explain import one_line
-from prune_lab.files import mark
-from prune_lab.interrupt import whole
 from prune_lab.place import Place
-from prune_lab.summary import Summary, from_dict
+from prune_lab.results.summary import Summary, from_dict
+from prune_lab.system.files import mark
+from prune_lab.system.interrupt import whole
 from prune_lab.tracking import links
 from prune_lab.tracking.base import Tracker
 from prune_lab.tracking.connection import connect, reaching
@@ -179,7 +179,7 @@ def _shared_dense_figures(summaries: list[Summary]) -> dict[str, float]:
     """Dense figures for the parent: latencies are medians over the jobs, the rest is one measurement."""
     from statistics import median
 
-    from prune_lab.figures import dense_figures
+    from prune_lab.results.metrics import dense_figures
 
     finished = [dense_figures(s.metrics) for s in summaries if s.status == "FINISHED"]
     names = {name for figures in finished for name in figures}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.place import Place
-from prune_lab.summary import FILE, Summary
+from prune_lab.results.summary import FILE, Summary
 from prune_lab.tracking.connection import connect
 from prune_lab.tracking.mlflow_log import MlflowLog
 from prune_lab.tracking.mlflow_store import (

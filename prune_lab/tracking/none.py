@@ -10,7 +10,7 @@ from pathlib import Path
 from prune_lab.cache import cache_folder
 from prune_lab.fingerprint import text_sha256
 from prune_lab.place import Place
-from prune_lab.summary import Summary, read_summary
+from prune_lab.results.summary import Summary, read_summary
 from prune_lab.tracking.base import Tracker
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prune_lab.summary import Summary, flatten
+from prune_lab.results.summary import Summary, flatten
 
 _GROUPS = ("method", "schedule", "recovery", "post")
 

@@ -21,13 +21,13 @@ from sparsegpt_solver import textbook
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prune_lab.device import native_bfloat16
 from prune_lab.methods.base import Method
 from prune_lab.methods.sparsegpt import SparseGPT
 from prune_lab.methods.wanda import Wanda
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import BlockStream
 from prune_lab.pruning.calibration import Calibrator
+from prune_lab.system.device import native_bfloat16
 
 AMOUNT, SEQ_LEN = 0.5, 256
 METHODS: dict[str, Method] = {"wanda": Wanda(amount=AMOUNT), "sparsegpt": SparseGPT(amount=AMOUNT)}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from prune_lab.device import Device
+from prune_lab.system.device import Device
 
 SIZE = 2  # bytes of a bfloat16 weight
 SPARSE = 9 / 16  # of a matrix, as 2:4: half of its values, and two bits of place for each

@@ -32,8 +32,6 @@ from floors import SIZE, Shape, Step
 from stages import HEADER, Row, Stages
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from prune_lab.console import Console
-from prune_lab.device import Device, resolve
 from prune_lab.measure.perplexity import measure_quality
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.speed import Paired, measure_latency
@@ -47,6 +45,8 @@ from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.on_disk import own_copy
 from prune_lab.post.sparse_2_4 import Sparse24
 from prune_lab.pruning.calibration import Calibrator
+from prune_lab.system.console import Console
+from prune_lab.system.device import Device, resolve
 
 SHAPES = {
     "tiny": Shape(128, 384, 2, 4, 2, 512, tied=True),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 
-from prune_lab import device as devices
-from prune_lab.console import Console
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.speed import measure_latency
 from prune_lab.models.load import Tiny
+from prune_lab.system import device as devices
+from prune_lab.system.console import Console
 from prune_lab.text.stdlib import Stdlib
 from prune_lab.text.tokens import Tokens
 

@@ -16,10 +16,10 @@ from statistics import median
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prune_lab import device as devices
-from prune_lab.console import Console
 from prune_lab.measure.perplexity import measure_quality
 from prune_lab.models.load import Tiny
+from prune_lab.system import device as devices
+from prune_lab.system.console import Console
 from prune_lab.text.stdlib import Stdlib
 from prune_lab.text.tokens import Tokens
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from prune_lab.device import Device
 from prune_lab.measure.inference import prefill
 from prune_lab.models.load import Tiny
-from prune_lab.turns import Turns
+from prune_lab.system.device import Device
+from prune_lab.system.turns import Turns
 
 ROUNDS, REPEATS = 15, 15
 
@@ -29,7 +29,7 @@ ROUNDS, REPEATS = 15, 15
 JOB = """
 import sys, time, torch
 from pathlib import Path
-from prune_lab.turns import Turns
+from prune_lab.system.turns import Turns
 
 torch.set_num_threads(1)
 turns, rest, a = Turns(Path(sys.argv[1])), Path(sys.argv[1]) / "rest", torch.randn(512, 512)

@@ -16,8 +16,8 @@ import floors
 import torch
 from floors import Rates, Step
 
-from prune_lab.device import Device
 from prune_lab.errors import Refused
+from prune_lab.system.device import Device
 
 UNKNOWN = 30.0  # times its floor is what a stage is expected to take that was not seen yet
 HEADER = "| shape | stage | seconds | floor | times its floor | peak GB | |\n|---|---|---|---|---|---|---|"

@@ -14,8 +14,6 @@ from statistics import median
 
 import torch
 
-from prune_lab import device as devices
-from prune_lab.console import Console
 from prune_lab.methods.base import Pruned
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.models.anatomy import Anatomy
@@ -24,6 +22,8 @@ from prune_lab.recovery.base import Training
 from prune_lab.recovery.finetune import Finetune, next_token_loss
 from prune_lab.recovery.order import WindowOrder
 from prune_lab.schedules import Event
+from prune_lab.system import device as devices
+from prune_lab.system.console import Console
 from prune_lab.text.stdlib import Stdlib
 from prune_lab.text.tokens import Tokens
 

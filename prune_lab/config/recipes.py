@@ -15,9 +15,9 @@ from typing import Any
 
 from hydra._internal.utils import get_args_parser
 
-from prune_lab.config import GROUPS
+from prune_lab.config.parts import GROUPS
+from prune_lab.config.recipe_files import check_grid, read
 from prune_lab.errors import Refused
-from prune_lab.recipe_files import check_grid, read
 
 # Keys of `hydra` that are data. A launcher's `setup` or `python`, a callback or the environment would be commands.
 _DATA = re.compile(

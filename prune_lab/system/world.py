@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from prune_lab import launch
-from prune_lab.device import Device
 from prune_lab.errors import Refused
+from prune_lab.system import launch
+from prune_lab.system.device import Device
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=12)  # the others wait while the first one measures

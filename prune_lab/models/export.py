@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_lab.files import half_of
 from prune_lab.models import bitmask, streamed
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import BlockStream
@@ -18,6 +17,7 @@ from prune_lab.models.folder import load
 from prune_lab.models.load import Loaded
 from prune_lab.models.on_disk import stored_tensors, weights_on_disk
 from prune_lab.models.shards import lay_out
+from prune_lab.system.files import half_of
 
 
 def save_model(loaded: Loaded, folder: Path, storage: str = "dense") -> None:

@@ -1,4 +1,4 @@
-"""python -m prune_lab.reference: every key with its type, default and meaning, as Markdown (docs/keys.md).
+"""python -m prune_lab.commands.reference: every key with its type, default and meaning, as Markdown (docs/keys.md).
 
 Read from where they are defined: defaults and meanings from the lines of conf/, types from the dataclasses.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from prune_lab.config import CONF_DIR, GROUPS, Settings
+from prune_lab.config.parts import CONF_DIR, GROUPS, Settings
 
 _KEY = re.compile(r"(?P<indent> *)(?P<key>\w+):(?: +(?P<value>\"[^\"]*\"|[^#\s][^#]*?)?)?(?:\s+# (?P<meaning>.*))?")
 DEFAULT, MEANING = 0, 1  # of what an option says of a key
@@ -24,7 +24,7 @@ _DEFAULTS = re.compile(r"^defaults: \[(\w+)\]$", re.MULTILINE)
 _HEAD = """# Every key
 
 What the files under `conf/` say, with the types of the dataclasses that check them. Written by
-`python -m prune_lab.reference > docs/keys.md`; a test compares. Give any of them on the command line
+`python -m prune_lab.commands.reference > docs/keys.md`; a test compares. Give any of them on the command line
 (`recovery.steps=400`) or in a recipe; `python -m prune_lab --cfg job` shows what a run would use. `???` must be given.
 """
 

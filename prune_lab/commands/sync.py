@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from prune_lab import explain
-from prune_lab.comparison import RESULTS, read_job, write
 from prune_lab.errors import FAILED, OK, REFUSED, Refused
 from prune_lab.place import Place
-from prune_lab.summary import FILE, Summary, read_summary
+from prune_lab.results.summary import FILE, RESULTS, Summary, read_summary
+from prune_lab.sweeps.comparison import read_job, write
 from prune_lab.tracking.mlflow_sync import AT_WORK, HELD, Syncing
 
 FOLDERS = ("outputs", "multirun")

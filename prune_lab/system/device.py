@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from prune_lab import launch
 from prune_lab.errors import Refused
+from prune_lab.system import launch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

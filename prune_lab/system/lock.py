@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-from prune_lab.turns import machine
+from prune_lab.system.turns import machine
 
 try:
     import fcntl

@@ -10,15 +10,16 @@ from typing import Literal
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from prune_lab.console import Console
-from prune_lab.files import write_text
-from prune_lab.pareto import Point, dense_points, draw, front
 from prune_lab.report import page
-from prune_lab.report.runs import Run, compare
-from prune_lab.series import pivot, plain, position, shared
-from prune_lab.summary import Summary, read_summary, write_json
+from prune_lab.report.runs import Run, report_of
+from prune_lab.results.metrics import speedup
+from prune_lab.results.pareto import Point, dense_points, draw, front
+from prune_lab.results.series import pivot, plain, position, shared
+from prune_lab.results.summary import RESULTS, Summary, read_summary, write_json
+from prune_lab.system.console import Console
+from prune_lab.system.files import write_text
 
-RESULTS, LEADERBOARD, PLOT, REPORT = "results.json", "results.md", "pareto.png", "report.html"
+LEADERBOARD, PLOT, REPORT = "results.md", "pareto.png", "report.html"
 ANSWER = "answer.md"  # what a sweeper that searches leaves; its first line is shown above the leaderboard
 # Columns of the leaderboard in the order in which a narrow terminal goes without them; and what is kept for `run`.
 _DISPENSABLE = ("non-zero", "x dense", "removed", "peak memory", "decode speed-up", "disk MB", "prefill speed-up")
@@ -47,7 +48,7 @@ def write(folder: Path, rows: list[Row]) -> None:
     if points:
         draw(points, dense_points(points), folder / PLOT)
         name = f"{folder.parent.name}/{folder.name}"
-        page.write(compare({name: [Run(name, row.job, row.summary) for row in rows]}), folder / REPORT)
+        page.write(report_of({name: [Run(name, row.job, row.summary) for row in rows]}), folder / REPORT)
 
 
 def show(folder: Path, rows: list[Row], console: Console) -> None:
@@ -150,16 +151,6 @@ def _cells(rows: list[Row], sweep: list[Row]) -> tuple[list[str], list[list[str]
 def _short(override: str) -> str:
     """range(0.1,0.6,0.2) gives 0.30000000000000004, which nobody asked for."""
     return re.sub(r"\d\.\d{9,}", lambda number: f"{float(number[0]):g}", plain(override))
-
-
-def speedup(metrics: dict[str, float], stage: str, at: str = "") -> str:
-    """A speed-up with its interval, or "no change" where its interval contains 1. `at`: one shape, such as _b4_l128."""
-    name = f"latency/{stage}_speedup{at}"
-    if name not in metrics:
-        return "-"
-    value, low, high = (metrics[f"{name}{suffix}"] for suffix in ("", "_low", "_high"))
-    verdict = "no change" if low <= 1 <= high else f"{value:.2f}"
-    return f"{verdict} [{low:.2f}, {high:.2f}]"
 
 
 def _number(metrics: dict[str, float], name: str, form: str, sign: int = 1) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console as RichConsole
 from tqdm import tqdm
 
-from prune_lab.turns import machine
+from prune_lab.system.turns import machine
 
 
 class Console:

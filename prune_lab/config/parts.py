@@ -11,20 +11,30 @@ import importlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from prune_lab.axes import axis
 from prune_lab.checks import check_amount
 from prune_lab.errors import Refused
 from prune_lab.explain import no_such_key
+from prune_lab.results.metrics import axis
 
-_PACKAGE = Path(__file__).parent
+if TYPE_CHECKING:  # importing them takes seconds
+    from prune_lab.measure.settings import Measure
+    from prune_lab.methods.base import Method
+    from prune_lab.models.load import ModelSource
+    from prune_lab.post.base import Post
+    from prune_lab.recovery.base import Recovery
+    from prune_lab.schedules import Schedule
+    from prune_lab.text.source import TextSource
+    from prune_lab.tracking.base import Tracker
+
+_PACKAGE = Path(__file__).parents[1]
 CONF_DIR = str(next(p for p in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if p.is_dir()))
-# What an option of each group must be a kind of; named, since importing them takes seconds.
+# What an option of each group must be a kind of; by name, as `Parts` has them.
 _KINDS = {
     "model": "prune_lab.models.load.ModelSource",
     "dataset": "prune_lab.text.source.TextSource",
@@ -78,18 +88,18 @@ class Settings:
 class Parts:
     """Everything a run is made of: built and validated, nothing loaded.
 
-    Each field is the object of the group's chosen option, of the kind that `_KINDS` names.
+    Each field is the object of its group's chosen option.
     """
 
     settings: Settings
-    model: Any
-    dataset: Any
-    method: Any
-    schedule: Any
-    recovery: Any
-    post: Any
-    measure: Any
-    tracking: Any
+    model: ModelSource
+    dataset: TextSource
+    method: Method
+    schedule: Schedule
+    recovery: Recovery
+    post: Post
+    measure: Measure
+    tracking: Tracker
 
 
 def build_parts(cfg: DictConfig) -> Parts:

@@ -6,7 +6,7 @@ import sys
 
 from hydra import compose, initialize_config_dir
 
-from prune_lab import config
+from prune_lab.config import parts as config
 from prune_lab.errors import OK, Refused
 
 USAGE = """usage: prune-lab suggest [group=option ...] [key=value ...]
@@ -34,10 +34,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _try(parts: config.Parts) -> None:
-    from prune_lab import device as devices
     from prune_lab.bench import open_bench
-    from prune_lab.console import Console
     from prune_lab.measure.batch_size import suggest, try_batch_sizes
+    from prune_lab.system import device as devices
+    from prune_lab.system.console import Console
 
     settings, console = parts.settings, Console()
     device = devices.resolve(settings.device, settings.dtype)

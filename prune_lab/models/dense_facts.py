@@ -15,14 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prune_lab import store
-from prune_lab.device import Device
-from prune_lab.environment import describe_environment
+from prune_lab import cache as store
 from prune_lab.fingerprint import digest_of, source_sha256
+from prune_lab.system.device import Device
+from prune_lab.system.environment import describe_environment
 
 MEMORY = 2**30  # bytes of facts that a process holds; what is beyond is read from disk each time
 # An edit of any of these makes every fact anew, whichever of them it comes from.
-SOURCE = ("measure", "models", "pruning", "text", "bench.py", "device.py", "export.py")
+SOURCE = ("measure", "models", "pruning", "text", "bench.py", "system/device.py")
 _ENVIRONMENT = ("python", "torch", "transformers", "lm-eval", "platform", "cpu", "threads", "gpu", "cuda")
 
 Part = dict[str, Tensor]

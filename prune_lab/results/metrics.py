@@ -1,4 +1,4 @@
-"""Metrics as axes of a plot: what they are called, their unit, and which direction is better."""
+"""Metrics by name: their axes in a plot, which direction is better, the dense model's, a speed-up in words."""
 
 from __future__ import annotations
 
@@ -72,3 +72,36 @@ def axis(metric: str) -> Axis:
     if better:
         title += f", {better} is better"
     return Axis(metric, title, 1e6 if metric in _MILLIONS else 1.0, better, metric in _LOGARITHMIC)
+
+
+def dense_figures(metrics: dict[str, float]) -> dict[str, float]:
+    """The figures of the dense model among a run's metrics."""
+    return {name: value for name, value in metrics.items() if "/dense_" in name}
+
+
+def of_dense(metrics: dict[str, float]) -> dict[str, float]:
+    """The dense model beside a run, by the names that the figures of a run have: nothing removed, no faster.
+
+    Figures that only a run has, such as seconds spent on pruning, are missing.
+    """
+    found = {name.replace("/dense_", "/"): value for name, value in dense_figures(metrics).items()}
+    if "params/total" in found:
+        found["params/nonzero"] = found["params/total"]
+    if "latency/decode_ms_per_token_p50" in found:
+        found["throughput/decode_tokens_per_s"] = 1e3 / found["latency/decode_ms_per_token_p50"]
+    for name in metrics:
+        if name.startswith("amount/") or name.endswith("reduction"):
+            found[name] = 0.0
+        elif name == "quality/perplexity_ratio" or "_speedup" in name:
+            found[name] = 1.0
+    return found
+
+
+def speedup(metrics: dict[str, float], stage: str, at: str = "") -> str:
+    """A speed-up with its interval, or "no change" where its interval contains 1. `at`: one shape, such as _b4_l128."""
+    name = f"latency/{stage}_speedup{at}"
+    if name not in metrics:
+        return "-"
+    value, low, high = (metrics[f"{name}{suffix}"] for suffix in ("", "_low", "_high"))
+    verdict = "no change" if low <= 1 <= high else f"{value:.2f}"
+    return f"{verdict} [{low:.2f}, {high:.2f}]"

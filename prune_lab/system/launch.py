@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from prune_lab.files import mark
+from prune_lab.system.files import mark
 
 
 def size() -> int:

@@ -19,10 +19,12 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from prune_lab import explain, interrupt, launch, remote
-from prune_lab.config import build
+from prune_lab import explain
+from prune_lab.config.parts import build
 from prune_lab.errors import REFUSED, Refused
 from prune_lab.place import Place
+from prune_lab.sweeps import remote
+from prune_lab.system import interrupt, launch
 
 
 @dataclass
@@ -114,8 +116,8 @@ def _complete(sweep: _Sweep, ended: str | None) -> None:
         with _told(sweep, "it could not be taken back"):
             sweep.tracker.discard_sweep(sweep.name, sweep.folder)
         return
-    from prune_lab import comparison
-    from prune_lab.console import Console
+    from prune_lab.sweeps import comparison
+    from prune_lab.system.console import Console
 
     rows = [comparison.read_job(folder) for folder in jobs]
     unlogged = any(row.summary.unlogged is not None for row in rows)

@@ -9,10 +9,11 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from prune_lab import explain, store
+from prune_lab import cache as store
+from prune_lab import explain
 from prune_lab.cache import cache_folder
-from prune_lab.console import Console
 from prune_lab.errors import OK, REFUSED, Refused
+from prune_lab.system.console import Console
 
 USAGE = """usage: prune-lab cache                what is kept, how much, and when it was last used
        prune-lab cache clear          throws out all that can be computed anew

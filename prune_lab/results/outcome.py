@@ -8,10 +8,9 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from prune_lab.comparison import speedup
-from prune_lab.console import Console
-from prune_lab.figures import of_dense
-from prune_lab.summary import Summary
+from prune_lab.results.metrics import of_dense, speedup
+from prune_lab.results.summary import Summary
+from prune_lab.system.console import Console
 
 _ROWS = (  # title, metric, format
     ("perplexity", "quality/perplexity", ".3f"),

@@ -8,10 +8,9 @@ from statistics import mean, median
 from textwrap import fill
 from typing import Any
 
-from prune_lab.axes import Axis, axis
-from prune_lab.figures import dense_figures, of_dense
-from prune_lab.files import whole_file
-from prune_lab.series import Position, place_on_line
+from prune_lab.results.metrics import Axis, axis, dense_figures, of_dense
+from prune_lab.results.series import Position, place_on_line
+from prune_lab.system.files import whole_file
 
 QUALITY = "quality/perplexity"
 SIZES = ("params/nonzero", "size/disk_mb")

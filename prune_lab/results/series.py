@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from prune_lab.fingerprint import NO_FIGURE
-from prune_lab.summary import Summary
+from prune_lab.results.summary import Summary
 
 _STEPS = ("amount", "method.amount", "method.pattern")
 _UNUSED = ("null", "None", "n/a")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
 
-from prune_lab.config import CONF_DIR, GROUPS
+from prune_lab.config.parts import CONF_DIR, GROUPS
 
 _HEADER = """\
 prune_lab compresses language models and measures what it costs.

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from prune_lab.files import write_text
+from prune_lab.system.files import write_text
 
 SCHEMA_VERSION = 1
-FILE = "summary.json"
+FILE, RESULTS = "summary.json", "results.json"  # of a run; of a sweep, the summaries of its jobs
 _DIVERGED = " diverged: it is not a finite number"  # what a warning says of a metric
 
 

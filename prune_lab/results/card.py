@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from prune_lab.figures import dense_figures
-from prune_lab.summary import Summary
+from prune_lab.results.metrics import dense_figures
+from prune_lab.results.summary import Summary
 
 
 def model_card(summary: Summary, base_model: str, command: str, reading: str) -> str:

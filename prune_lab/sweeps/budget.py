@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import ceil, floor
 from typing import Any
 
-from prune_lab.axes import axis
+from prune_lab.results.metrics import axis
 
 
 @dataclass(frozen=True)

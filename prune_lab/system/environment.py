@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 import prune_lab
-from prune_lab import launch
-from prune_lab.device import Device
+from prune_lab.system import launch
+from prune_lab.system.device import Device
 
 _PACKAGES = ("transformers", "tokenizers", "safetensors", "datasets", "hydra-core", "mlflow", "lm-eval")
 _CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem")  # as nvidia-smi names them

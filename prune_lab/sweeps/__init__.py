@@ -1,0 +1,1 @@
+"""Several runs: their record, table, plot and search."""

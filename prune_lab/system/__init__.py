@@ -1,0 +1,1 @@
+"""Files, processes, devices and terminals: what is not about pruning."""
