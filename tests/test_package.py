@@ -40,7 +40,7 @@ LAYERS = (
     ("place", "out_of_memory", "figures"),
     ("leftovers", "tracking"),
     ("config", "bench"),
-    ("streaming", "report"),
+    ("compress", "streaming", "report"),
     ("sweeps",),
     ("runner",),
     ("job", "commands"),

@@ -141,7 +141,7 @@ def give_store(folder: Path) -> None:
     shutil.copy(_empty_store(), folder / "mlflow.db")
 
 
-def serve(place: Path) -> None:
+def serve(place: Path, set_by_imports: dict[str, str]) -> None:
     """Forks for each line of the standard input and notes down how each ended. What is forked returns from here."""
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
@@ -171,13 +171,18 @@ def serve(place: Path) -> None:
                     signal.signal(signal.SIGINT, signal.default_int_handler)
                     os.close(woken)
                     os.close(wake)
-                    return become(*json.loads(line))
+                    return become(set_by_imports, *json.loads(line))
                 sys.stdout.write(f"{pid}\n")
                 sys.stdout.flush()
 
 
-def become(arguments: list[str], folder: str, env: dict[str, str], files: list[str]) -> None:
-    """Takes over a command line: its arguments, its folder, its environment, and the files of its output."""
+def become(
+    set_by_imports: dict[str, str], arguments: list[str], folder: str, env: dict[str, str], files: list[str]
+) -> None:
+    """Takes over a command line: its arguments, its folder, its environment, and the files of its output.
+
+    set_by_imports: what importing a module sets in the environment where it is not set, as it would do again.
+    """
     os.setsid()
     for stream, file in enumerate([os.devnull, *files]):
         opened = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND)
@@ -185,7 +190,7 @@ def become(arguments: list[str], folder: str, env: dict[str, str], files: list[s
         os.close(opened)
     os.chdir(folder)
     os.environ.clear()
-    os.environ.update(env)
+    os.environ.update({**set_by_imports, **env})
     tempfile.tempdir = None
     sys.path[0] = folder  # as python -m has it
     sys.argv = arguments
@@ -195,7 +200,8 @@ if __name__ == "__main__":
     import importlib
     import runpy
 
+    before = dict(os.environ)
     for name in PRELOADED:
         importlib.import_module(name)
-    serve(Path(sys.argv[1]))
+    serve(Path(sys.argv[1]), {name: value for name, value in os.environ.items() if name not in before})
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -5,9 +5,18 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from prune_lab.results.summary import Summary
+
 _STAGES = ("prefill", "decode")
 LOAD = 0.25  # cores; what a system does by itself is a tenth of it
 KNOWS_NOTHING = 4.5  # bits per byte; letters and spaces of English by their frequency alone take 4.1 (Shannon, 1951)
+
+
+def of_run(summary: Summary) -> list[str]:
+    """All that must be said of a run: its calibration text, its figures, its energy, what else ran."""
+    protocol, metrics = summary.protocol, summary.metrics
+    notes = of_calibration(protocol) + of_figures(metrics) + of_energy(protocol, metrics)
+    return notes + of_load(summary.environment)
 
 
 def of_calibration(protocol: dict[str, Any]) -> list[str]:

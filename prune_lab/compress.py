@@ -1,0 +1,103 @@
+"""The compressed model: a copy of the dense one, pruned as the schedule says while recovery trains it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from prune_lab.bench import Bench
+from prune_lab.cache import cache_folder
+from prune_lab.config.parts import Parts
+from prune_lab.errors import Refused
+from prune_lab.measure.macs import Macs
+from prune_lab.methods.base import Pruned
+from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.load import Loaded
+from prune_lab.pruning.calibration import Calibrator
+from prune_lab.recovery.base import Training
+from prune_lab.schedules import Event, Rewind
+from prune_lab.system.console import Console
+from prune_lab.system.turns import machine
+from prune_lab.system.world import World
+from prune_lab.tracking.base import RunLog
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """The compressed model and what became of it; `seconds` are metrics by name."""
+
+    loaded: Loaded
+    pruned: Pruned
+    macs: Macs
+    seconds: dict[str, float]
+
+
+def compress(
+    parts: Parts,
+    bench: Bench,
+    calibrator: Calibrator | None,
+    run_id: str,
+    world: World,
+    folder: Path,
+    console: Console,
+    log: RunLog | None = None,
+) -> Compressed:
+    """Prunes a copy of the dense model as the schedule says while recovery trains it, then post-compresses."""
+    seconds = {"time/prune_s": 0.0, "time/recover_s": 0.0, "time/post_s": 0.0}
+    loaded, seed = bench.copy_of_dense(folder / ".weights"), parts.settings.seed
+    events, rewind = plan(parts)
+
+    def prune(amount: float) -> Pruned:
+        with stopwatch(seconds, "time/prune_s"):
+            return parts.method.prune(Anatomy(loaded.model, bench.facts), amount, seed, calibrator)
+
+    training = Training(
+        dense=bench.dense,
+        tokens=bench.tokens,
+        seq_len=bench.seq_len,
+        events=events,
+        prune=prune,
+        device=bench.device,
+        seed=seed,
+        console=console,
+        checkpoint=checkpoints(run_id) / "training.safetensors",
+        log=log.figures if log is not None else lambda step, values: None,
+        rewind=rewind,
+        world=world,
+    )
+    with stopwatch(seconds, "time/recover_s"):
+        parts.recovery.recover(loaded.model, training)
+    seconds["time/recover_s"] -= seconds["time/prune_s"]
+    macs = bench.count_macs(loaded)  # here, since post-compression may pack the weights away
+    with stopwatch(seconds, "time/post_s"):
+        training.pruned.notes += parts.post.compress(Anatomy(loaded.model))
+    return Compressed(loaded, training.pruned, macs, seconds)
+
+
+def plan(parts: Parts) -> tuple[list[Event], Rewind | None]:
+    """When to prune how much, and what to go back to, in the training that recovery does."""
+    method, steps = parts.method, parts.recovery.training_steps
+    events = parts.schedule.events(method.amount, steps)
+    pattern = None if "pattern" in method.not_applicable else getattr(method, "pattern", None)
+    if pattern is not None and len(events) > 1:
+        raise Refused(
+            f"method.pattern={pattern} fixes the amount, which leaves nothing to spread over {len(events)} prunings: "
+            "give schedule=one_shot, whose schedule.start says when, or method.pattern=null"
+        )
+    return events, parts.schedule.rewinding(steps)
+
+
+def checkpoints(run_id: str) -> Path:
+    """Where a run's training checkpoints lie: found again by the same command, kept until the run is finished."""
+    return cache_folder() / "training" / run_id
+
+
+@contextmanager
+def stopwatch(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the seconds that the work inside takes, without those in which it waited for other jobs."""
+    began, waited = time.perf_counter(), machine.waited
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began - (machine.waited - waited)
