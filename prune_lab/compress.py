@@ -11,14 +11,13 @@ from pathlib import Path
 from prune_lab.bench import Bench
 from prune_lab.cache import cache_folder
 from prune_lab.config.parts import Parts
-from prune_lab.errors import Refused
 from prune_lab.measure.macs import Macs
 from prune_lab.methods.base import Pruned
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import Loaded
+from prune_lab.plan import plan
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.recovery.base import Training
-from prune_lab.schedules import Event, Rewind
 from prune_lab.system.console import Console
 from prune_lab.system.turns import machine
 from prune_lab.system.world import World
@@ -75,19 +74,6 @@ def compress(
     with stopwatch(seconds, "time/post_s"):
         training.pruned.notes += parts.post.compress(Anatomy(loaded.model))
     return Compressed(loaded, training.pruned, macs, seconds)
-
-
-def plan(parts: Parts) -> tuple[list[Event], Rewind | None]:
-    """When to prune how much, and what to go back to, in the training that recovery does."""
-    method, steps = parts.method, parts.recovery.training_steps
-    events = parts.schedule.events(method.amount, steps)
-    pattern = None if "pattern" in method.not_applicable else getattr(method, "pattern", None)
-    if pattern is not None and len(events) > 1:
-        raise Refused(
-            f"method.pattern={pattern} fixes the amount, which leaves nothing to spread over {len(events)} prunings: "
-            "give schedule=one_shot, whose schedule.start says when, or method.pattern=null"
-        )
-    return events, parts.schedule.rewinding(steps)
 
 
 def checkpoints(run_id: str) -> Path:

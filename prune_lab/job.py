@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from typing import Any
 
-from prune_lab import explain, leftovers, out_of_memory
+from prune_lab import explain, leftovers, out_of_memory, plan
 from prune_lab.config.parts import Parts
 from prune_lab.errors import FAILED, REFUSED, Refused
 from prune_lab.out_of_memory import OutOfMemory
@@ -31,7 +31,8 @@ def run(build: Callable[[], Parts], config: dict[str, Any], place: Place) -> flo
     leftovers.remove(place)
     record = _Record(place, config)
     try:
-        parts = build()  # what is refused here need not wait for what a run imports
+        parts = build()  # what is refused here and in the next line need not wait for what a run imports
+        plan.check(parts)
         from prune_lab import runner
         from prune_lab.results import outcome
 

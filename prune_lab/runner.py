@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.bench import Bench, open_bench
-from prune_lab.compress import Compressed, checkpoints, compress, plan, stopwatch
+from prune_lab.compress import Compressed, checkpoints, compress, stopwatch
 from prune_lab.config.parts import Parts
 from prune_lab.errors import Refused
 from prune_lab.figures import compare, compute_figures
@@ -30,7 +30,6 @@ from prune_lab.pruning.calibration import Calibrator
 from prune_lab.results import notes, outcome
 from prune_lab.results.card import model_card
 from prune_lab.results.summary import Summary
-from prune_lab.streaming import check_streaming
 from prune_lab.system import device as devices
 from prune_lab.system.console import Console
 from prune_lab.system.device import Device
@@ -43,7 +42,7 @@ from prune_lab.tracking.base import Unreachable
 
 def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) -> Summary:
     """Runs one experiment, or finds it finished, and returns its summary, written and tracked."""
-    device = _check(parts)  # what does not fit together is refused before anything is loaded
+    device = _resolve_device(parts)
     devices.seed_all(parts.settings.seed)
     world = join(device)
     bench = _open(parts, place, device, console)
@@ -59,7 +58,10 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
     if finished is not None:
         return _enter_again(parts, finished, place)
 
-    with parts.tracking.start_run(parts.settings.name, summary, place) as log, explained(config):
+    with (
+        parts.tracking.start_run(parts.settings.name, summary, place) as log,
+        explained(config),  # here too, so that the tracker is told the reason that the job is
+    ):
         dense = bench.baseline(place.sweep, console)
         compressed = compress(parts, bench, calibrator, id_of_main, world, place.folder, console, log)
         figures, timings = _measure(parts, bench, compressed, summary, place.folder, console)
@@ -80,10 +82,8 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
     return summary
 
 
-def _check(parts: Parts) -> Device:
-    """Refuses what the parts cannot do together or on the device, and returns that device."""
-    plan(parts)
-    check_streaming(parts)
+def _resolve_device(parts: Parts) -> Device:
+    """The device, which must be able to do what the parts ask of it."""
     device = devices.resolve(parts.settings.device, parts.settings.dtype)
     parts.post.check(device)
     check_acceleration(parts.measure.accelerate, device)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from prune_lab import __main__ as program
+from prune_lab import plan
 from prune_lab.config.parts import Parts, Settings
 from prune_lab.errors import Refused
 from prune_lab.measure.macs import count_macs
@@ -43,7 +44,7 @@ from prune_lab.post.quantize import Int8WeightOnly
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.recovery.finetune import Finetune
 from prune_lab.recovery.none import NoRecovery
-from prune_lab.streaming import check_streaming
+from prune_lab.schedules import OneShot
 from prune_lab.system.console import Console
 from prune_lab.system.device import Device
 
@@ -232,7 +233,7 @@ def parts(folder: Path, **changes: Any) -> Parts:
         "method": Wanda(), "recovery": NoRecovery(), "post": NoPost(), "measure": Measure(latency=False, memory=False)
     }  # fmt: skip
     model = HubModel(name=str(folder), stream=True)
-    return Parts(Settings(), model, dataset=None, schedule=None, tracking=None, **{**chosen, **changes})
+    return Parts(Settings(), model, dataset=None, schedule=OneShot(), tracking=None, **{**chosen, **changes})
 
 
 @pytest.mark.parametrize(
@@ -252,9 +253,9 @@ def parts(folder: Path, **changes: Any) -> Parts:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_needs_a_whole_model_is_refused(folder: Path, changes: dict[str, Any], reason: str) -> None:
-    check_streaming(parts(folder))
+    plan.check(parts(folder))
     with pytest.raises(Refused) as refusal:
-        check_streaming(parts(folder, **changes))
+        plan.check(parts(folder, **changes))
     assert str(refusal.value).startswith("model.stream=true: ")
     assert reason in str(refusal.value)
 

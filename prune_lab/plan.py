@@ -1,20 +1,34 @@
-"""What a run can do with a model larger than memory, and what it refuses.
-
-It holds: the interpreter (some 300 MB); embeddings, last norm, head; one block (two on a GPU); states of the windows,
-256 MB of them at most (prune_lab/models/states.py), the others in a file; and while a block is at work, what pruning
-its largest matrix takes (about 20 bytes for each of its weights; SparseGPT: inputs x inputs x 4 bytes several times)
-and the activations of one batch. The pruned weights go to `.weights` in the run's folder, as large as the model.
-"""
+"""When a run prunes how much, and what its parts cannot do together: known before anything is imported or loaded."""
 
 from __future__ import annotations
 
 from prune_lab.config.parts import Parts
 from prune_lab.errors import Refused
 from prune_lab.post.none import NoPost
+from prune_lab.schedules import Event, Rewind
 from prune_lab.system import launch
 
 
-def check_streaming(parts: Parts) -> None:
+def check(parts: Parts) -> None:
+    """Raises Refused for parts that do not fit together."""
+    plan(parts)
+    _check_streaming(parts)
+
+
+def plan(parts: Parts) -> tuple[list[Event], Rewind | None]:
+    """When to prune how much, and what to go back to, in the training that recovery does."""
+    method, steps = parts.method, parts.recovery.training_steps
+    events = parts.schedule.events(method.amount, steps)
+    pattern = None if "pattern" in method.not_applicable else getattr(method, "pattern", None)
+    if pattern is not None and len(events) > 1:
+        raise Refused(
+            f"method.pattern={pattern} fixes the amount, which leaves nothing to spread over {len(events)} prunings: "
+            "give schedule=one_shot, whose schedule.start says when, or method.pattern=null"
+        )
+    return events, parts.schedule.rewinding(steps)
+
+
+def _check_streaming(parts: Parts) -> None:
     """Refuses what needs a whole model in memory, where model.stream=true says that it need not fit."""
     if not parts.model.stream:
         return
