@@ -25,7 +25,8 @@ from prune_lab.measure.settings import Measure
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import bypassed
 from prune_lab.models.load import HubModel
-from prune_lab.pruning.calibration import Calibrator, block_influence
+from prune_lab.pruning.calibration import Calibrator
+from prune_lab.pruning.influence import block_influence, influence
 from prune_lab.pruning.statistics import Seen
 from prune_lab.system.console import Console
 from prune_lab.text.files import TextFiles
@@ -227,11 +228,11 @@ def test_the_loss_is_the_mean_over_windows(models: dict[str, Any], batch_size: i
 def test_block_influence_of_two_tokens_by_hand() -> None:
     """(1, 0), (0, 1) -> (1, 1), (0, 2): cosines 1/sqrt 2 and 1, whatever batches they come in."""
     before, after = torch.eye(2), torch.tensor([[1.0, 1.0], [0.0, 2.0]])
-    assert block_influence([(before, after)]) == pytest.approx(0.146447, abs=1e-6)
-    assert block_influence(zip(before.split(1), after.split(1), strict=True)) == pytest.approx(0.146447, abs=1e-6)
+    assert influence([(before, after)]) == pytest.approx(0.146447, abs=1e-6)
+    assert influence(zip(before.split(1), after.split(1), strict=True)) == pytest.approx(0.146447, abs=1e-6)
     three = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
     pairs = [(before, after), three, (before[:1], before[:1])]  # a smaller last batch weighs by its tokens
-    assert block_influence(pairs) == pytest.approx(1 - (2**-0.5 + 1 + 0 - 1 + 1) / 5, abs=1e-6)
+    assert influence(pairs) == pytest.approx(1 - (2**-0.5 + 1 + 0 - 1 + 1) / 5, abs=1e-6)
 
 
 @torch.no_grad()
@@ -260,7 +261,7 @@ def naive_influence(model: Any) -> list[float]:
 def test_block_influence_is_that_of_the_stock_hidden_states(
     models: dict[str, Any], family: str, batch_size: int
 ) -> None:
-    found = Calibrator(WINDOWS, batch_size=batch_size).block_influence(Anatomy(models[family]))
+    found = block_influence(Calibrator(WINDOWS, batch_size=batch_size), Anatomy(models[family]))
     assert found == pytest.approx(naive_influence(models[family]), abs=1e-5)
     assert hooks_of(models[family]) == 0
 

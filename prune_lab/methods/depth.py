@@ -11,6 +11,7 @@ from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import bypassed
 from prune_lab.models.resize import dense_count, keep_blocks, original_blocks
 from prune_lab.pruning.calibration import Calibrator
+from prune_lab.pruning.influence import block_influence
 from prune_lab.pruning.selection import count_to_remove
 
 WAYS = ("bi", "perplexity")
@@ -63,7 +64,7 @@ def _rows(anatomy: Anatomy, total: int, gone: list[int]) -> list[LayerRow]:
 
 def _by_influence(anatomy: Anatomy, remove: int, calibrator: Calibrator) -> list[int]:
     """The `remove` blocks of lowest influence, the first ones among equals."""
-    influence = calibrator.block_influence(anatomy)
+    influence = block_influence(calibrator, anatomy)
     return sorted(range(len(influence)), key=lambda index: (influence[index], index))[:remove]
 
 

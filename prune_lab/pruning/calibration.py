@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prune_lab.models.anatomy import Anatomy
-from prune_lab.models.blocks import BlockStream, ReachedError
+from prune_lab.models.blocks import BlockStream
 from prune_lab.models.loss import window_losses
 from prune_lab.pruning import gradients
 from prune_lab.pruning.dense_statistics import dense_statistics
-from prune_lab.pruning.statistics import GRADIENTS, NEEDS, InputStatistics, Seen
+from prune_lab.pruning.observing import observing, shared
+from prune_lab.pruning.statistics import GRADIENTS, NEEDS, Seen
 from prune_lab.system.console import Console
 from prune_lab.text.tokens import sha256
 
@@ -66,13 +66,14 @@ class Calibrator:
             for index, of_block in enumerate(linears):
                 keep = index < last and not propagate_pruned
                 with anatomy.at_hand(index):
-                    with _observing(anatomy.blocks[index], of_block, wanted, stop=not keep) as statistics:
-                        self._forward(stream, index, bar, keep)
-                    yield _seen(statistics)
+                    with observing(anatomy.blocks[index], of_block, wanted, stop=not keep) as statistics:
+                        self.forward(stream, index, bar, keep)
+                    yield shared(statistics)
                     if propagate_pruned and index < last:
-                        self._forward(stream, index, bar, keep=True)
+                        self.forward(stream, index, bar, keep=True)
 
-    def _forward(self, stream: BlockStream, block: int, bar: Any, keep: bool) -> None:
+    def forward(self, stream: BlockStream, block: int, bar: Any, keep: bool) -> None:
+        """Puts all states through a block; `keep`: its outputs become the states. Each batch moves the progress bar."""
         device = stream.states[0].device.type
         for number in range(len(stream.states)):
             with torch.autocast(device, torch.bfloat16, enabled=self.bfloat16):
@@ -125,74 +126,3 @@ class Calibrator:
         device = next(model.parameters()).device
         losses = [window_losses(model, batch.to(device)) for batch in self.windows[:windows].split(self.batch_size)]
         return float(torch.cat(losses).double().mean())
-
-    def block_influence(self, anatomy: Anatomy) -> list[float]:
-        """How much each block changes the direction of the states: 1 - mean over tokens of cos(before, after).
-
-        ShortGPT's BI (Men et al., 2403.03853), between the block's own input and output: the model's last hidden
-        state would be the one after the final norm.
-        """
-        found: list[float] = self.remember(anatomy, "block_influence", {}, lambda: self._influence(anatomy))
-        return found
-
-    @torch.no_grad()
-    def _influence(self, anatomy: Anatomy) -> list[float]:
-        stream, found = BlockStream(anatomy, self.windows, self.batch_size), []
-        count = len(anatomy.blocks)
-        with self.console.progress(count * self.windows.numel(), "block influence", unit="tok") as bar:
-            for index in range(count):
-                before = [stream.states[number] for number in range(len(stream.states))]
-                self._forward(stream, index, bar, keep=True)
-                pairs = ((was, stream.states[number]) for number, was in enumerate(before))
-                found.append(block_influence((was.flatten(0, 1), now.flatten(0, 1)) for was, now in pairs))
-        return found
-
-
-def _seen(statistics: dict[str, InputStatistics]) -> dict[str, Seen]:
-    """What was gathered, by name of Linear; those that were given one input share its tensors."""
-    distinct = {id(found): found.seen() for found in statistics.values()}
-    return {name: distinct[id(found)] for name, found in statistics.items()}
-
-
-def block_influence(pairs: Any) -> float:
-    """1 - mean cosine between rows of the first and second of each pair, both of shape (tokens, hidden)."""
-    cosines = [torch.cosine_similarity(was.float(), now.float(), dim=1) for was, now in pairs]
-    return 1 - float(torch.cat(cosines).double().mean())
-
-
-@contextmanager
-def _observing(
-    block: nn.Module, linears: list[tuple[str, Any]], needs: frozenset[str], stop: bool
-) -> Iterator[dict[str, InputStatistics]]:
-    """Statistics by name of Linear, gathered while `block` runs; Linears that are given one tensor share them.
-
-    stop: ends a call of the block before the last of its Linears multiplies: only the inputs were wanted.
-    """
-    statistics: dict[str, InputStatistics] = {}
-    of_this_call: list[tuple[Tensor, InputStatistics]] = []
-    waiting: set[str] = set()
-
-    def begin(*_: Any) -> None:
-        of_this_call.clear()
-        waiting.update(name for name, _ in linears)
-
-    def look(name: str, rows: Tensor) -> None:
-        known = next((known for other, known in of_this_call if other is rows), None)
-        if known is None:
-            known = statistics.setdefault(name, InputStatistics(needs))
-            of_this_call.append((rows, known))
-            known.add(rows.reshape(-1, rows.shape[-1]))
-        statistics[name] = known
-        waiting.discard(name)
-        if stop and not waiting:
-            raise ReachedError
-
-    hooks = [block.register_forward_pre_hook(begin)]
-    for name, linear in linears:
-        hooks.append(linear.register_forward_pre_hook(lambda _, args, name=name: look(name, args[0])))
-    try:
-        yield statistics
-    finally:
-        of_this_call.clear()
-        for hook in hooks:
-            hook.remove()
