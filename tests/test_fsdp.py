@@ -6,10 +6,7 @@ This file is also the program that `accelerate launch --use_fsdp` runs in both p
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -19,25 +16,24 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, ROOT, make_folder, story
+from conftest import CPU, make_folder, story
+from processes import ACCELERATE_FSDP, launched
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing import assert_close
+from trainings import training_of
 
 from prune_lab.errors import Refused
 from prune_lab.methods.base import Method
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.structured import Structured
-from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel
 from prune_lab.recovery import train as loop
-from prune_lab.recovery.base import Training
 from prune_lab.recovery.distill import Distill
 from prune_lab.recovery.finetune import Finetune
 from prune_lab.recovery.lora import Lora
 from prune_lab.schedules import Gradual, Iterative, OneShot, Schedule
-from prune_lab.system.console import Console
 from prune_lab.system.world import World, join
 from prune_lab.text.corpus import Documents
 from prune_lab.text.tokens import Tokens
@@ -82,20 +78,10 @@ def train(name: str, model: Path, folder: Path, world: World) -> dict[str, Any]:
             keep = {key: mask.chunk(world.size)[world.rank] for key, mask in training.pruned.masks.keep.items()}
             held.append(holdings(at_work["model"], at_work["optimizer"], keep, loaded.model))
 
-    training = Training(
-        dense=dense,
-        tokens=Tokens(STORIES, loaded.tokenizer),
-        seq_len=32,
-        events=schedule.events(method.amount, STEPS),
-        prune=lambda amount: method.prune(Anatomy(loaded.model), amount, 0),
-        device=CPU,
-        seed=0,
-        console=Console(quiet=True),
-        checkpoint=folder / name / "training.safetensors",
-        log=log,
-        rewind=schedule.rewinding(STEPS),
-        world=world,
-    )
+    training = training_of(
+        loaded, folder, log, method, schedule, steps=STEPS, dense=dense, tokens=Tokens(STORIES, loaded.tokenizer),
+        checkpoint=folder / name / "training.safetensors", world=world,
+    )  # fmt: skip
     hooks = [  # of the model that computes, and of the optimizer that steps
         loaded.model.register_forward_pre_hook(lambda module, _: at_work.update(model=module)),
         register_optimizer_step_post_hook(lambda optimizer, *_: at_work.update(optimizer=optimizer)),
@@ -148,24 +134,6 @@ def main(model: str, place: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def launch(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch --use_fsdp` of two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = ["--use_fsdp", "--fsdp_version=2", "--num_processes=2", f"--main_process_port={port}"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    return subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *flags, *arguments],
-        cwd=folder,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-
-
 @dataclass(frozen=True)
 class Told:
     """What one process and two tell of the same trainings."""
@@ -191,7 +159,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
         patch.setattr(loop, "LOG_EVERY", 1)
         one = {name: train(name, model, place / "one", World()) for name in CASES}
         shutil.copytree(place / "one", place / "left")
-        done = launch(place, str(Path(__file__)), str(model), str(place))
+        done = launched(ACCELERATE_FSDP, place, str(Path(__file__)), str(model), str(place))
         assert done.returncode == 0, done.stderr
         yield Told(model, place, one)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +11,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import CPU, Cli, make_folder, story
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from trainings import training_of, weights_of
+from trainings import IDS, half_masks, linears, training_of, weights_of
 
-from prune_lab.methods.base import Method, Pruned
-from prune_lab.methods.depth import Depth
+from prune_lab.methods.base import Pruned
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.structured import Structured
 from prune_lab.models.anatomy import Anatomy
@@ -34,20 +31,6 @@ RECIPE = Lora(
     steps=24, lr=0.01, batch_size=4, warmup=0.1, autocast="none", validate_every=0, checkpoint_every=4,
     weight_decay=0.5, rank=RANK, scale=SCALE,
 )  # fmt: skip
-IDS = torch.randint(300, (4, 16), generator=torch.Generator().manual_seed(1))
-
-
-def linears(model: Any) -> dict[str, Any]:
-    """The Linears inside the blocks, and GPT-2's Conv1Ds, by name."""
-    kinds = ("Linear", "Conv1D")
-    return {n: m for n, m in model.named_modules() if type(m).__name__ in kinds and (".layers." in n or ".h." in n)}
-
-
-def half_masks(model: Any) -> Masks:
-    """Random masks of half of every Linear inside the blocks, in the shape of its weight."""
-    generator = torch.Generator().manual_seed(5)
-    of = linears(model).items()
-    return Masks({name: torch.rand(linear.weight.shape, generator=generator) < 0.5 for name, linear in of})
 
 
 @torch.no_grad()
@@ -312,47 +295,6 @@ def test_structured_rounds_cut_units_and_train_what_is_left(loaded: Loaded, tmp_
     loaded.model.save_pretrained(tmp_path / "saved")
     again = type(loaded.model).from_pretrained(tmp_path / "saved", dtype=torch.float32)
     assert torch.equal(logits_of(again), logits_of(loaded.model))
-
-
-class _StopError(Exception):
-    """The process ends here."""
-
-
-@pytest.mark.parametrize(
-    ("method", "schedule"),
-    [
-        (None, None),
-        (Magnitude(amount=0.6), Gradual(end=0.9, interval=3)),
-        (Structured(amount=0.5), Iterative(rounds=4)),
-        (Structured(amount=0.5, units=("mlp", "heads"), physical=False), OneShot(start=0.25)),
-        (Depth(amount=0.5), OneShot(start=0.25)),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("at", [10, 20])
-def test_an_interrupted_training_ends_in_the_same_model(
-    folder: Path, tmp_path: Path, method: Method | None, schedule: Schedule | None, at: int
-) -> None:
-    """Bit for bit, dropout included."""
-    recipe = replace(RECIPE, dropout=0.1)
-    whole, cut, again = (HubModel(name=str(folder)).load(CPU, 0) for _ in range(3))
-    torch.manual_seed(1)
-    recipe.recover(whole.model, training_of(whole, tmp_path / "whole", method=method, schedule=schedule))
-
-    def stop(step: int, values: dict[str, float]) -> None:
-        if step == at:
-            raise _StopError
-
-    torch.manual_seed(1)
-    with pytest.raises(_StopError):
-        recipe.recover(cut.model, training_of(cut, tmp_path / "cut", stop, method=method, schedule=schedule))
-    with safe_open(tmp_path / "cut" / "training/training.safetensors", framework="pt") as file:
-        assert json.loads(file.metadata()["training"])["step"] == {10: 8, 20: 16}[at]
-    torch.manual_seed(5)
-    recipe.recover(again.model, training_of(again, tmp_path / "cut", method=method, schedule=schedule))
-    state = again.model.state_dict()
-    assert state.keys() == whole.model.state_dict().keys()
-    assert all(torch.equal(state[name], value) for name, value in whole.model.state_dict().items())
 
 
 def test_the_loss_falls_and_a_pruned_model_recovers(loaded: Loaded, tmp_path: Path) -> None:

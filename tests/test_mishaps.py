@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -15,14 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, make_folder
+from processes import PATIENCE, answers, free_port, wait_until
 from test_resume import Ended
 from test_tracking import read_store
-from warm import give_store
+from warm import give_store, start_module
 
 from prune_lab import __main__ as program
 from prune_lab.commands import sync
@@ -33,9 +32,6 @@ from prune_lab.tracking import connection
 
 # MLflow 3's own models use a deprecated part of SQLAlchemy, which says so when a store is first opened.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
-
-PATIENCE = 300  # seconds to wait for another process, many times what it takes
-
 
 Here = Callable[..., Ended]
 
@@ -325,11 +321,9 @@ def test_a_store_that_stays_locked_costs_the_record_and_not_the_work(
 def lost(tmp_path_factory: pytest.TempPathFactory, folder: Path, corpus: Path) -> tuple[Path, Ended]:
     """A sweep of two jobs on a real server, which is killed while the first one trains."""
     place = tmp_path_factory.mktemp("lost")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PRUNE_LAB_CACHE": str(place / "cache"), "HF_HUB_OFFLINE": "1"}
-    env |= {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+    port = free_port()
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    own = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
     serving = [
         sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1",
         "--backend-store-uri", f"sqlite:///{place}/store.db", "--default-artifact-root", str(place / "artifacts"),
@@ -340,42 +334,26 @@ def lost(tmp_path_factory: pytest.TempPathFactory, folder: Path, corpus: Path) -
         "measure=quality_only", "measure.max_windows=8", "recovery=finetune", "recovery.steps=150",
         "recovery.batch_size=2", "recovery.validate_every=0", "recovery.autocast=none",
     ]  # fmt: skip
-    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    server = subprocess.Popen(serving, cwd=place, env=env, **quiet)
+    files = [place / name for name in ("stdout", "stderr")]
+    with (place / "server.log").open("w") as log:
+        server = subprocess.Popen(serving, cwd=place, env=env, stdout=log, stderr=log, start_new_session=True)
     sweep = None
     try:
-        wait_for(lambda: answers(port), server)
-        sweep = subprocess.Popen(
-            [sys.executable, "-m", "prune_lab", *job, "amount=0.2,0.4", "hydra.sweep.dir=sweep", "-m"],
-            cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        wait_for(lambda: any("train/loss" in run.metrics for run in read_store(place / "store.db")), sweep)
+        wait_until(lambda: answers(port), server, place / "server.log")
+        arguments = [*job, "amount=0.2,0.4", "hydra.sweep.dir=sweep", "-m"]
+        sweep = start_module("prune_lab", arguments, place, files, PRUNE_LAB_CACHE=str(place / "cache"), **own)
+        trains = lambda: any("train/loss" in run.metrics for run in read_store(place / "store.db"))  # noqa: E731
+        wait_until(trains, sweep, files[1])
         os.killpg(server.pid, signal.SIGKILL)
-        stdout, stderr = sweep.communicate(timeout=PATIENCE)
-        return place, Ended(sweep.returncode, stdout, place / "sweep", stderr)
+        code = sweep.wait(PATIENCE)
+        assert code is not None
+        return place, Ended(code, files[0].read_text(), place / "sweep", files[1].read_text())
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()
         if sweep is not None:
             sweep.kill()
-            sweep.communicate()
-
-
-def wait_for(there: Callable[[], bool], process: subprocess.Popen[Any]) -> None:
-    """Waits until something is there, as long as a process lives."""
-    for _ in range(PATIENCE * 10):
-        if there():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    raise AssertionError("it never came")
-
-
-def answers(port: int) -> bool:
-    """Whether a server listens."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_a_sweep_goes_on_without_its_server_and_says_what_to_do(lost: tuple[Path, Ended]) -> None:

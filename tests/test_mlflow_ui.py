@@ -9,18 +9,16 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import pytest
 from conftest import Cli
 from mlflow import MlflowClient
+from processes import answers, free_port, wait_until
 
 # MLflow 3's own models use a deprecated part of SQLAlchemy, which says so when a store is first opened.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
@@ -42,9 +40,7 @@ def sweep(cli: Cli, small: list[str], tmp_path: Path) -> Path:
 @pytest.fixture
 def server(sweep: Path) -> Iterator[str]:
     """`mlflow ui` on a free port, in a process group of its own, since ending the first process leaves the others."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     line = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", "sqlite:///mlflow.db", "--port", str(port)]
     # One worker, and none of the executors of MLflow's own jobs, which have nothing to do here.
     env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -53,7 +49,7 @@ def server(sweep: Path) -> Iterator[str]:
             [*line, "--workers", "1"], cwd=sweep, env=env, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        _wait_for(f"http://127.0.0.1:{port}/health", process, sweep / "ui.log")
+        wait_until(lambda: answers(port), process, sweep / "ui.log")
         yield f"http://127.0.0.1:{port}"
     finally:
         os.killpg(process.pid, signal.SIGTERM)
@@ -62,18 +58,6 @@ def server(sweep: Path) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def _wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + PATIENCE
-    while True:
-        assert process.poll() is None, log.read_text()
-        try:
-            with urlopen(address, timeout=10):
-                return
-        except OSError:
-            assert time.monotonic() < end, log.read_text()
-            time.sleep(0.5)
 
 
 @pytest.fixture

@@ -464,48 +464,7 @@ def test_rewinding_in_bfloat16_goes_back_to_the_float32_weights(folder: Path, tm
     assert {weight.dtype for weight in loaded.model.parameters()} == {torch.bfloat16}
 
 
-# Interrupted, and from the command line.
-
-
-class _StopError(Exception):
-    """The process ends here."""
-
-
-@pytest.mark.parametrize(
-    ("method", "schedule"),
-    [
-        (Magnitude(amount=0.6), BACK_TO_4),
-        (Magnitude(amount=0.6), Iterative(rounds=3, rewind="weights")),
-        (Magnitude(amount=0.6), Iterative(rounds=2, start=12, rewind="weights", rewind_to=11)),
-        (Magnitude(amount=0.6), replace(BACK_TO_4, rewind="lr")),
-        (Magnitude(amount=0.6), Iterative(rounds=2, start=8, rewind="random")),
-        (Structured(amount=0.5), BACK_TO_4),
-        (Structured(amount=0.5, units=("mlp", "heads")), Iterative(rounds=2, rewind="weights")),
-        (Structured(amount=0.5), Iterative(rounds=2, start=8, rewind="random")),
-        (Depth(amount=0.5), BACK_TO_4),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("at", [10, 20])
-def test_an_interrupted_rewinding_ends_in_the_same_model(
-    folder: Path, tmp_path: Path, method: Method, schedule: Schedule, at: int
-) -> None:
-    """Weights and table, bit for bit, whether the checkpoint is of before, between or after the prunings."""
-    whole, cut, again = (HubModel(name=str(folder)).load(CPU, 0) for _ in range(3))
-    undisturbed = training_of(whole, tmp_path / "whole", None, method, schedule)
-    RECIPE.recover(whole.model, undisturbed)
-
-    def stop(step: int, values: dict[str, float]) -> None:
-        if step == at:
-            raise _StopError
-
-    with pytest.raises(_StopError):
-        RECIPE.recover(cut.model, training_of(cut, tmp_path / "cut", stop, method, schedule))
-    torch.manual_seed(5)
-    resumed = training_of(again, tmp_path / "cut", None, method, schedule)
-    RECIPE.recover(again.model, resumed)
-    assert same(weights_of(again.model), weights_of(whole.model))
-    assert resumed.pruned.rows == undisturbed.pruned.rows
+# From the command line. Interrupted: test_interrupted.py.
 
 
 def test_the_command_line_rewinds_and_refuses_it_without_training(small: list[str], cli: Cli, tmp_path: Path) -> None:

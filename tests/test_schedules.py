@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trainings import training_of
 
 from prune_lab.errors import Refused
-from prune_lab.methods.base import Method, Pruned
+from prune_lab.methods.base import Pruned
 from prune_lab.methods.depth import Depth
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.structured import Structured
@@ -171,46 +171,6 @@ def test_the_optimizer_goes_on_with_the_state_of_what_stays(loaded: Loaded) -> N
     assert torch.equal(optimizer.state[mlp.down_proj.weight]["exp_avg_sq"], state["down_proj"]["exp_avg_sq"][:, kept])
     assert optimizer.state[model.model.norm.weight] is untouched
     assert len(optimizer.state) == len(list(model.parameters()))
-
-
-class _StopError(Exception):
-    """The process ends here."""
-
-
-@pytest.mark.parametrize(
-    ("method", "schedule"),
-    [
-        (Magnitude(amount=0.6), Gradual(end=0.9, interval=3)),
-        (Structured(amount=0.5, score="wanda"), Iterative(rounds=4)),
-        (Structured(amount=0.5, units=("mlp", "heads")), OneShot(start=0.25)),
-        (Depth(amount=0.5), OneShot(start=0.25)),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("at", [10, 20])
-def test_an_interrupted_pruning_training_ends_in_the_same_model(
-    folder: Path, tmp_path: Path, method: Method, schedule: Schedule, at: int
-) -> None:
-    """Weights, shapes, masks and table, bit for bit: the checkpoint holds what pruning has done so far."""
-    whole, cut, again = (HubModel(name=str(folder)).load(CPU, 0) for _ in range(3))
-    undisturbed = training_of(whole, tmp_path / "whole", None, method, schedule)
-    RECIPE.recover(whole.model, undisturbed)
-
-    def stop(step: int, values: dict[str, float]) -> None:
-        if step == at and "train/loss" in values:
-            raise _StopError
-
-    with pytest.raises(_StopError):
-        RECIPE.recover(cut.model, training_of(cut, tmp_path / "cut", stop, method, schedule))
-    torch.manual_seed(5)
-    resumed = training_of(again, tmp_path / "cut", None, method, schedule)
-    RECIPE.recover(again.model, resumed)
-    state = again.model.state_dict()
-    assert all(torch.equal(state[name], value) for name, value in whole.model.state_dict().items())
-    assert again.model.config.to_dict() == whole.model.config.to_dict()
-    assert resumed.pruned.rows == undisturbed.pruned.rows
-    for name, mask in undisturbed.pruned.masks.keep.items():
-        assert torch.equal(resumed.pruned.masks.keep[name], mask)
 
 
 def test_parts_of_a_batch_make_the_same_training(folder: Path, tmp_path: Path) -> None:

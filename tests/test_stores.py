@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,12 +16,12 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from processes import answers, free_port, wait_until
 from test_tracking import Stored
 from warm import run_module
 
 from prune_lab.tracking.links import how_to_look, without_password
 
-PATIENCE = 300  # seconds for a server to start, many times what it takes
 USER, PASSWORD = "lab", "not/so@secret"
 
 
@@ -36,16 +34,10 @@ def postgres_programs() -> Path | None:
     return versions[-1].parent if versions else None
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 @contextmanager
 def running(*command: str, user: str | None = None, cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A server in a group of its own, which is ended as a whole; its log is a file of `cwd`."""
-    env = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     with (cwd / "server.log").open("ab") as log:
         process = subprocess.Popen(
             command, cwd=cwd, env=env, stdout=log, stderr=log, start_new_session=True, user=user
@@ -58,16 +50,6 @@ def running(*command: str, user: str | None = None, cwd: Path) -> Iterator[subpr
                 os.killpg(process.pid, number)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(20)
-
-
-def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until somebody listens."""
-    for _ in range(PATIENCE * 10):
-        assert process.poll() is None, log.read_text()
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            return
-        time.sleep(0.1)
-    raise AssertionError(log.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +81,7 @@ def postgres() -> Iterator[str]:
             "listen_addresses=127.0.0.1",
         ]
         with running(*serve, "-c", "fsync=off", user=user, cwd=place) as process:
-            wait_for(port, process, place / "server.log")
+            wait_until(lambda: answers(port), process, place / "server.log")
             yield f"postgresql://{USER}:{quote(PASSWORD, safe='')}@127.0.0.1:{port}/postgres"
 
 
@@ -110,7 +92,7 @@ def server(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     backend = postgres.replace("postgresql:", "postgresql+psycopg2:")
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", backend, "--port", str(port)]
     with running(*command, "--artifacts-destination", str(place / "files"), "--workers", "1", cwd=place) as process:
-        wait_for(port, process, place / "server.log")
+        wait_until(lambda: answers(port), process, place / "server.log")
         yield f"http://127.0.0.1:{port}"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import signal
 import time
@@ -15,15 +14,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import CPU, make_folder, story
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from trainings import same, training_of, weights_of
+from trainings import half_masks, same, step_of, training_of, weights_of
 from warm import Running, start_module
 
 from prune_lab.errors import Refused
 from prune_lab.models.load import HubModel, Loaded
-from prune_lab.pruning.masks import Masks
 from prune_lab.recovery import train as loop
 from prune_lab.recovery.distill import Distill, soft_loss
 from prune_lab.recovery.dropout import residual_dropout
@@ -35,19 +32,7 @@ from prune_lab.system.device import Device
 from prune_lab.text.corpus import Documents
 from prune_lab.text.tokens import Tokens
 
-STORIES = tuple(story(seed) for seed in range(8))
 SHORT = Finetune(steps=24, lr=0.003, batch_size=4, warmup=0.1, autocast="none", checkpoint_every=4)
-
-
-def half_masks(model: Any) -> Masks:
-    """Random masks of half of every Linear inside the blocks."""
-    generator = torch.Generator().manual_seed(5)
-    linears = {
-        name: module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".layers." in name
-    }
-    return Masks({name: torch.rand(weight.shape, generator=generator) < 0.5 for name, weight in linears.items()})
 
 
 def factor(step: int, recipe: Finetune) -> float:
@@ -142,24 +127,6 @@ class Interrupter:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("pruned", [False, True])
-def test_an_interrupted_training_ends_in_the_same_weights(folder: Path, tmp_path: Path, pruned: bool) -> None:
-    whole, cut, again = (HubModel(name=str(folder)).load(CPU, 0) for _ in range(3))
-    masks = half_masks(whole.model) if pruned else Masks()
-    for loaded in (whole, cut, again):
-        masks.hold(loaded.model)
-    SHORT.recover(whole.model, training_of(whole, tmp_path / "whole", masks=masks))
-    with pytest.raises(KeyboardInterrupt):
-        SHORT.recover(cut.model, training_of(cut, tmp_path / "cut", Interrupter(at=10), masks=masks))
-    assert step_of(tmp_path / "cut/training/training.safetensors") == 8
-    torch.manual_seed(77)  # another process has drawn other numbers
-    heard = Interrupter()
-    SHORT.recover(again.model, training_of(again, tmp_path / "cut", heard, masks=masks))
-    assert heard.steps == [10, 20, 24]
-    assert same(weights_of(whole.model), weights_of(again.model))
-    assert not same(weights_of(whole.model), weights_of(cut.model))
-
-
 def test_a_resumed_training_does_only_the_steps_that_are_left(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,11 +152,6 @@ def test_a_checkpoint_is_safetensors_and_replaced_whole(loaded: Loaded, tmp_path
     assert same(load_file(older), before)
     assert (step_of(older), step_of(checkpoint)) == (8, 24)
     assert [path.name for path in checkpoint.parent.iterdir()] == ["training.safetensors"]
-
-
-def step_of(path: Path) -> int:
-    with safe_open(path, framework="pt") as file:
-        return int(json.loads(file.metadata()["training"])["step"])
 
 
 def seen_steps(process: Running, cache: Path) -> Iterator[int]:
@@ -334,22 +296,6 @@ def test_dropout_zeroes_what_is_added_to_the_residual_stream(loaded: Loaded) -> 
         with residual_dropout(model, 0.0):
             assert torch.equal(model(input_ids=ids).logits, expected)
         assert torch.equal(model(input_ids=ids).logits, expected)
-
-
-def test_an_interrupted_training_with_dropout_ends_in_the_same_weights(folder: Path, tmp_path: Path) -> None:
-    """What dropout draws goes on from the checkpoint too."""
-    recipe = replace(SHORT, dropout=0.2)
-    whole, cut, again, plain = (HubModel(name=str(folder)).load(CPU, 0) for _ in range(4))
-    torch.manual_seed(1)
-    recipe.recover(whole.model, training_of(whole, tmp_path / "whole"))
-    torch.manual_seed(1)
-    with pytest.raises(KeyboardInterrupt):
-        recipe.recover(cut.model, training_of(cut, tmp_path / "cut", Interrupter(at=10)))
-    torch.manual_seed(77)
-    recipe.recover(again.model, training_of(again, tmp_path / "cut"))
-    assert same(weights_of(whole.model), weights_of(again.model))
-    SHORT.recover(plain.model, training_of(plain, tmp_path / "plain"))
-    assert not same(weights_of(whole.model), weights_of(plain.model))
 
 
 def test_no_recovery_changes_nothing(loaded: Loaded, tmp_path: Path) -> None:

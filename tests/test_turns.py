@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from processes import wait_until
 
 from prune_lab.results import notes
 from prune_lab.system.console import Console
@@ -39,14 +40,6 @@ with turns.sharing():
 def steps(file: Path) -> int:
     """How far a job came."""
     return int((file.read_text() or "0") if file.exists() else "0")
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    for _ in range(PATIENCE * 100):
-        if true():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it never came so far")
 
 
 Start = Callable[..., subprocess.Popen[bytes]]

@@ -16,7 +16,7 @@ import torch
 import trainings
 from conftest import CPU, make_folder, story
 from torch import Tensor, nn
-from trainings import same, weights_of
+from trainings import interrupted, same, weights_of
 
 from prune_lab.errors import Refused
 from prune_lab.methods.base import Method
@@ -37,7 +37,7 @@ LORA = Lora(
     steps=24, lr=0.01, batch_size=4, warmup=0.1, autocast="none", validate_every=4, validate_windows=6,
     checkpoint_every=4, rank=4,
 )  # fmt: skip
-STORIES, UNSEEN = tuple(map(story, range(8))), tuple(story(seed, sentences=20) for seed in (50, 51))
+UNSEEN = tuple(story(seed, sentences=20) for seed in (50, 51))
 # Trainings on other text than is validated on: the perplexity falls for some steps, and rises from then on.
 SHOUTED, ALPHABET = tuple(story(seed).upper() for seed in range(4)), ("abcdefghijklmnopqrstuvwxyz " * 40,)
 FORGETFUL = replace(RECIPE, lr=0.03, validate_every=2)
@@ -299,24 +299,25 @@ def test_interrupted_after_its_best_step_it_still_ends_in_the_best_weights(
 ) -> None:  # fmt: skip
     """The checkpoint holds the best weights beside the present ones, and how long ago they were."""
     monkeypatch.setattr(loop, "LOG_EVERY", 1)
-    plan = (Structured(amount=0.25), OneShot()) if pruned else (None, None)
-    recipe = replace(recipe, **keys, checkpoint_every=2)
-    whole, cut, again = (HubModel(name=str(folder)).load(CPU, 0) for _ in range(3))
-    calm = Watcher(whole.model)
-    undisturbed = training_of(whole, tmp_path / "whole", calm, *plan, text=text)
-    recipe.recover(whole.model, undisturbed)
+    watchers: list[Watcher] = []
+
+    def watch(model: Any) -> Watcher:
+        watchers.append(Watcher(model))
+        return watchers[-1]
+
+    method, schedule = (Structured(amount=0.25), OneShot()) if pruned else (None, None)
+    whole, _, resumed = interrupted(
+        replace(recipe, **keys, checkpoint_every=2), folder, tmp_path, 5, watch=watch, method=method, schedule=schedule,
+        text=text, validation=UNSEEN,
+    )  # fmt: skip
+    calm, _, later = watchers
     best, last = calm.best(), max(calm.perplexity)
     assert 0 < best < 5 < last, "this must be interrupted after the best step, and before the end"
-    with pytest.raises(KeyboardInterrupt):
-        recipe.recover(cut.model, training_of(cut, tmp_path / "cut", Watcher(cut.model, 5), *plan, text=text))
-    later = Watcher(again.model)
-    resumed = training_of(again, tmp_path / "cut", later, *plan, text=text)
-    recipe.recover(again.model, resumed)
     assert later.steps == list(range(5, last + 1))  # the checkpoint is that of step 4
     assert later.perplexity == {step: value for step, value in calm.perplexity.items() if step > 4}
-    assert same(weights_of(again.model), weights_of(whole.model))
-    assert resumed.pruned.notes == undisturbed.pruned.notes
-    assert f"kept are the weights of step {best}, where" in resumed.pruned.notes[-1]
+    assert same(weights_of(resumed.loaded.model), weights_of(whole.loaded.model))
+    assert resumed.training.pruned.notes == whole.training.pruned.notes
+    assert f"kept are the weights of step {best}, where" in resumed.training.pruned.notes[-1]
 
 
 @pytest.mark.parametrize(
@@ -380,22 +381,16 @@ def test_the_sparsity_of_cut_units_is_the_fraction_that_is_gone(
 
 
 def test_the_sparsity_of_a_resumed_training_is_that_of_the_whole_one(folder: Path, tmp_path: Path) -> None:
-    first, second = (HubModel(name=str(folder)).load(CPU, 0) for _ in range(2))
-    seen: dict[int, float] = {}
+    seen: list[dict[int, float]] = []
 
-    def stop(step: int, values: dict[str, float]) -> None:
-        if step == 10 and "train/sparsity" in values:
-            raise KeyboardInterrupt
+    def watch(model: Any) -> trainings.Log:
+        mine = dict[int, float]()
+        seen.append(mine)
+        return lambda step, values: mine.update({step: values["train/sparsity"]} if "train/sparsity" in values else {})
 
-    def look(step: int, values: dict[str, float]) -> None:
-        if "train/sparsity" in values:
-            seen[step] = values["train/sparsity"]
-
-    plan = Magnitude(amount=0.5), OneShot(start=4)
-    with pytest.raises(KeyboardInterrupt):
-        RECIPE.recover(first.model, training_of(first, tmp_path, stop, *plan))
-    RECIPE.recover(second.model, training_of(second, tmp_path, look, *plan))
-    assert seen == pytest.approx({10: 0.5, 20: 0.5, 24: 0.5}, abs=1e-3)
+    interrupted(RECIPE, folder, tmp_path, 10, watch=watch, method=Magnitude(amount=0.5), schedule=OneShot(start=4))
+    whole, _, resumed = seen
+    assert resumed == whole == pytest.approx({10: 0.5, 20: 0.5, 24: 0.5}, abs=1e-3)
 
 
 # Gradient checkpointing.

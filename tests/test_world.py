@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import sqlite3
-import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Cli
+from conftest import Cli
 from mlflow import MlflowClient
+from processes import ACCELERATE_FSDP, TORCHRUN, launched, together
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from warm import give_store
@@ -30,33 +27,6 @@ TRAINING = [
 ]  # fmt: skip
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-ACCELERATE_FSDP = ["accelerate.commands.launch", "--use_fsdp", "--fsdp_version=2", "--num_processes=2"]
-
-
-def together(folder: Path, *arguments: str, launcher: list[str] = TORCHRUN) -> subprocess.CompletedProcess[str]:
-    """Two processes that meet at a free port; torchrun sets the variables that accelerate launch sets."""
-    command = [sys.executable, "-m", *launcher]
-    if launcher is not TORCHRUN:
-        command.append(f"--main_process_port={free_port()}")
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, "-m", "prune_lab", *arguments],
-        cwd=folder,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-    )
-
-
 def test_a_gpu_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """device=cuda and auto name the same one, alone the first and under a launcher each process's own."""
     for size, expected in ((None, "cuda:0"), ("1", "cuda:0"), ("2", "cuda:1")):
@@ -70,15 +40,18 @@ def test_a_gpu_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     ("recovery", "launchers"),
     [
         ("finetune", [TORCHRUN]),  # its shards: test_fsdp.py
-        ("distill", [TORCHRUN, ACCELERATE_FSDP]),
-        pytest.param("lora", [TORCHRUN, ACCELERATE_FSDP], marks=pytest.mark.slow),
+        ("distill", [None, ACCELERATE_FSDP]),
+        pytest.param("lora", [None, ACCELERATE_FSDP], marks=pytest.mark.slow),
     ],
     ids=["finetune", "distill", "lora"],
 )
 def test_two_processes_train_what_one_does(
-    small: list[str], cli: Cli, tmp_path: Path, recovery: str, launchers: list[list[str]]
+    small: list[str], cli: Cli, tmp_path: Path, recovery: str, launchers: list[tuple[str, ...] | None]
 ) -> None:
-    """At the same global batch, by one command line: each process has a copy of the model, or a part of it (FSDP)."""
+    """At the same global batch, by one command line: each process has a copy of the model, or a part of it (FSDP).
+
+    A launcher is a real one, or none: two processes with the variables that it would set.
+    """
     arguments = [
         *small, *TRAINING, f"recovery={recovery}", "method=structured", "amount=0.25", "schedule=iterative",
         "schedule.rounds=2", "tracking=none", "resume=false",
@@ -86,8 +59,9 @@ def test_two_processes_train_what_one_does(
     alone = cli(*arguments, f"hydra.run.dir={tmp_path / 'one'}", OMP_NUM_THREADS="1")
     assert alone.returncode == 0, alone.stderr
     for launcher in launchers:
-        place = tmp_path / launcher[0]
-        done = together(tmp_path, *arguments, f"hydra.run.dir={place}", launcher=launcher)
+        place = tmp_path / (launcher[0] if launcher else "forked")
+        own = [*arguments, f"hydra.run.dir={place}"]
+        done = launched(launcher, tmp_path, "-m", "prune_lab", *own) if launcher else together(tmp_path, *own)
         assert done.returncode == 0, done.stderr
         one, two = (load_file(folder / "export/model.safetensors") for folder in (tmp_path / "one", place))
         assert one.keys() == two.keys()
@@ -95,7 +69,7 @@ def test_two_processes_train_what_one_does(
             assert_close(two[name], weight, atol=2e-4, rtol=2e-3)
         summaries = [json.loads((folder / "summary.json").read_text()) for folder in (tmp_path / "one", place)]
         assert [summary["environment"]["processes"] for summary in summaries] == [1, 2]
-        assert [summary["environment"]["sharded"] for summary in summaries] == [False, launcher is ACCELERATE_FSDP]
+        assert [summary["environment"]["sharded"] for summary in summaries] == [False, launcher == ACCELERATE_FSDP]
         assert summaries[0]["fingerprint"] == summaries[1]["fingerprint"]
         assert done.stdout.count("perplexity") == alone.stdout.count("perplexity")  # one table, not two
 

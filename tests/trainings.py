@@ -1,22 +1,26 @@
-"""What tests of trainings share: a training on short stories, and weights to compare."""
+"""What tests of trainings share: a training on short stories, one that is interrupted, and weights to compare."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import CPU, story
+from safetensors import safe_open
 from torch import Tensor
 
 from prune_lab.methods.base import Method, Pruned
 from prune_lab.models.anatomy import Anatomy
-from prune_lab.models.load import Loaded
+from prune_lab.models.load import HubModel, Loaded
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.masks import Masks
 from prune_lab.recovery.base import Training
+from prune_lab.recovery.finetune import Finetune
 from prune_lab.schedules import Schedule
 from prune_lab.system.console import Console
 from prune_lab.text.corpus import Documents
@@ -65,3 +69,77 @@ def weights_of(model: Any) -> Weights:
 def same(left: Weights, right: Weights) -> bool:
     """Whether two sets of tensors are equal bit for bit."""
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def linears(model: Any) -> dict[str, Any]:
+    """The Linears inside the blocks, and GPT-2's Conv1Ds, by name."""
+    kinds = ("Linear", "Conv1D")
+    return {n: m for n, m in model.named_modules() if type(m).__name__ in kinds and (".layers." in n or ".h." in n)}
+
+
+def half_masks(model: Any) -> Masks:
+    """Random masks of half of every Linear inside the blocks, in the shape of its weight."""
+    generator = torch.Generator().manual_seed(5)
+    of = linears(model).items()
+    return Masks({name: torch.rand(linear.weight.shape, generator=generator) < 0.5 for name, linear in of})
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint is of."""
+    with safe_open(checkpoint, framework="pt") as file:
+        return int(json.loads(file.metadata()["training"])["step"])
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A training that came to its end, or was interrupted.
+
+    steps: those whose loss it told. saved: the step of the checkpoint that it left.
+    """
+
+    loaded: Loaded
+    training: Training
+    steps: list[int]
+    saved: int
+
+
+def train(
+    recipe: Finetune, folder: Path, place: Path, stop_at: int | None = None, *, masked: bool = False,
+    watch: Callable[[Any], Log] | None = None, **keys: Any,
+) -> Ended:  # fmt: skip
+    """Trains the model of a folder, with half of it masked if asked for; interrupts itself at a step.
+
+    watch: makes a log callback of the model. keys: of training_of.
+    """
+    loaded, steps = HubModel(name=str(folder)).load(CPU, 0), list[int]()
+    masks = half_masks(loaded.model) if masked else Masks()
+    masks.hold(loaded.model)
+    told = watch(loaded.model) if watch else None
+
+    def log(step: int, values: dict[str, float]) -> None:
+        if told:
+            told(step, values)
+        if "train/loss" in values:
+            steps.append(step)
+            if step == stop_at:
+                raise KeyboardInterrupt
+
+    training = training_of(loaded, place, log, masks=masks, steps=recipe.steps, **keys)
+    if stop_at is None:
+        recipe.recover(loaded.model, training)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            recipe.recover(loaded.model, training)
+    return Ended(loaded, training, steps, step_of(place / "training" / "training.safetensors"))
+
+
+def interrupted(
+    recipe: Finetune, folder: Path, place: Path, at: int, whole: Ended | None = None, **keys: Any
+) -> tuple[Ended, Ended, Ended]:
+    """A training that nothing happens to (or `whole`, where that is known), one cut off at a step, and what went on."""
+    torch.manual_seed(1)
+    whole = whole or train(recipe, folder, place / "whole", **keys)
+    torch.manual_seed(1)
+    cut = train(recipe, folder, place / "cut", at, **keys)
+    torch.manual_seed(77)  # another process has drawn other numbers
+    return whole, cut, train(recipe, folder, place / "cut", **keys)
