@@ -204,7 +204,7 @@ def test_a_node_without_a_target_is_refused() -> None:
         ("method", "prune_lab.config.parts.Settings"),
         ("method", "prune_lab.text.stdlib.Stdlib"),
         ("recovery", "prune_lab.methods.magnitude.Magnitude"),
-        ("recovery", "prune_lab.recovery.base.Training"),
+        ("recovery", "prune_lab.recovery.training.Training"),
         ("tracking", "prune_lab.place.Place"),
     ],
 )

@@ -32,10 +32,10 @@ from prune_lab.methods.structured import Structured
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel
 from prune_lab.recovery import train as loop
-from prune_lab.recovery.base import Training
 from prune_lab.recovery.distill import Distill
 from prune_lab.recovery.finetune import Finetune
 from prune_lab.recovery.lora import Lora
+from prune_lab.recovery.training import Training
 from prune_lab.schedules import Gradual, Iterative, OneShot, Schedule
 from prune_lab.system.console import Console
 from prune_lab.system.world import World, join
