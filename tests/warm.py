@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import json
 import os
 import select
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -196,6 +198,18 @@ def become(
     sys.argv = arguments
 
 
+def leave(code: int) -> None:
+    """Ends this process as Python would, with its threads and exit functions, but for taking each module apart.
+
+    That takes two seconds: all memory that is shared with the process it was forked from would be copied to be freed.
+    """
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     import importlib
     import runpy
@@ -203,5 +217,12 @@ if __name__ == "__main__":
     before = dict(os.environ)
     for name in PRELOADED:
         importlib.import_module(name)
+    gc.freeze()  # what is shared stays so: a collection would write to all of it
     serve(Path(sys.argv[1]), {name: value for name, value in os.environ.items() if name not in before})
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:  # any other way of ending is left to Python
+        if end.code is not None and not isinstance(end.code, int):
+            raise
+        leave(end.code or 0)
+    leave(0)
