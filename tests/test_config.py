@@ -130,6 +130,25 @@ def test_an_option_is_built_as_its_class(option: str, folder: Path) -> None:
         built.anything = 1
 
 
+# Groups whose options are checked before PyTorch is imported, which takes longer than all else.
+WITHOUT_TORCH = ("dataset", "method", "post", "schedule", "tracking")
+
+
+def test_an_option_is_known_without_torch() -> None:
+    """In a fresh process: after the classes of all of these options, PyTorch is not there."""
+    targets = sorted({read(option)["_target_"] for option in OPTIONS if option.startswith(WITHOUT_TORCH)})
+    assert len(targets) > 20
+    program = (
+        "import importlib, sys\n"
+        "for target in sys.argv[1:]:\n"
+        "    module, _, name = target.rpartition('.')\n"
+        "    getattr(importlib.import_module(module), name)\n"
+        "    assert 'torch' not in sys.modules, target\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *targets], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_root_keys_are_the_settings() -> None:
     cfg = composed()
     for field in dataclasses.fields(config.Settings):
