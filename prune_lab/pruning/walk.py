@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prune_lab.models.anatomy import Anatomy
-from prune_lab.pruning.calibration import Calibrator
+from prune_lab.pruning.calibration import Calibrator, unseen
 from prune_lab.pruning.seen import GRADIENTS, Seen
 
 
@@ -29,7 +29,7 @@ def walk(
     order by Linear, where that is not of each weight. All draw from one generator, which starts from `seed`.
     """
     random, gradients = torch.Generator().manual_seed(seed), dict[str, dict[str, Any]]()
-    blocks: Iterable[dict[str, Seen]] = _unseen(anatomy)
+    blocks: Iterable[dict[str, Seen]] = unseen(anatomy)
     if needs:
         assert calibrator is not None, "a calibrated method needs a calibrator"
         of_order = saliency or partial(calibrator.saliency, anatomy)
@@ -40,9 +40,3 @@ def walk(
             name: replace(seen, random=random, **{field: of[name] for field, of in gradients.items() if name in of})
             for name, seen in of_block.items()
         }
-
-
-def _unseen(anatomy: Anatomy) -> Iterator[dict[str, Seen]]:
-    for index, linears in enumerate(anatomy.linears_by_block()):
-        with anatomy.at_hand(index):
-            yield {name: Seen() for name, _ in linears}
