@@ -130,7 +130,6 @@ def test_an_option_is_built_as_its_class(option: str, folder: Path) -> None:
         built.anything = 1
 
 
-# Groups whose options are checked before PyTorch is imported, which takes longer than all else.
 def test_what_can_be_refused_is_known_without_torch() -> None:
     """In a fresh process: after the class of every option, and what a job checks them with, PyTorch is not there."""
     targets = sorted({target for option in OPTIONS if (target := read(option).get("_target_"))})
