@@ -17,7 +17,7 @@ from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import Loaded
 from prune_lab.plan import plan
 from prune_lab.pruning.calibration import Calibrator
-from prune_lab.recovery.base import Training
+from prune_lab.recovery.training import Training
 from prune_lab.system.console import Console
 from prune_lab.system.turns import machine
 from prune_lab.system.world import World

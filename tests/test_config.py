@@ -130,6 +130,21 @@ def test_an_option_is_built_as_its_class(option: str, folder: Path) -> None:
         built.anything = 1
 
 
+def test_what_can_be_refused_is_known_without_torch() -> None:
+    """In a fresh process: after the class of every option, and what a job checks them with, PyTorch is not there."""
+    targets = sorted({target for option in OPTIONS if (target := read(option).get("_target_"))})
+    assert len(targets) > 30
+    program = (
+        "import importlib, sys\n"
+        "for target in ['prune_lab.job.run', 'prune_lab.plan.check', *sys.argv[1:]]:\n"
+        "    module, _, name = target.rpartition('.')\n"
+        "    getattr(importlib.import_module(module), name)\n"
+        "    assert 'torch' not in sys.modules, target\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *targets], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_root_keys_are_the_settings() -> None:
     cfg = composed()
     for field in dataclasses.fields(config.Settings):
@@ -204,7 +219,7 @@ def test_a_node_without_a_target_is_refused() -> None:
         ("method", "prune_lab.config.parts.Settings"),
         ("method", "prune_lab.text.stdlib.Stdlib"),
         ("recovery", "prune_lab.methods.magnitude.Magnitude"),
-        ("recovery", "prune_lab.recovery.base.Training"),
+        ("recovery", "prune_lab.recovery.training.Training"),
         ("tracking", "prune_lab.place.Place"),
     ],
 )

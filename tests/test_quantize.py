@@ -21,7 +21,8 @@ from prune_lab.models.export import check_reload, save_model
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.models.low_bit_format import Scheme
 from prune_lab.models.low_bits import LowBitLinear
-from prune_lab.post.quantize import Int4WeightOnly, Int8Dynamic, Int8WeightOnly, quantize
+from prune_lab.models.quantize import quantize
+from prune_lab.post.quantize import Int4WeightOnly, Int8Dynamic, Int8WeightOnly
 from prune_lab.system.device import Device
 
 TOKENS = torch.randint(300, (1, 24), generator=torch.Generator().manual_seed(2))

@@ -22,10 +22,10 @@ from prune_lab.methods.structured import Structured
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.recovery import train as loop
-from prune_lab.recovery.base import Training
 from prune_lab.recovery.finetune import Finetune
 from prune_lab.recovery.lora import Lora
 from prune_lab.recovery.order import WindowOrder
+from prune_lab.recovery.training import Training
 from prune_lab.schedules import Gradual, Iterative, OneShot, Rewind, Schedule
 
 RECIPE = Finetune(

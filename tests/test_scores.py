@@ -27,6 +27,7 @@ from prune_lab.pruning import gradients, scores
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.statistics import InputStatistics, Seen
 from prune_lab.pruning.surgery import unit_sums
+from prune_lab.pruning.units import unit_scores
 from prune_lab.system.console import Console
 
 QUIET = Console(quiet=True)
@@ -359,7 +360,7 @@ def test_activation_scores_of_units_look_at_what_reads_them(models: dict[str, An
     }
     anatomy = Anatomy(model)
     seen = next(iter(Calibrator(WINDOWS).walk(anatomy, scores.SCORES[score].needs)))
-    found = Structured(score=score).unit_scores(anatomy.unit_linears("mlp")[0], seen)
+    found = unit_scores(score, anatomy.unit_linears("mlp")[0], seen)
     torch.testing.assert_close(found, by_formula[score], rtol=1e-4, atol=1e-6)
 
 

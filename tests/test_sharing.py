@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +236,32 @@ def test_pruned_with_known_facts_as_without(loaded: Loaded, method: Any) -> None
     for amount, known in ((0.3, facts), (0.5, facts), (0.5, facts_of(loaded))):
         found, cold = prune(amount, known), prune(amount, None)
         assert found.keys() == cold.keys()
+        assert all(torch.equal(found[name], cold[name]) for name in cold)
+
+
+@dataclass(frozen=True)
+class Largest(Magnitude):
+    """The opposite of its base, in a module and under keys that others share."""
+
+    def score(self, weight: Tensor, seen: Seen) -> Tensor:
+        return 1 / (1 + weight.abs())
+
+
+@dataclass(frozen=True)
+class Middle(Magnitude):
+    def score(self, weight: Tensor, seen: Seen) -> Tensor:
+        return (weight.abs() - 0.05).abs()
+
+
+@pytest.mark.parametrize("keys", [{}, {"scope": "global"}, {"allocation": "sensitivity"}], ids=str)
+def test_a_subclass_of_another_score_shares_no_facts(loaded: Loaded, keys: dict[str, str]) -> None:
+    """Neither counts nor scans."""
+    facts = facts_of(loaded)
+    for method in (Magnitude(**keys), Largest(**keys), Middle(**keys)):
+        models = [copy.deepcopy(loaded.model) for _ in range(2)]
+        for model, known in zip(models, (facts, None), strict=True):
+            method.prune(Anatomy(model, known), 0.5, 0, Calibrator(WINDOWS, "dense", 4))
+        found, cold = (model.state_dict() for model in models)
         assert all(torch.equal(found[name], cold[name]) for name in cold)
 
 

@@ -22,9 +22,10 @@ from warm import Running, start_module
 from prune_lab.errors import Refused
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.recovery import train as loop
-from prune_lab.recovery.distill import Distill, soft_loss
+from prune_lab.recovery.distill import Distill
 from prune_lab.recovery.dropout import residual_dropout
 from prune_lab.recovery.finetune import Finetune
+from prune_lab.recovery.losses import soft_loss
 from prune_lab.recovery.none import NoRecovery
 from prune_lab.recovery.optimizer import lr_factor
 from prune_lab.recovery.order import WindowOrder

@@ -19,8 +19,8 @@ from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.masks import Masks
-from prune_lab.recovery.base import Training
 from prune_lab.recovery.finetune import Finetune
+from prune_lab.recovery.training import Training
 from prune_lab.schedules import Schedule
 from prune_lab.system.console import Console
 from prune_lab.text.corpus import Documents

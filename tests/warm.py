@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 PRELOADED = (
     "torch", "transformers.modeling_utils", "transformers.models.auto.modeling_auto", "datasets", "matplotlib.pyplot",
     "mlflow.store.tracking.sqlalchemy_store", "mlflow.artifacts", "prune_lab.job", "prune_lab.runner",
-    "prune_lab.tracking.mlflow_store", "prune_lab.recovery.train", "prune_lab.models.load",
+    "prune_lab.tracking.mlflow_store", "prune_lab.recovery.train", "prune_lab.models.build",
 )  # fmt: skip
 # Names that are read when they are needed. Others, like those of the Hub's client, are read while importing.
 READ_LATE = {

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prune_lab.errors import Refused
-from prune_lab.system.device import Device
+
+if TYPE_CHECKING:
+    from prune_lab.system.device import Device
 
 CHOICES = ("none", "compile")
 # Each model of a pair, stage and length is one more compilation of the same code of its family.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from prune_lab.methods.base import Pruned
 from prune_lab.methods.weights import WeightMethod
-from prune_lab.models.anatomy import Anatomy
-from prune_lab.pruning.calibration import Calibrator
+
+if TYPE_CHECKING:
+    from prune_lab.models.anatomy import Anatomy
+    from prune_lab.pruning.calibration import Calibrator
 
 
 @dataclass(frozen=True)

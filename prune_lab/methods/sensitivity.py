@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
+from typing import TYPE_CHECKING, ClassVar
 
 from prune_lab.methods.base import Method, Pruned
 from prune_lab.methods.structured import KINDS, Structured
 from prune_lab.methods.unstructured import Unstructured
-from prune_lab.models.anatomy import Anatomy
-from prune_lab.models.blocks import bypassed
-from prune_lab.pruning.calibration import Calibrator
-from prune_lab.pruning.heat_map import draw
 from prune_lab.pruning.scores import OF_UNITS, OF_WEIGHTS
 from prune_lab.pruning.sensitivity import AMOUNTS, WINDOWS
+
+if TYPE_CHECKING:
+    from prune_lab.models.anatomy import Anatomy
+    from prune_lab.pruning.calibration import Calibrator
 
 SCORES = tuple(name for name in OF_WEIGHTS if name in OF_UNITS)
 PARTS = ("weights", *KINDS, "block")
@@ -54,56 +50,24 @@ class Sensitivity(Method):
         """It measures on calibration text."""
         return True
 
-    @torch.no_grad()
     def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
         """Measures, and leaves the model as it was."""
+        from prune_lab.pruning import depth, sensitivity_files, units, weights
+
         assert calibrator is not None
         dense = calibrator.loss(anatomy.model, WINDOWS)
         columns, rises = list[str](), [list[float]() for _ in anatomy.blocks]
         for part in self.parts:
+            if part == "block":
+                found = depth.scan(anatomy, calibrator, dense)
+            elif part == "weights":
+                found = weights.scan(Unstructured(score=self.score), anatomy, seed, calibrator, self.amounts)
+            else:
+                rule = Structured(units=(part,), score=self.score)
+                found = units.scan(rule, anatomy, part, seed, calibrator, self.amounts)
             columns += [part] if part == "block" else [f"{part} {a:g}" for a in self.amounts]
-            for of_block, found in zip(rises, self._scan(part, anatomy, seed, calibrator, dense), strict=True):
-                of_block += found
-        ratios = [[_perplexity(rise) for rise in of_block] for of_block in rises]
-        table = {
-            "what": "perplexity of calibration text, times the dense model's, when one block alone loses that much",
-            "score": self.score,
-            "windows": min(WINDOWS, len(calibrator.windows)),
-            "dense_perplexity": _json(_perplexity(dense)),
-            "columns": columns,
-            "blocks": [[_json(ratio) for ratio in of_block] for of_block in ratios],
-        }
-        files = {
-            "sensitivity.json": (json.dumps(table, indent=1) + "\n").encode(),
-            "sensitivity.md": _markdown(columns, ratios).encode(),
-            "sensitivity.png": draw(columns, ratios),
-        }
+            for of_block, more in zip(rises, found, strict=True):
+                of_block += more
+        files = sensitivity_files.files_of(columns, rises, self.score, min(WINDOWS, len(calibrator.windows)), dense)
         notes = ["nothing was removed: sensitivity.md and .png in the run's folder say what each block would cost"]
         return Pruned(notes=notes, files=files)
-
-    def _scan(self, part: str, anatomy: Anatomy, seed: int, calibrator: Calibrator, dense: float) -> list[list[float]]:
-        if part == "weights":
-            return Unstructured(score=self.score).scan(anatomy, seed, calibrator, self.amounts)
-        if part in KINDS:
-            return Structured(units=(part,), score=self.score).scan(anatomy, part, self.amounts, seed, calibrator)
-        found = []
-        for index in range(len(anatomy.blocks)):
-            with bypassed(anatomy, [index]):
-                found.append([calibrator.loss(anatomy.model, WINDOWS) - dense])
-        return found
-
-
-def _perplexity(loss: float) -> float:
-    """exp(loss); infinite where the model diverged, which is said and does not end the scan."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-def _json(value: float) -> float | str:
-    """JSON has no infinity."""
-    return value if math.isfinite(value) else "inf"
-
-
-def _markdown(columns: list[str], ratios: list[list[float]]) -> str:
-    lines = ["| block | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {index} | " + " | ".join(f"{r:.4g}" for r in row) + " |" for index, row in enumerate(ratios)]
-    return "\n".join(lines) + "\n"

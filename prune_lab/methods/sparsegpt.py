@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from prune_lab.methods.base import Pruned
 from prune_lab.methods.weights import WeightMethod
-from prune_lab.models.anatomy import out_in
-from prune_lab.pruning.selection import Pattern, count_to_remove
-from prune_lab.pruning.sparsegpt import DAMPING, solve
-from prune_lab.pruning.statistics import Seen
+from prune_lab.pruning.pattern import Pattern
+from prune_lab.pruning.seen import Seen
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -38,12 +36,13 @@ class SparseGPT(WeightMethod):
 
     def prune_linear(self, name: str, linear: Any, amount: float, seen: Seen, pruned: Pruned) -> Tensor:
         """Prunes and updates one Linear in place and returns its keep-mask, shape (out, in)."""
-        weight = out_in(linear, linear.weight)
+        from prune_lab.pruning import sparsegpt
+
         assert seen.gram is not None
-        if self.pattern is None and count_to_remove(weight.numel(), amount) == 0:
-            return torch.ones_like(weight, dtype=torch.bool)
-        solved = solve(weight, seen.gram, amount, Pattern.parse(self.pattern) if self.pattern else None)
-        weight.copy_(solved.weight)
-        if solved.damping > DAMPING:
-            pruned.notes.append(f"{name}: its inputs' gram needed damping {solved.damping:g} instead of {DAMPING:g}")
+        pattern = None if self.pattern is None else Pattern.parse(self.pattern)
+        solved = sparsegpt.prune_linear(linear, seen.gram, amount, pattern)
+        if solved.damping > sparsegpt.DAMPING:
+            pruned.notes.append(
+                f"{name}: its inputs' gram needed damping {solved.damping:g} instead of {sparsegpt.DAMPING:g}"
+            )
         return solved.keep

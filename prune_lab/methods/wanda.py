@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import Any, ClassVar
 
 from prune_lab.methods.weights import WeightMethod
-from prune_lab.pruning import scores
-from prune_lab.pruning.statistics import Seen
 
 
 @dataclass(frozen=True)
@@ -17,8 +14,4 @@ class Wanda(WeightMethod):
 
     scope: str = "row"
 
-    needs = ("input_norm",)
-
-    def score(self, weight: Tensor, seen: Seen) -> Tensor:
-        """|W_ij| * ||X_j||, float32."""
-        return scores.wanda(weight, seen)
+    score: ClassVar[Any] = "wanda"

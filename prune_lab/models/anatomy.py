@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from prune_lab.errors import Refused
-from prune_lab.models.dense_facts import DenseFacts
-from prune_lab.models.on_disk import at_hand, weights_on_disk
+
+if TYPE_CHECKING:  # checking a configuration asks for the family alone, and has no torch
+    from torch import Tensor, nn
+
+    from prune_lab.models.dense_facts import DenseFacts
 
 HEADS_OF_RUN = {"kv": 1, "qkv": 3}  # a run named "query" has all query heads of a KV group
 
@@ -114,6 +114,8 @@ def family_of(model_type: str) -> Family:
 
 def out_in(module: nn.Module, tensor: Tensor) -> Tensor:
     """A view of a weight, or of its mask, as (out, in); and back, since GPT-2's Conv1D stores (in, out)."""
+    from torch import nn
+
     return tensor if isinstance(module, nn.Linear) else tensor.T
 
 
@@ -133,6 +135,8 @@ class UnitLinear:
 
     def lines(self, units: Tensor) -> Tensor:
         """Widens one value for each unit to one for each row or column."""
+        import torch
+
         return torch.cat([units.repeat_interleave(width) for width in self.widths]).to(self.linear.weight.device)
 
 
@@ -162,10 +166,14 @@ class Anatomy:
     @property
     def is_on_disk(self) -> bool:
         """Whether the blocks' weights rest on disk: then they are there within `at_hand` only."""
+        from prune_lab.models.on_disk import weights_on_disk
+
         return weights_on_disk(self.model) is not None
 
     def at_hand(self, index: int) -> AbstractContextManager[None]:
         """Within it a block has its weights, wherever they rest; what was changed rests there afterwards."""
+        from prune_lab.models.on_disk import at_hand
+
         return at_hand(self.model, f"{self.family.blocks}.{index}")
 
     def linears(self) -> Iterator[tuple[str, Any]]:
@@ -175,6 +183,7 @@ class Anatomy:
 
     def linears_by_block(self) -> list[list[tuple[str, Any]]]:
         """The prunable Linears of each block, with their full names."""
+        from torch import nn
         from transformers.pytorch_utils import Conv1D
 
         return [

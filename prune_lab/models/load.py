@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from prune_lab.errors import Refused
-from prune_lab.models import folder as folders
-from prune_lab.models import streamed
-from prune_lab.models.anatomy import family_of
-from prune_lab.models.contents import check_finite, count_weights, weights_sha256
-from prune_lab.models.folder_check import check_config, check_folder
-from prune_lab.system.device import Device
-from prune_lab.system.hub import as_folder, cached_file, check_reachable, commit_of, download, is_hub_id, why_not
+from prune_lab.models.folder_check import check_folder
+from prune_lab.system.hub import as_folder, cached_file, check_reachable, commit_of, download, is_hub_id
 from prune_lab.text.encode import tokenizer_sha256
+
+if TYPE_CHECKING:
+    from prune_lab.system.device import Device
 
 TINY = Path(__file__).parent / "tiny"
 WEIGHTS = ("pretrained", "random")
@@ -35,6 +30,8 @@ class Loaded:
 
     def facts(self) -> dict[str, Any]:
         """Name, family, parameters (a tied matrix once), revision and licence."""
+        from prune_lab.models.contents import count_weights
+
         return {
             "name": self.name,
             "family": self.family,
@@ -50,6 +47,8 @@ class Loaded:
 
     def fingerprint(self) -> dict[str, str]:
         """sha256 of the weights (names, types, shapes, bytes) and of the tokenizer."""
+        from prune_lab.models.contents import weights_sha256
+
         return {"weights": weights_sha256(self.model), "tokenizer": tokenizer_sha256(self.tokenizer)}
 
 
@@ -125,27 +124,10 @@ class Tiny(ModelSource):
 
 def _load(source: str, revision: str | None, option: ModelSource, name: str, device: Device, seed: int) -> Loaded:
     """The model and tokenizer of a folder or Hub id, to be called `name`."""
-    from transformers import AutoConfig
-    from transformers.utils import logging
+    from prune_lab.models.build import build  # with torch, which checking a configuration has no use for
 
-    logging.disable_progress_bar()  # its bars and advice speak of parts; the console speaks of the run
-    logging.set_verbosity_error()
-    place: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-    try:
-        config = AutoConfig.from_pretrained(source, **place)
-        family_of(config.model_type)
-        check_config(config, name)
-        tokenizer = _load_tokenizer(source, place, name)
-        if option.stream:
-            model = streamed.build(Path(source), config, device, name)
-        else:
-            model = _build(source, config, option.weights, place, device, seed).to(device.torch_device)
-    except Refused:
-        raise
-    except Exception as error:  # transformers, the Hub's client and safetensors each have their own
-        raise Refused(f"model.name={name!r} cannot be loaded: {why_not(name, error)}") from error
-    check_finite(model, name)
-    return Loaded(model.eval(), tokenizer, name, config.model_type)
+    model, tokenizer = build(source, revision, name, option.weights, option.stream, device, seed)
+    return Loaded(model, tokenizer, name, model.config.model_type)
 
 
 def licence_of(card: Path | None) -> str | None:
@@ -158,37 +140,3 @@ def licence_of(card: Path | None) -> str | None:
         return str(header["license"])
     except (OSError, ValueError, KeyError, IndexError, TypeError, yaml.YAMLError):
         return None
-
-
-def _load_tokenizer(source: str, place: dict[str, Any], name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source, **place)
-    except Exception as error:  # what it says of a missing file is about packages to install
-        raise Refused(
-            f"model.name={name!r} cannot be loaded: there is no tokenizer.json, nor other files of a tokenizer, that "
-            f"can be read beside config.json ({type(error).__name__})"
-        ) from error
-
-
-def _build(source: str, config: Any, weights: str, place: dict[str, Any], device: Device, seed: int) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    if weights == "random":
-        if hasattr(config, "quantization_config"):  # of the weights that are not read
-            del config.quantization_config
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=device.dtype)
-    model, report = folders.load(source, config, **place, dtype=device.dtype, output_loading_info=True)
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise Refused(f"model.name={source!r} lacks the weights {', '.join(missing[:3])}: the download is not complete")
-    scales = sorted(key for key in report["unexpected_keys"] if key.endswith("_scale"))
-    if scales:
-        raise Refused(
-            f"model.name={source!r} holds {scales[0]}, but its config.json has no quantization_config: the weights "
-            "cannot be read without it"
-        )
-    return model

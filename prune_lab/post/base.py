@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from prune_lab.models.anatomy import Anatomy
-from prune_lab.system.device import Device
+if TYPE_CHECKING:
+    from prune_lab.models.anatomy import Anatomy
+    from prune_lab.system.device import Device
 
 
 @dataclass(frozen=True)

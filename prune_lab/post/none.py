@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from prune_lab.models.anatomy import Anatomy
 from prune_lab.post.base import Post
+
+if TYPE_CHECKING:
+    from prune_lab.models.anatomy import Anatomy
 
 
 @dataclass(frozen=True)

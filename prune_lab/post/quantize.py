@@ -6,20 +6,14 @@ Embeddings, norms and the output layer keep their floats, as in the published ex
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from prune_lab.errors import Refused
-from prune_lab.models.anatomy import Anatomy, out_in
-from prune_lab.models.low_bit_format import Scheme, linear_names, replace_linear
-from prune_lab.models.low_bits import LowBitLinear
 from prune_lab.post.base import Post
-from prune_lab.system.device import Device
 
-EXPANDED = "the weights are expanded before each product: smaller, and slower"
-OWN_EXPORT = "only prune_lab can load the export: other software knows low-bit layouts of Linears, and these are {}s"
+if TYPE_CHECKING:
+    from prune_lab.models.anatomy import Anatomy
+    from prune_lab.system.device import Device
 
 
 @dataclass(frozen=True)
@@ -31,27 +25,34 @@ class LowBitPost(Post):
         "quantization_config=CompressedTensorsConfig(run_compressed=False))`, unless a note here says otherwise"
     )
 
+    def scheme(self) -> dict[str, Any]:
+        """The fields of its Scheme (models/low_bit_format.py)."""
+        raise NotImplementedError
+
+    def compress(self, anatomy: Anatomy) -> list[str]:
+        """Replaces every prunable Linear; raises Refused where its inputs are no multiple of the group."""
+        from prune_lab.models.low_bit_format import Scheme
+        from prune_lab.models.quantize import quantize
+
+        return quantize(anatomy, Scheme(**self.scheme()))
+
 
 @dataclass(frozen=True)
 class Int8Dynamic(LowBitPost):
     """8-bit weights, and inputs rounded to 8 bits token by token as they come (LLM.int8's plain case, 2208.07339)."""
 
-    def compress(self, anatomy: Anatomy) -> list[str]:
-        """Replaces every prunable Linear."""
-        return quantize(anatomy, Scheme(bits=8, dynamic=True))
+    def scheme(self) -> dict[str, Any]:
+        """8-bit integers on both sides."""
+        return {"bits": 8, "dynamic": True}
 
 
 @dataclass(frozen=True)
 class Int8WeightOnly(LowBitPost):
     """8-bit weights; inputs and products keep their type."""
 
-    def compress(self, anatomy: Anatomy) -> list[str]:
-        """Replaces every prunable Linear."""
-        notes = quantize(anatomy, Scheme(bits=8))
-        weight = next(anatomy.model.parameters())
-        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
-            return [f"int8_weight_only: a kernel for few rows (decoding); for many, {EXPANDED}", *notes]
-        return [f"int8_weight_only: {EXPANDED}", *notes]
+    def scheme(self) -> dict[str, Any]:
+        """8-bit integers."""
+        return {"bits": 8}
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,9 @@ class Int4WeightOnly(LowBitPost):
 
     not_applicable: ClassVar[tuple[str, ...]] = ()
 
-    def compress(self, anatomy: Anatomy) -> list[str]:
-        """Replaces every prunable Linear; raises Refused where its inputs are no multiple of the group."""
-        for name, linear in anatomy.linears():
-            inputs = out_in(linear, linear.weight).shape[1]
-            if inputs % self.group_size:
-                raise Refused(
-                    f"post.group_size={self.group_size} does not divide the {inputs} inputs of {name}: give a group "
-                    f"that does, or cut to multiples of it with method.round_to={self.group_size}"
-                )
-        notes = quantize(anatomy, Scheme(bits=4, group_size=self.group_size))
-        return [f"int4_weight_only: {EXPANDED}", *notes]
+    def scheme(self) -> dict[str, Any]:
+        """4-bit integers in groups."""
+        return {"bits": 4, "group_size": self.group_size}
 
 
 @dataclass(frozen=True)
@@ -79,40 +72,12 @@ class Fp8(LowBitPost):
 
     def check(self, device: Device) -> None:
         """Raises Refused where the GPU multiplies no 8-bit floats."""
-        if not device.is_cuda or torch.cuda.get_device_capability(device.torch_device) < (8, 9):
+        if device.compute_capability < (8, 9):
             raise Refused(
                 "post=fp8 needs a GPU that multiplies 8-bit floats (compute capability 8.9: Ada, Hopper and later); "
                 f"here is {device.name}: post=int8_dynamic runs everywhere"
             )
 
-    def compress(self, anatomy: Anatomy) -> list[str]:
-        """Replaces every prunable Linear."""
-        return quantize(anatomy, Scheme(bits=8, type="float", dynamic=True))
-
-
-@torch.no_grad()
-def quantize(anatomy: Anatomy, scheme: Scheme) -> list[str]:
-    """Replaces every prunable Linear by one of the scheme, and returns notes about its export.
-
-    Raises RuntimeError if a zero did not stay a zero.
-    """
-    model: Any = anatomy.model
-    linears, without_product = list(anatomy.linears()), 0
-    for name, linear in linears:
-        weight = out_in(linear, linear.weight)
-        new = replace_linear(model, name, scheme, weight.dtype)
-        new.store(weight)
-        if new.bias is not None:
-            new.bias.copy_(linear.bias)
-        if bool(new.codes()[weight == 0].any()):
-            raise RuntimeError(f"{name}: weights that were zero are not zero after quantization")
-        without_product += not new.has_product
-    untouched = [n for n in linear_names(model) if not isinstance(model.get_submodule(n), LowBitLinear)]
-    model.config.quantization_config = scheme.to_config(untouched)
-    strange = next((linear for _, linear in linears if not isinstance(linear, nn.Linear)), None)
-    notes = [] if strange is None else [OWN_EXPORT.format(type(strange).__name__)]
-    if scheme.dynamic and without_product:
-        notes.append(
-            f"{without_product} of {len(linears)} layers have widths that the device has no product for: {EXPANDED}"
-        )
-    return notes
+    def scheme(self) -> dict[str, Any]:
+        """8-bit floats on both sides."""
+        return {"bits": 8, "type": "float", "dynamic": True}

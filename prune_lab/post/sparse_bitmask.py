@@ -6,10 +6,12 @@ In memory and in time nothing changes: the tensors are dense there.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from prune_lab.models.anatomy import Anatomy
 from prune_lab.post.base import Post
+
+if TYPE_CHECKING:
+    from prune_lab.models.anatomy import Anatomy
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,8 @@ class Calibrator:
         asked for: with propagate="pruned" its inputs come from the changed block. `dense` overrules that: one pass.
         """
         wanted = needs & frozenset(NEEDS)
-        linears = anatomy.linears_by_block()
         if not wanted:
-            for index, of_block in enumerate(linears):
-                with anatomy.at_hand(index):
-                    yield {name: Seen() for name, _ in of_block}
+            yield from unseen(anatomy)
             return
         propagate_pruned = not dense and self.propagate == "pruned"
         facts = None if propagate_pruned else anatomy.facts
@@ -56,7 +53,7 @@ class Calibrator:
             yield from self._observe(anatomy, propagate_pruned, wanted)
             return
         observe = partial(self._observe, anatomy, False)
-        yield from dense_statistics(facts, self._of, len(linears), wanted, observe)
+        yield from dense_statistics(facts, self._of, len(anatomy.blocks), wanted, observe)
 
     def _observe(self, anatomy: Anatomy, propagate_pruned: bool, wanted: frozenset[str]) -> Iterator[dict[str, Seen]]:
         linears, stream = anatomy.linears_by_block(), BlockStream(anatomy, self.windows, self.batch_size)
@@ -126,3 +123,10 @@ class Calibrator:
         device = next(model.parameters()).device
         losses = [window_losses(model, batch.to(device)) for batch in self.windows[:windows].split(self.batch_size)]
         return float(torch.cat(losses).double().mean())
+
+
+def unseen(anatomy: Anatomy) -> Iterator[dict[str, Seen]]:
+    """Each block in order, at hand, for those who need to see nothing of its inputs."""
+    for index, of_block in enumerate(anatomy.linears_by_block()):
+        with anatomy.at_hand(index):
+            yield {name: Seen() for name, _ in of_block}

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from prune_lab.pruning.statistics import Seen
+    from prune_lab.pruning.seen import Seen
+
+_SMALLEST = 2.0**-126  # normal number in float32
 
 
 def magnitude(weight: Tensor, seen: Seen) -> Tensor:
@@ -27,6 +30,8 @@ def square(weight: Tensor, seen: Seen) -> Tensor:
 
 def random(weight: Tensor, seen: Seen) -> Tensor:
     """Uniform in [0, 1), drawn on the CPU so that every device prunes the same weights."""
+    import torch
+
     return torch.rand(weight.shape, generator=seen.random).to(weight.device)
 
 
@@ -40,8 +45,9 @@ def ria(weight: Tensor, seen: Seen) -> Tensor:
     """(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||^0.5, float32 (RIA: Zhang et al., ICLR 2024)."""
     assert seen.input_norm is not None
     size = weight.float().abs()
-    smallest = torch.finfo(torch.float32).tiny  # a row or column of zeros: every share is zero, not undefined
-    share = size / size.sum(0, keepdim=True).clamp(min=smallest) + size / size.sum(1, keepdim=True).clamp(min=smallest)
+    # In a row or column of zeros every share is zero, not undefined.
+    columns, rows = (size.sum(dim, keepdim=True).clamp(min=_SMALLEST) for dim in (0, 1))
+    share = size / columns + size / rows
     return share * seen.input_norm.sqrt()
 
 

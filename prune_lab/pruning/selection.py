@@ -3,37 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
-from dataclasses import dataclass
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from prune_lab.pruning.cuts import Counts, Threshold, at_once, cuts, row_cuts
+from prune_lab.pruning.pattern import Pattern
 
-_PATTERN = re.compile(r"(\d+):(\d+)")
 _SMALL = 8  # entries whose pairs are fewer than the steps of a selection
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """N of every M consecutive inputs of an output row are kept (NVIDIA's convention)."""
-
-    n: int
-    m: int
-
-    @classmethod
-    def parse(cls, text: str) -> Pattern:
-        """Reads "N:M"; raises ValueError otherwise."""
-        found = _PATTERN.fullmatch(text)
-        if found is None:
-            hint = " (YAML reads an unquoted 2:4 as a number: quote it)" if text.isdigit() else ""
-            raise ValueError(f"pattern={text!r} is not of the form N:M, such as 2:4{hint}")
-        pattern = cls(int(found[1]), int(found[2]))
-        if not 0 < pattern.n <= pattern.m:
-            raise ValueError(f"pattern={text!r}: N of N:M are kept, so N must be from 1 to M")
-        return pattern
 
 
 def count_to_remove(numel: int, amount: float) -> int:

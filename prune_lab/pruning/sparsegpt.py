@@ -9,12 +9,15 @@ a window, and only triangles as wide as a window are ever inverted.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prune_lab.errors import Refused
-from prune_lab.pruning.selection import Pattern, keep_layer, keep_pattern
+from prune_lab.models.anatomy import out_in
+from prune_lab.pruning.pattern import Pattern
+from prune_lab.pruning.selection import count_to_remove, keep_layer, keep_pattern
 
 WINDOW = 128  # columns whose weights are ranked together
 STRIP = 16  # columns that are updated one by one before the rest of the window is, in one product
@@ -29,6 +32,16 @@ class Solved:
     weight: Tensor
     keep: Tensor
     damping: float
+
+
+def prune_linear(linear: Any, gram: Tensor, amount: float, pattern: Pattern | None = None) -> Solved:
+    """Prunes and updates a Linear's weight in place, as `solve` does; its keep-mask has shape (out, in)."""
+    weight = out_in(linear, linear.weight)
+    if pattern is None and count_to_remove(weight.numel(), amount) == 0:
+        return Solved(weight, torch.ones_like(weight, dtype=torch.bool), damping=0.0)
+    solved = solve(weight, gram, amount, pattern)
+    weight.copy_(solved.weight)
+    return solved
 
 
 def solve(weight: Tensor, gram: Tensor, amount: float, pattern: Pattern | None = None) -> Solved:

@@ -4,40 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from prune_lab.pruning.cuts import Counts
+from prune_lab.pruning.seen import GRADIENTS, NEEDS, Seen
 
-NEEDS = ("input_norm", "variance", "gram")
-GRADIENTS = ("saliency", "saliency2")  # of the whole model's loss: prune_lab/pruning/gradients.py
+__all__ = ["GRADIENTS", "NEEDS", "InputStatistics", "Seen"]
+
 PANEL = 256  # columns of a gram matrix that are computed at once, from the diagonal on: the rest is their mirror
-
-
-def _no_generator() -> torch.Generator:
-    return torch.Generator()
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a score may go by beside the weight (out, in); a field that was not asked for is None.
-
-    input_norm: L2 norm of each input over all tokens, (in,). mean, variance: of each input over all tokens, (in,),
-    the variance unbiased. gram: X^T X over all tokens, (in, in). saliency: mean over windows of |w * gradient|,
-    saliency2: of (w * gradient)^2, both (out, in). random: the run's generator, for scores that draw. counts: of
-    scores that go by the weight alone, for all amounts.
-    """
-
-    input_norm: Tensor | None = None
-    mean: Tensor | None = None
-    variance: Tensor | None = None
-    gram: Tensor | None = None
-    saliency: Tensor | None = None
-    saliency2: Tensor | None = None
-    random: torch.Generator = field(default_factory=_no_generator)
-    counts: Counts | None = None
 
 
 @contextmanager

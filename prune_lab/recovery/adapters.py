@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 
 from prune_lab.models.anatomy import Anatomy, out_in
-from prune_lab.pruning.masks import Masks
+from prune_lab.pruning.masks import Masks, clear
 
 _A, _B = "lora_a", "lora_b"
 
@@ -55,7 +55,9 @@ def merge(anatomy: Anatomy, masks: Masks, scale: float) -> None:
 
 def _update(linear: Any, keep: Tensor | None, scale: float) -> Tensor:
     update = scale * (getattr(linear, _B) @ getattr(linear, _A))
-    return update if keep is None else update.masked_fill_(~out_in(linear, keep).to(update.device), 0)
+    if keep is not None:
+        clear(update, out_in(linear, keep).to(update.device))
+    return update
 
 
 def _forward(linear: Any, keep: Tensor | None, scale: float, inputs: Tensor) -> Tensor:

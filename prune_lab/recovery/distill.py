@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from typing import TYPE_CHECKING
 
 from prune_lab.errors import Refused
 from prune_lab.models.load import HubModel, Loaded
-from prune_lab.recovery.base import Training
 from prune_lab.recovery.finetune import Finetune
-from prune_lab.recovery.train import train
-from prune_lab.system.device import Device
 from prune_lab.text.encode import tokenizer_sha256
+
+if TYPE_CHECKING:
+    from prune_lab.recovery.losses import Loss
+    from prune_lab.recovery.training import Training
+    from prune_lab.system.device import Device
 
 
 @dataclass(frozen=True)
@@ -59,29 +57,12 @@ class Distill(Finetune):
             _fingerprints[teacher.name] = teacher.fingerprint()
         return {f"teacher_{key}": value for key, value in _fingerprints[teacher.name].items()}
 
-    def recover(self, model: Any, training: Training) -> None:
-        """Trains on the mixed loss; the teacher is in eval mode, has no gradients and is not changed."""
+    def loss(self, training: Training) -> Loss:
+        """The mixed loss; the teacher is in eval mode, has no gradients and is not changed."""
+        from prune_lab.recovery.losses import distillation_loss
+
         teacher = training.dense if self.teacher is None else _load(self.teacher, training.device)
-
-        def loss_of(student: Any, batch: Tensor) -> Tensor:
-            with torch.no_grad():
-                wanted = teacher.model(input_ids=batch, use_cache=False).logits[:, :-1]
-            found = student(input_ids=batch, use_cache=False).logits[:, :-1]
-            soft = soft_loss(found.flatten(0, 1), wanted.flatten(0, 1), self.temperature)
-            hard = cross_entropy(found.flatten(0, 1).float(), batch[:, 1:].flatten())
-            return self.alpha * soft + (1 - self.alpha) * hard
-
-        train(model, self, training, loss_of)
-
-
-def soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(teacher || student) at temperature T, averaged over tokens; both of shape (tokens, vocabulary).
-
-    T^2 keeps the gradient's size as T changes, since it shrinks as 1 / T^2.
-    """
-    found = log_softmax(student.float() / temperature, dim=-1)
-    wanted = log_softmax(teacher.float() / temperature, dim=-1)
-    return kl_div(found, wanted, reduction="batchmean", log_target=True) * temperature**2
+        return distillation_loss(teacher.model, self.temperature, self.alpha)
 
 
 _teachers: dict[tuple[str, Device], Loaded] = {}

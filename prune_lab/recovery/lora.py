@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from prune_lab.models.anatomy import Anatomy
-from prune_lab.recovery import adapters
-from prune_lab.recovery.base import Training
 from prune_lab.recovery.finetune import Finetune
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prune_lab.recovery.training import Training
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,18 @@ class Lora(Finetune):
 
     def begin(self, model: Any, training: Training, step: int) -> None:
         """Attaches new adapters and freezes the weights."""
+        from prune_lab.recovery import adapters
+
         adapters.attach(Anatomy(model), training.pruned.masks, self.rank, self.scale, training.seed + step)
 
     def end(self, model: Any, training: Training) -> None:
         """Merges them."""
+        from prune_lab.recovery import adapters
+
         adapters.merge(Anatomy(model), training.pruned.masks, self.scale)
 
     def weights(self, model: Any, training: Training) -> dict[str, Tensor]:
         """The frozen weights with the updates added, through the masks."""
+        from prune_lab.recovery import adapters
+
         return adapters.merged(Anatomy(model), training.pruned.masks, self.scale)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from prune_lab.recovery.base import Recovery, Training
+from prune_lab.recovery.base import Recovery
+
+if TYPE_CHECKING:
+    from prune_lab.recovery.training import Training
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from prune_lab.pruning.surgery import Cut
-
-if TYPE_CHECKING:
-    from prune_lab.recovery.finetune import Finetune
+from prune_lab.recovery.recipe import TrainingRecipe
 
 
-def adamw(model: Any, recipe: Finetune) -> torch.optim.AdamW:
+def adamw(model: Any, recipe: TrainingRecipe) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter, 1711.05101) over what requires gradients; norms and biases are not decayed."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     groups = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,8 @@ from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.loss import window_losses
 from prune_lab.pruning.masks import Masks
 from prune_lab.recovery.optimizer import adamw
+from prune_lab.recovery.recipe import TrainingRecipe
 from prune_lab.system.world import World
-
-if TYPE_CHECKING:
-    from prune_lab.recovery.finetune import Finetune
 
 
 class Whole:
@@ -45,7 +43,7 @@ class Sharded(Whole):
     bfloat16: the training computes in it, so blocks are put together in it.
     """
 
-    def __init__(self, whole: Whole, recipe: Finetune, world: World, bfloat16: bool) -> None:
+    def __init__(self, whole: Whole, recipe: TrainingRecipe, world: World, bfloat16: bool) -> None:
         from torch.distributed.fsdp import register_fsdp_forward_method
 
         self._whole = whole

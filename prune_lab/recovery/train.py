@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,30 +12,28 @@ from torch import Tensor
 
 from prune_lab.errors import Refused
 from prune_lab.recovery import checkpoint
-from prune_lab.recovery.base import Training
 from prune_lab.recovery.dropout import residual_dropout
+from prune_lab.recovery.losses import Loss
 from prune_lab.recovery.optimizer import adamw, follow, lr_factor
 from prune_lab.recovery.order import WindowOrder
+from prune_lab.recovery.recipe import TrainingRecipe
 from prune_lab.recovery.rewinding import Rewinder
 from prune_lab.recovery.sharding import Sharded, Whole
+from prune_lab.recovery.training import Training
 from prune_lab.recovery.validation import Validation
 from prune_lab.system.device import uses_bfloat16
 
-if TYPE_CHECKING:
-    from prune_lab.recovery.finetune import Finetune
-
 LOG_EVERY = 10  # steps
-Loss = Callable[[Any, Tensor], Tensor]
 
 
-def train(model: Any, recipe: Finetune, training: Training, loss_of: Loss) -> None:
+def train(model: Any, recipe: TrainingRecipe, training: Training) -> None:
     """Trains `model` in place for recipe.steps steps, pruning as the schedule says, and leaves it in eval mode.
 
     The weights are float32 while they train, whatever the run's number type: small updates vanish in 16 bits.
     A checkpoint left by an interrupted run is gone on from, and ends in the same weights.
     """
     with _gradient_checkpointing(model, recipe.gradient_checkpointing), residual_dropout(model, recipe.dropout):
-        loop = _Loop(model, recipe, training, loss_of)
+        loop = _Loop(model, recipe, training, recipe.loss(training))
         loop.run()
     _cast_weights(model, training.device.dtype)
     training.pruned.masks.hold(model)
@@ -44,7 +42,7 @@ def train(model: Any, recipe: Finetune, training: Training, loss_of: Loss) -> No
 class _Loop:
     """One training under way."""
 
-    def __init__(self, model: Any, recipe: Finetune, training: Training, loss_of: Loss) -> None:
+    def __init__(self, model: Any, recipe: TrainingRecipe, training: Training, loss_of: Loss) -> None:
         self.model, self.recipe, self.training, self.loss_of = model, recipe, training, loss_of
         stream, batch_size, world = training.tokens.stream("train"), recipe.batch_size, training.world
         if len(stream) < training.seq_len:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prune_lab.errors import Refused
-from prune_lab.recovery.base import Training
+from prune_lab.recovery.recipe import TrainingRecipe
 from prune_lab.recovery.sharding import Whole, full
-
-if TYPE_CHECKING:
-    from prune_lab.recovery.finetune import Finetune
+from prune_lab.recovery.training import Training
 
 
 class Validation:
@@ -23,7 +21,7 @@ class Validation:
     The best counts from the last pruning on: before it the model is not yet what was asked for.
     """
 
-    def __init__(self, recipe: Finetune, training: Training) -> None:
+    def __init__(self, recipe: TrainingRecipe, training: Training) -> None:
         self.every, self._recipe, self._training = recipe.validate_every, recipe, training
         self._patience, self._keeps = recipe.patience, recipe.keep_best or recipe.patience > 0
         self.best, self.best_step, self.worse = math.inf, -1, 0  # worse: measurements since the best

@@ -35,6 +35,11 @@ class Device:
         """Whether this is a GPU."""
         return self.torch_device.type == "cuda"
 
+    @property
+    def compute_capability(self) -> tuple[int, int]:
+        """That of a GPU; (0, 0) for what is none."""
+        return torch.cuda.get_device_capability(self.torch_device) if self.is_cuda else (0, 0)
+
     def synchronize(self) -> None:
         """Waits until the device has done what was asked of it."""
         if self.is_cuda:

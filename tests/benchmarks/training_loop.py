@@ -18,9 +18,10 @@ from prune_lab.methods.base import Pruned
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import Tiny
-from prune_lab.recovery.base import Training
-from prune_lab.recovery.finetune import Finetune, next_token_loss
+from prune_lab.recovery.finetune import Finetune
+from prune_lab.recovery.losses import next_token_loss
 from prune_lab.recovery.order import WindowOrder
+from prune_lab.recovery.training import Training
 from prune_lab.schedules import Event
 from prune_lab.system import device as devices
 from prune_lab.system.console import Console
