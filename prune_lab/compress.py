@@ -12,11 +12,11 @@ from prune_lab.bench import Bench
 from prune_lab.cache import cache_folder
 from prune_lab.config.parts import Parts
 from prune_lab.measure.macs import Macs
-from prune_lab.methods.base import Pruned
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import Loaded
 from prune_lab.plan import plan
 from prune_lab.pruning.calibration import Calibrator
+from prune_lab.pruning.pruned import Pruned
 from prune_lab.recovery.training import Training
 from prune_lab.system.console import Console
 from prune_lab.system.turns import machine

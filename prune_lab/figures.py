@@ -8,7 +8,8 @@ from prune_lab.measure.figures import Figures
 from prune_lab.measure.macs import Macs
 from prune_lab.measure.speed import Paired
 from prune_lab.measure.timing import Timings
-from prune_lab.methods.base import Method, Pruned
+from prune_lab.methods.base import Method
+from prune_lab.pruning.pruned import Pruned
 
 
 def compare(

@@ -20,13 +20,13 @@ from prune_lab.fingerprint import fingerprint
 from prune_lab.measure.accelerate import check_acceleration
 from prune_lab.measure.figures import Figures
 from prune_lab.measure.timing import Timings, measure_timings
-from prune_lab.methods.base import Pruned
 from prune_lab.models.export import check_reload, save_model
 from prune_lab.models.load import Loaded
 from prune_lab.models.on_disk import weights_on_disk
 from prune_lab.out_of_memory import explained
 from prune_lab.place import Place
 from prune_lab.pruning.calibration import Calibrator
+from prune_lab.pruning.pruned import Pruned
 from prune_lab.results import notes, outcome
 from prune_lab.results.card import model_card
 from prune_lab.results.summary import Summary

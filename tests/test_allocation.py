@@ -12,13 +12,13 @@ import torch
 from conftest import CPU, make_folder
 from torch import Tensor
 
-from prune_lab.methods.base import Pruned
 from prune_lab.methods.sparsegpt import SparseGPT
 from prune_lab.methods.wanda import Wanda
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel
 from prune_lab.pruning.allocation import by_sensitivity, outlier_ratio, owl, to_mean
 from prune_lab.pruning.calibration import Calibrator
+from prune_lab.pruning.pruned import Pruned
 from prune_lab.pruning.sensitivity import AMOUNTS
 
 WINDOWS = torch.randint(300, (6, 24), generator=torch.Generator().manual_seed(4))

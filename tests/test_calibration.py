@@ -27,7 +27,7 @@ from prune_lab.models.blocks import bypassed
 from prune_lab.models.load import HubModel
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.influence import block_influence, influence
-from prune_lab.pruning.statistics import Seen
+from prune_lab.pruning.seen import Seen
 from prune_lab.system.console import Console
 from prune_lab.text.files import TextFiles
 from prune_lab.text.source import Calibration

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from prune_lab.errors import Refused
 from prune_lab.measure.size import measure_size
-from prune_lab.methods.base import Pruned
 from prune_lab.methods.depth import Depth
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import bypassed
@@ -23,6 +22,7 @@ from prune_lab.models.export import check_reload, save_model
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.models.resize import keep_blocks
 from prune_lab.pruning.calibration import Calibrator
+from prune_lab.pruning.pruned import Pruned
 
 BLOCKS = 4
 WINDOWS = torch.randint(1, 300, (5, 24), generator=torch.Generator().manual_seed(4))  # 0 is padding

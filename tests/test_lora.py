@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from trainings import IDS, half_masks, linears, training_of, weights_of
 
-from prune_lab.methods.base import Pruned
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.structured import Structured
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.pruning.masks import Masks
+from prune_lab.pruning.pruned import Pruned
 from prune_lab.recovery import adapters
 from prune_lab.recovery import train as loop
 from prune_lab.recovery.lora import Lora

@@ -18,11 +18,12 @@ from transformers.pytorch_utils import Conv1D
 
 from prune_lab.config.parts import build
 from prune_lab.errors import Refused
-from prune_lab.methods.base import Method, Pruned
+from prune_lab.methods.base import Method
 from prune_lab.methods.weights import WeightMethod
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel
 from prune_lab.pruning.calibration import Calibrator
+from prune_lab.pruning.pruned import Pruned
 from prune_lab.system.device import Device
 
 OPTIONS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))

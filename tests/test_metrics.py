@@ -19,8 +19,8 @@ from prune_lab.measure.perplexity import Quality
 from prune_lab.measure.size import Size
 from prune_lab.measure.speed import Latency, Paired
 from prune_lab.measure.timing import Timings
-from prune_lab.methods.base import Pruned
 from prune_lab.methods.magnitude import Magnitude
+from prune_lab.pruning.pruned import Pruned
 from prune_lab.results.metrics import axis
 
 ROWS = rows_of(ROOT / "docs" / "metrics.md")

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from trainings import Weights, same, training_of, weights_of
 
 from prune_lab.errors import Refused
-from prune_lab.methods.base import Method, Pruned
+from prune_lab.methods.base import Method
 from prune_lab.methods.depth import Depth
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.structured import Structured
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel, Loaded
+from prune_lab.pruning.pruned import Pruned
 from prune_lab.recovery import train as loop
 from prune_lab.recovery.finetune import Finetune
 from prune_lab.recovery.lora import Lora

@@ -16,7 +16,6 @@ from test_families import BY_HAND, HEAD_DIM, MLP, Parts
 from torch import Tensor, nn
 
 from prune_lab.errors import Refused
-from prune_lab.methods.base import Pruned
 from prune_lab.methods.ria import Ria
 from prune_lab.methods.structured import Structured
 from prune_lab.methods.unstructured import Unstructured
@@ -25,7 +24,9 @@ from prune_lab.models.anatomy import Anatomy, UnitLinear, out_in
 from prune_lab.models.load import HubModel
 from prune_lab.pruning import gradients, scores
 from prune_lab.pruning.calibration import Calibrator
-from prune_lab.pruning.statistics import InputStatistics, Seen
+from prune_lab.pruning.pruned import Pruned
+from prune_lab.pruning.seen import Seen
+from prune_lab.pruning.statistics import InputStatistics
 from prune_lab.pruning.surgery import unit_sums
 from prune_lab.pruning.units import unit_scores
 from prune_lab.system.console import Console

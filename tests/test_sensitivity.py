@@ -18,11 +18,11 @@ from test_families import HEAD_DIM, HIDDEN, MLP
 from torch import Tensor
 from warm import give_store
 
-from prune_lab.methods.base import Pruned
 from prune_lab.methods.sensitivity import PARTS, Sensitivity
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel
 from prune_lab.pruning.calibration import Calibrator
+from prune_lab.pruning.pruned import Pruned
 
 FILES = ("sensitivity.json", "sensitivity.md", "sensitivity.png")
 MEASURED = 32  # windows, however many are looked at

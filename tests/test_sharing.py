@@ -37,7 +37,7 @@ from prune_lab.models.dense_facts import DenseFacts
 from prune_lab.models.load import Loaded
 from prune_lab.pruning import calibration
 from prune_lab.pruning.calibration import Calibrator
-from prune_lab.pruning.statistics import NEEDS, Seen
+from prune_lab.pruning.seen import NEEDS, Seen
 from prune_lab.sweeps import sweep
 
 WINDOWS = torch.randint(300, (6, 16), generator=torch.Generator().manual_seed(0))

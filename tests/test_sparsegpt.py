@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from prune_lab.errors import Refused
-from prune_lab.methods.base import Pruned
 from prune_lab.methods.sparsegpt import SparseGPT
+from prune_lab.pruning.pruned import Pruned
+from prune_lab.pruning.seen import Seen
 from prune_lab.pruning.selection import Pattern
 from prune_lab.pruning.sparsegpt import factor_of, solve
-from prune_lab.pruning.statistics import InputStatistics, Seen
+from prune_lab.pruning.statistics import InputStatistics
 
 WEIGHT = torch.tensor([[0.5, -1.0, 0.2, 0.8], [-0.3, 0.6, -0.9, 0.1]])
 INPUTS = torch.tensor(

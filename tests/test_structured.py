@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from prune_lab.errors import Refused
-from prune_lab.methods.base import Pruned
 from prune_lab.methods.structured import Structured
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.export import save_model
 from prune_lab.models.load import HubModel, Loaded
+from prune_lab.pruning.pruned import Pruned
 
 # A Llama with biases everywhere: those of down and o belong to no unit and must stay.
 VARIANTS = {**{family: {} for family in FAMILIES}, "llama with biases": {"attention_bias": True, "mlp_bias": True}}

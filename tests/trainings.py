@@ -14,11 +14,12 @@ from conftest import CPU, story
 from safetensors import safe_open
 from torch import Tensor
 
-from prune_lab.methods.base import Method, Pruned
+from prune_lab.methods.base import Method
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.masks import Masks
+from prune_lab.pruning.pruned import Pruned
 from prune_lab.recovery.finetune import Finetune
 from prune_lab.recovery.training import Training
 from prune_lab.schedules import Schedule

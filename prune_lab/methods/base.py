@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from prune_lab.checks import check_amount
-from prune_lab.pruning.pruned import LayerRow, Pruned
+from prune_lab.pruning.pruned import Pruned
 
 if TYPE_CHECKING:
     from prune_lab.models.anatomy import Anatomy
     from prune_lab.pruning.calibration import Calibrator
-
-__all__ = ["LayerRow", "Method", "Pruned"]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prune_lab.methods.base import Method, Pruned
+from prune_lab.methods.base import Method
+from prune_lab.pruning.pruned import Pruned
 
 if TYPE_CHECKING:
     from prune_lab.models.anatomy import Anatomy

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from prune_lab.methods.base import Pruned
 from prune_lab.methods.weights import WeightMethod
+from prune_lab.pruning.pruned import Pruned
 
 if TYPE_CHECKING:
     from prune_lab.models.anatomy import Anatomy

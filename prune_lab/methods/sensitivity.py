@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from prune_lab.methods.base import Method, Pruned
+from prune_lab.methods.base import Method
 from prune_lab.methods.structured import KINDS, Structured
 from prune_lab.methods.unstructured import Unstructured
+from prune_lab.pruning.pruned import Pruned
 from prune_lab.pruning.scores import OF_UNITS, OF_WEIGHTS
 from prune_lab.pruning.sensitivity import AMOUNTS, WINDOWS
 

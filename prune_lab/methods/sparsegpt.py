@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from prune_lab.methods.base import Pruned
 from prune_lab.methods.weights import WeightMethod
 from prune_lab.pruning.pattern import Pattern
+from prune_lab.pruning.pruned import Pruned
 from prune_lab.pruning.seen import Seen
 
 if TYPE_CHECKING:

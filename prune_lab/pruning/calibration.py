@@ -16,7 +16,7 @@ from prune_lab.models.loss import window_losses
 from prune_lab.pruning import gradients
 from prune_lab.pruning.dense_statistics import dense_statistics
 from prune_lab.pruning.observing import observing, shared
-from prune_lab.pruning.statistics import GRADIENTS, NEEDS, Seen
+from prune_lab.pruning.seen import GRADIENTS, NEEDS, Seen
 from prune_lab.system.console import Console
 from prune_lab.text.tokens import sha256
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from prune_lab.models.dense_facts import DenseFacts, Part
-from prune_lab.pruning.statistics import Seen
+from prune_lab.pruning.seen import Seen
 
 FIELDS = {"input_norm": ("input_norm",), "variance": ("mean", "variance"), "gram": ("gram",)}  # of Seen, by need
 

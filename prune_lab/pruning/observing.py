@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from prune_lab.models.blocks import ReachedError
-from prune_lab.pruning.statistics import InputStatistics, Seen
+from prune_lab.pruning.seen import Seen
+from prune_lab.pruning.statistics import InputStatistics
 
 
 @contextmanager

@@ -8,9 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from prune_lab.pruning.seen import GRADIENTS, NEEDS, Seen
-
-__all__ = ["GRADIENTS", "NEEDS", "InputStatistics", "Seen"]
+from prune_lab.pruning.seen import Seen
 
 PANEL = 256  # columns of a gram matrix that are computed at once, from the diagonal on: the rest is their mirror
 

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from prune_lab.methods.base import LayerRow, Pruned
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.resize import Shape, shape_of
 from prune_lab.pruning.masks import Masks
+from prune_lab.pruning.pruned import LayerRow, Pruned
 from prune_lab.pruning.surgery import take_shape
 from prune_lab.recovery.sharding import full
 from prune_lab.system.files import whole_file

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from prune_lab.methods.base import Pruned
 from prune_lab.models.load import Loaded
+from prune_lab.pruning.pruned import Pruned
 from prune_lab.schedules import Event, Rewind
 from prune_lab.system.console import Console
 from prune_lab.system.device import Device

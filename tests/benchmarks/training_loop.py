@@ -14,10 +14,10 @@ from statistics import median
 
 import torch
 
-from prune_lab.methods.base import Pruned
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import Tiny
+from prune_lab.pruning.pruned import Pruned
 from prune_lab.recovery.finetune import Finetune
 from prune_lab.recovery.losses import next_token_loss
 from prune_lab.recovery.order import WindowOrder
