@@ -211,10 +211,10 @@ def test_a_sweep_is_not_served_the_results_of_older_source(small: list[str], tmp
         return [ended.summary(job) for job in "01"]
 
     first = run_copy("first")
-    source = copy / "prune_lab" / "methods" / "magnitude.py"
-    score = "return scores.magnitude(weight, seen)"
+    source = copy / "prune_lab" / "pruning" / "scores.py"
+    score = "return weight.abs()"
     assert source.read_text().count(score) == 1
-    source.write_text(source.read_text().replace(score, "return -scores.magnitude(weight, seen)"))
+    source.write_text(source.read_text().replace(score, "return -weight.abs()"))
     edited, again = run_copy("edited"), run_copy("again")
     assert [summary["reused_from"] for summary in (*first, *edited)] == [None] * 4
     for before, after, last in zip(first, edited, again, strict=True):
