@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 from collections.abc import Callable
@@ -66,6 +67,19 @@ def make_folder(folder: Path, family: str = "llama", seed: int = 0, **changes: A
     model.save_pretrained(folder)
     train_tokenizer(tuple(story(seed) for seed in range(20)), 300, folder, context=128)
     return folder
+
+
+def copied(loaded: Loaded) -> Loaded:
+    """A copy to be changed."""
+    return Loaded(copy.deepcopy(loaded.model), loaded.tokenizer, loaded.name, loaded.family)
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    """Of three windows of random tokens, the same each time."""
+    tokens = torch.randint(300, (3, 24), generator=torch.Generator().manual_seed(5))
+    found: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+    return found
 
 
 def story(seed: int, sentences: int = 60) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ALL_FAMILIES, CPU, make_folder
+from conftest import ALL_FAMILIES, CPU, copied, make_folder
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -45,10 +45,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
                     linear.weight.mul_(strength)
         made[family] = loaded
     return made
-
-
-def copied(loaded: Loaded) -> Loaded:
-    return Loaded(copy.deepcopy(loaded.model), loaded.tokenizer, loaded.name, loaded.family)
 
 
 def prune(model: Any, amount: float, by: str = "bi", batch_size: int = 16) -> Pruned:

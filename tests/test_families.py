@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ALL_FAMILIES, CPU, OTHER_FAMILIES, make_folder
+from conftest import ALL_FAMILIES, CPU, OTHER_FAMILIES, copied, logits, make_folder
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -40,18 +39,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
     }
 
 
-def copied(loaded: Loaded) -> Loaded:
-    return Loaded(copy.deepcopy(loaded.model), loaded.tokenizer, loaded.name, loaded.family)
-
-
 def prune(loaded: Loaded, method: Method) -> Any:
     return method.prune(Anatomy(loaded.model), method.amount, 0, Calibrator(WINDOWS) if method.calibrated else None)
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    tokens = torch.randint(300, (3, 24), generator=torch.Generator().manual_seed(5))
-    return model(input_ids=tokens, use_cache=False).logits
 
 
 # One MLP channel or KV group of a block, by plain indexing as the architecture's own forward pass reads it.
@@ -252,10 +241,11 @@ def test_heads_that_a_config_cannot_hold_are_refused_with_what_it_can(models: di
     assert torch.equal(logits(loaded.model), logits(models[family].model))
 
 
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
 def test_a_smaller_model_reloads_and_generates_alike_with_and_without_cache(
     models: dict[str, Loaded], family: str, tmp_path: Path
 ) -> None:
+    """Those named as Llama's: test_structured.py."""
     loaded = copied(models[family])
     units = ("mlp",) if family in FIXED_HEADS else ("mlp", "heads")
     prune(loaded, Structured(amount=0.5, units=units))

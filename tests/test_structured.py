@@ -1,21 +1,23 @@
-"""Surgery is right when the sliced model computes what the dense one does with the same units zeroed."""
+"""Surgery is right when the sliced model computes what the dense one does with the same units zeroed.
+
+Of families that name their parts as Llama does; of the others, and what holds for all: test_families.py.
+"""
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, FAMILIES, make_folder
+from conftest import CPU, FAMILIES, copied, logits, make_folder
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from prune_lab.errors import Refused
 from prune_lab.methods.structured import Structured
 from prune_lab.models.anatomy import Anatomy
-from prune_lab.models.export import save_model
+from prune_lab.models.export import check_reload, save_model
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.pruning.pruned import Pruned
 
@@ -33,19 +35,9 @@ def dense_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
     return {name: HubModel(name=str(folder)).load(CPU, seed=0) for name, folder in folders.items()}
 
 
-def copied(loaded: Loaded) -> Loaded:
-    return Loaded(copy.deepcopy(loaded.model), loaded.tokenizer, loaded.name, loaded.family)
-
-
 def prune(loaded: Loaded, seed: int = 0, **keys: Any) -> Pruned:
     method = Structured(**{"physical": True, **keys})
     return method.prune(Anatomy(loaded.model), method.amount, seed)
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    tokens = torch.randint(300, (3, 24), generator=torch.Generator().manual_seed(5))
-    return model(input_ids=tokens, use_cache=False).logits
 
 
 def weights(model: Any) -> dict[str, Tensor]:
@@ -211,12 +203,13 @@ def test_an_export_loads_and_generates_in_stock_transformers(
     loaded = copied(dense_models[variant])
     prune(loaded, units=tuple(units), amount=0.5)
     save_model(loaded, tmp_path / "export")
+    prompt = torch.tensor([[11, 250, 7, 93]])
+    check_reload(loaded.model, tmp_path / "export", prompt)
     again, report = AutoModelForCausalLM.from_pretrained(
         tmp_path / "export", dtype=torch.float32, use_safetensors=True, output_loading_info=True
     )
     assert not any(report.values()), report
     torch.testing.assert_close(logits(again.eval()), logits(loaded.model), atol=1e-6, rtol=0)
-    prompt = torch.tensor([[11, 250, 7, 93]])
     given = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
     for model in (again, loaded.model):  # the sliced model in memory must decode as well as its export
         ids = [model.generate(prompt, use_cache=cache, **given) for cache in (True, False)]
