@@ -40,7 +40,9 @@ def main() -> None:
     arguments = sys.argv[1:]
     if arguments == ["--version"]:  # Hydra's own would say Hydra's
         sys.exit(print(f"prune_lab {__version__}"))  # noqa: T201
-    sys.exit(_run(arguments))
+    code = _run(arguments)
+    interrupt.leave_to_system()
+    sys.exit(code)
 
 
 def _run(arguments: list[str]) -> int:

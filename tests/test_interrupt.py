@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from prune_lab.system import interrupt
 from prune_lab.system.interrupt import whole
@@ -126,3 +130,20 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     interrupt.end_on_signals()
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_program_that_is_done_ends_quietly(number: signal.Signals) -> None:
+    """By a signal that comes when its work is over and Python takes itself apart."""
+    script = """
+import atexit, os, signal, sys
+from prune_lab.__main__ import main
+number, sys.argv[1:] = int(sys.argv[1]), sys.argv[2:]
+signal.signal(number, signal.SIG_DFL)  # whoever started the tests may ignore it
+atexit.register(os.kill, os.getpid(), number)
+main()
+"""
+    command = [sys.executable, "-c", script, str(int(number)), "--help"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (-number, "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -18,12 +18,24 @@ _held: int | None = None  # the signal that came while it was
 
 def end_on_signals() -> None:
     """Turns signals into KeyboardInterrupt or SystemExit(128 + number); nothing outside the main thread."""
+    _on_signals(_received)
+
+
+def leave_to_system() -> None:
+    """Signals end the process as they do any other: for when all is on record and Python takes itself apart.
+
+    An exception that a handler raised then could end up in C++ code, which knows nothing better than to abort.
+    """
+    _on_signals(signal.SIG_DFL)
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
     if not _in_main_thread():
         return
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it: so do we
-            signal.signal(number, _received)
+            signal.signal(number, handler)
 
 
 @contextmanager
