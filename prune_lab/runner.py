@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.bench import Bench, open_bench
+from prune_lab.compare import compare, compute_figures
 from prune_lab.compress import Compressed, checkpoints, compress, stopwatch
 from prune_lab.config.parts import Parts
 from prune_lab.errors import Refused
-from prune_lab.figures import compare, compute_figures
 from prune_lab.fingerprint import fingerprint
 from prune_lab.measure.accelerate import check_acceleration
 from prune_lab.measure.figures import Figures

@@ -12,7 +12,7 @@ import torch
 from conftest import CPU, Cli
 from torch import Tensor
 
-from prune_lab.figures import latency_figures
+from prune_lab.compare import latency_figures
 from prune_lab.measure.energy import Energy, measure_energy
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.speed import Latency, Paired

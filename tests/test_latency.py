@@ -15,8 +15,8 @@ from conftest import CPU, Cli
 from rich.console import Console as RichConsole
 from torch import Tensor, nn
 
+from prune_lab.compare import latency_figures
 from prune_lab.errors import Refused
-from prune_lab.figures import latency_figures
 from prune_lab.measure.accelerate import accelerator, check_acceleration
 from prune_lab.measure.inference import decode, prefill
 from prune_lab.measure.prompts import cut_grid, cut_headline

@@ -10,7 +10,7 @@ import torch
 from conftest import ALL_FAMILIES, CPU, make_folder
 from torch.utils.flop_counter import FlopCounterMode
 
-from prune_lab.figures import compute_figures
+from prune_lab.compare import compute_figures
 from prune_lab.measure.macs import Macs, count_macs
 from prune_lab.methods.depth import Depth
 from prune_lab.methods.structured import Structured

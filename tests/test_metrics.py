@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 from metrics_page import Row, rows_of, without_dense
 
-from prune_lab.figures import compare, compute_figures
+from prune_lab.compare import compare, compute_figures
 from prune_lab.measure.energy import Energy
 from prune_lab.measure.figures import Figures
 from prune_lab.measure.macs import Macs
@@ -29,7 +29,7 @@ UNITS = {"_mb": "MB", "_ms_p50": "ms", "_ms_p95": "ms", "_s": "s", "reduction": 
 
 
 def emitted() -> set[str]:
-    """Names of what figures.py makes of a run with everything measured, and of what is named elsewhere in the code."""
+    """Names of what compare.py makes of a run with everything measured, and of what is named elsewhere in the code."""
     pair = Paired(torch.ones(10), torch.ones(10))
     latency = Latency(pair, pair)
     timings = Timings(latency, aa=latency, grid={(4, 128): latency}, energy=Energy(1.0, 1.0))

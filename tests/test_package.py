@@ -37,7 +37,7 @@ LAYERS = (
     ("pruning",),
     ("methods", "post"),
     ("recovery",),
-    ("place", "out_of_memory", "figures"),
+    ("place", "out_of_memory", "compare"),
     ("leftovers", "tracking"),
     ("config", "bench"),
     ("plan", "report"),
