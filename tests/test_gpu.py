@@ -36,6 +36,7 @@ from prune_lab.post.quantize import Int4WeightOnly, Int8Dynamic, Int8WeightOnly
 from prune_lab.post.sparse_2_4 import Sparse24
 from prune_lab.pruning import cuts
 from prune_lab.pruning.calibration import Calibrator
+from prune_lab.pruning.pattern import Pattern
 from prune_lab.pruning.selection import count_to_remove, keep_global, keep_layer, keep_pattern, keep_rows
 from prune_lab.pruning.sparsegpt import solve
 from prune_lab.recovery.distill import Distill
@@ -84,7 +85,7 @@ def test_selection_is_that_of_a_cpu(dtype: torch.dtype, monkeypatch: pytest.Monk
         for found, expected in pairs:
             assert torch.equal(found.cpu(), expected)
     for pattern in ("2:4", "4:8", "5:20"):
-        found, expected = (keep_pattern(values, parsed(pattern)) for values in (there[0], scores[0]))
+        found, expected = (keep_pattern(values, Pattern.parse(pattern)) for values in (there[0], scores[0]))
         assert torch.equal(found.cpu(), expected)
     several, counts = [1, 1000, 150_000], cuts.Counts()
     assert cuts.cuts(there, several) == cuts.cuts(scores, several) == [counts.cut(there, n) for n in several]

@@ -216,7 +216,8 @@ if __name__ == "__main__":
 
     before = dict(os.environ)
     for name in PRELOADED:
-        importlib.import_module(name)
+        with suppress(ModuleNotFoundError):  # a run without tracking needs no mlflow
+            importlib.import_module(name)
     gc.freeze()  # what is shared stays so: a collection would write to all of it
     serve(Path(sys.argv[1]), {name: value for name, value in os.environ.items() if name not in before})
     try:
