@@ -310,7 +310,7 @@ def test_other_packages_are_let_in_by_the_environment_alone(tmp_path: Path) -> N
         (["measure.pairs=9"], r"^measure\.pairs=9 must be at least 10"),
         (["measure.batch_sizes=4"], r"^measure\.batch_sizes"),
         (["measure.lengths=[16,0]"], r"^measure\.lengths=\[16, 0\] must be different whole numbers of at least 1"),
-        (["measure.accelerate=fast"], r"^measure\.accelerate='fast' is none of none, compile"),
+        (["measure.accelerate=fast"], r"^measure\.accelerate='fast' is none of none, cuda_graphs, compile"),
         (["measure=quality_only", "measure.energy=true"], r"^measure\.energy=true needs latency=true"),
         (["recovery=finetune", "recovery.steps=0"], r"^recovery\.steps=0 must be at least 1; .*recovery=none"),
         (["recovery=finetune", "recovery.beta1=one"], r"^recovery\.beta1: .*'one'"),

@@ -18,7 +18,9 @@ from torch import Tensor
 from trainings import training_of, weights_of
 from transformers import AutoModelForCausalLM
 
+from prune_lab.measure.inference import prefill
 from prune_lab.measure.perplexity import measure_quality
+from prune_lab.measure.replayed import Replayed
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.speed import measure_latency
 from prune_lab.methods.base import Method
@@ -155,9 +157,10 @@ def test_streamed_through_the_gpu_is_as_in_its_memory(folder: Path, tmp_path: Pa
     check_alike(folder, tmp_path, method, device=Device(GPU, torch.bfloat16))
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # with and without biases
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_2_4_kernels_compute_what_the_zeros_do(tmp_path: Path, dtype: torch.dtype) -> None:
-    folder = make_folder(tmp_path / "wide", hidden_size=128, intermediate_size=256)
+def test_the_2_4_kernels_compute_what_the_zeros_do(tmp_path: Path, dtype: torch.dtype, family: str) -> None:
+    folder = make_folder(tmp_path / "wide", family, hidden_size=128, intermediate_size=256)
     device = Device(GPU, dtype)
     model = HubModel(name=str(folder)).load(device, seed=0).model
     Magnitude(amount=0.5, pattern="2:4").prune(Anatomy(model), 0.5, 0, None)
@@ -168,11 +171,45 @@ def test_the_2_4_kernels_compute_what_the_zeros_do(tmp_path: Path, dtype: torch.
     assert found.keys() == before.keys()
     assert all(torch.equal(found[name], value) for name, value in before.items())
     tokens = WINDOWS.to(GPU)
-    with torch.no_grad():
-        sparse, expected = (m(input_ids=tokens, use_cache=False).logits.float() for m in (model, dense))
-    assert float((sparse - expected).norm() / expected.norm()) < 0.02
-    timed = measure_latency(dense, model, WINDOWS[:1], Measure(pairs=10, decode_tokens=2), device, QUIET)
-    assert timed.prefill.speedup > 0
+    for asked in (tokens, tokens[:1, :5], tokens):
+        with torch.no_grad():
+            sparse, expected = (m(input_ids=asked, use_cache=False).logits.float() for m in (model, dense))
+        assert float((sparse - expected).norm() / expected.norm()) < 0.02
+    for accelerate in ("none", "cuda_graphs"):
+        keys = Measure(pairs=10, decode_tokens=2, accelerate=accelerate)
+        timed = measure_latency(dense, model, WINDOWS[:1], keys, device, QUIET)
+        assert timed.prefill.speedup > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_replayed_is_what_is_computed(folder: Path, dtype: torch.dtype) -> None:
+    """Each time of the prompt that was given, whatever was decoded before."""
+    model = HubModel(name=str(folder)).load(Device(GPU, dtype), seed=0).model
+    replayed, prompts = Replayed(model), WINDOWS.to(GPU).split(1)
+    for prompt in prompts[:4]:
+        found, expected = replayed.prefill(prompt), prefill(model, prompt)
+        torch.testing.assert_close(found.logits, expected.logits)
+        replayed.decode(found, 3)
+    for prompt in prompts:
+        torch.testing.assert_close(replayed.prefill(prompt).logits, prefill(model, prompt).logits)
+
+
+@torch.no_grad()
+def test_replayed_decoding_goes_on_from_the_prompt(folder: Path) -> None:
+    """The tokens are those of greedy decoding without a cache."""
+    model = HubModel(name=str(folder)).load(Device(GPU, torch.float32), seed=0).model
+    chosen: list[Tensor] = []
+    hook = model.lm_head.register_forward_hook(lambda module, args, out: chosen.append(out[:, -1:].argmax(-1)))
+    replayed = Replayed(model)
+    for number, prompt in enumerate(WINDOWS.to(GPU).split(1)):
+        replayed.decode(replayed.prefill(prompt), 4)
+        if number == 0:  # what was captured last, and is written to each time
+            chosen = chosen[-4:]
+            hook.remove()
+        ids = prompt
+        for _ in range(5):
+            ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        assert torch.equal(torch.cat(chosen, 1), ids[:, -4:])
 
 
 @pytest.mark.parametrize("post", [Int8WeightOnly(), Int8Dynamic(), Int4WeightOnly(group_size=16)], ids=str)
@@ -211,7 +248,15 @@ def test_training_lowers_the_loss_and_holds_the_zeros(folder: Path, tmp_path: Pa
 
 def test_a_whole_run(cli: Cli, small: list[str], tmp_path: Path) -> None:
     """Its memory is the GPU's, its latency is timed there, and anyone loads the export on a CPU."""
-    args = [*small, "tracking=none", "method=structured", "amount=0.25", "export=true", "dtype=float32"]
+    args = [
+        *small,
+        "tracking=none",
+        "method=structured",
+        "amount=0.25",
+        "export=true",
+        "dtype=float32",
+        "measure.memory=true",
+    ]
     summaries = {}
     for device in ("cpu", "cuda"):
         done = cli(*args, f"device={device}", f"hydra.run.dir={tmp_path / device}")
@@ -230,9 +275,16 @@ def test_a_whole_run(cli: Cli, small: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "keys", [["measure.accelerate=compile"], ["model.stream=true", "measure.latency=false"]], ids=str
+    "keys",
+    [
+        ["measure.accelerate=compile"],
+        ["measure.accelerate=cuda_graphs", "measure.aa=true"],
+        ["model.stream=true", "measure.latency=false"],
+        ["post=fp8", "measure.energy=true"],
+    ],
+    ids=str,
 )
-def test_a_run_that_compiles_and_one_that_streams(cli: Cli, small: list[str], tmp_path: Path, keys: list[str]) -> None:
+def test_runs_of_other_kinds(cli: Cli, small: list[str], tmp_path: Path, keys: list[str]) -> None:
     where = ["device=cuda", "tracking=none", f"hydra.run.dir={tmp_path / 'run'}"]
     done = cli(*small, "method=wanda", *where, *keys)
     assert done.returncode == 0, done.stderr

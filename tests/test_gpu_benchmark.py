@@ -14,7 +14,6 @@ import torch
 from prune_lab.errors import Refused
 from prune_lab.measure.macs import count_macs
 from prune_lab.models.anatomy import Anatomy
-from prune_lab.pruning.statistics import _tf32
 from prune_lab.system.device import Device
 
 PLACE = Device(torch.device("cpu"), torch.bfloat16)
@@ -106,21 +105,3 @@ def test_what_does_not_fit_is_skipped_and_what_fails_is_not_the_end(gpu: Any, ra
     assert notes[0].startswith("skipped: 300000 s expected, ")
     assert notes[1:3] == ["failed: out of memory", "refused: not here"]
     assert notes[3].startswith("skipped: ")
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_tf32_holds_every_16_bit_number(dtype: torch.dtype) -> None:
-    """What lets a GPU's tensor cores make the gram matrix of 16-bit activations: TF32 has 10 bits behind the point."""
-    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float()
-    normal = every[every.isfinite() & ((every.abs() >= torch.finfo(torch.float32).tiny) | (every == 0))]
-    assert len(normal) > 63_000
-    assert not (normal.view(torch.int32) & (2**13 - 1)).any()
-
-
-def test_the_precision_of_products_is_left_as_it_was() -> None:
-    before, seen = torch.get_float32_matmul_precision(), []
-    for wanted in (True, False):
-        with _tf32(wanted):
-            seen.append(torch.get_float32_matmul_precision())
-        seen.append(torch.get_float32_matmul_precision())
-    assert seen == ["high", before, before, before]

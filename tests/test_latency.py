@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from prune_lab.compare import latency_figures
 from prune_lab.errors import Refused
 from prune_lab.measure.accelerate import accelerator, check_acceleration
-from prune_lab.measure.inference import decode, prefill
+from prune_lab.measure.inference import prefill
 from prune_lab.measure.prompts import cut_grid, cut_headline
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.speed import Latency, Paired
@@ -206,7 +206,7 @@ def test_the_figures_and_the_table_of_other_shapes() -> None:
         ({"batch_sizes": [4, 4]}, r"batch_sizes=\[4, 4\] must be different"),
         ({"lengths": [16, -1]}, r"lengths=\[16, -1\] must be different"),
         ({"latency": False, "lengths": [16]}, "batch_sizes and lengths need latency=true"),
-        ({"accelerate": "cuda_graphs"}, "accelerate='cuda_graphs' is none of none, compile"),
+        ({"accelerate": "graphs"}, "accelerate='graphs' is none of none, cuda_graphs, compile"),
         ({"latency": False, "accelerate": "compile"}, "accelerate='compile' needs latency=true"),
         ({"latency": False, "energy": True}, "energy=true needs latency=true"),
         ({"latency": False, "aa": True}, "aa=true needs latency=true"),
@@ -233,22 +233,24 @@ def test_a_compiled_model_answers_as_before_and_leaves_nothing_behind(loaded: Lo
     torch._dynamo.utils.counters.clear()
     with accelerator("compile", backend="eager") as ready:
         model = ready(loaded.model)
-        output = prefill(model, prompt)
+        output = model.prefill(prompt)
         assert torch.allclose(output.logits, expected, atol=1e-5)
-        decode(model, output, 4)
+        model.decode(output, 4)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # prefill and decode were both captured
         assert torch._dynamo.config.fail_on_recompile_limit_hit
     assert torch._dynamo.config.recompile_limit == before
     with accelerator("none") as ready:
-        assert ready(loaded.model) is loaded.model
+        assert ready(loaded.model).model is loaded.model
 
 
-def test_acceleration_is_refused_on_a_cpu_before_anything_is_loaded(cli: Cli) -> None:
-    done = cli("model=hf", "model.name=no/such", "measure.accelerate=compile", "device=cpu", "tracking=none")
+@pytest.mark.parametrize(("how", "why"), [("compile", "C++ compiler"), ("cuda_graphs", "there are none on cpu")])
+def test_acceleration_is_refused_on_a_cpu_before_anything_is_loaded(cli: Cli, how: str, why: str) -> None:
+    done = cli("model=hf", "model.name=no/such", f"measure.accelerate={how}", "device=cpu", "tracking=none")
     assert done.returncode == 2
-    assert "measure.accelerate='compile' is for GPUs: on cpu" in done.stderr
+    assert f"measure.accelerate='{how}' is for GPUs: " in done.stderr
+    assert why in done.stderr
     check_acceleration("none", CPU)
-    check_acceleration("compile", Device(torch.device("cuda:0"), torch.bfloat16))
+    check_acceleration(how, Device(torch.device("cuda:0"), torch.bfloat16))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_lab.measure.inference import decode, prefill
+from prune_lab.measure.accelerate import accelerator
+from prune_lab.measure.inference import Inference
 from prune_lab.measure.settings import Measure
 from prune_lab.system.device import Device
 
@@ -49,22 +50,24 @@ def measure_energy(
         counter = _nvml(device) if device.is_cuda else _rapl(powercap)
         if counter is None:
             return None
-        for model in (dense, compressed):  # to warm up
-            _repeat(model, prompt, settings, settings.warmup, counter, device)
-        for name, model in (("dense", dense), ("compressed", compressed), ("compressed", compressed), ("dense", dense)):
-            joules[name] += _repeat(model, prompt, settings, settings.pairs, counter, device)
+        with accelerator(settings.accelerate) as ready:
+            models = {"dense": ready(dense), "compressed": ready(compressed)}
+            for model in models.values():  # to warm up
+                _repeat(model, prompt, settings, settings.warmup, counter, device)
+            for name in ("dense", "compressed", "compressed", "dense"):
+                joules[name] += _repeat(models[name], prompt, settings, settings.pairs, counter, device)
     except _CounterError:
         return None
     tokens = 2 * settings.pairs * settings.decode_tokens
     return Energy(joules["dense"] / tokens, joules["compressed"] / tokens)
 
 
-def _repeat(model: Any, prompt: Tensor, settings: Measure, times: int, counter: Counter, device: Device) -> float:
+def _repeat(model: Inference, prompt: Tensor, settings: Measure, times: int, counter: Counter, device: Device) -> float:
     """Joules of `times` prefills and decodes; the counter is read after each, so that none of its turns is missed."""
     device.synchronize()
     began = ended = counter()
     for _ in range(times):
-        decode(model, prefill(model, prompt), settings.decode_tokens)
+        model.decode(model.prefill(prompt), settings.decode_tokens)
         device.synchronize()
         ended = counter()
     return ended - began

@@ -21,3 +21,18 @@ def decode(model: Any, output: Any, tokens: int) -> None:
     for _ in range(tokens):
         last = output.logits[:, -1:].argmax(-1)
         output = model(input_ids=last, use_cache=True, **{name: getattr(output, name)})
+
+
+class Inference:
+    """A model as it is timed."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def prefill(self, prompt: Tensor) -> Any:
+        """As the function does."""
+        return prefill(self.model, prompt)
+
+    def decode(self, output: Any, tokens: int) -> None:
+        """As the function does."""
+        decode(self.model, output, tokens)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_lab.measure.inference import decode, prefill
+from prune_lab.measure.accelerate import accelerator
+from prune_lab.measure.inference import Inference
 from prune_lab.measure.settings import Measure
 from prune_lab.system.console import Console
 from prune_lab.system.device import Device
@@ -68,8 +69,9 @@ def measure_latency(
     """
     times: dict[str, list[tuple[float, float]]] = {"dense": [], "compressed": []}
     prompt = prompt.to(device.torch_device)
-    order = [("dense", dense), ("compressed", compressed)]
-    with console.progress(settings.warmup + settings.pairs, what, unit="pair") as bar:
+    bars = console.progress(settings.warmup + settings.pairs, what, unit="pair")
+    with accelerator(settings.accelerate) as ready, bars as bar:
+        order = [("dense", ready(dense)), ("compressed", ready(compressed))]
         for pair in range(settings.warmup + settings.pairs):
             for name, model in order if pair % 2 == 0 else order[::-1]:
                 taken = _time_once(model, prompt, settings.decode_tokens, device)
@@ -80,10 +82,10 @@ def measure_latency(
     return Latency(*(Paired(columns["dense"][i], columns["compressed"][i]) for i in (0, 1)))
 
 
-def _time_once(model: Any, prompt: Tensor, decode_tokens: int, device: Device) -> tuple[float, float]:
+def _time_once(model: Inference, prompt: Tensor, decode_tokens: int, device: Device) -> tuple[float, float]:
     """Milliseconds of one prefill and of one decoded token."""
-    output, prefill_ms = _timed(lambda: prefill(model, prompt), device)
-    _, decode_ms = _timed(lambda: decode(model, output, decode_tokens), device)
+    output, prefill_ms = _timed(lambda: model.prefill(prompt), device)
+    _, decode_ms = _timed(lambda: model.decode(output, decode_tokens), device)
     return prefill_ms, decode_ms / decode_tokens
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from prune_lab.measure.accelerate import accelerator
 from prune_lab.measure.energy import Energy, measure_energy
 from prune_lab.measure.prompts import PromptShape
 from prune_lab.measure.settings import Measure
@@ -44,8 +43,7 @@ def measure_timings(
     """Times `compressed` beside `dense` on `prompt`, shape (1, tokens), and on each prompt of `grid`."""
 
     def timed(other: Any, rows: Tensor, what: str) -> Latency:
-        with accelerator(settings.accelerate) as ready:
-            return measure_latency(ready(dense), ready(other), rows, settings, device, console, what)
+        return measure_latency(dense, other, rows, settings, device, console, what)
 
     headline, aa = timed(compressed, prompt, "latency"), None
     if settings.aa:
@@ -59,6 +57,5 @@ def measure_timings(
     energy = None
     if settings.energy:
         console.note("measuring energy")
-        with accelerator(settings.accelerate) as ready:
-            energy = measure_energy(ready(dense), ready(compressed), prompt, settings, device)
+        energy = measure_energy(dense, compressed, prompt, settings, device)
     return Timings(headline, aa, others, energy)

@@ -13,6 +13,9 @@ from prune_lab.pruning.seen import Seen
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from prune_lab.models.anatomy import Anatomy
+    from prune_lab.pruning.calibration import Calibrator
+
 
 @dataclass(frozen=True)
 class SparseGPT(WeightMethod):
@@ -33,6 +36,15 @@ class SparseGPT(WeightMethod):
                 "allocation='global': SparseGPT changes weights as it goes, so that there is no one ranking of all of "
                 "them; allowed are uniform, owl, sensitivity"
             )
+
+    def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
+        """Prunes and updates every prunable Linear and returns the masks that keep zeros so."""
+        from prune_lab.pruning import sparsegpt
+
+        try:
+            return super().prune(anatomy, amount, seed, calibrator)
+        finally:
+            sparsegpt.forget_sweeps()
 
     def prune_linear(self, name: str, linear: Any, amount: float, seen: Seen, pruned: Pruned) -> Tensor:
         """Prunes and updates one Linear in place and returns its keep-mask, shape (out, in)."""

@@ -2,28 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
+from torch.nn.functional import pad
 
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import Anatomy
 
+_ROWS = 8  # the kernels take multiples of them
+
 
 class SparseLinear(nn.Module):
-    """A Linear, shape (out, in), that computes with a semi-structured weight."""
+    """A Linear, shape (out, in), that computes with a semi-structured weight.
+
+    With cuSPARSELt, each shape of inputs has the fastest of its kernels, found when it is first met, and outputs lie as
+    those of a dense Linear do: PyTorch's own call takes the first kernel, and leaves them transposed.
+    """
+
+    # The number of the kernel by shape of weight and inputs, number type and whether there is a bias.
+    _fastest: ClassVar[dict[tuple[Any, ...], int]] = {}
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        weight = torch.sparse.to_sparse_semi_structured(linear.weight.detach())
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = linear.bias
+        with warnings.catch_warnings():  # that its interface may change, said once: the tests would show it
+            warnings.filterwarnings("ignore", ".*SparseSemiStructuredTensor is in prototype", UserWarning)
+            weight = torch.sparse.to_sparse_semi_structured(linear.weight.detach())
+        self.weight: Any = nn.Parameter(weight, requires_grad=False)
+        self.bias: Any = linear.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
         """x W^T + b, shape (..., out)."""
-        return apply_linear(inputs, self.weight, self.bias)
+        if not isinstance(self.weight, torch.sparse.SparseSemiStructuredTensorCUSPARSELT):
+            return apply_linear(inputs, self.weight, self.bias)
+        packed: Any = self.weight.packed
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        columns = pad(rows, (0, 0, 0, -len(rows) % _ROWS)).t()
+        kernel = 0 if torch.compiler.is_compiling() else self._kernel_for(columns)
+        out = torch._cslt_sparse_mm(packed, columns, self.bias, transpose_result=True, alg_id=kernel)
+        return out[: len(rows)].view(*inputs.shape[:-1], -1)
+
+    def _kernel_for(self, columns: Tensor) -> int:
+        key = tuple(self.weight.shape), tuple(columns.shape), columns.dtype, self.bias is None
+        if key not in self._fastest:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*_cslt_sparse_mm_search is deprecated", UserWarning)
+                self._fastest[key] = torch._cslt_sparse_mm_search(
+                    self.weight.packed, columns, self.bias, transpose_result=True
+                )
+        return self._fastest[key]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.weight.to_dense()

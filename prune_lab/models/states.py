@@ -13,6 +13,7 @@ from prune_lab.cache import cache_folder
 from prune_lab.models.shards import read_tensor, write_tensor
 
 IN_MEMORY = 2**28  # bytes; more states than that go through a file in the cache folder
+OF_FREE = 0.25  # of a GPU's memory that is free when the first ones come, if that is more
 
 
 class StateList(Protocol):
@@ -26,7 +27,7 @@ class StateList(Protocol):
 
 
 class States:
-    """Batches of states: the first ones in memory, up to IN_MEMORY bytes, the others in a file that goes with it.
+    """Batches of states: the first ones in memory, up to a bound, the others in a file that goes with this object.
 
     What is put in the place of a batch must have its shape, type and device.
     """
@@ -34,7 +35,7 @@ class States:
     def __init__(self) -> None:
         self._batches: list[Tensor] = []  # of one in the file, its shape alone
         self._offsets: dict[int, int] = {}  # of those in the file
-        self._bytes, self._device = 0, torch.device("cpu")
+        self._bytes, self._bound, self._device = 0, IN_MEMORY, torch.device("cpu")
         self._file: Any = None
 
     def __len__(self) -> int:
@@ -55,10 +56,12 @@ class States:
 
     def append(self, states: Tensor) -> None:
         """Adds a batch at the end."""
+        if states.is_cuda and not self._batches:
+            self._bound = max(IN_MEMORY, int(torch.cuda.mem_get_info(states.device)[0] * OF_FREE))
         self._device = states.device
         begins, self._bytes = self._bytes, self._bytes + states.nbytes
         self._batches.append(states)
-        if self._bytes <= IN_MEMORY:
+        if self._bytes <= self._bound:
             return
         if self._file is None:
             cache_folder().mkdir(parents=True, exist_ok=True)

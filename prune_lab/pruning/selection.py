@@ -8,10 +8,10 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from prune_lab.pruning.cuts import Counts, Threshold, at_once, cuts, row_cuts
+from prune_lab.pruning.cuts import Counts, Threshold, at_once, cuts, kth_lowest, row_cuts
 from prune_lab.pruning.pattern import Pattern
 
-_SMALL = 8  # entries whose pairs are fewer than the steps of a selection
+RANKED_BY_PAIRS = 8  # entries at most whose pairs are fewer than the steps of a selection
 
 
 def count_to_remove(numel: int, amount: float) -> int:
@@ -41,6 +41,20 @@ def keep_rows(scores: Tensor, remove: int) -> Tensor:
 def keep_layer(scores: Tensor, amount: float, counts: Counts | None = None) -> Tensor:
     """Keep-mask over one matrix that drops `amount` of it; `counts` as in keep_global."""
     return keep_global([scores], amount, counts)[0]
+
+
+def keep_unwaited(scores: Tensor, remove: int) -> Tensor:
+    """Keep-mask over one matrix that drops `remove` of it, in steps whose sizes do not depend on what the scores are.
+
+    So that a GPU can repeat them without the processor; its index of ties takes 4 bytes a score.
+    """
+    if remove == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    flat = scores.reshape(-1)
+    threshold = kth_lowest(flat, remove)
+    lower, tied = flat < threshold, flat == threshold
+    first = tied.cumsum(0, dtype=torch.int32) <= remove - torch.count_nonzero(lower)
+    return ~(lower | (tied & first)).view(scores.shape)
 
 
 def keep_global(scores: list[Tensor], amount: float, counts: Counts | None = None) -> list[Tensor]:
@@ -82,7 +96,7 @@ def _behind_ties(flat: Tensor, threshold: float, ties: int) -> tuple[int, int]:
 def keep_pattern(scores: Tensor, pattern: Pattern) -> Tensor:
     """Keep-mask of shape (out, in) with the `pattern.n` highest of every `pattern.m` consecutive inputs."""
     groups = scores.reshape(-1, pattern.m)
-    if pattern.m > _SMALL:
+    if pattern.m > RANKED_BY_PAIRS:
         return keep_rows(groups, pattern.m - pattern.n).view(scores.shape)
     keep = torch.empty_like(groups, dtype=torch.bool)
     for part, kept in zip(groups.split(at_once(scores)), keep.split(at_once(scores)), strict=True):

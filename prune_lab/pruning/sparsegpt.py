@@ -9,6 +9,7 @@ a window, and only triangles as wide as a window are ever inverted.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import out_in
 from prune_lab.pruning.pattern import Pattern
-from prune_lab.pruning.selection import count_to_remove, keep_layer, keep_pattern
+from prune_lab.pruning.selection import RANKED_BY_PAIRS, count_to_remove, keep_layer, keep_pattern, keep_unwaited
+from prune_lab.system.cuda_graph import captured
 
 WINDOW = 128  # columns whose weights are ranked together
 STRIP = 16  # columns that are updated one by one before the rest of the window is, in one product
@@ -60,42 +62,93 @@ def solve(weight: Tensor, gram: Tensor, amount: float, pattern: Pattern | None =
     m = pattern.m if pattern is not None else 1
     window = max(m, WINDOW - WINDOW % m)
     for first in range(0, len(columns), window):
-        part = slice(first, min(first + window, len(columns)))
+        part = slice(first, last := min(first + window, len(columns)))
         diagonal_block = factor[part, part]
         one = torch.eye(len(diagonal_block), dtype=gram.dtype, device=gram.device)
         inverse = torch.linalg.solve_triangular(diagonal_block, one, upper=True)
         was = columns[part].clone()
         columns[part].addmm_(inverse.T, factor[:first, part].T @ changes[:first])
-        _prune_window(columns[part], keep[part], zero[part], inverse, amount, pattern)
+        if pattern is None:
+            keep[part] = _chosen(columns[part], zero[part], inverse, amount)
+        _sweep(columns[part], keep[part], zero[part], inverse, pattern, repeated=last - first == window)
         torch.sub(was, columns[part], out=changes[part])
     return Solved(columns.T.contiguous(), (keep & ~zero).T.contiguous(), damping)
 
 
-def _prune_window(
-    columns: Tensor, keep: Tensor, zero: Tensor, inverse: Tensor, amount: float, pattern: Pattern | None
+def _chosen(columns: Tensor, zero: Tensor, inverse: Tensor, amount: float) -> Tensor:
+    """Which weights of a window stay where there is no pattern, shape (columns, out)."""
+    scores = _scores(columns, zero, inverse.diagonal()[:, None])
+    remove = count_to_remove(scores.numel(), amount)
+    # A GPU is not waited for: while it sweeps through a window, the next one's work is handed to it.
+    keep = keep_unwaited(scores, remove) if scores.is_cuda else keep_layer(scores, amount)
+    return keep.T
+
+
+def _scores(columns: Tensor, zero: Tensor, scale: Tensor) -> Tensor:
+    """What removing each weight costs, shape (out, columns): ties by that order."""
+    return (columns / scale).square().masked_fill_(zero, -1).T.contiguous()
+
+
+def _sweep(
+    columns: Tensor, keep: Tensor, zero: Tensor, inverse: Tensor, pattern: Pattern | None, repeated: bool
 ) -> None:
-    """Prunes the columns of a window, shape (columns, out), in place, and sets `keep`; `inverse` is U of the window."""
+    """Prunes the columns of a window, shape (columns, out), in place, by `keep` or a pattern, which sets `keep`.
+
+    inverse: U of the window. repeated: whether there are more windows of its shape.
+    """
+    if repeated and columns.is_cuda and (pattern is None or pattern.m <= RANKED_BY_PAIRS):
+        _captured_sweep(columns.device, tuple(columns.shape), pattern)(columns, keep, zero, inverse)
+    else:
+        _sweep_once(columns, keep, zero, inverse, pattern)
+
+
+def _sweep_once(columns: Tensor, keep: Tensor, zero: Tensor, inverse: Tensor, pattern: Pattern | None) -> None:
     errors, scale = torch.empty_like(columns), inverse.diagonal()[:, None]
     gone_by_scale = torch.empty_like(columns)  # 1 / U_ii where a weight goes, else 0
 
-    def choose(first: int, last: int) -> None:
-        scores = (columns[first:last] / scale[first:last]).square().masked_fill_(zero[first:last], -1)
-        scores = scores.T.contiguous()  # (out, columns): ties by that order
-        chosen = keep_layer(scores, amount) if pattern is None else keep_pattern(scores, pattern)
-        keep[first:last] = chosen.T
-        gone_by_scale[first:last] = (~keep[first:last] | zero[first:last]) / scale[first:last]
+    def set_gone(part: slice) -> None:
+        gone_by_scale[part] = (~keep[part] | zero[part]) / scale[part]
 
-    group = len(columns) if pattern is None else pattern.m
+    if pattern is None:
+        set_gone(slice(None))
     strip = STRIP if pattern is None else pattern.m * max(1, STRIP // pattern.m)
     for first in range(0, len(columns), strip):
         last = min(first + strip, len(columns))
         for i in range(first, last):
-            if i % group == 0:
-                choose(i, i + group)
+            if pattern is not None and i % pattern.m == 0:
+                group = slice(i, i + pattern.m)
+                keep[group] = keep_pattern(_scores(columns[group], zero[group], scale[group]), pattern).T
+                set_gone(group)
             torch.mul(columns[i], gone_by_scale[i], out=errors[i])
             columns[i + 1 : last].addr_(inverse[i, i + 1 : last], errors[i], alpha=-1)
         columns[last:].addmm_(inverse[first:last, last:].T, errors[first:last], alpha=-1)
     columns.masked_fill_(gone_by_scale != 0, 0)
+
+
+class _CapturedSweep:
+    """The sweep through a window of one shape, some 300 small kernels, started at once."""
+
+    def __init__(self, device: torch.device, shape: tuple[int, ...], pattern: Pattern | None) -> None:
+        columns = torch.zeros(shape, dtype=torch.float32, device=device)
+        keep, zero = (torch.zeros(shape, dtype=torch.bool, device=device) for _ in range(2))
+        self._own = columns, keep, zero, torch.eye(shape[0], dtype=torch.float32, device=device)
+        _sweep_once(*self._own, pattern)
+        _, self._again = captured(lambda: _sweep_once(*self._own, pattern))
+
+    def __call__(self, *given: Tensor) -> None:
+        for own, tensor in zip(self._own, given, strict=True):
+            own.copy_(tensor)
+        self._again()
+        for tensor, own in zip(given[:2], self._own[:2], strict=True):  # columns and which of them stay
+            tensor.copy_(own)
+
+
+_captured_sweep = lru_cache(maxsize=8)(_CapturedSweep)  # the Linears of a block have a few shapes
+
+
+def forget_sweeps() -> None:
+    """Gives back what captured work holds of a GPU's memory."""
+    _captured_sweep.cache_clear()
 
 
 def factor_of(gram: Tensor) -> tuple[Tensor, float]:
