@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import os
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process of tests for each core: threads would only be in their way
+os.environ["PRUNE_LAB_TURNS"] = tempfile.mkdtemp()  # what one of them times is no reason for the others to wait
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from prune_lab.models.load import HubModel, Loaded
 from prune_lab.system.device import Device
 from prune_lab.text.train_tokenizer import train_tokenizer
 
+atexit.register(shutil.rmtree, os.environ["PRUNE_LAB_TURNS"], ignore_errors=True)
 ROOT = Path(__file__).parent.parent
 CPU = Device(torch.device("cpu"), torch.float32)
 

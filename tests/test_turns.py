@@ -16,7 +16,7 @@ from processes import wait_until
 from prune_lab.results import notes
 from prune_lab.system.console import Console
 from prune_lab.system.lock import locked
-from prune_lab.system.turns import Turns
+from prune_lab.system.turns import Turns, common_folder
 
 PATIENCE = 60
 
@@ -201,3 +201,16 @@ with lock.machine.sharing():
             assert not (tmp_path / "got").exists()
     assert waiting.wait(PATIENCE) == 0
     assert (tmp_path / "got").exists()
+
+
+def test_a_folder_that_is_named_is_the_common_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers that share no /tmp take turns by it; without it the place does not depend on TMPDIR."""
+    named = tmp_path / "not" / "there yet"
+    monkeypatch.setenv("PRUNE_LAB_TURNS", str(named))
+    ours, theirs = Turns(common_folder()), Turns(common_folder(), patience=0.1)
+    with ours.sharing():
+        assert sorted(path.name for path in named.iterdir()) == ["prune_lab-door.lock", "prune_lab-work.lock"]
+        assert not theirs._try("work")
+    monkeypatch.delenv("PRUNE_LAB_TURNS")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert common_folder() == Path("/tmp")

@@ -114,7 +114,7 @@ def _number(file: Path) -> int:
 
 
 def _nvml(device: Device) -> Counter | None:
-    """The GPU's own counter (Volta or later), or None without pynvml (extra `energy`). Never run on a GPU yet."""
+    """The GPU's own counter (Volta or later), or None without pynvml (extra `energy`)."""
     try:
         import pynvml
     except ImportError:

@@ -153,9 +153,15 @@ def _busy() -> float:
     return whole - time.process_time()
 
 
-def _common_folder() -> Path:
-    """The same for every job of the machine: TMPDIR may be another one for each of them."""
+def common_folder() -> Path:
+    """The same for every job of the machine: TMPDIR may be another one for each of them.
+
+    PRUNE_LAB_TURNS names another: one that containers share, or one of their own for jobs that need not wait.
+    """
+    if named := os.environ.get("PRUNE_LAB_TURNS"):
+        Path(named).mkdir(parents=True, exist_ok=True)
+        return Path(named)
     return Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())
 
 
-machine = Turns(_common_folder())
+machine = Turns(common_folder())

@@ -161,7 +161,7 @@ class Case:
 
     def pack(self, model: Any) -> bool:
         """Puts a 2:4 model's Linears into the form that its kernels take, and says whether that went well."""
-        post, device = Sparse24(), self.stages.device
+        post, device = Sparse24(kernel_search=True), self.stages.device
 
         def work() -> list[str]:
             post.check(device)
