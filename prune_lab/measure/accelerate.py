@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from prune_lab.errors import Refused
-from prune_lab.measure.inference import Inference
 
 if TYPE_CHECKING:
+    from prune_lab.measure.inference import Inference
     from prune_lab.system.device import Device
 
 CHOICES = ("none", "cuda_graphs", "compile")
@@ -35,6 +35,8 @@ def accelerator(how: str, backend: str = "inductor") -> Iterator[Callable[[Any],
     uncompiled, because it was compiled too often, raises instead. Nothing compiled outlives the context: each prompt's
     shape starts anew, or later ones would get more general, slower code than the first.
     """
+    from prune_lab.measure.inference import Inference
+
     if how == "none":
         yield Inference
         return
