@@ -22,7 +22,7 @@ from prune_lab.methods.unstructured import Unstructured
 from prune_lab.methods.wanda import Wanda
 from prune_lab.models.anatomy import Anatomy, UnitLinear, out_in
 from prune_lab.models.load import HubModel
-from prune_lab.pruning import gradients, scores
+from prune_lab.pruning import gradients, scores, statistics
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.pruned import Pruned
 from prune_lab.pruning.seen import Seen
@@ -72,6 +72,19 @@ def test_input_norms_of_the_worked_example() -> None:
     norms = seen_of(GOLDEN_INPUTS, "input_norm").input_norm
     assert norms is not None
     assert norms.tolist() == pytest.approx([2.645751, 2.645751, 2.828427, 2.692582], abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_input_norms_are_sums_in_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of narrow numbers too, a few rows at a time."""
+    monkeypatch.setattr(statistics, "IN_CACHE", 21)
+    rows, gathered = random_weight(400, 7).to(dtype), InputStatistics(frozenset({"input_norm"}))
+    for part in rows.split(150):
+        gathered.add(part)
+    norms = gathered.seen().input_norm
+    assert norms is not None
+    assert norms.dtype == torch.float32
+    torch.testing.assert_close(norms.double(), rows.double().norm(dim=0), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

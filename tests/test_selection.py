@@ -18,6 +18,7 @@ from prune_lab.pruning.selection import (
     keep_layer,
     keep_pattern,
     keep_rows,
+    keep_unwaited,
 )
 
 
@@ -66,9 +67,10 @@ def signed_scores(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_signs_zeros_and_infinities_rank_as_numbers(dtype: torch.dtype) -> None:
     scores = signed_scores(24, 40, dtype)
-    for amount in (0.02, 0.3, 0.5, 0.55, 0.98):
+    for amount in (0.0, 0.02, 0.3, 0.5, 0.55, 0.98):
         remove = count_to_remove(scores.numel(), amount)
         assert torch.equal(keep_layer(scores, amount), naive_keep(scores, remove))
+        assert torch.equal(keep_unwaited(scores, remove), naive_keep(scores, remove))
         of_row = count_to_remove(40, amount)
         assert torch.equal(keep_rows(scores, of_row), torch.stack([naive_keep(row, of_row) for row in scores]))
 
