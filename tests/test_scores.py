@@ -22,7 +22,8 @@ from prune_lab.methods.unstructured import Unstructured
 from prune_lab.methods.wanda import Wanda
 from prune_lab.models.anatomy import Anatomy, UnitLinear, out_in
 from prune_lab.models.load import HubModel
-from prune_lab.pruning import gradients, scores, statistics
+from prune_lab.pruning import gradients, scores
+from prune_lab.pruning import statistics as gathering
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.pruned import Pruned
 from prune_lab.pruning.seen import Seen
@@ -77,7 +78,7 @@ def test_input_norms_of_the_worked_example() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_input_norms_are_sums_in_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of narrow numbers too, a few rows at a time."""
-    monkeypatch.setattr(statistics, "IN_CACHE", 21)
+    monkeypatch.setattr(gathering, "IN_CACHE", 21)
     rows, gathered = random_weight(400, 7).to(dtype), InputStatistics(frozenset({"input_norm"}))
     for part in rows.split(150):
         gathered.add(part)

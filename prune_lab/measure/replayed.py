@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from prune_lab.errors import Refused
 from prune_lab.measure.inference import Inference, decode, prefill
 from prune_lab.system.cuda_graph import captured
 
@@ -30,7 +32,7 @@ class Replayed(Inference):
         if self._prompt is None or self._prefill_again is None:
             own = self._prompt = prompt.clone()
             prefill(self.model, own)  # as libraries want it: once before it is captured
-            self._output, self._prefill_again = captured(lambda: prefill(self.model, own))
+            self._output, self._prefill_again = _captured(lambda: prefill(self.model, own))
         self._prompt.copy_(prompt)
         self._prefill_again()
         return self._output
@@ -40,5 +42,17 @@ class Replayed(Inference):
         if self._decode_again is None:
             assert self._prompt is not None
             decode(self.model, prefill(self.model, self._prompt), tokens)
-            _, self._decode_again = captured(lambda: decode(self.model, output, tokens))
+            _, self._decode_again = _captured(lambda: decode(self.model, output, tokens))
         self._decode_again()
+
+
+def _captured(work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    try:
+        return captured(work)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise Refused(
+            "measure.accelerate='cuda_graphs': this model does what cannot be captured, such as waiting for a result "
+            f"({str(error).splitlines()[0]}); give none or compile"
+        ) from error
