@@ -78,7 +78,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
     if summary.unlogged is not None:
         summary.warnings.append(summary.unlogged)
         summary.write(place.folder)
-    shutil.rmtree(checkpoints(summary.fingerprint), ignore_errors=True)
+    _remove_checkpoints(summary)
     return summary
 
 
@@ -145,7 +145,12 @@ def _enter_again(parts: Parts, finished: Summary, place: Place) -> Summary:
     parts.tracking.enter_again(parts.settings.name, finished, place)
     finished.warnings += [finished.unlogged] if finished.unlogged is not None else []
     finished.write(place.folder)
+    _remove_checkpoints(finished)  # it may have been killed before it came to that
     return finished
+
+
+def _remove_checkpoints(finished: Summary) -> None:
+    shutil.rmtree(checkpoints(finished.fingerprint), ignore_errors=True)
 
 
 def _helped(summary: Summary, place: Place) -> Summary:

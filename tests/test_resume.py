@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from warm import give_store, run_module
 
 from prune_lab import __main__ as program
+from prune_lab.cache import cache_folder
 from prune_lab.fingerprint import fingerprint
 from prune_lab.sweeps import sweep
 
@@ -93,6 +94,18 @@ def test_the_same_command_is_not_computed_again(run_here: RunHere) -> None:
     assert second.summary()["metrics"] == first.summary()["metrics"]
     assert second.summary()["fingerprint"] == first.summary()["fingerprint"]
     assert not (second.folder / "layers.csv").exists()
+
+
+def test_what_a_run_left_that_was_killed_at_its_very_end_goes(run_here: RunHere) -> None:
+    """A checkpoint of what is on record as finished; that of another run stays."""
+    first = run_here()
+    left, other = (cache_folder() / "training" / name for name in (first.summary()["fingerprint"], "other"))
+    for folder in (left, other):
+        folder.mkdir(parents=True)
+        (folder / "training.safetensors").touch()
+    assert not run_here().computed
+    assert not left.exists()
+    assert other.exists()
 
 
 def test_resume_false_computes_again(run_here: RunHere) -> None:

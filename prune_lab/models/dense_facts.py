@@ -22,7 +22,7 @@ from prune_lab.system.environment import describe_environment
 
 MEMORY = 2**30  # bytes of facts that a process holds; what is beyond is read from disk each time
 # An edit of any of these makes every fact anew, whichever of them it comes from.
-SOURCE = ("measure", "models", "pruning", "text", "bench.py", "system/device.py")
+SOURCE = ("measure", "models", "pruning", "text", "bench.py", "system/cuda_graph.py", "system/device.py")
 _ENVIRONMENT = ("python", "torch", "transformers", "lm-eval", "platform", "cpu", "threads", "gpu", "cuda")
 
 Part = dict[str, Tensor]

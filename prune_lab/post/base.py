@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class Post:
     """A post-compression option: turns the pruned model into the one that is measured and exported.
 
-    All options share `group_size` (inputs that share a step of a 4-bit weight) and `kernel_search` (of 2:4 kernels), so
-    that sweeps over them compose; `not_applicable` names them where they are not used.
+    All options share `group_size` (inputs that share a step of a 4-bit weight), so that sweeps over them compose;
+    `not_applicable` names it where it is not used.
 
     `exact`: whether its export, reloaded, computes the same logits; otherwise they are compared as other kernels are.
     `storage`: how its weights are written, `dense` (tensors as they are) or `bitmask`.
@@ -23,9 +23,8 @@ class Post:
     """
 
     group_size: int = 32
-    kernel_search: bool = False
 
-    not_applicable: ClassVar[tuple[str, ...]] = ("group_size", "kernel_search")
+    not_applicable: ClassVar[tuple[str, ...]] = ("group_size",)
     exact: ClassVar[bool] = True
     storage: ClassVar[str] = "dense"
     reading: ClassVar[str] = "`AutoModelForCausalLM.from_pretrained(folder)` of stock transformers"

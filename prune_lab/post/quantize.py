@@ -59,7 +59,7 @@ class Int8WeightOnly(LowBitPost):
 class Int4WeightOnly(LowBitPost):
     """4-bit weights, a step for each `group_size` inputs; inputs and products keep their type."""
 
-    not_applicable: ClassVar[tuple[str, ...]] = ("kernel_search",)
+    not_applicable: ClassVar[tuple[str, ...]] = ()
 
     def scheme(self) -> dict[str, Any]:
         """4-bit integers in groups."""

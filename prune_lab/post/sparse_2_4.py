@@ -26,7 +26,8 @@ class Sparse24(Post):
     than dense; but on a small model (widths of 128) one of the kernels ended the program.
     """
 
-    not_applicable: ClassVar[tuple[str, ...]] = ("group_size",)
+    kernel_search: bool = False
+
     exact: ClassVar[bool] = False  # the export is dense: other kernels add in another order
 
     def check(self, device: Device) -> None:
