@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import copy
 import os
 import shutil
@@ -23,7 +22,6 @@ from prune_lab.models.load import HubModel, Loaded
 from prune_lab.system.device import Device
 from prune_lab.text.train_tokenizer import train_tokenizer
 
-atexit.register(shutil.rmtree, os.environ["PRUNE_LAB_TURNS"], ignore_errors=True)
 ROOT = Path(__file__).parent.parent
 CPU = Device(torch.device("cpu"), torch.float32)
 
@@ -45,6 +43,11 @@ OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
 }
 ALL_FAMILIES = FAMILIES | OTHER_FAMILIES
+
+
+def pytest_unconfigure() -> None:
+    """Removes the locks of this process."""
+    shutil.rmtree(os.environ["PRUNE_LAB_TURNS"], ignore_errors=True)
 
 
 def make_folder(folder: Path, family: str = "llama", seed: int = 0, **changes: Any) -> Path:
