@@ -263,15 +263,8 @@ def test_training_lowers_the_loss_and_holds_the_zeros(folder: Path, tmp_path: Pa
 
 def test_a_whole_run(cli: Cli, small: list[str], tmp_path: Path) -> None:
     """Its memory is the GPU's, its latency is timed there, and anyone loads the export on a CPU."""
-    args = [
-        *small,
-        "tracking=none",
-        "method=structured",
-        "amount=0.25",
-        "export=true",
-        "dtype=float32",
-        "measure.memory=true",
-    ]
+    keys = ["tracking=none", "method=structured", "amount=0.25", "export=true", "dtype=float32", "measure.memory=true"]
+    args = [*small, *keys]
     summaries = {}
     for device in ("cpu", "cuda"):
         done = cli(*args, f"device={device}", f"hydra.run.dir={tmp_path / device}")
@@ -287,6 +280,7 @@ def test_a_whole_run(cli: Cli, small: list[str], tmp_path: Path) -> None:
     torch.testing.assert_close(*(logits(model) for model in models), atol=1e-4, rtol=1e-4)
     again = cli(*args, "device=cuda", f"hydra.run.dir={tmp_path / 'cuda'}")
     assert again.returncode == 0, again.stderr
+    assert "finished before, not computed again" in again.stdout
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 from processes import wait_until
 
+from prune_lab.errors import Refused
 from prune_lab.results import notes
 from prune_lab.system.console import Console
 from prune_lab.system.lock import locked
@@ -211,6 +212,9 @@ def test_a_folder_that_is_named_is_the_common_one(tmp_path: Path, monkeypatch: p
     with ours.sharing():
         assert sorted(path.name for path in named.iterdir()) == ["prune_lab-door.lock", "prune_lab-work.lock"]
         assert not theirs._try("work")
+    monkeypatch.setenv("PRUNE_LAB_TURNS", str(named / "prune_lab-door.lock" / "inside"))
+    with pytest.raises(Refused, match=r"^PRUNE_LAB_TURNS='.*inside' cannot be made \(Not a directory\): give a folder"):
+        common_folder()
     monkeypatch.delenv("PRUNE_LAB_TURNS")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     assert common_folder() == Path("/tmp")

@@ -28,7 +28,7 @@ class Replayed(Inference):
         self._decode_again: Callable[[], None] | None = None
 
     def prefill(self, prompt: Tensor) -> Any:
-        """Runs the whole prompt; the output is the same object each time, with new values."""
+        """Runs the whole prompt; the output is the same object each time, its logits with new values."""
         if self._prompt is None or self._prefill_again is None:
             own = self._prompt = prompt.clone()
             prefill(self.model, own)  # as libraries want it: once before it is captured

@@ -45,4 +45,9 @@ class Sparse24(Post):
         from prune_lab.models import semi_structured
 
         semi_structured.replace_linears(anatomy, self.kernel_search)
-        return []
+        if self.kernel_search:
+            return []
+        return [
+            "the first of the 2:4 kernels may be slower than dense ones: post.kernel_search=true looks for the fastest "
+            "one, but may end the program on small models"
+        ]

@@ -41,8 +41,11 @@ def cuts(scores: Sequence[Tensor], removals: Sequence[int]) -> list[Threshold]:
 
     The tensors have any shapes, one number type and no NaN; an entry's place is that in their concatenation.
     """
-    numel, is_cuda = sum(values.numel() for values in scores), scores[0].is_cuda
-    if numel > _BY_DIGITS if is_cuda else scores[0].dtype in (torch.bfloat16, torch.float16):
+    if scores[0].is_cuda:
+        counted = sum(values.numel() for values in scores) > _BY_DIGITS
+    else:
+        counted = scores[0].dtype in (torch.bfloat16, torch.float16)
+    if counted:
         counts = Counts()
         return [counts.cut(scores, remove) for remove in removals]
     return _by_selection([values.reshape(-1) for values in scores], removals)

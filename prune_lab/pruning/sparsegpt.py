@@ -94,7 +94,8 @@ def _sweep(
 ) -> None:
     """Prunes the columns of a window, shape (columns, out), in place, by `keep` or a pattern, which sets `keep`.
 
-    inverse: U of the window. repeated: whether there are more windows of its shape.
+    inverse: U of the window. repeated: whether it has the width that all but a last one have, so that other windows, of
+    this Linear or of others, are swept through alike.
     """
     if repeated and columns.is_cuda and (pattern is None or pattern.m <= RANKED_BY_PAIRS):
         _captured_sweep(columns.device, tuple(columns.shape), pattern)(columns, keep, zero, inverse)

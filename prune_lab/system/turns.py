@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from prune_lab.errors import Refused
+
 try:
     import fcntl
 except ImportError:  # not a Unix: nobody waits for anybody, and load is seen all the same
@@ -34,10 +36,10 @@ class Load:
 
 
 class Turns:
-    """This process among the others that use the same `folder`."""
+    """This process among the others that use the same `folder`; None: that of the machine, found when it is needed."""
 
-    def __init__(self, folder: Path, patience: float = PATIENCE) -> None:
-        self._files = {name: folder / f"prune_lab-{name}.lock" for name in ("door", "work")}
+    def __init__(self, folder: Path | None = None, patience: float = PATIENCE) -> None:
+        self._folder = folder
         self._patience = patience
         self._open: dict[str, int] = {}
         self._shares = False
@@ -118,8 +120,10 @@ class Turns:
     def _try(self, name: str, alone: bool = True) -> bool:
         if fcntl is None:
             return True
-        if name not in self._open and (file := _open(self._files[name])) is not None:
-            self._open[name] = file
+        if name not in self._open:
+            self._folder = self._folder or common_folder()
+            if (file := _open(self._folder / f"prune_lab-{name}.lock")) is not None:
+                self._open[name] = file
         if name not in self._open:  # a file that this user may not read: as if there were nobody else
             return True
         try:
@@ -156,12 +160,19 @@ def _busy() -> float:
 def common_folder() -> Path:
     """The same for every job of the machine: TMPDIR may be another one for each of them.
 
-    PRUNE_LAB_TURNS names another: one that containers share, or one of their own for jobs that need not wait.
+    PRUNE_LAB_TURNS names another: one that containers share, or one of their own for jobs that need not wait. Raises
+    Refused where it cannot be made.
     """
     if named := os.environ.get("PRUNE_LAB_TURNS"):
-        Path(named).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(named).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Refused(
+                f"PRUNE_LAB_TURNS={named!r} cannot be made ({error.strerror}): give a folder for the locks by which "
+                "the jobs of a machine take turns, or unset it"
+            ) from error
         return Path(named)
     return Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())
 
 
-machine = Turns(common_folder())
+machine = Turns()

@@ -4,11 +4,13 @@
     python tests/benchmarks/gpu.py --shapes tiny --device cpu     the same code without a GPU; its times mean little
 
 The shapes are Llama 3's, with grouped queries. Weights are random, bfloat16, and made on the device: they are on no
-disk and in no other memory. Text is random too. Amounts are 0.5; structured takes MLP channels. A stage's floor is
-counted from the shapes (floors.py) at the rates that are measured first; that of tf32 is in none. A stage that is
-expected to end more than --budget seconds after the start is skipped: expected is its floor times what the stage took
-in the shape before, or 30 times. Peaks are the allocator's, with the dense model that the others are copied from.
---stream writes the first shape to a folder and streams it from there (model.stream=true). Exit code 1: a stage failed.
+disk and in no other memory. Text is random too. Amounts are 0.5; structured takes MLP channels; 2:4 kernels are
+searched. Latency is taken twice, as stock software runs and replayed (measure.accelerate=cuda_graphs). A stage's
+floor is counted from the shapes (floors.py) at the rates that are measured first; that of tf32 is in none. A stage
+that is expected to end more than --budget seconds after the start is skipped: expected is its floor times what the
+stage took in the shape before, or 30 times. Peaks are the allocator's, with the dense model that the others are
+copied from. --stream writes the first shape to a folder and streams it from there (model.stream=true). Exit code 1: a
+stage failed.
 """
 
 from __future__ import annotations
