@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prune_lab.cache import cache_folder
 from prune_lab.errors import Refused
-from prune_lab.fingerprint import digest_of
+from prune_lab.fingerprint import baseline_key
 from prune_lab.measure.figures import Figures
 from prune_lab.measure.macs import Macs, count_macs
 from prune_lab.measure.memory import measure_memory
@@ -23,7 +23,7 @@ from prune_lab.measure.settings import Measure
 from prune_lab.measure.size import measure_size
 from prune_lab.measure.task_setup import ReadyTask, prepare_tasks
 from prune_lab.measure.tasks import measure_tasks
-from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.anatomy import Anatomy, family_of
 from prune_lab.models.dense_facts import DenseFacts
 from prune_lab.models.export import save_dense
 from prune_lab.models.load import Loaded, ModelSource
@@ -32,9 +32,10 @@ from prune_lab.pruning.calibration import Calibrator
 from prune_lab.results.summary import write_json
 from prune_lab.system.console import Console
 from prune_lab.system.device import Device, uses_bfloat16
-from prune_lab.system.files import mark
+from prune_lab.system.files import mark, state_of
 from prune_lab.system.lock import locked
-from prune_lab.text.calibration import calibration_corpus
+from prune_lab.text.bos import Bos, resolve_bos
+from prune_lab.text.calibration import calibration_corpus, calibration_files
 from prune_lab.text.source import Calibration, TextSource
 from prune_lab.text.tokens import JOIN, Tokens, sha256
 
@@ -53,13 +54,22 @@ class Bench:
         corpus = text.corpus()
         self.dense: Loaded = model.load(device, seed)
         self.context: int | None = getattr(self.dense.model.config, "max_position_embeddings", None)
-        if self.context is not None and text.seq_len > self.context:
-            raise Refused(f"dataset.seq_len={text.seq_len} is above the model's context of {self.context} tokens")
+        needed = family_of(self.dense.family).needs_bos
+        self.bos: Bos = resolve_bos(text.add_bos, self.dense.family, needed, self.dense.tokenizer)
+        self._check_length("dataset.seq_len", text.seq_len)
         self.tokens = Tokens(corpus, self.dense.tokenizer, console, self.dense.model.config.vocab_size)
         self.windows = self.tokens.windows("test", text.seq_len)[: measure.max_windows]
         stream = self.tokens.stream("test")
-        self.prompt: Tensor = cut_headline(stream, measure, self.context)
-        self.grid: dict[PromptShape, Tensor] = cut_grid(stream, measure, self.context)
+        room = None if self.context is None else self.context - self.bos.length
+        self.prompt: Tensor = self.bos.before(cut_headline(stream, measure, room))
+        grid = cut_grid(stream, measure, room)
+        self.grid: dict[PromptShape, Tensor] = {shape: self.bos.before(prompt) for shape, prompt in grid.items()}
+
+    def _check_length(self, key: str, seq_len: int) -> None:
+        """Raises Refused where a window of `seq_len` tokens, with its BOS, is longer than the model's context."""
+        if self.context is not None and seq_len + self.bos.length > self.context:
+            with_bos = " with the BOS token before it (dataset.add_bos)" if self.bos.length else ""
+            raise Refused(f"{key}={seq_len}{with_bos} is above the model's context of {self.context} tokens")
 
     @cached_property
     def protocol(self) -> dict[str, Any]:
@@ -71,18 +81,24 @@ class Bench:
             "seq_len": self.seq_len,
             "windows": len(self.windows),
             "join": JOIN,
+            "bos": "none"
+            if self.bos.id is None
+            else self.bos.id,  # the token before each window; `seq_len` and `prompt_tokens` are without it
             "calibration": None,  # of a run whose method looks at any: see `calibrator`
             "dtype": self.device.dtype_name,
             "device": str(self.device.torch_device),
-            "prompt_tokens": self.prompt.shape[1],
+            "prompt_tokens": self.prompt.shape[1] - self.bos.length,
             **asdict(self.measure),
             "tasks": [task.stamp for task in self._tasks],
         }
 
     @cached_property
     def hashes(self) -> dict[str, str]:
-        """sha256 of weights, tokenizer and text."""
-        return self.dense.fingerprint() | {"text": self.tokens.corpus.fingerprint()}
+        """sha256 of weights, config, tokenizer and text, and of what an export has from the model beside them."""
+        return self.dense.fingerprint() | {
+            "text": self.tokens.corpus.fingerprint(),
+            "carried": self.dense.carried_sha256(),
+        }
 
     @cached_property
     def facts(self) -> DenseFacts:
@@ -96,10 +112,7 @@ class Bench:
         """
         if seed not in self._calibrators:
             asked = self._calibration
-            if self.context is not None and asked.seq_len > self.context:
-                raise Refused(
-                    f"dataset.calibration.seq_len={asked.seq_len} is above the model's context of {self.context} tokens"
-                )
+            self._check_length("dataset.calibration.seq_len", asked.seq_len)
             corpus = calibration_corpus(asked)
             tokens = self.tokens
             if corpus is not None:
@@ -117,7 +130,8 @@ class Bench:
                 "windows": places,  # [document, first token] of each
                 "tokens_sha256": sha256(windows),
             }
-            self._calibrators[seed] = Calibrator(windows, asked.propagate, asked.batch_size, bfloat16), stamp
+            seen, prefix = self.bos.before(windows), self.bos.length
+            self._calibrators[seed] = Calibrator(seen, asked.propagate, asked.batch_size, bfloat16, prefix), stamp
         calibrator, stamp = self._calibrators[seed]
         return replace(calibrator, console=console), stamp
 
@@ -142,8 +156,8 @@ class Bench:
     def _lasting_figures(self, loaded: Loaded, folder: Path, console: Console) -> Figures:
         """Those that are the same each time: quality, size and task scores."""
         per_token, batch_size = self.tokens.bytes_per_token("test"), self.measure.batch_size
-        quality = measure_quality(loaded.model, self.windows, per_token, batch_size, self.device, console)
-        tasks = measure_tasks(loaded.model, loaded.tokenizer, self._tasks, batch_size, console)
+        quality = measure_quality(loaded.model, self.windows, per_token, batch_size, self.device, console, self.bos)
+        tasks = measure_tasks(loaded.model, loaded.tokenizer, self._tasks, batch_size, console, self.bos)
         return Figures(quality, measure_size(loaded.model, folder), None, tasks)
 
     def _memory(self, loaded: Loaded, folder: Path, console: Console) -> float | None:
@@ -159,7 +173,7 @@ class Bench:
         anew in each sweep, since it is not the same to the last bit, and latency in each run, beside the compressed.
         """
         if self._baseline is None:
-            name = f"baseline-{digest_of([self.protocol, self.hashes])[:16]}.json"
+            name = f"baseline-{baseline_key(self.protocol, self.hashes)}.json"
             if sweep_folder is None:
                 self._baseline = self._measure_dense(console)
                 return self._baseline
@@ -183,7 +197,7 @@ class Bench:
 
             of = {
                 name: self.protocol[name]
-                for name in ("test_tokens_sha256", "seq_len", "windows", "batch_size", "tasks")
+                for name in ("test_tokens_sha256", "seq_len", "windows", "bos", "batch_size", "tasks")
             }
             of["bytes_per_token"] = self.tokens.bytes_per_token("test")
             figures = Figures.from_dict(self.facts.value("baseline", of, lasting))
@@ -198,8 +212,10 @@ def open_bench(
 ) -> Bench:
     """The bench of these parts; the jobs of a sweep in one process get the same one. One is kept at a time."""
     parts = (model, text, measure, device, seed)
-    if parts not in _open:
+    files = [*model.files(), *text.files(), *calibration_files(text.calibration)]
+    key = (*parts, state_of(files))  # what is edited while a process runs is read again
+    if key not in _open:
         _open.clear()
-        _open[parts] = Bench(*parts, console)
-    _open[parts].tokens.console = console
-    return _open[parts]
+        _open[key] = Bench(*parts, console)
+    _open[key].tokens.console = console
+    return _open[key]

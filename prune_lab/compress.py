@@ -61,6 +61,7 @@ def compress(
         prune=prune,
         device=bench.device,
         seed=seed,
+        bos=bench.bos,
         console=console,
         checkpoint=checkpoints(run_id) / "training.safetensors",
         log=log.figures if log is not None else lambda step, values: None,

@@ -14,10 +14,15 @@ from prune_lab.results.summary import flatten
 
 _PACKAGE = Path(__file__).parent
 _SAYS = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory", "std::bad_alloc")
-# The first part of a path in the package -> what it does, and the keys that its memory depends on.
+_CALIBRATING = "calibrating", ("dataset.calibration.batch_size", "dataset.calibration.seq_len")
+_TIMING = "timing", ("measure.prompt_tokens", "measure.batch_sizes", "measure.lengths")
+# The first part of a path in the package, or all of it, -> what it does, and the keys that its memory depends on.
 _WORK = {
     "recovery": ("training", ("recovery.batch_size", "recovery.rank", "dataset.seq_len")),
-    "pruning": ("calibrating", ("dataset.calibration.batch_size", "dataset.calibration.seq_len")),
+    "pruning/gradients.py": ("taking gradients", ("dataset.calibration.seq_len",)),
+    **dict.fromkeys((f"pruning/{name}.py" for name in ("calibration", "influence", "observing")), _CALIBRATING),
+    "pruning": ("pruning", ()),
+    **dict.fromkeys((f"measure/{name}.py" for name in ("inference", "memory", "speed", "replayed")), _TIMING),
     "measure": ("measuring", ("measure.batch_size", "dataset.seq_len")),
     "models/load.py": ("loading the model", ()),
     "bench.py": ("copying the model", ()),

@@ -29,7 +29,7 @@ from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.pruned import Pruned
 from prune_lab.results import notes, outcome
 from prune_lab.results.card import model_card
-from prune_lab.results.summary import Summary
+from prune_lab.results.summary import Summary, read_summary
 from prune_lab.system import device as devices
 from prune_lab.system.console import Console
 from prune_lab.system.device import Device
@@ -56,7 +56,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
             compress(parts, bench, calibrator, id_of_main, world, place.folder, console)
         return _helped(summary, place)
     if finished is not None:
-        return _enter_again(parts, finished, place)
+        return _enter_again(parts, finished, place, summary.environment)
 
     with (
         parts.tracking.start_run(parts.settings.name, summary, place) as log,
@@ -68,7 +68,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
         metrics = compare(parts.method, dense, figures, timings, compressed.pruned)
         metrics |= compute_figures(bench.macs, compressed.macs) | compressed.seconds
         summary.set_metrics(metrics)
-        summary.warnings += compressed.pruned.notes + notes.of_run(summary)
+        summary.warnings += [*bench.bos.notes, *compressed.pruned.notes, *notes.of_run(summary)]
         summary.status = "FINISHED"
         if parts.settings.export:
             card = model_card(summary, bench.dense.name, place.command, parts.post.reading)
@@ -136,14 +136,26 @@ def _find_finished(parts: Parts, summary: Summary, place: Place) -> Summary | No
         if place.sweep is None:
             raise
         return None  # the store was there when the sweep began: its jobs go on without it
-    return None if found is None or (settings.export and not (Path(found.folder) / "export").is_dir()) else found
+    return None if found is None or (settings.export and not _has_export(found)) else found
 
 
-def _enter_again(parts: Parts, finished: Summary, place: Place) -> Summary:
-    """Records that the run was asked for again."""
+def _has_export(finished: Summary) -> bool:
+    """Whether the export of a finished run is still its own: another run may have used its folder since."""
+    folder = Path(finished.folder)
+    last = read_summary(folder)
+    return (
+        (folder / "export" / "config.json").is_file()
+        and last is not None
+        and (last.status == "FINISHED" and last.fingerprint == finished.fingerprint)
+    )
+
+
+def _enter_again(parts: Parts, finished: Summary, place: Place, environment: dict[str, Any]) -> Summary:
+    """Records that the run was asked for again, here."""
     finished.overrides = place.overrides  # it may have been asked for in other words
     parts.tracking.enter_again(parts.settings.name, finished, place)
     finished.warnings += [finished.unlogged] if finished.unlogged is not None else []
+    finished.warnings += notes.of_elsewhere(finished, environment)
     finished.write(place.folder)
     _remove_checkpoints(finished)  # it may have been killed before it came to that
     return finished

@@ -10,6 +10,7 @@ from prune_lab.results import notes
 
 # A model of 10 MB and 100 MB at the peak, which nothing happened to.
 DENSE = {
+    "params/total": 1000.0, "params/dense_total": 1000.0, "params/nonzero": 1000.0, "params/dense_nonzero": 1000.0,
     "params/reduction": 0.0, "params/physical_reduction": 0.0, "size/reduction": 0.0, "memory/reduction": 0.0,
     "memory/weights_mb": 10.0, "memory/dense_weights_mb": 10.0,
     "latency/prefill_speedup": 1.01, "latency/prefill_speedup_low": 0.98, "latency/prefill_speedup_high": 1.04,
@@ -38,11 +39,11 @@ def test_a_model_that_nothing_happened_to_needs_no_words() -> None:
 def test_a_model_that_knows_nothing_of_the_text_is_told(bits: float, is_strange: bool) -> None:
     found = said(quality__dense_bits_per_byte=bits)
     assert len(found) == is_strange
-    assert all("knows nothing of this text" in note and "dataset.path=" in note for note in found)
+    assert all("predicts this text badly" in note and "dataset.path=" in note for note in found)
 
 
 def test_zeros_in_dense_tensors_come_with_what_they_did_not_save() -> None:
-    (note,) = said(params__reduction=0.5, memory__reduction=-0.003)
+    (note,) = said(params__nonzero=500, memory__reduction=-0.003)
     assert note == (
         "50% of the parameters are zeros; measured beside the dense model: disk +0.0%, weights in memory +0.0%, "
         "peak memory +0.3%, prefill 1.010 [0.980, 1.040], decode 0.990 [0.970, 1.020]: "
@@ -52,21 +53,36 @@ def test_zeros_in_dense_tensors_come_with_what_they_did_not_save() -> None:
 
 def test_zeros_are_not_called_dense_where_the_weights_take_less_room() -> None:
     """2:4 kernels or 8 bits: the figures stand for themselves."""
-    (note,) = said(params__reduction=0.5, memory__weights_mb=5.6, size__reduction=0.1, memory__reduction=0.2, **FASTER)
+    (note,) = said(params__nonzero=500, memory__weights_mb=5.6, size__reduction=0.1, memory__reduction=0.2, **FASTER)
     assert note.endswith("decode 1.200 [1.100, 1.300]")
     assert "weights in memory -44.0%" in note
 
 
 def test_few_zeros_and_removed_parameters_are_no_zeros() -> None:
     """A padding row of zeros is none of pruning's; what is removed is in both reductions."""
-    assert said(params__reduction=0.009) == []
-    removed = {"params__reduction": 0.4, "params__physical_reduction": 0.395, "memory__weights_mb": 6.05}
+    assert said(params__nonzero=991) == []
+    removed = {"params__nonzero": 600, "params__total": 605, "params__physical_reduction": 0.395}
+    removed |= {"memory__weights_mb": 6.05}
     assert said(**removed, size__reduction=0.395, memory__reduction=0.3, **FASTER) == []
+
+
+def test_zeros_that_were_there_before_are_said_and_are_none_of_the_run() -> None:
+    before = {"params__dense_nonzero": 500, "params__nonzero": 500}
+    (note,) = said(**before)
+    assert note.startswith("500 of the model's 1,000 parameters (50.0%) were zero before this run")
+    _, more = said(**before | {"params__nonzero": 300})
+    assert more.startswith("70% of the parameters are zeros")
+    assert said(params__dense_nonzero=996, params__nonzero=996) == []
+
+
+def test_zeros_that_save_bytes_on_disk_are_not_said_to_save_none() -> None:
+    (note,) = said(params__nonzero=500, size__reduction=0.4, memory__reduction=0.3)
+    assert note.endswith("decode 0.990 [0.970, 1.020]")
 
 
 def test_what_was_not_measured_is_not_in_the_note() -> None:
     figures = {name: value for name, value in DENSE.items() if name.split("/")[0] in ("params", "size")}
-    figures |= {"memory/weights_mb": 10, "memory/dense_weights_mb": 10, "params/reduction": 0.25}
+    figures |= {"memory/weights_mb": 10, "memory/dense_weights_mb": 10, "params/nonzero": 750}
     (note,) = notes.of_figures(figures)
     assert "disk +0.0%, weights in memory +0.0%: the tensors are dense" in note
     assert "peak" not in note

@@ -41,7 +41,7 @@ from prune_lab.pruning.seen import NEEDS, Seen
 from prune_lab.sweeps import sweep
 
 WINDOWS = torch.randint(300, (6, 16), generator=torch.Generator().manual_seed(0))
-HASHES = {"weights": "w", "tokenizer": "t"}
+HASHES = {"weights": "w", "config": "c", "tokenizer": "t"}
 ALL = frozenset(NEEDS)
 
 Seens = list[dict[str, Seen]]
@@ -116,8 +116,9 @@ def test_a_need_that_is_known_is_not_observed_again(loaded: Loaded, passes: list
 
 
 KEY = {
-    "weights": "other", "tokenizer": "other", "tokens": 1, "n_samples": 5, "seq_len": 15, "batch_size": 3,
-    "dtype": torch.bfloat16, "code": "errors.py", "threads": 77, "torch": "0.0",
+    "weights": "other", "config": "other", "tokenizer": "other", "tokens": 1, "n_samples": 5, "seq_len": 15,
+    "batch_size": 3, "prefix": 1, "dtype": torch.bfloat16, "code": "errors.py", "threads": 77, "torch": "0.0",
+    "transformers": "0.0", "tokenizers": "0.0",
 }  # fmt: skip
 
 
@@ -136,12 +137,13 @@ def test_each_field_of_the_key_misses(
     if field == "code":
         monkeypatch.setattr(dense_facts, "SOURCE", (*dense_facts.SOURCE, value))
     real = dense_facts.describe_environment
-    if field in ("threads", "torch"):
+    if field in ("threads", *fingerprint.LIBRARIES):
         monkeypatch.setattr(dense_facts, "describe_environment", lambda device: real(device) | {field: value})
     facts = facts_of(loaded, **({field: value} if field in HASHES else {}))
     if field == "dtype":
         facts = DenseFacts(loaded.model, HASHES, replace(CPU, dtype=value))
-    list(Calibrator(windows, "dense", size).walk(Anatomy(loaded.model, facts), needs))
+    calibrator = Calibrator(windows, "dense", size, prefix=int(field == "prefix"))
+    list(calibrator.walk(Anatomy(loaded.model, facts), needs))
     assert len(passes) == (1 if field == "nothing" else 2)
 
 

@@ -42,7 +42,7 @@ def _try(parts: config.Parts) -> None:
     settings, console = parts.settings, Console()
     device = devices.resolve(settings.device, settings.dtype)
     bench = open_bench(parts.model, parts.dataset, parts.measure, device, settings.seed, console)
-    trials = try_batch_sizes(bench.dense.model, bench.windows, device)
+    trials = try_batch_sizes(bench.dense.model, bench.bos.before(bench.windows), device)
     for trial in trials:
         console.result(f"batch of {trial.batch_size:3}: {trial.tokens_per_s:10,.0f} tokens/s")
     chosen = suggest(trials)

@@ -7,22 +7,27 @@ from typing import Any
 
 from prune_lab.measure.task_setup import SEED, ReadyTask, by_itself
 from prune_lab.system.console import Console
+from prune_lab.text.bos import NO_BOS, Bos, begin_with_bos
 
 Scores = dict[str, float]
 
 
 def measure_tasks(
-    model: Any, tokenizer: Any, tasks: tuple[ReadyTask, ...], batch_size: int, console: Console
+    model: Any, tokenizer: Any, tasks: tuple[ReadyTask, ...], batch_size: int, console: Console, bos: Bos = NO_BOS
 ) -> dict[str, Scores]:
     """lm-eval's scores of each task: acc, acc_stderr, acc_norm ... as the task has them, n, and truncated.
 
     n is the number of documents scored; truncated, of how many of them the model's context held the end alone (left
-    out where it held all). The same model gets the same scores: lm-eval draws with seeds of its own.
+    out where it held all). The same model gets the same scores: lm-eval draws with seeds of its own. With a `bos` each
+    text begins with it; without one, as the tokenizer has it.
     """
     scores = {}
     for task in tasks:
         with console.progress(None, task.name, unit="batch") as bar, by_itself():
-            scores[task.name] = _score(_Watched(model, bar), copy.deepcopy(tokenizer), task, batch_size)
+            own = copy.deepcopy(tokenizer)
+            if bos.id is not None:
+                begin_with_bos(own)
+            scores[task.name] = _score(_Watched(model, bar), own, task, batch_size)
     return scores
 
 

@@ -48,6 +48,7 @@ class Family:
     # field of its own; "divisors": it is, but the query heads must divide hidden_size; "present": head_dim is always
     # hidden_size / heads, so that fewer heads would be other heads.
     head_counts: str = "any"
+    needs_bos: bool = False  # whether it predicts nothing sensible of a text without a BOS token before it
 
 
 _LLAMA_MLP = (Slot("mlp.gate_proj", "rows"), Slot("mlp.up_proj", "rows"), Slot("mlp.down_proj", "columns"))
@@ -65,9 +66,9 @@ FAMILIES = {
     "mistral": _LLAMA_LIKE,
     "qwen2": _LLAMA_LIKE,
     "qwen3": _LLAMA_LIKE,
-    "gemma": _LLAMA_LIKE,
-    "gemma2": _LLAMA_STRICT,
-    "gemma3_text": _LLAMA_STRICT,
+    "gemma": replace(_LLAMA_LIKE, needs_bos=True),
+    "gemma2": replace(_LLAMA_STRICT, needs_bos=True),
+    "gemma3_text": replace(_LLAMA_STRICT, needs_bos=True),
     "phi3": Family(
         "model.layers",
         (Slot("mlp.gate_up_proj", "rows", ("channel", "channel")), Slot("mlp.down_proj", "columns")),

@@ -1,4 +1,4 @@
-"""What a model's tensors hold, wherever they rest: counts, their hash, whether they are damaged."""
+"""Contents of a model: counts of its weights, hashes of weights and config, whether a tensor is damaged."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from typing import Any
 import torch
 
 from prune_lab.errors import Refused
+from prune_lab.fingerprint import digest_of
 from prune_lab.models.low_bits import LowBitLinear
 from prune_lab.models.on_disk import value
+
+_NO_COMPUTE = frozenset(
+    {"_name_or_path", "name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"}
+)
 
 
 def count_weights(model: Any) -> int:
@@ -34,6 +39,22 @@ def weights_sha256(model: Any) -> str:
         flat = value(model, name, tensor).detach().contiguous().view(-1).view(torch.uint8)
         digest.update(flat.cpu().numpy().data)
     return digest.hexdigest()
+
+
+def config_sha256(model: Any) -> str:
+    """sha256 over config.json as the model uses it, with defaults filled in and the kind of attention that computes.
+
+    Left out is what names a model or says how it was saved (_NO_COMPUTE); its number type is the run's.
+    """
+    used = _without(model.config.to_dict(), _NO_COMPUTE)
+    return digest_of([used, getattr(model.config, "_attn_implementation", None)])
+
+
+def _without(values: Any, names: frozenset[str]) -> Any:
+    """Nested dictionaries (the config of a part is one) without these keys."""
+    if not isinstance(values, dict):
+        return values
+    return {str(key): _without(value, names) for key, value in values.items() if key not in names}
 
 
 def check_finite(model: Any, name: str) -> None:

@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prune_lab import cache as store
-from prune_lab.fingerprint import digest_of, source_sha256
+from prune_lab.fingerprint import LIBRARIES, digest_of, source_sha256
 from prune_lab.system.device import Device
 from prune_lab.system.environment import describe_environment
 
 MEMORY = 2**30  # bytes of facts that a process holds; what is beyond is read from disk each time
 # An edit of any of these makes every fact anew, whichever of them it comes from.
 SOURCE = ("measure", "models", "pruning", "text", "bench.py", "system/cuda_graph.py", "system/device.py")
-_ENVIRONMENT = ("python", "torch", "transformers", "lm-eval", "platform", "cpu", "threads", "gpu", "cuda")
+_ENVIRONMENT = (*LIBRARIES, "python", "lm-eval", "platform", "cpu", "threads", "gpu", "cuda")
 
 Part = dict[str, Tensor]
 T = TypeVar("T")
@@ -32,19 +32,17 @@ T = TypeVar("T")
 class DenseFacts:
     """Facts about one dense model, each found under a key of all that it depends on.
 
-    The key holds the sha256 of weights and tokenizer, number type, device, threads, the versions of what computes, the
-    source of all that could (SOURCE), and what the asker adds: the text by its token ids, sizes, and modules beside
-    those, such as the method's whose score is scanned.
+    The key holds the sha256 of weights, config and tokenizer, number type, device, threads, the versions of what
+    computes, the source of all that could (SOURCE), and what the asker adds: the text by its token ids, sizes, and
+    modules beside those, such as the method's whose score is scanned.
     """
 
     def __init__(self, model: Any, hashes: dict[str, str], device: Device) -> None:
         self._model, self._device = model, device
         environment = describe_environment(device)
         self._key = {
-            "weights": hashes["weights"],
-            "tokenizer": hashes["tokenizer"],
+            **{name: hashes[name] for name in ("weights", "config", "tokenizer")},
             "dtype": device.dtype_name,
-            "attention": getattr(model.config, "_attn_implementation", None),
             "matmul": torch.get_float32_matmul_precision(),
             **{name: environment[name] for name in _ENVIRONMENT},
         }

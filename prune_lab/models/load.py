@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prune_lab.fingerprint import digest_of
 from prune_lab.models.folder_check import check_folder
 from prune_lab.system.hub import as_folder, cached_file, check_reachable, commit_of, download, is_hub_id
-from prune_lab.text.encode import tokenizer_sha256
+from prune_lab.text.encode import tokenizer_settings, tokenizer_sha256
 
 if TYPE_CHECKING:
     from prune_lab.system.device import Device
@@ -46,10 +47,24 @@ class Loaded:
         return getattr(self.model.config, "quantization_config", None) is not None
 
     def fingerprint(self) -> dict[str, str]:
-        """sha256 of the weights (names, types, shapes, bytes) and of the tokenizer."""
-        from prune_lab.models.contents import weights_sha256
+        """sha256 of all that computes: weights (names, types, shapes, bytes), config as it is used, tokenizer."""
+        from prune_lab.models.contents import config_sha256, weights_sha256
 
-        return {"weights": weights_sha256(self.model), "tokenizer": tokenizer_sha256(self.tokenizer)}
+        return {
+            "weights": weights_sha256(self.model),
+            "config": config_sha256(self.model),
+            "tokenizer": tokenizer_sha256(self.tokenizer),
+        }
+
+    def carried_sha256(self) -> str:
+        """sha256 of what an export has from this model and no figure depends on.
+
+        That is the generation config, the tokenizer's settings with its chat template, and the licence.
+        """
+        generation = getattr(self.model, "generation_config", None)
+        values = generation.to_dict() if generation is not None else {}
+        values.pop("transformers_version", None)
+        return digest_of([values, tokenizer_settings(self.tokenizer), self.licence])
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,10 @@ class ModelSource:
             raise ValueError(
                 "stream=true reads weights from disk, and weights=random has none there; give stream=false"
             )
+
+    def files(self) -> list[Path]:
+        """The files on this machine that it is loaded from, as far as they may be edited while a process runs."""
+        return []
 
     def load(self, device: Device, seed: int) -> Loaded:
         """Loads model and tokenizer; `seed` is that of random weights. Raises Refused where it cannot."""
@@ -90,6 +109,11 @@ class HubModel(ModelSource):
             raise ValueError(
                 f"name={self.name[:200]!r} is neither a folder here nor a Hub id such as Qwen/Qwen2.5-0.5B"
             )
+
+    def files(self) -> list[Path]:
+        """Those of the folder."""
+        folder = as_folder(self.name)
+        return [] if folder is None else [path for path in folder.iterdir() if path.is_file()]
 
     def load(self, device: Device, seed: int) -> Loaded:
         """Loads from the folder, else from the Hub or its cache on this machine."""

@@ -13,13 +13,15 @@ TIMES_ON_GPU = 16  # as many there: products of few positions, 32 of a vocabular
 
 
 @torch.no_grad()
-def window_losses(model: Any, batch: Tensor) -> Tensor:
-    """Mean cross-entropy of each window in nats, shape (windows,), fp32; `batch` has shape (windows, seq_len).
+def window_losses(model: Any, batch: Tensor, prefix: int = 0) -> Tensor:
+    """Mean cross-entropy of each window in nats, shape (windows,), fp32.
 
+    `batch` has shape (windows, prefix + seq_len): of the text's tokens all but the first are predicted, whatever stands
+    before it (a BOS token).
     The head runs over a few positions at a time, so the logits of a whole window are never held.
     """
-    hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1]
-    head, targets = model.get_output_embeddings(), batch[:, 1:].reshape(-1)
+    hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state[:, prefix:-1]
+    head, targets = model.get_output_embeddings(), batch[:, prefix + 1 :].reshape(-1)
     rows = max(1, LOGITS_AT_ONCE * (TIMES_ON_GPU if hidden.is_cuda else 1) // head.weight.shape[0])
     cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2 bends its logits after the head
     losses = []

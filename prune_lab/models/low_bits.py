@@ -107,6 +107,12 @@ class Int8Linear(LowBitLinear):
         fits = self.in_features % 8 == 0 == self.out_features % 8 if self.weight.is_cuda else self.in_features > 1
         return self.dynamic and fits
 
+    @property
+    def has_weight_kernel(self) -> bool:
+        """Whether there is a kernel for 8-bit weights and few rows of inputs that keep their type, of these widths."""
+        narrow = self.weight_scale.dtype == torch.bfloat16 and self.weight.device.type == "cpu"
+        return narrow and not self.dynamic and self.in_features % KERNEL_WIDTH == 0
+
     def _has_kernel(self, rows: Tensor) -> bool:
         """Whether the weight-only kernel takes these rows and is worth it."""
         few = rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and len(rows) <= KERNEL_ROWS

@@ -10,9 +10,9 @@ from torch import nn
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import Anatomy, out_in
 from prune_lab.models.low_bit_format import Scheme, linear_names, replace_linear
-from prune_lab.models.low_bits import LowBitLinear
+from prune_lab.models.low_bits import Int8Linear, LowBitLinear
 
-EXPANDED = "the weights are expanded before each product: smaller, and slower"
+EXPANDED = "the weights are expanded to the inputs' type before each product, which takes time of its own"
 OWN_EXPORT = "only prune_lab can load the export: other software knows low-bit layouts of Linears, and these are {}s"
 
 
@@ -57,7 +57,10 @@ def _check_groups(linears: list[tuple[str, Any]], group_size: int | None) -> Non
 
 def _speed(model: Any, scheme: Scheme) -> str:
     """What becomes of products whose inputs keep their type."""
-    option, weight = f"int{scheme.bits}_weight_only", next(model.parameters())
-    if scheme.bits == 8 and weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
-        return f"{option}: a kernel for few rows (decoding); for many, {EXPANDED}"
-    return f"{option}: {EXPANDED}"
+    option = f"int{scheme.bits}_weight_only"
+    linears = [module for module in model.modules() if isinstance(module, LowBitLinear)]
+    with_kernel = sum(isinstance(linear, Int8Linear) and linear.has_weight_kernel for linear in linears)
+    if not with_kernel:
+        return f"{option}: {EXPANDED}"
+    of_which = "" if with_kernel == len(linears) else f" in {with_kernel} of {len(linears)} layers"
+    return f"{option}: a kernel for few rows (decoding){of_which}; elsewhere {EXPANDED}"

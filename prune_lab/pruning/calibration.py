@@ -23,8 +23,10 @@ from prune_lab.text.tokens import sha256
 
 @dataclass(frozen=True)
 class Calibrator:
-    """Puts calibration windows, shape (windows, seq_len), through models.
+    """Puts calibration windows, shape (windows, prefix + seq_len), through models.
 
+    prefix: tokens before the text of each window (a BOS token): they are seen, and the first token after them is no
+    target of a loss.
     propagate: what the blocks after a pruned one see: its outputs as "pruned", or those of the "dense" block, which
     costs half and makes the statistics independent of the amount: they are computed once, as are gradients, block
     influence and scans, which are of the dense model either way (see models/dense_facts.py).
@@ -35,6 +37,7 @@ class Calibrator:
     propagate: str = "pruned"
     batch_size: int = 16
     bfloat16: bool = False
+    prefix: int = 0
     console: Console = Console(quiet=True)  # noqa: RUF009 - it has no state
 
     def walk(self, anatomy: Anatomy, needs: frozenset[str], dense: bool = False) -> Iterator[dict[str, Seen]]:
@@ -85,7 +88,13 @@ class Calibrator:
         """What a statistic of the dense model depends on beside it."""
         n, seq_len = self.windows.shape
         text = {"tokens_sha256": sha256(self.windows), "n_samples": n, "seq_len": seq_len}
-        return {**text, "batch_size": self.batch_size, "propagate": "dense", "bfloat16": self.bfloat16}
+        return {
+            **text,
+            "batch_size": self.batch_size,
+            "propagate": "dense",
+            "bfloat16": self.bfloat16,
+            "prefix": self.prefix,
+        }
 
     def remember(
         self, anatomy: Anatomy, kind: str, of: dict[str, Any], compute: Callable[[], Any], modules: tuple[str, ...] = ()
@@ -109,7 +118,7 @@ class Calibrator:
         """Gradient saliency (pruning/gradients.py), once for the dense model; `parts` names what is reduced to."""
 
         def compute() -> Iterator[dict[str, Tensor]]:
-            yield gradients.saliency(anatomy, self.windows, order, self.console, reduce, only)
+            yield gradients.saliency(anatomy, self.windows, order, self.console, reduce, only, self.prefix)
 
         facts, kind = anatomy.facts, GRADIENTS[order - 1]
         if facts is None:
@@ -121,7 +130,8 @@ class Calibrator:
     def loss(self, model: Any, windows: int | None = None) -> float:
         """Mean cross-entropy of the next token in nats over the first `windows` windows (all of them by default)."""
         device = next(model.parameters()).device
-        losses = [window_losses(model, batch.to(device)) for batch in self.windows[:windows].split(self.batch_size)]
+        batches = self.windows[:windows].split(self.batch_size)
+        losses = [window_losses(model, batch.to(device), self.prefix) for batch in batches]
         return float(torch.cat(losses).double().mean())
 
 

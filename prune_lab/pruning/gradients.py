@@ -24,13 +24,14 @@ def saliency(
     console: Console,
     reduce: Reduce = lambda name, value: value,
     only: Collection[str] | None = None,
+    prefix: int = 0,
 ) -> dict[str, Tensor]:
     """Mean over windows of |w * g| (order 1) or (w * g)^2 (order 2) by Linear, all of them or `only` those; float32.
 
     g is the gradient of one window's mean next-token loss (Molchanov et al., 1611.06440 and 1906.10771; LLM-Pruner,
     2305.11627, whose second order is w^2 times the mean squared per-sample gradient). `reduce(name, values)` turns
-    the values of one Linear, shape (out, in), into what is summed up, such as sums over units. Raises Refused where a
-    gradient is not finite.
+    the values of one Linear, shape (out, in), into what is summed up, such as sums over units. The loss leaves out
+    `prefix` tokens before the text of a window. Raises Refused where a gradient is not finite.
     """
     model, sums = anatomy.model, dict[str, Tensor]()
     linears = {name: linear for name, linear in anatomy.linears() if only is None or name in only}
@@ -56,8 +57,8 @@ def saliency(
         with console.progress(windows.numel(), "gradients", unit="tok") as bar, torch.enable_grad():
             for window in windows.split(1):
                 tokens = window.to(device)
-                logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
-                (cross_entropy(logits, tokens[0, 1:]) * scale).backward()
+                logits = model(input_ids=tokens, use_cache=False).logits[0, prefix:-1].float()
+                (cross_entropy(logits, tokens[0, prefix + 1 :]) * scale).backward()
                 bar.update(tokens.numel())
     finally:
         for hook in hooks:

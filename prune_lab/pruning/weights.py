@@ -73,7 +73,10 @@ def prune(rule: WeightRule, anatomy: Anatomy, amount: float, seed: int, calibrat
         keep = dict(zip(values, keep_global(list(values.values()), amount, counts), strict=True))
         pruned.rows = [_row(name, mask) for name, mask in keep.items()]
         if calibrator is not None and calibrator.propagate == "pruned":
-            pruned.notes.append("one ranking over all blocks: every block was seen with dense ones before it")
+            pruned.notes.append(
+                "one ranking over all blocks: all were calibrated before any was pruned to this amount, whatever "
+                "dataset.calibration.propagate"
+            )
     else:
         amounts = _allocate(rule, anatomy, amount, seed, calibrator, pruned)
         for index, of_block in enumerate(_walk(rule, anatomy, seed, calibrator)):

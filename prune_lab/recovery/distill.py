@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prune_lab.errors import Refused
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.recovery.finetune import Finetune
+from prune_lab.system.files import state_of
 from prune_lab.text.encode import tokenizer_sha256
 
 if TYPE_CHECKING:
@@ -62,17 +63,19 @@ class Distill(Finetune):
         from prune_lab.recovery.losses import distillation_loss
 
         teacher = training.dense if self.teacher is None else _load(self.teacher, training.device)
-        return distillation_loss(teacher.model, self.temperature, self.alpha)
+        return distillation_loss(teacher.model, self.temperature, self.alpha, training.bos.length)
 
 
-_teachers: dict[tuple[str, Device], Loaded] = {}
+_teachers: dict[tuple[Any, ...], Loaded] = {}
 _fingerprints: dict[str, dict[str, str]] = {}  # of the teacher that is kept
 
 
 def _load(name: str, device: Device) -> Loaded:
     """The teacher of that name: loaded once for the jobs of a sweep; one is kept at a time."""
-    if (name, device) not in _teachers:
+    source = HubModel(name=name)
+    key = name, device, state_of(source.files())  # an edited file is read again
+    if key not in _teachers:
         _teachers.clear()
         _fingerprints.clear()
-        _teachers[name, device] = HubModel(name=name).load(device, seed=0)
-    return _teachers[name, device]
+        _teachers[key] = source.load(device, seed=0)
+    return _teachers[key]

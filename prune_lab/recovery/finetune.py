@@ -20,7 +20,7 @@ class Finetune(TrainingRecipe):
         """That cross-entropy."""
         from prune_lab.recovery.losses import next_token_loss
 
-        return next_token_loss
+        return next_token_loss(training.bos.length)
 
     def recover(self, model: Any, training: Training) -> None:
         """Trains on its loss."""

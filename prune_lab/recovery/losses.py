@@ -1,4 +1,4 @@
-"""What a training brings down."""
+"""Losses of training: of the next token, and of distillation from a teacher."""
 
 from __future__ import annotations
 
@@ -9,24 +9,31 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-Loss = Callable[[Any, Tensor], Tensor]  # of a model and a batch of shape (windows, seq_len): a scalar
+Loss = Callable[[Any, Tensor], Tensor]  # of a model and a batch of shape (windows, prefix + seq_len): a scalar
 
 
-def next_token_loss(model: Any, batch: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token, in nats; `batch` has shape (windows, seq_len)."""
-    logits = model(input_ids=batch, use_cache=False).logits
-    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
+def next_token_loss(prefix: int = 0) -> Loss:
+    """Mean cross-entropy of the next token, in nats, of a text after `prefix` tokens that are none of it (BOS)."""
+
+    def loss_of(model: Any, batch: Tensor) -> Tensor:
+        logits = model(input_ids=batch, use_cache=False).logits
+        return cross_entropy(logits[:, prefix:-1].flatten(0, 1).float(), batch[:, prefix + 1 :].flatten())
+
+    return loss_of
 
 
-def distillation_loss(teacher: Any, temperature: float, alpha: float) -> Loss:
-    """alpha * soft loss + (1 - alpha) * cross-entropy of the next token, both means over tokens, in nats."""
+def distillation_loss(teacher: Any, temperature: float, alpha: float, prefix: int = 0) -> Loss:
+    """alpha * soft loss + (1 - alpha) * cross-entropy of the next token, both means over tokens, in nats.
+
+    Both leave out `prefix` tokens before the text of a window.
+    """
 
     def loss_of(student: Any, batch: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = teacher(input_ids=batch, use_cache=False).logits[:, :-1]
-        found = student(input_ids=batch, use_cache=False).logits[:, :-1]
+            wanted = teacher(input_ids=batch, use_cache=False).logits[:, prefix:-1]
+        found = student(input_ids=batch, use_cache=False).logits[:, prefix:-1]
         soft = soft_loss(found.flatten(0, 1), wanted.flatten(0, 1), temperature)
-        hard = cross_entropy(found.flatten(0, 1).float(), batch[:, 1:].flatten())
+        hard = cross_entropy(found.flatten(0, 1).float(), batch[:, prefix + 1 :].flatten())
         return alpha * soft + (1 - alpha) * hard
 
     return loss_of

@@ -27,9 +27,9 @@ class Whole:
     def gather(self) -> None:
         """Puts what was trained into the model and the optimizer that this was made from: here they are those."""
 
-    def window_losses(self, batch: Tensor) -> Tensor:
-        """Mean cross-entropy of each window in nats, shape (windows,); `batch` has shape (windows, seq_len)."""
-        return window_losses(self.model, batch)
+    def window_losses(self, batch: Tensor, prefix: int) -> Tensor:
+        """Mean cross-entropy of each window in nats, shape (windows,); `batch`: (windows, prefix + seq_len)."""
+        return window_losses(self.model, batch, prefix)
 
 
 class Sharded(Whole):
@@ -69,9 +69,9 @@ class Sharded(Whole):
             if state:
                 self._whole.optimizer.state[hollow] = {key: full(value) for key, value in state.items()}
 
-    def window_losses(self, batch: Tensor) -> Tensor:
+    def window_losses(self, batch: Tensor, prefix: int) -> Tensor:
         """As of a whole model."""
-        losses: Tensor = self.model.window_losses(batch)
+        losses: Tensor = self.model.window_losses(batch, prefix)
         return losses
 
     def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:

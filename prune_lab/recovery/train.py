@@ -135,7 +135,7 @@ class _Loop:
         for group in optimizer.param_groups:
             position, steps = self.rewinder.lr_position(step)
             group["lr"] = recipe.lr * lr_factor(position, steps, recipe.warmup, recipe.final_lr)
-        loss = self._gradients(self.order.batch(step))
+        loss = self._gradients(training.bos.before(self.order.batch(step)))
         torch.nn.utils.clip_grad_norm_(trained.parameters(), recipe.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

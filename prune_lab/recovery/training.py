@@ -12,6 +12,7 @@ from prune_lab.schedules import Event, Rewind
 from prune_lab.system.console import Console
 from prune_lab.system.device import Device
 from prune_lab.system.world import World
+from prune_lab.text.bos import NO_BOS, Bos
 from prune_lab.text.tokens import Tokens
 
 
@@ -30,6 +31,7 @@ class Training:
     checkpoint: Path  # where to put a checkpoint, and to go on from if it is there
     log: Callable[[int, dict[str, float]], None]  # figures of a step
     rewind: Rewind | None = None  # what goes back after each pruning
+    bos: Bos = NO_BOS  # what stands before each window
     world: World = field(default_factory=World)  # the processes that train together
     pruned: Pruned = field(default_factory=Pruned)
 

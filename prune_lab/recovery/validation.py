@@ -38,7 +38,7 @@ class Validation:
             self.every = 0
             training.say(f"no validation perplexity while it trained: {error}")
             return torch.empty(0, 0)
-        return windows[: self._recipe.validate_windows]
+        return training.bos.before(windows[: self._recipe.validate_windows])
 
     def is_due(self, step: int) -> bool:
         """Whether to measure after `step` steps."""
@@ -51,10 +51,10 @@ class Validation:
         The model is in eval mode meanwhile. `share` has every process of a training go by the same figure.
         """
         trained.model.eval()
-        losses = []
+        losses, place, prefix = [], self._training.device.torch_device, self._training.bos.length
         with autocast:
             for batch in self._windows.split(self._recipe.batch_size):
-                losses.append(trained.window_losses(batch.to(self._training.device.torch_device, torch.int64)).cpu())
+                losses.append(trained.window_losses(batch.to(place, torch.int64), prefix).cpu())
         trained.model.train()
         mean = share(float(torch.cat(losses).double().mean()))
         perplexity = math.exp(mean) if mean < 700 else math.inf

@@ -85,8 +85,8 @@ def of_dense(metrics: dict[str, float]) -> dict[str, float]:
     Figures that only a run has, such as seconds spent on pruning, are missing.
     """
     found = {name.replace("/dense_", "/"): value for name, value in dense_figures(metrics).items()}
-    if "params/total" in found:
-        found["params/nonzero"] = found["params/total"]
+    if "params/total" in found:  # records of older versions did not count the dense model's zeros
+        found.setdefault("params/nonzero", found["params/total"])
     if "latency/decode_ms_per_token_p50" in found:
         found["throughput/decode_tokens_per_s"] = 1e3 / found["latency/decode_ms_per_token_p50"]
     for name in metrics:

@@ -9,6 +9,7 @@ from prune_lab.results.summary import Summary
 
 _STAGES = ("prefill", "decode")
 LOAD = 0.25  # cores; what a system does by itself is a tenth of it
+SPARSE = 0.005  # of the parameters; a row of zeros for padding is less
 KNOWS_NOTHING = 4.5  # bits per byte; letters and spaces of English by their frequency alone take 4.1 (Shannon, 1951)
 
 
@@ -42,15 +43,29 @@ def of_load(environment: dict[str, Any]) -> list[str]:
     if cores <= LOAD:
         return []
     return [
-        f"timed under load: other processes used {cores:.2f} cores of this machine meanwhile, which makes milliseconds "
+        f"timed under load: other work took {cores:.2f} cores of this machine meanwhile, which can make milliseconds "
         "too high and speed-ups less sure than their intervals say"
     ]
+
+
+def of_elsewhere(finished: Summary, environment: dict[str, Any]) -> list[str]:
+    """Where a result that is served again was timed, if not here."""
+    timed = {"latency/prefill_speedup", "memory/peak_mb"} & finished.metrics.keys()
+    there, here = (_machine(of) for of in (finished.environment, environment))
+    if not timed or there == here:
+        return []
+    return [f"times and memory are of the machine that computed this result ({there}), not of this one ({here})"]
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    return f"{environment.get('gpu') or environment.get('cpu')}, {environment.get('threads')} threads"
 
 
 def of_figures(metrics: dict[str, float]) -> list[str]:
     """Plain words, with the measured figures in them, where one figure promises what another does not keep."""
     return [
         *_of_text(metrics),
+        *_of_input(metrics),
         *_of_zeros(metrics),
         *(note for stage in _STAGES for note in _of_time(metrics, stage)),
         *_of_disk_and_memory(metrics),
@@ -60,30 +75,45 @@ def of_figures(metrics: dict[str, float]) -> list[str]:
 
 
 def _of_text(m: dict[str, float]) -> list[str]:
-    """A model that was never trained on anything like the text: what pruning costs it there says nothing."""
+    """A model that predicts the text no better than counting letters: what pruning costs it there says nothing."""
     bits = m.get("quality/dense_bits_per_byte", 0.0)
     if bits <= KNOWS_NOTHING:
         return []
     return [
-        f"the dense model knows nothing of this text ({bits:.1f} bits per byte; counting characters takes 4 to 5), so "
-        "what pruning costs it says little: unless it has yet to be trained, give text like that which it was trained "
-        "on, dataset=text dataset.path=..."
+        f"the dense model predicts this text badly ({bits:.1f} bits per byte; English takes 4.1 by the frequency of "
+        "its letters alone), so what pruning costs it says little: unless it has yet to be trained, give text like "
+        "that which it was trained on, dataset=text dataset.path=..."
+    ]
+
+
+def _of_input(m: dict[str, float]) -> list[str]:
+    """A model that had zeros already: what this run did is counted beside them."""
+    zeros = m["params/dense_total"] - m["params/dense_nonzero"]
+    if zeros < SPARSE * m["params/dense_total"]:
+        return []
+    return [
+        f"{zeros:,.0f} of the model's {m['params/dense_total']:,.0f} parameters "
+        f"({zeros / m['params/dense_total']:.1%}) were zero before this run: params/reduction leaves them out, and an "
+        "amount of single weights includes them"
     ]
 
 
 def _of_zeros(m: dict[str, float]) -> list[str]:
     """Zeros are counted as a reduction, and dense tensors hold them as they hold anything."""
-    zeros = m["params/reduction"] - m["params/physical_reduction"]
-    if zeros <= 0.01:
+    zeros = m["params/total"] - m["params/nonzero"]
+    before = m["params/dense_total"] - m["params/dense_nonzero"]
+    if zeros - before <= 0.01 * m["params/dense_total"]:
         return []
     weights = 1 - m["memory/weights_mb"] / m["memory/dense_weights_mb"]
     figures = [f"disk {0 - m['size/reduction']:+.1%}", f"weights in memory {0 - weights:+.1%}"]
     if "memory/reduction" in m:
         figures.append(f"peak memory {0 - m['memory/reduction']:+.1%}")
     figures += [f"{stage} {_interval(m, stage)}" for stage in _STAGES if f"latency/{stage}_speedup" in m]
-    note = f"{zeros:.0%} of the parameters are zeros; measured beside the dense model: {', '.join(figures)}"
-    # Packed or narrower tensors are smaller than their number of parameters explains.
-    dense = abs(weights - m["params/physical_reduction"]) < 0.02
+    share = zeros / m["params/total"]
+    note = f"{share:.0%} of the parameters are zeros; measured beside the dense model: {', '.join(figures)}"
+    # Packed or narrower tensors, in memory or on disk, are smaller than their number of parameters explains.
+    gone = m["params/physical_reduction"]
+    dense = abs(weights - gone) < 0.02 and abs(m["size/reduction"] - gone) < 0.02
     return [f"{note}: the tensors are dense, zeros save neither bytes nor time in them" if dense else note]
 
 

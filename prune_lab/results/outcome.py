@@ -33,7 +33,8 @@ def header(summary: Summary, console: Console) -> None:
     console.note(f"model     {model['name']}{at} ({model['family']}), {model['parameters']:,} parameters")
     windows, seq_len = protocol["windows"], protocol["seq_len"]
     tokens = f"{windows} test windows of {seq_len} tokens, {windows * seq_len:,} in all"
-    console.note(f"text      {protocol['dataset']}: {tokens}")
+    before = "" if protocol["bos"] == "none" else f", token {protocol['bos']} (BOS) before each"
+    console.note(f"text      {protocol['dataset']}: {tokens}{before}")
     console.note(f"device    {protocol['device']} ({summary.environment['gpu'] or summary.environment['cpu']})")
     console.note(f"dtype     {protocol['dtype']}")
     if (seen := protocol["calibration"]) is not None:

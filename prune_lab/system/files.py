@@ -9,7 +9,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -45,6 +45,16 @@ def write_text(path: Path, text: str) -> Path:
     with whole_file(path) as half:
         half.write_text(text, encoding="utf-8")
     return path
+
+
+def state_of(files: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
+    """Name, bytes and time of the last change of each file that is there: equal where nothing was edited."""
+    found = []
+    for path in sorted(files):
+        with suppress(OSError):
+            status = path.stat()
+            found.append((str(path), status.st_size, status.st_mtime_ns))
+    return tuple(found)
 
 
 def remove_leftovers(folder: Path, deep: bool = True) -> list[Path]:

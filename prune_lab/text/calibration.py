@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from prune_lab.errors import Refused
@@ -21,6 +22,11 @@ def calibration_corpus(calibration: Calibration) -> Corpus | None:
     except Refused as error:  # that dataset speaks of its own keys
         text = str(error).replace("dataset.name", "dataset.calibration.name")
         raise Refused(text.replace("dataset.path", "dataset.calibration.name")) from error
+
+
+def calibration_files(calibration: Calibration) -> list[Path]:
+    """The files on this machine that `calibration` names, as far as they may be edited while a process runs."""
+    return [] if calibration.source == "own" else _source(calibration).files()
 
 
 def _source(calibration: Calibration) -> TextSource:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import Any
+
+from prune_lab.fingerprint import digest_of
+
+_NOT_IDS = ("truncation", "padding", "version")
+_PLACES = ("name_or_path", "is_local", "local_files_only", "cache_dir", "tokenizer_object")
 
 
 def encode(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
@@ -24,7 +28,18 @@ def encode(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """sha256 over all that a tokenizer is made of."""
+    """sha256 over all by which a tokenizer turns text into ids; `encode` neither cuts nor pads, whatever it says."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    if backend is None:  # written in Python: its class, its settings and its vocabulary
+        model = getattr(tokenizer, "sp_model", None)
+        pieces = model.serialized_model_proto().hex() if model is not None else None
+        parts = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer_settings(tokenizer), pieces]
+    else:
+        parts = [{key: value for key, value in json.loads(backend.to_str()).items() if key not in _NOT_IDS}]
+    return digest_of([*parts, tokenizer.bos_token_id])  # with dataset.add_bos a window begins with it
+
+
+def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
+    """What tokenizer_config.json would hold, less the places of files."""
+    settings = {**tokenizer.init_kwargs, "chat_template": tokenizer.chat_template, "class": type(tokenizer).__name__}
+    return {key: value for key, value in settings.items() if key not in _PLACES and not key.endswith("_file")}

@@ -29,6 +29,11 @@ class TextFiles(TextSource):
     test_path: str | None = None
     column: str = "text"
 
+    def files(self) -> list[Path]:
+        """Those that are named."""
+        named = {"dataset.path": self.path, "dataset.test_path": self.test_path}
+        return [file for key, path in named.items() if path is not None for file in _files(path, key)]
+
     def corpus(self) -> Corpus:
         """The files as a corpus that is read when it is used; with `test_path` its documents are the test split."""
         files, name = _files(self.path, "dataset.path"), f"dataset.path={self.path}"

@@ -31,6 +31,11 @@ class HubText(TextSource):
     name: str = ""
     revision: str | None = None
 
+    def files(self) -> list[Path]:
+        """Those of a local folder; what comes from the Hub is named by its commit."""
+        folder = as_folder(self.name)
+        return [] if folder is None else [path for path in folder.rglob("*") if path.is_file()]
+
     def rows(self, file: str, keep: bool) -> tuple[Iterator[str], str]:
         """The texts of a file's rows in order, and the commit it comes from ("local folder" where it has none).
 

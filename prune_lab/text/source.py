@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from prune_lab.checks import check_autocast
 from prune_lab.text.corpus import Corpus
 
 SOURCES = ("own", "stdlib", "text", "wikitext2", "c4")
 PROPAGATE = ("pruned", "dense")
+ADD_BOS = ("auto", "true", "false")
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,25 @@ class Calibration:
 
 @dataclass(frozen=True)
 class TextSource:
-    """A dataset option: documents in splits, and the window length they are cut into."""
+    """A dataset option: documents in splits, and the window length they are cut into.
+
+    add_bos: whether the tokenizer's BOS stands before each window (text/bos.py); "auto": where the model needs it.
+    """
 
     seq_len: int = 256
+    add_bos: str = "auto"
     calibration: Calibration = field(default_factory=Calibration)
 
     def __post_init__(self) -> None:
         if self.seq_len < 2:
             raise ValueError(f"seq_len={self.seq_len} must be at least 2 tokens")
+        object.__setattr__(self, "add_bos", str(self.add_bos).lower())  # YAML's true is no text
+        if self.add_bos not in ADD_BOS:
+            raise ValueError(f"add_bos={self.add_bos!r} is none of {', '.join(ADD_BOS)}")
+
+    def files(self) -> list[Path]:
+        """The files on this machine that it reads, as far as they may be edited while a process runs."""
+        return []
 
     def corpus(self) -> Corpus:
         """Reads the corpus; raises Refused where there is none."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prune_lab.errors import Refused
-from prune_lab.fingerprint import digest_of
+from prune_lab.fingerprint import tokens_key
 from prune_lab.system.console import Console
 from prune_lab.text.corpus import JOIN, Corpus
 from prune_lab.text.encode import encode, tokenizer_sha256
@@ -93,8 +93,7 @@ class Tokens:
     def _stored(self, split: str) -> Stored:
         if split not in self._splits:
             joined = split not in ("train", "calibration") or self.corpus.is_one_document(split)
-            of = [self.corpus.fingerprints[split], tokenizer_sha256(self._tokenizer), split, joined, "v2"]
-            key = digest_of(of)[:32]
+            key = tokens_key(self.corpus.fingerprints[split], tokenizer_sha256(self._tokenizer), split, joined)
             make = self._as_one_text if joined else self._each_by_itself
             stored = stored_tokens(key, lambda: self._watched(split, make))
             if self.vocab_size is not None and stored.largest >= self.vocab_size:
