@@ -68,7 +68,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
         metrics = compare(parts.method, dense, figures, timings, compressed.pruned)
         metrics |= compute_figures(bench.macs, compressed.macs) | compressed.seconds
         summary.set_metrics(metrics)
-        summary.warnings += compressed.pruned.notes + notes.of_run(summary)
+        summary.warnings += bench.dense.notes + compressed.pruned.notes + notes.of_run(summary)
         summary.status = "FINISHED"
         if parts.settings.export:
             card = model_card(summary, bench.dense.name, place.command, parts.post.reading)

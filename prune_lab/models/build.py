@@ -11,19 +11,21 @@ from prune_lab.errors import Refused
 from prune_lab.models import folder as folders
 from prune_lab.models import streamed
 from prune_lab.models.anatomy import family_of
+from prune_lab.models.checkpoint import read_checkpoint
 from prune_lab.models.contents import check_finite
 from prune_lab.models.folder_check import check_config
+from prune_lab.models.low_bit_format import leave_out_compression
 from prune_lab.system.device import Device
 from prune_lab.system.hub import why_not
 
 
 def build(
     source: str, revision: str | None, name: str, weights: str, stream: bool, device: Device, seed: int
-) -> tuple[Any, Any]:
-    """The model, on its device in eval mode, and the tokenizer of a folder or Hub id that a person calls `name`.
+) -> tuple[Any, Any, list[str]]:
+    """The model, on its device in eval mode, the tokenizer, and notes, of a folder that a person calls `name`.
 
-    weights: pretrained or random, which `seed` is for. stream: the blocks' weights rest on disk. Raises Refused where
-    it cannot be.
+    weights: pretrained or random, which `seed` is for; `source` may be a Hub id then. stream: the blocks' weights rest
+    on disk. Raises Refused where it cannot be.
     """
     from transformers import AutoConfig
     from transformers.utils import logging
@@ -31,21 +33,31 @@ def build(
     logging.disable_progress_bar()  # its bars and advice speak of parts; the console speaks of the run
     logging.set_verbosity_error()
     place: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    notes: list[str] = []
     try:
         config = AutoConfig.from_pretrained(source, **place)
         family_of(config.model_type)
         check_config(config, name)
+        leave_out_compression(config, weights == "random")
         tokenizer = _load_tokenizer(source, place, name)
-        if stream:
-            model = streamed.build(Path(source), config, device, name)
+        if weights == "random":
+            model = _start_at_random(config, device, seed)
         else:
-            model = _load_model(source, config, weights, place, device, seed).to(device.torch_device)
+            folder = Path(source)
+            if stream:
+                streamed.check(folder, config, name)
+            checkpoint = read_checkpoint(folder, config, name)
+            notes = checkpoint.notes
+            if stream:
+                model = streamed.build(folder, config, checkpoint, device)
+            else:
+                model = _load_weights(source, config, name, device)
     except Refused:
         raise
     except Exception as error:  # transformers, the Hub's client and safetensors each have their own
         raise Refused(f"model.name={name!r} cannot be loaded: {why_not(name, error)}") from error
     check_finite(model, name)
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer, notes
 
 
 def _load_tokenizer(source: str, place: dict[str, Any], name: str) -> Any:
@@ -60,23 +72,17 @@ def _load_tokenizer(source: str, place: dict[str, Any], name: str) -> Any:
         ) from error
 
 
-def _load_model(source: str, config: Any, weights: str, place: dict[str, Any], device: Device, seed: int) -> Any:
+def _load_weights(source: str, config: Any, name: str, device: Device) -> Any:
+    model, report = folders.load(source, config, dtype=device.dtype, output_loading_info=True)
+    if report["missing_keys"]:  # what transformers does not find it starts at random
+        raise Refused(f"model.name={name!r} lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}")
+    return model.to(device.torch_device)
+
+
+def _start_at_random(config: Any, device: Device, seed: int) -> Any:
     from transformers import AutoModelForCausalLM
 
-    if weights == "random":
-        if hasattr(config, "quantization_config"):  # of the weights that are not read
-            del config.quantization_config
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=device.dtype)
-    model, report = folders.load(source, config, **place, dtype=device.dtype, output_loading_info=True)
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise Refused(f"model.name={source!r} lacks the weights {', '.join(missing[:3])}: the download is not complete")
-    scales = sorted(key for key in report["unexpected_keys"] if key.endswith("_scale"))
-    if scales:
-        raise Refused(
-            f"model.name={source!r} holds {scales[0]}, but its config.json has no quantization_config: the weights "
-            "cannot be read without it"
-        )
-    return model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=device.dtype)
+    return model.to(device.torch_device)
