@@ -25,6 +25,7 @@ from prune_lab.models.load import Loaded
 from prune_lab.models.on_disk import weights_on_disk
 from prune_lab.out_of_memory import explained
 from prune_lab.place import Place
+from prune_lab.plan import plan
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.pruned import Pruned
 from prune_lab.results import notes, outcome
@@ -92,6 +93,7 @@ def _resolve_device(parts: Parts) -> Device:
 
 def _open(parts: Parts, place: Place, device: Device, console: Console) -> Bench:
     """The dense model and its text."""
+    parts.method.check(parts.model.config(), [event.amount for event in plan(parts)[0]])
     console.note("loading model and text")
     seed_of_weights = parts.settings.seed if parts.model.weights == "random" else 0
     bench = open_bench(parts.model, parts.dataset, parts.measure, device, seed_of_weights, console)

@@ -74,7 +74,7 @@ class BitmaskShards(Shards):
     def __init__(self, stored: Shards) -> None:
         dense = {name: span for name, span in stored.spans.items() if _part(name) is None}
         for name in sorted({part for part in map(_part, stored.spans) if part is not None}):
-            values, shape = (_stored_part(stored.spans, name, part) for part in ("values", "shape"))
+            values, _ = (_stored_part(stored.spans, name, part) for part in ("values", "shape"))
             dense[name] = Span(values.file, values.offset, values.dtype, tuple(stored.read(f"{name}.shape").tolist()))
         super().__init__(dense)
         self._stored = stored

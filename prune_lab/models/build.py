@@ -19,6 +19,28 @@ from prune_lab.system.device import Device
 from prune_lab.system.hub import why_not
 
 
+def read_config(source: str, revision: str | None, name: str) -> Any:
+    """The config of a folder or Hub id that a person calls `name`; raises Refused for one that is not read."""
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # its bars and advice speak of parts; the console speaks of the run
+    logging.set_verbosity_error()
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        family_of(config.model_type)
+        check_config(config, name)
+    except Refused:
+        raise
+    except Exception as error:  # transformers and the Hub's client each have their own
+        raise _not_loaded(name, error) from error
+    return config
+
+
+def _not_loaded(name: str, error: Exception) -> Refused:
+    return Refused(f"model.name={name!r} cannot be loaded: {why_not(name, error)}")
+
+
 def build(
     source: str, revision: str | None, name: str, weights: str, stream: bool, device: Device, seed: int
 ) -> tuple[Any, Any, list[str]]:
@@ -27,19 +49,10 @@ def build(
     weights: pretrained or random, which `seed` is for; `source` may be a Hub id then. stream: the blocks' weights rest
     on disk. Raises Refused where it cannot be.
     """
-    from transformers import AutoConfig
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # its bars and advice speak of parts; the console speaks of the run
-    logging.set_verbosity_error()
-    place: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-    notes: list[str] = []
+    config, notes = read_config(source, revision, name), list[str]()
     try:
-        config = AutoConfig.from_pretrained(source, **place)
-        family_of(config.model_type)
-        check_config(config, name)
         leave_out_compression(config, weights == "random")
-        tokenizer = _load_tokenizer(source, place, name)
+        tokenizer = _load_tokenizer(source, revision, name)
         if weights == "random":
             model = _start_at_random(config, device, seed)
         else:
@@ -55,16 +68,16 @@ def build(
     except Refused:
         raise
     except Exception as error:  # transformers, the Hub's client and safetensors each have their own
-        raise Refused(f"model.name={name!r} cannot be loaded: {why_not(name, error)}") from error
+        raise _not_loaded(name, error) from error
     check_finite(model, name)
     return model.eval(), tokenizer, notes
 
 
-def _load_tokenizer(source: str, place: dict[str, Any], name: str) -> Any:
+def _load_tokenizer(source: str, revision: str | None, name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, **place)
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # what it says of a missing file is about packages to install
         raise Refused(
             f"model.name={name!r} cannot be loaded: there is no tokenizer.json, nor other files of a tokenizer, that "

@@ -14,6 +14,7 @@ from prune_lab.models import bitmask, streamed
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import BlockStream
 from prune_lab.models.checkpoint import read_checkpoint
+from prune_lab.models.export_config import rewrite_configs
 from prune_lab.models.folder import load
 from prune_lab.models.load import Loaded
 from prune_lab.models.on_disk import stored_tensors, weights_on_disk
@@ -32,6 +33,7 @@ def save_model(loaded: Loaded, folder: Path, storage: str = "dense") -> None:
         if storage == "bitmask":
             bitmask.compress_folder(half)
         loaded.tokenizer.save_pretrained(half)
+        rewrite_configs(half, loaded.tokenizer_config)
         if folder.exists():
             shutil.rmtree(folder)
         half.rename(folder)

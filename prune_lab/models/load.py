@@ -74,6 +74,10 @@ class ModelSource:
                 "stream=true reads weights from disk, and weights=random has none there; give stream=false"
             )
 
+    def config(self) -> Any:
+        """The model's config, as transformers reads it. Raises Refused where it cannot be had."""
+        raise NotImplementedError
+
     def load(self, device: Device, seed: int) -> Loaded:
         """Loads model and tokenizer; `seed` is that of random weights. Raises Refused where it cannot."""
         raise NotImplementedError
@@ -95,14 +99,26 @@ class HubModel(ModelSource):
                 f"name={self.name[:200]!r} is neither a folder here nor a Hub id such as Qwen/Qwen2.5-0.5B"
             )
 
+    def config(self) -> Any:
+        """From the folder, else from the Hub or its cache on this machine."""
+        from prune_lab.models.build import read_config
+
+        if (folder := as_folder(self.name)) is not None:
+            return read_config(str(folder), None, self.name)
+        self._check_reachable()
+        return read_config(self.name, self.revision, self.name)
+
+    def _check_reachable(self) -> None:
+        if cached_file(self.name, "config.json", self.revision) is None:
+            check_reachable("model.name", self.name)
+
     def load(self, device: Device, seed: int) -> Loaded:
         """Loads from the folder, else from the Hub or its cache on this machine."""
         if (folder := as_folder(self.name)) is not None:
             loaded = _load(str(folder), None, self, self.name, device, seed)
             loaded.licence = licence_of(folder / "README.md")
             return loaded
-        if cached_file(self.name, "config.json", self.revision) is None:
-            check_reachable("model.name", self.name)
+        self._check_reachable()
         source = self.name
         if self.weights == "pretrained":
             source = download(self.name, self.revision)
@@ -130,6 +146,12 @@ class Tiny(ModelSource):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_folder(TINY, self.weights)
+
+    def config(self) -> Any:
+        """The shipped model's."""
+        from prune_lab.models.build import read_config
+
+        return read_config(str(TINY), None, "tiny")
 
     def load(self, device: Device, seed: int) -> Loaded:
         """Loads the shipped model under its own name."""
