@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,40 @@ def _load_tokenizer(source: str, revision: str | None, name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # what it says of a missing file is about packages to install
-        raise Refused(
-            f"model.name={name!r} cannot be loaded: there is no tokenizer.json, nor other files of a tokenizer, that "
-            f"can be read beside config.json ({type(error).__name__})"
-        ) from error
+        why = _why_no_tokenizer(Path(source), error)
+        raise Refused(f"model.name={name!r} cannot be loaded: {why}") from error
+
+
+# Tokenizers in other forms than tokenizer.json: a package by the module that is imported of it.
+_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+_OTHER_TOKENIZERS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("*.model", _SENTENCEPIECE),  # such as tokenizer.model of the first Llama and Mistral models
+    ("*.tiktoken", {"tiktoken": "tiktoken"}),
+    ("tekken.json", {"mistral-common": "mistral_common"}),
+)
+
+
+def _why_no_tokenizer(folder: Path, error: Exception) -> str:
+    """What is wrong with the tokenizer of a folder, and what to install where that is a package."""
+    if not (folder / "tokenizer.json").is_file():
+        for pattern, packages in _OTHER_TOKENIZERS:
+            for file in sorted(folder.glob(pattern)):
+                missing = [package for package, module in packages.items() if not _is_there(module)]
+                if not missing:
+                    return f"its tokenizer, {file.name}, cannot be read ({why_not(file.name, error)})"
+                needed = " ".join(packages)
+                return f"its tokenizer is {file.name}, which needs packages that are missing: pip install {needed}"
+    return (
+        "there is no tokenizer.json, nor other files of a tokenizer, that can be read beside config.json "
+        f"({type(error).__name__})"
+    )
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):  # of a package whose parent is not there
+        return False
 
 
 def _load_weights(source: str, config: Any, name: str, device: Device) -> Any:

@@ -83,7 +83,9 @@ class _Comparison:
         places = {key: place for key, names in self.wanted.items() if (place := self._place(names)) is not None}
         used = {stored for key in self.tensors if (stored := self._stored_name(key)) is not None}
         unused = [key for key in self.stored.spans if key not in used and not self._is_buffer(key)]
-        if (foreign := explained(unused)) is not None:
+        self._check_blocks(unused)
+        is_quantized = getattr(self.config, "quantization_config", None) is not None
+        if not is_quantized and (foreign := explained(unused)) is not None:
             raise self._refused(foreign)
         if missing := [key for key in self.wanted if key not in places]:
             raise self._refused(self._why_missing(missing, unused))
@@ -141,7 +143,7 @@ class _Comparison:
                 f"{self.config.num_hidden_layers}: one of them is not of this model, or a file is missing"
             )
         if unused:
-            return f"{lacks}{_and_holds(unused)}, which config.json has no place for: they are not of the same model"
+            return f"lacks the weights {_listed(missing, 1)}{_and_holds(unused)}: it is not of the model of config.json"
         return f"{lacks}: the download is not complete; fetch it again"
 
     def _check_fit(self, key: str, place: Span) -> None:
@@ -158,20 +160,13 @@ class _Comparison:
 
     def _of_unused(self, unused: list[str]) -> list[str]:
         """Notes on tensors that stand beside the model; raises Refused for those that say that it is another one."""
-        blocks = self._further_blocks(unused)
-        if blocks:
-            count = self.config.num_hidden_layers
-            raise self._refused(
-                f"holds {len(blocks)} more blocks ({_ranged(blocks)}) than config.json says (num_hidden_layers={count})"
-                f": set it to {count + len(blocks)} there, or take their tensors out of the files"
-            )
         zero_biases = [key for key in unused if key.endswith(".bias") and self.stored.is_zero(key)]
         inside = [key for key in unused if key not in zero_biases and self._changes_the_model(key)]
         if inside:
             raise self._refused(
                 f"holds {_count(inside)} that the model of config.json has no place for ({_listed(inside)}): the model "
                 "computes something else without them; give the config.json of these weights"
-                + (" (such as attention_bias or mlp_bias)" if inside[0].endswith("bias") else "")
+                + (" (such as attention_bias or mlp_bias)" if inside[0].endswith("_proj.bias") else "")
             )
         beside = [key for key in unused if key not in zero_biases]
         notes = [(zero_biases, "biases that are all zero"), (beside, "the model has no place for them")]
@@ -194,8 +189,8 @@ class _Comparison:
         owner = key.rpartition(".")[0]
         return any(name.rpartition(".")[0] == owner for name in self.tensors)
 
-    def _further_blocks(self, unused: list[str]) -> list[int]:
-        """Numbers of stored blocks that the model does not have and that are just like those it has.
+    def _check_blocks(self, unused: list[str]) -> None:
+        """Raises Refused for stored blocks that the model does not have and that are just like those it has.
 
         A block that also has parts of another kind predicts further tokens (MTP), or does something else again.
         """
@@ -206,7 +201,12 @@ class _Comparison:
                 parts.setdefault(number, set()).add(key.removeprefix(f"{self.blocks}.{number}."))
         first = f"{self.blocks}.0."
         usual = {key.removeprefix(first) for key in self.tensors if key.startswith(first)}
-        return sorted(number for number, of_block in parts.items() if of_block == usual)
+        if further := sorted(number for number, of_block in parts.items() if of_block == usual):
+            count = self.config.num_hidden_layers
+            raise self._refused(
+                f"holds {len(further)} more blocks ({_ranged(further)}) than config.json says (num_hidden_layers="
+                f"{count}): set it to {count + len(further)} there, or take their tensors out of the files"
+            )
 
     def _block(self, key: str) -> int | None:
         """The number of the block that a tensor is of."""
@@ -231,13 +231,13 @@ def _count(keys: Collection[str]) -> str:
     return f"{len(keys)} tensor{'s' * (len(keys) > 1)}"
 
 
-def _listed(keys: list[str]) -> str:
-    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-    return ", ".join(keys[:_SHOWN]) + more
+def _listed(keys: list[str], shown: int = _SHOWN) -> str:
+    more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
+    return ", ".join(keys[:shown]) + more
 
 
 def _and_holds(unused: list[str]) -> str:
-    return f"; it holds {_listed(unused)}" if unused else ""
+    return f"; it holds {_listed(unused, 1)}" if unused else ""
 
 
 def _grouped(keys: list[str]) -> str:

@@ -64,9 +64,10 @@ def older_tokenizer_config(written: dict[str, Any], original: dict[str, Any]) ->
     config = without_code(written) | {key: original[key] for key in _KEPT if key in original}
     name = original.get("tokenizer_class") or config.get("tokenizer_class")
     config["tokenizer_class"] = _FOR_ANY_FILE if name in _ONLY_IN_5 else name
-    if isinstance(extra := config.get("extra_special_tokens"), list):  # version 4: names and tokens
+    if isinstance(extra := config.pop("extra_special_tokens", None), list):  # version 4 has names and tokens there
         config["additional_special_tokens"] = extra
-        del config["extra_special_tokens"]
+    if isinstance(named := original.get("extra_special_tokens"), dict):
+        config["extra_special_tokens"] = named
     return config
 
 
