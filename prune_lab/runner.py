@@ -25,6 +25,7 @@ from prune_lab.models.load import Loaded
 from prune_lab.models.on_disk import weights_on_disk
 from prune_lab.out_of_memory import explained
 from prune_lab.place import Place
+from prune_lab.plan import plan
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.pruned import Pruned
 from prune_lab.results import notes, outcome
@@ -68,7 +69,8 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
         metrics = compare(parts.method, dense, figures, timings, compressed.pruned)
         metrics |= compute_figures(bench.macs, compressed.macs) | compressed.seconds
         summary.set_metrics(metrics)
-        summary.warnings += [*bench.bos.notes, *compressed.pruned.notes, *notes.of_run(summary)]
+        told = [*bench.dense.notes, *bench.bos.notes, *compressed.pruned.notes]
+        summary.warnings += told + notes.of_run(summary)
         summary.status = "FINISHED"
         if parts.settings.export:
             card = model_card(summary, bench.dense.name, place.command, parts.post.reading)
@@ -92,6 +94,7 @@ def _resolve_device(parts: Parts) -> Device:
 
 def _open(parts: Parts, place: Place, device: Device, console: Console) -> Bench:
     """The dense model and its text."""
+    parts.method.check(parts.model.config(), [event.amount for event in plan(parts)[0]])
     console.note("loading model and text")
     seed_of_weights = parts.settings.seed if parts.model.weights == "random" else 0
     bench = open_bench(parts.model, parts.dataset, parts.measure, device, seed_of_weights, console)

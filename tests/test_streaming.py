@@ -280,7 +280,7 @@ def damaged(folder: Path, place: Path, change: Any) -> str:
 
 def test_checkpoints_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
-    assert "has no model.layers.1.mlp.up_proj.weight of its own" in damaged(
+    assert "lacks the weights model.layers.1.mlp.up_proj.weight: the download is not complete" in damaged(
         folder, tmp_path / "missing", lambda tensors: tensors.pop(name)
     )
     assert "is stored as torch.int8" in damaged(
@@ -288,9 +288,6 @@ def test_checkpoints_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -
     )
     assert "is stored as torch.float32 of shape [48, 31]" in damaged(
         folder, tmp_path / "shape", lambda tensors: tensors.update({name: tensors[name][:, 1:].contiguous()})
-    )
-    assert "lm_head.weight differs from what config.json says it is tied to" in damaged(
-        folder, tmp_path / "tied", lambda tensors: tensors.update({"lm_head.weight": torch.zeros(300, 32)})
     )
     assert "holds NaN or infinite weights" in damaged(
         folder, tmp_path / "nan", lambda tensors: tensors[name].fill_(float("nan"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from prune_lab.checks import check_amount
 from prune_lab.pruning.pruned import Pruned
@@ -36,6 +37,12 @@ class Method:
     def needs_whole_model(self) -> str | None:
         """Why it cannot prune block by block (model.stream=true), with what can; None where it can."""
         return "units and blocks are removed from a model in memory; give a method for single weights"
+
+    def check(self, config: Any, amounts: Iterable[float]) -> None:
+        """Raises Refused where a config of transformers cannot hold what is left after one of the cumulative amounts.
+
+        Asked before a model is loaded; `config` is the dense model's.
+        """
 
     def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
         """Removes, in place, `amount` of what the dense model had in scope; raises Refused where it cannot.

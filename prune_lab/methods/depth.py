@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prune_lab.methods.base import Method
 from prune_lab.pruning.pruned import Pruned
@@ -35,6 +36,15 @@ class Depth(Method):
     def calibrated(self) -> bool:
         """It looks at calibration text either way."""
         return True
+
+    def check(self, config: Any, amounts: Iterable[float]) -> None:
+        """Raises Refused where a block's number is part of what it computes, and blocks would go."""
+        from prune_lab.models.resize import check_removable
+        from prune_lab.pruning.selection import count_to_remove
+
+        count = config.num_hidden_layers
+        if any(min(count - 1, count_to_remove(count, amount)) for amount in amounts):
+            check_removable(config)
 
     def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
         """Takes blocks out of the model and returns what went with them."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prune_lab.methods.base import Method
 from prune_lab.pruning.pruned import Pruned
@@ -43,6 +44,12 @@ class Structured(Method):
     def calibrated(self) -> bool:
         """Whether the score or the compensation looks at calibration text."""
         return bool(SCORES[self.score].needs) or self.compensate
+
+    def check(self, config: Any, amounts: Iterable[float]) -> None:
+        """Raises Refused for numbers of KV groups that the config cannot hold."""
+        from prune_lab.pruning import units
+
+        units.check(self, config, amounts)
 
     def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
         """Removes (or zeroes) units of every chosen kind and returns what went from each Linear."""

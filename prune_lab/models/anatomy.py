@@ -45,8 +45,9 @@ class Family:
     query_heads: str = "num_attention_heads"
     kv_heads: str | None = "num_key_value_heads"  # None: every query head has its own key and value
     # What its config can hold beside the present number of heads (seen with transformers 5.23). "any": head_dim is a
-    # field of its own; "divisors": it is, but the query heads must divide hidden_size; "present": head_dim is always
-    # hidden_size / heads, so that fewer heads would be other heads.
+    # field of its own; "divisors": it is, but the query heads must divide hidden_size; "factors": it is, but lists of a
+    # factor for each pair of a head's dimensions (longrope) must be as long as hidden_size / heads says; "present":
+    # head_dim is always hidden_size / heads, so that fewer heads would be other heads.
     head_counts: str = "any"
     needs_bos: bool = False  # whether it predicts nothing sensible of a text without a BOS token before it
 
@@ -73,6 +74,7 @@ FAMILIES = {
         "model.layers",
         (Slot("mlp.gate_up_proj", "rows", ("channel", "channel")), Slot("mlp.down_proj", "columns")),
         (Slot("self_attn.qkv_proj", "rows", ("query", "kv", "kv")), Slot("self_attn.o_proj", "columns", ("query",))),
+        head_counts="factors",
     ),
     "gpt2": Family(
         "transformer.h",
@@ -237,10 +239,23 @@ class Anatomy:
 
     def possible_counts(self, kind: str) -> list[int]:
         """Unit counts that the family's config can hold, up to the present one, ascending."""
-        present = self.unit_count(kind)
-        if kind == "mlp" or self.family.head_counts == "any":
-            return list(range(1, present + 1))
-        if self.family.head_counts == "present":
-            return [present]
-        per_group = self.query_heads // present
-        return [n for n in range(1, present + 1) if self.config.hidden_size % (n * per_group) == 0]
+        return possible_head_counts(self.config) if kind == "heads" else list(range(1, self.unit_count(kind) + 1))
+
+
+def possible_head_counts(config: Any) -> list[int]:
+    """Numbers of KV groups that a config of transformers can hold, up to its present one, ascending."""
+    family = family_of(config.model_type)
+    heads = int(getattr(config, family.query_heads))
+    present = int(getattr(config, family.kv_heads or family.query_heads))
+    counts = range(1, present + 1)
+    if family.head_counts == "present":
+        return [present]
+    if family.head_counts == "divisors":
+        return [n for n in counts if config.hidden_size % (n * heads // present) == 0]
+    if family.head_counts == "factors":
+        rope = getattr(config, "rope_parameters", None) or {}
+        lists = [rope[key] for key in ("short_factor", "long_factor") if rope.get(key) is not None]
+        share = rope.get("partial_rotary_factor") or 1.0
+        pairs = [int(config.hidden_size // (n * heads // present) * share) // 2 for n in counts]
+        return [n for n, of_n in zip(counts, pairs, strict=True) if all(len(factors) == of_n for factors in lists)]
+    return list(counts)

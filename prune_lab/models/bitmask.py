@@ -12,15 +12,19 @@ Everything else is stored as it was.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from prune_lab.models.shards import Shards, Span, open_file
+
 FILE = "model.bitmask.safetensors"
 _PARTS = ("bitmask", "values", "shape")
+_T = TypeVar("_T")
 _BITS = torch.arange(8, dtype=torch.uint8)
 
 
@@ -53,10 +57,7 @@ def expand(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     """The dense tensors by name, equal to those that were compressed. Raises ValueError where they do not fit."""
     dense = {name: tensor for name, tensor in stored.items() if _part(name) is None}
     for name in sorted({part for part in map(_part, stored) if part is not None}):
-        try:
-            bitmask, values, shape = (stored[f"{name}.{part}"] for part in _PARTS)
-        except KeyError as error:
-            raise ValueError(f"{FILE} lacks {error.args[0]}: the file is not complete") from error
+        bitmask, values, shape = (_stored_part(stored, name, part) for part in _PARTS)
         numbers = int(shape.prod())
         keep = (bitmask[:, None] >> _BITS & 1).flatten()[:numbers].bool()
         if len(keep) != numbers or int(keep.sum()) != len(values):
@@ -67,14 +68,50 @@ def expand(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     return dense
 
 
+class BitmaskShards(Shards):
+    """The tensors of a folder that `compress_folder` wrote, by the names and shapes that they have when expanded."""
+
+    def __init__(self, stored: Shards) -> None:
+        dense = {name: span for name, span in stored.spans.items() if _part(name) is None}
+        for name in sorted({part for part in map(_part, stored.spans) if part is not None}):
+            values, _ = (_stored_part(stored.spans, name, part) for part in ("values", "shape"))
+            dense[name] = Span(values.file, values.offset, values.dtype, tuple(stored.read(f"{name}.shape").tolist()))
+        super().__init__(dense)
+        self._stored = stored
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, expanded."""
+        of_name = {key: self._stored.read(key) for key in self._stored.spans if name in (key, _part(key))}
+        return expand(of_name)[name]
+
+    def _parts(self, name: str) -> Iterator[Tensor]:
+        yield self.read(name).flatten()
+
+
+def open_bitmask(folder: Path) -> BitmaskShards:
+    """Those of a folder. Raises ValueError where its file is damaged."""
+    return BitmaskShards(open_file(folder / FILE))
+
+
+def _stored_part(stored: Mapping[str, _T], name: str, part: str) -> _T:
+    try:
+        return stored[f"{name}.{part}"]
+    except KeyError as error:
+        raise ValueError(f"{FILE} lacks {error.args[0]}: the file is not complete") from error
+
+
 def load(folder: Path, config: Any, **keywords: Any) -> Any:
     """AutoModelForCausalLM.from_pretrained for a folder that `compress_folder` wrote."""
     from safetensors.torch import load_file
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 
     weights = expand(load_file(folder / FILE))
     cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return cls.from_pretrained(None, config=config, state_dict=weights, **keywords)
+    loaded: Any = cls.from_pretrained(None, config=config, state_dict=weights, **keywords)
+    if (folder / "generation_config.json").is_file():
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return loaded
 
 
 def _part(name: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,72 +12,121 @@ from prune_lab.errors import Refused
 from prune_lab.models import folder as folders
 from prune_lab.models import streamed
 from prune_lab.models.anatomy import family_of
+from prune_lab.models.checkpoint import read_checkpoint
 from prune_lab.models.contents import check_finite
 from prune_lab.models.folder_check import check_config
+from prune_lab.models.low_bit_format import leave_out_compression
 from prune_lab.system.device import Device
 from prune_lab.system.hub import why_not
 
 
-def build(
-    source: str, revision: str | None, name: str, weights: str, stream: bool, device: Device, seed: int
-) -> tuple[Any, Any]:
-    """The model, on its device in eval mode, and the tokenizer of a folder or Hub id that a person calls `name`.
-
-    weights: pretrained or random, which `seed` is for. stream: the blocks' weights rest on disk. Raises Refused where
-    it cannot be.
-    """
+def read_config(source: str, revision: str | None, name: str) -> Any:
+    """The config of a folder or Hub id that a person calls `name`; raises Refused for one that is not read."""
     from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # its bars and advice speak of parts; the console speaks of the run
     logging.set_verbosity_error()
-    place: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(source, **place)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         family_of(config.model_type)
         check_config(config, name)
-        tokenizer = _load_tokenizer(source, place, name)
-        if stream:
-            model = streamed.build(Path(source), config, device, name)
+    except Refused:
+        raise
+    except Exception as error:  # transformers and the Hub's client each have their own
+        raise _not_loaded(name, error) from error
+    return config
+
+
+def _not_loaded(name: str, error: Exception) -> Refused:
+    return Refused(f"model.name={name!r} cannot be loaded: {why_not(name, error)}")
+
+
+def build(
+    source: str, revision: str | None, name: str, weights: str, stream: bool, device: Device, seed: int
+) -> tuple[Any, Any, list[str]]:
+    """The model, on its device in eval mode, the tokenizer, and notes, of a folder that a person calls `name`.
+
+    weights: pretrained or random, which `seed` is for; `source` may be a Hub id then. stream: the blocks' weights rest
+    on disk. Raises Refused where it cannot be.
+    """
+    config, notes = read_config(source, revision, name), list[str]()
+    try:
+        leave_out_compression(config, weights == "random")
+        tokenizer = _load_tokenizer(source, revision, name)
+        if weights == "random":
+            model = _start_at_random(config, device, seed)
         else:
-            model = _load_model(source, config, weights, place, device, seed).to(device.torch_device)
+            folder = Path(source)
+            if stream:
+                streamed.check(folder, config, name)
+            checkpoint = read_checkpoint(folder, config, name)
+            notes = checkpoint.notes
+            if stream:
+                model = streamed.build(folder, config, checkpoint, device)
+            else:
+                model = _load_weights(source, config, name, device)
     except Refused:
         raise
     except Exception as error:  # transformers, the Hub's client and safetensors each have their own
-        raise Refused(f"model.name={name!r} cannot be loaded: {why_not(name, error)}") from error
+        raise _not_loaded(name, error) from error
     check_finite(model, name)
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer, notes
 
 
-def _load_tokenizer(source: str, place: dict[str, Any], name: str) -> Any:
+def _load_tokenizer(source: str, revision: str | None, name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, **place)
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # what it says of a missing file is about packages to install
-        raise Refused(
-            f"model.name={name!r} cannot be loaded: there is no tokenizer.json, nor other files of a tokenizer, that "
-            f"can be read beside config.json ({type(error).__name__})"
-        ) from error
+        why = _why_no_tokenizer(Path(source), error)
+        raise Refused(f"model.name={name!r} cannot be loaded: {why}") from error
 
 
-def _load_model(source: str, config: Any, weights: str, place: dict[str, Any], device: Device, seed: int) -> Any:
+# Tokenizers in other forms than tokenizer.json: a package by the module that is imported of it.
+_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+_OTHER_TOKENIZERS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("*.model", _SENTENCEPIECE),  # such as tokenizer.model of the first Llama and Mistral models
+    ("*.tiktoken", {"tiktoken": "tiktoken"}),
+    ("tekken.json", {"mistral-common": "mistral_common"}),
+)
+
+
+def _why_no_tokenizer(folder: Path, error: Exception) -> str:
+    """What is wrong with the tokenizer of a folder, and what to install where that is a package."""
+    if not (folder / "tokenizer.json").is_file():
+        for pattern, packages in _OTHER_TOKENIZERS:
+            for file in sorted(folder.glob(pattern)):
+                missing = [package for package, module in packages.items() if not _is_there(module)]
+                if not missing:
+                    return f"its tokenizer, {file.name}, cannot be read ({why_not(file.name, error)})"
+                needed = " ".join(packages)
+                return f"its tokenizer is {file.name}, which needs packages that are missing: pip install {needed}"
+    return (
+        "there is no tokenizer.json, nor other files of a tokenizer, that can be read beside config.json "
+        f"({type(error).__name__})"
+    )
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):  # of a package whose parent is not there
+        return False
+
+
+def _load_weights(source: str, config: Any, name: str, device: Device) -> Any:
+    model, report = folders.load(source, config, dtype=device.dtype, output_loading_info=True)
+    if report["missing_keys"]:  # what transformers does not find it starts at random
+        raise Refused(f"model.name={name!r} lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}")
+    return model.to(device.torch_device)
+
+
+def _start_at_random(config: Any, device: Device, seed: int) -> Any:
     from transformers import AutoModelForCausalLM
 
-    if weights == "random":
-        if hasattr(config, "quantization_config"):  # of the weights that are not read
-            del config.quantization_config
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=device.dtype)
-    model, report = folders.load(source, config, **place, dtype=device.dtype, output_loading_info=True)
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise Refused(f"model.name={source!r} lacks the weights {', '.join(missing[:3])}: the download is not complete")
-    scales = sorted(key for key in report["unexpected_keys"] if key.endswith("_scale"))
-    if scales:
-        raise Refused(
-            f"model.name={source!r} holds {scales[0]}, but its config.json has no quantization_config: the weights "
-            "cannot be read without it"
-        )
-    return model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=device.dtype)
+    return model.to(device.torch_device)

@@ -13,6 +13,8 @@ from torch import Tensor
 from prune_lab.models import bitmask, streamed
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import BlockStream
+from prune_lab.models.checkpoint import read_checkpoint
+from prune_lab.models.export_config import rewrite_configs
 from prune_lab.models.folder import load
 from prune_lab.models.load import Loaded
 from prune_lab.models.on_disk import stored_tensors, weights_on_disk
@@ -31,6 +33,7 @@ def save_model(loaded: Loaded, folder: Path, storage: str = "dense") -> None:
         if storage == "bitmask":
             bitmask.compress_folder(half)
         loaded.tokenizer.save_pretrained(half)
+        rewrite_configs(half, loaded.tokenizer_config)
         if folder.exists():
             shutil.rmtree(folder)
         half.rename(folder)
@@ -75,7 +78,7 @@ def check_reload(model: Any, folder: Path, tokens: Tensor, exact: bool = True) -
     if weights is None:
         again = load(str(folder), config, dtype=model.dtype).to(model.device).eval()
     else:
-        again = streamed.build(folder, config, weights.device, str(folder)).eval()
+        again = streamed.build(folder, config, read_checkpoint(folder, config, str(folder)), weights.device).eval()
     tokens = tokens.to(model.device)
     expected, found = (_logits(m, tokens) for m in (model, again))
     difference = float((expected - found).abs().max())

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prune_lab.models import bitmask, low_bit_format
+from prune_lab.models.shards import INDEX, WHOLE
+from prune_lab.system.files import mark
 
 
 def load(source: str, config: Any, **keywords: Any) -> Any:
@@ -16,4 +22,25 @@ def load(source: str, config: Any, **keywords: Any) -> Any:
     keywords["use_safetensors"] = True  # pickles could run code
     if (Path(source) / bitmask.FILE).is_file():
         return bitmask.load(Path(source), config, **keywords)
-    return low_bit_format.load(source, config, **keywords)
+    with _indexed(Path(source)) as folder:
+        return low_bit_format.load(str(folder), config, **keywords)
+
+
+@contextmanager
+def _indexed(folder: Path) -> Iterator[Path]:
+    """The folder, or where its index has no metadata, which transformers asks for, one of links with such an index."""
+    index = {} if (folder / WHOLE).is_file() or not (folder / INDEX).is_file() else _read(folder / INDEX)
+    if not index or isinstance(index.get("metadata"), dict):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(suffix=mark()) as place:
+        for file in folder.iterdir():
+            if file.name != INDEX:
+                (Path(place) / file.name).symlink_to(file.resolve())
+        (Path(place) / INDEX).write_text(json.dumps(index | {"metadata": {}}), encoding="utf-8")
+        yield Path(place)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content

@@ -17,13 +17,24 @@ _WIDTHS = (
     "max_position_embeddings", "n_embd", "n_head", "n_inner", "n_positions", "ffn_dim", "word_embed_proj_dim",
 )  # fmt: skip
 _MOST = dict.fromkeys(_LAYERS, 10_000) | dict.fromkeys(_WIDTHS, 2**24)
+# Weights that are not read.
+_PICKLE = "a pickle that could run code"
+_OTHERS = (
+    ("*.bin", _PICKLE), ("*.pt", _PICKLE), ("*.pth", _PICKLE), ("*.pkl", _PICKLE), ("*.ckpt", _PICKLE),
+    ("*.gguf", "a GGUF file"), ("*.distcp", "a distributed checkpoint of PyTorch (torch.distributed.checkpoint)"),
+    ("*.h5", "weights of TensorFlow"), ("*.msgpack", "weights of Flax"), ("*.onnx", "an ONNX graph"),
+    ("*.npz", "arrays of NumPy"), ("global_step*", "a checkpoint of DeepSpeed"),
+)  # fmt: skip
 # Transformers fetches any other kind of attention from the Hub, as code.
 _ATTENTION = ("eager", "sdpa")
 
 
-def check_folder(folder: Path, weights: str) -> None:
-    """Raises ValueError or Refused for a folder that can hold no model we may read; `weights`: pretrained or random."""
-    name = f"name={str(folder)!r}"
+def check_folder(folder: Path, weights: str, called: str | None = None) -> None:
+    """Raises ValueError or Refused for a folder that can hold no model we may read.
+
+    weights: pretrained or random. called: what a person calls it, where that is not its path.
+    """
+    name = f"name={(called or str(folder))!r}"
     config = folder / "config.json"
     if not config.is_file():
         raise ValueError(f"{name} has no config.json: give a folder in the Hugging Face layout")
@@ -38,9 +49,11 @@ def check_folder(folder: Path, weights: str) -> None:
             f"{name} holds an adapter (adapter_config.json), which names the model it is for: merge it into that model"
         )
     if weights == "pretrained" and not list(folder.glob("*.safetensors")):
-        pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for path in folder.glob(pattern)]
-        held = f"only {pickles[0]}, a pickle that could run code" if pickles else "no weights"
-        raise ValueError(f"{name} holds {held}: only *.safetensors are read; convert it, or give model.weights=random")
+        held = next((f"only {path.name}, {what}" for pattern, what in _OTHERS for path in folder.glob(pattern)), None)
+        raise ValueError(
+            f"{name} holds {held or 'no weights'}: only *.safetensors are read; convert it, or give "
+            "model.weights=random"
+        )
     if weights == "pretrained":
         _check_shards(folder, name)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prune_lab.errors import Refused
 from prune_lab.fingerprint import digest_of
 from prune_lab.models.folder_check import check_folder
 from prune_lab.system.hub import as_folder, cached_file, check_reachable, commit_of, download, is_hub_id
@@ -28,6 +30,8 @@ class Loaded:
     family: str
     revision: str | None = None  # the Hub's commit, where it comes from there
     licence: str | None = None  # by its model card, where that is here and names one
+    notes: list[str] = field(default_factory=list)  # what a run must say of what was loaded
+    tokenizer_config: dict[str, Any] = field(default_factory=dict)  # the file of this name that it came with
 
     def facts(self) -> dict[str, Any]:
         """Name, family, parameters (a tied matrix once), revision and licence."""
@@ -89,6 +93,10 @@ class ModelSource:
         """The files on this machine that it is loaded from, as far as they may be edited while a process runs."""
         return []
 
+    def config(self) -> Any:
+        """The model's config, as transformers reads it. Raises Refused where it cannot be had."""
+        raise NotImplementedError
+
     def load(self, device: Device, seed: int) -> Loaded:
         """Loads model and tokenizer; `seed` is that of random weights. Raises Refused where it cannot."""
         raise NotImplementedError
@@ -115,20 +123,44 @@ class HubModel(ModelSource):
         folder = as_folder(self.name)
         return [] if folder is None else [path for path in folder.iterdir() if path.is_file()]
 
+    def config(self) -> Any:
+        """From the folder, else from the Hub or its cache on this machine."""
+        from prune_lab.models.build import read_config
+
+        if (folder := as_folder(self.name)) is not None:
+            return read_config(str(folder), None, self.name)
+        self._check_reachable()
+        return read_config(self.name, self.revision, self.name)
+
+    def _check_reachable(self) -> None:
+        if cached_file(self.name, "config.json", self.revision) is None:
+            check_reachable("model.name", self.name)
+
     def load(self, device: Device, seed: int) -> Loaded:
         """Loads from the folder, else from the Hub or its cache on this machine."""
         if (folder := as_folder(self.name)) is not None:
             loaded = _load(str(folder), None, self, self.name, device, seed)
             loaded.licence = licence_of(folder / "README.md")
             return loaded
-        if cached_file(self.name, "config.json", self.revision) is None:
-            check_reachable("model.name", self.name)
-        source = download(self.name, self.revision) if self.stream else self.name
+        self._check_reachable()
+        source = self.name
+        if self.weights == "pretrained":
+            source = download(self.name, self.revision)
+            self._check(Path(source))
         loaded = _load(source, self.revision, self, self.name, device, seed)
         config = cached_file(self.name, "config.json", self.revision)
         loaded.revision = commit_of(config, "config.json") if config else None
         loaded.licence = licence_of(cached_file(self.name, "README.md", self.revision))
         return loaded
+
+    def _check(self, downloaded: Path) -> None:
+        """Raises Refused where what came from the Hub is no model that is read."""
+        try:
+            check_folder(downloaded, self.weights, self.name)
+        except Refused:
+            raise
+        except ValueError as error:
+            raise Refused(f"model.{error}") from error
 
 
 @dataclass(frozen=True)
@@ -138,6 +170,12 @@ class Tiny(ModelSource):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_folder(TINY, self.weights)
+
+    def config(self) -> Any:
+        """The shipped model's."""
+        from prune_lab.models.build import read_config
+
+        return read_config(str(TINY), None, "tiny")
 
     def load(self, device: Device, seed: int) -> Loaded:
         """Loads the shipped model under its own name."""
@@ -150,8 +188,25 @@ def _load(source: str, revision: str | None, option: ModelSource, name: str, dev
     """The model and tokenizer of a folder or Hub id, to be called `name`."""
     from prune_lab.models.build import build  # with torch, which checking a configuration has no use for
 
-    model, tokenizer = build(source, revision, name, option.weights, option.stream, device, seed)
-    return Loaded(model, tokenizer, name, model.config.model_type)
+    model, tokenizer, notes = build(source, revision, name, option.weights, option.stream, device, seed)
+    return Loaded(
+        model,
+        tokenizer,
+        name,
+        model.config.model_type,
+        notes=notes,
+        tokenizer_config=_tokenizer_config(source, revision),
+    )
+
+
+def _tokenizer_config(source: str, revision: str | None) -> dict[str, Any]:
+    """What a folder's or Hub id's tokenizer_config.json says; nothing where there is none."""
+    file = "tokenizer_config.json"
+    path = Path(source) / file if Path(source).is_dir() else cached_file(source, file, revision)
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path is not None else {}
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def licence_of(card: Path | None) -> str | None:

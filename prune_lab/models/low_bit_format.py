@@ -70,11 +70,34 @@ def read_config(config: dict[str, Any]) -> tuple[Scheme, list[str]]:
             return scheme, list(config["ignore"])
     except (KeyError, ValueError, TypeError, AttributeError):
         pass
+    of = [f"{key} {config[key]!r}" for key in ("quant_method", "format") if config.get(key) is not None]
+    if isinstance(sparsity := config.get("sparsity_config"), dict):
+        of.append(f"sparsity {sparsity.get('format')!r}")
     raise Refused(
-        f"the model is quantized already (quant_method {config.get('quant_method')!r}, format "
-        f"{config.get('format')!r}): only dense models, and exports of a post-compression of prune_lab, can be "
-        "read; give the model it was made from"
+        f"the model is quantized already ({', '.join(of)[:100]}): only dense models, and exports of a post-compression "
+        "of prune_lab, can be read; give the model it was made from"
     )
+
+
+def leave_out_compression(config: Any, whatever_it_is: bool) -> None:
+    """Takes out of a config what a library left there beside dense weights: that nothing is compressed.
+
+    whatever_it_is: also what says that the weights are in few bits, where they are not read.
+    """
+    if hasattr(config, "compression_config"):  # an older name, which transformers does not read: the tensors tell
+        del config.compression_config
+    stored = getattr(config, "quantization_config", None)
+    if hasattr(config, "quantization_config") and (whatever_it_is or not stored or _is_dense(stored)):
+        del config.quantization_config
+
+
+def _is_dense(stored: Any) -> bool:
+    """Whether a compressed-tensors config has no group of quantized weights and no format but `dense`."""
+    if not isinstance(stored, dict) or stored.get("quant_method", "compressed-tensors") != "compressed-tensors":
+        return False
+    sparsity = stored.get("sparsity_config") or {}
+    formats = {stored.get("format") or "dense", sparsity.get("format") or "dense"}
+    return formats == {"dense"} and not stored.get("config_groups") and not stored.get("kv_cache_scheme")
 
 
 def load(source: str, config: Any, **keywords: Any) -> Any:
@@ -103,6 +126,16 @@ def replace_linear(model: Any, name: str, scheme: Scheme, dtype: torch.dtype) ->
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new.to(old.weight.device))
     return new
+
+
+def replace_linears(model: Any, stored: dict[str, Any], dtype: torch.dtype) -> None:
+    """Puts empty Linears in the places that a quantization_config names; raises Refused where it is none of ours."""
+    scheme, untouched = read_config(stored)
+    for name in linear_names(model):
+        if name not in untouched:
+            replace_linear(model, name, scheme, dtype)
+            # else GPT-2's blocks would first fill the `weight` of a Linear that has none
+            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
 
 
 def linear_names(model: Any) -> list[str]:
@@ -137,10 +170,5 @@ def _register() -> None:
             return True
 
         def _process_model_before_weight_loading(self, model: Any, dtype: Any = None, **kwargs: Any) -> Any:
-            scheme, untouched = read_config(self.quantization_config.stored)
-            for name in linear_names(model):
-                if name not in untouched:
-                    replace_linear(model, name, scheme, dtype)
-                    # else GPT-2's blocks would first fill the `weight` of a Linear that has none
-                    model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
+            replace_linears(model, self.quantization_config.stored, dtype)
             return model

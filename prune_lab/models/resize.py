@@ -56,6 +56,15 @@ def set_unit_count(anatomy: Anatomy, kind: str, count: int, was: int) -> None:
     _set_in_modules(anatomy, {"num_key_value_heads": count, "num_heads": count * per_group})
 
 
+def check_removable(config: Any) -> None:
+    """Raises Refused where a block's number is part of what it computes."""
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise Refused(
+            "blocks cannot be removed: scale_attn_by_inverse_layer_idx=true scales attention by a block's number, "
+            "which removal changes"
+        )
+
+
 def keep_blocks(anatomy: Anatomy, kept: list[int]) -> None:
     """Keeps the blocks with these indices, in order, renumbered, and writes their number into the config.
 
@@ -63,11 +72,7 @@ def keep_blocks(anatomy: Anatomy, kept: list[int]) -> None:
     Raises Refused where a block's number is part of what it computes.
     """
     blocks, config, original = anatomy.blocks, anatomy.config, original_blocks(anatomy)
-    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
-        raise Refused(
-            "blocks cannot be removed: scale_attn_by_inverse_layer_idx=true scales attention by a block's number, "
-            "which removal changes"
-        )
+    check_removable(config)
     for name in _PER_BLOCK:
         if (value := getattr(config, name, None)) is not None:
             setattr(config, name, type(value)(value[index] for index in kept))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
@@ -22,7 +22,10 @@ MAX_SHARD_SIZE = "50GB"  # what save_pretrained of transformers takes
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+_AT_ONCE = 2**22  # numbers that are compared at a time
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
 
@@ -56,6 +59,25 @@ class Shards:
         with span.file.open("r+b", buffering=0) as file:
             write_tensor(file, span.offset, tensor)
 
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers, whatever types they are stored in; NaN equals nothing."""
+        if self.spans[one].shape != self.spans[other].shape:
+            return False
+        pairs = zip(self._parts(one), self._parts(other), strict=True)
+        return all(bool((_comparable(a) == _comparable(b)).all()) for a, b in pairs)
+
+    def is_zero(self, name: str) -> bool:
+        """Whether all numbers of a tensor are zero."""
+        return all(not bool(_comparable(part).any()) for part in self._parts(name))
+
+    def _parts(self, name: str) -> Iterator[Tensor]:
+        """A tensor's numbers in order, some at a time."""
+        span = self.spans[name]
+        with span.file.open("rb", buffering=0) as file:
+            for first in range(0, math.prod(span.shape), _AT_ONCE):
+                count = min(_AT_ONCE, math.prod(span.shape) - first)
+                yield read_tensor(file, span.offset + first * span.dtype.itemsize, (count,), span.dtype)
+
     @property
     def files(self) -> list[Path]:
         """The files, once each."""
@@ -67,9 +89,15 @@ def open_shards(folder: Path) -> Shards:
     index, names = folder / INDEX, [WHOLE]
     if not (folder / WHOLE).is_file():
         if not index.is_file():
-            raise ValueError(f"there is neither {WHOLE} nor {INDEX}: tensor by tensor, dense weights only can be read")
+            others = ", ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:3])
+            raise ValueError(f"there is neither {WHOLE} nor {INDEX}{f', only {others}' if others else ''}")
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     return Shards({name: span for file in names for name, span in _read_header(folder / file).items()})
+
+
+def open_file(path: Path) -> Shards:
+    """The tensors of one file. Raises ValueError where it is damaged."""
+    return Shards(_read_header(path))
 
 
 def lay_out(folder: Path, tensors: Mapping[str, Tensor], max_shard_size: str = MAX_SHARD_SIZE) -> Shards:
@@ -111,6 +139,11 @@ def write_tensor(file: RawIOBase, offset: int, tensor: Tensor) -> None:
         done += file.write(view[done:]) or 0
 
 
+def _comparable(tensor: Tensor) -> Tensor:
+    """As it is, or in float32, which holds every number of the shorter types."""
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+
 def _bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
@@ -127,7 +160,7 @@ def _read_header(path: Path) -> dict[str, Span]:
         if name == "__metadata__":
             continue
         if entry["dtype"] not in _TYPES:
-            raise ValueError(f"{path.name}: {name} is of type {entry['dtype']}, which cannot be read tensor by tensor")
+            raise ValueError(f"{path.name}: {name} is of type {entry['dtype']}: dense weights alone can be read")
         first, last = entry["data_offsets"]
         dtype, shape = _TYPES[entry["dtype"]], tuple(entry["shape"])
         if last - first != math.prod(shape) * dtype.itemsize:

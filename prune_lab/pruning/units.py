@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from prune_lab.errors import Refused
-from prune_lab.models.anatomy import Anatomy, UnitLinear
+from prune_lab.models.anatomy import Anatomy, UnitLinear, family_of, possible_head_counts
 from prune_lab.models.resize import dense_count
 from prune_lab.pruning import sensitivity
 from prune_lab.pruning.calibration import Calibrator
@@ -136,21 +136,44 @@ def _walk(
     return walk(anatomy, needs, seed, calibrator, dense, saliency)
 
 
+def check(rule: UnitRule, config: Any, amounts: Iterable[float]) -> None:
+    """Raises Refused where a config of transformers cannot hold what one of the cumulative amounts leaves."""
+    if "heads" in rule.units:
+        possible = possible_head_counts(config)
+        family = family_of(config.model_type)
+        total = int(getattr(config, family.kv_heads or family.query_heads))
+        for amount in amounts:
+            _check_heads(rule, config, amount, _count(rule, "heads", total, amount), total, possible)
+
+
 def _count_to_keep(rule: UnitRule, anatomy: Anatomy, kind: str, amount: float) -> int:
     total = dense_count(anatomy, kind)
+    count = min(_count(rule, kind, total, amount), anatomy.unit_count(kind))
+    if kind == "heads":
+        _check_heads(rule, anatomy.config, amount, count, total, anatomy.possible_counts(kind))
+    return count
+
+
+def _count(rule: UnitRule, kind: str, total: int, amount: float) -> int:
+    """How many of `total` units stay."""
     count = max(1, total - count_to_remove(total, amount))
     if kind == "mlp" and rule.round_to is not None and amount > 0:
         if rule.round_to > total:
             raise Refused(f"method.round_to={rule.round_to} is more than the {total} MLP channels of a block")
         count = min(max(1, round(count / rule.round_to)), total // rule.round_to) * rule.round_to
-    possible, count = anatomy.possible_counts(kind), min(count, anatomy.unit_count(kind))
-    if rule.physical and count not in possible:
-        amounts = ", ".join(f"{n} (amount={1 - n / total:g})" for n in possible)
-        raise Refused(
-            f"method.amount={amount:g} leaves {count} of {total} KV groups, which a stock "
-            f"{anatomy.config.model_type} config cannot hold: possible are {amounts}"
-        )
     return count
+
+
+def _check_heads(rule: UnitRule, config: Any, amount: float, count: int, total: int, possible: list[int]) -> None:
+    if not rule.physical or count in possible:
+        return
+    amounts = ", ".join(f"{n} (amount={1 - n / total:g})" for n in possible)
+    others = "method.units=[mlp] or " if "mlp" in rule.units else ""
+    raise Refused(
+        f"method.units=[{','.join(rule.units)}]: method.amount={amount:g} leaves {count} of {total} KV groups, which a "
+        f"stock {config.model_type} config cannot hold: possible are {amounts}; or give {others}method.physical=false, "
+        "which leaves zeros"
+    )
 
 
 def _rows(anatomy: Anatomy, kind: str, total: int, count: int) -> list[LayerRow]:

@@ -58,7 +58,7 @@ def download(name: str, revision: str | None) -> str:
     """The folder in the Hub's cache with all of a model's files, fetched where they are missing; raises Refused."""
     from huggingface_hub import snapshot_download
 
-    files = ["*.json", "model*.safetensors", "tokenizer*", "*.txt", "README.md"]
+    files = ["*.json", "*.jinja", "model*.safetensors", "tokenizer*", "*.model", "*.txt", "README.md"]
     try:
         return str(snapshot_download(name, revision=revision, allow_patterns=files))
     except Exception as error:  # the client has many
