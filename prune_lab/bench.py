@@ -119,6 +119,7 @@ class Bench:
                 "seed": seed,
                 "sampling": drawn.sampling,
                 "documents": drawn.documents,
+                "documents_too_short": drawn.too_short,
                 "distinct_tokens": drawn.distinct_tokens,
                 "overlap": drawn.overlap,  # the most windows that share a token
                 "text": None if corpus is None else corpus.counts,

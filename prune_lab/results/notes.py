@@ -61,7 +61,8 @@ def of_calibration_windows(protocol: dict[str, Any]) -> list[str]:
     distinct, documents = seen["distinct_tokens"], seen["documents"]
     held = f"{distinct:,} distinct tokens of {documents:,} document{'s' * (documents != 1)}"
     more = "give more text, dataset.calibration.source=text dataset.calibration.name=..."
-    more += "" if seen["sampling"] == "joined" else ", or join short documents, dataset.calibration.join=true"
+    if seen["sampling"] == "at random" or seen["documents_too_short"]:
+        more += ", or dataset.calibration.join=true: windows side by side, in short documents too"
     if seen["overlap"] > OVERLAP:
         notes.append(
             f"calibration windows overlap: {seen['n_samples']:,} windows of {seen['seq_len']:,} tokens are {held}, and "

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from prune_lab.errors import Refused
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}  # of ShareGPT and its like
-_TODAY = datetime(2024, 7, 26)  # of templates that write the date: text must be the same every day
+# Of templates that write today's date: text must be the same every day. What a template defines goes before what it is
+# given.
+_TODAY = (
+    "{%- macro strftime_now(format) -%}{%- if format == '%Y-%m-%d' -%}2024-07-26{%- else -%}26 Jul 2024{%- endif -%}"
+    "{%- endmacro -%}"
+)
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,12 @@ class Chat:
                 "has one, such as an instruct model, or a column in which each conversation is one text"
             )
         try:
-            text: str = tokenizer.apply_chat_template(
-                self.messages, tokenize=False, date_string=_TODAY.strftime("%d %b %Y"), strftime_now=_TODAY.strftime
-            )
+            template = tokenizer.get_chat_template()
+            template = _TODAY + template if "strftime_now" in template else template
+            text: str = tokenizer.apply_chat_template(self.messages, chat_template=template, tokenize=False)
         except Exception as error:  # what a template raises is its own
             why = " ".join(str(error).split())[:120] or type(error).__name__
-            raise Refused(f"{self.place}: the tokenizer's chat template does not take the messages: {why}") from error
+            raise Refused(f"{self.place} holds what the tokenizer's chat template does not take: {why}") from error
         return text
 
 

@@ -16,13 +16,14 @@ class Drawn:
     """Windows, shape (n_samples, seq_len), int64, and where each begins: [document, its token].
 
     sampling: how they were drawn. documents, distinct_tokens: how many documents, and places of tokens, the windows
-    are made of. overlap: the most windows that share a token.
+    are made of. too_short: how many other documents hold no window. overlap: the most windows that share a token.
     """
 
     windows: Tensor
     places: list[list[int]]
     sampling: str
     documents: int
+    too_short: int
     distinct_tokens: int
     overlap: int
 

@@ -93,25 +93,25 @@ class Tokens:
         """Random windows, each inside one document longer than seq_len; two windows are never the same.
 
         Documents are drawn with replacement, as the papers draw them; with `spread`, each in turn. With `join`, windows
-        are cut from all documents one after the other, a blank line between them. Raises Refused where there are not
-        enough.
+        lie side by side in all documents put one after the other, a blank line between them. Raises Refused where there
+        are not enough.
         """
         if not self.corpus.survey.rows["calibration"]:
             raise Refused(self._no_documents("calibration"))
         is_one = self.corpus.is_one_document("calibration")
-        join = join and not is_one
-        stored = self._stored("calibration", join)
+        stored = self._stored("calibration", join and not is_one)
         starts, bounds = stored.starts, stored.starts[[0, -1]] if is_one or join else stored.starts
         lengths = bounds.diff()
+        long_enough = lengths > seq_len
         possible = int((lengths - seq_len).clamp(min=0).sum())
         if possible < n_samples:
             where = self.corpus.name if spread else f"the calibration split of {self.corpus.name}"
             way = ""
-            if not join and int(starts[-1]) - seq_len >= n_samples:
+            if not (join or is_one) and int(starts[-1]) - seq_len >= n_samples:
                 way = ", or join short documents by dataset.calibration.join=true"
             raise Refused(
                 f"dataset.calibration: {where} has {possible} windows of {seq_len} tokens within "
-                f"{int((lengths > seq_len).sum())} documents that are long enough; {n_samples} are asked for: lower "
+                f"{int(long_enough.sum())} documents that are long enough; {n_samples} are asked for: lower "
                 f"dataset.calibration.seq_len or .n_samples{way}"
             )
         draw = in_turn if spread or join else at_random
@@ -124,7 +124,7 @@ class Tokens:
         seen = {n for a, b in zip(documents.tolist(), last.tolist(), strict=True) for n in range(a, b + 1)}
         places = torch.stack([documents, begins - of[documents]], dim=1).tolist()
         sampling = "joined" if join else "in turn" if spread else "at random"
-        return Drawn(windows, places, sampling, len(seen), *covered(firsts, seq_len))
+        return Drawn(windows, places, sampling, len(seen), int((~long_enough).sum()), *covered(firsts, seq_len))
 
     def bytes_per_token(self, split: str) -> float:
         """UTF-8 bytes of the split's text for each of its tokens."""
