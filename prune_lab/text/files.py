@@ -15,7 +15,11 @@ from prune_lab.text.rows import KINDS, NAMED_KINDS, ending, mended, read_rows, w
 from prune_lab.text.source import TextSource
 from prune_lab.text.splits import by_position
 
-_INSTEAD = {"bytes": "write it as strings", "a list of strings": "join each into one text, or write one string a row"}
+_INSTEAD = {
+    "bytes": "write it as strings",
+    "a list of strings": "join each into one text, or write one string a row",
+    "a date or time": "write it as strings, or give a column of text",
+}
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ class _Files:
 
     def _chat(self, value: object, place: str, columns: Iterable[str]) -> Chat:
         """The conversation that a value is; raises Refused where it is none."""
-        chat = as_chat(value, f"{self.column_key}={self.column!r}, {place},")
+        chat = as_chat(value, f"{self.column_key}={self.column!r} ({self.name}, {place})")
         if chat is None:
             kind, names = what(value), ", ".join(columns)[:100]
             instead = _INSTEAD.get(kind, f"give {self.column_key}=..., a column of text or of chat messages")

@@ -97,14 +97,16 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
                 # Other fields may hold any number: one of 5,000 digits is none that Python makes of it unasked.
                 yield place, json.loads(text, parse_int=float)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{place} is no whole JSON object ({_why(error)})") from error
+                raise ValueError(
+                    f"{place} is no whole JSON object ({_why(error)}): each line must be one, or the file one array"
+                ) from error
 
 
 class _Array:
     """The elements of one JSON array, of which a part is held at a time."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = io.TextIOWrapper(file, encoding="utf-8-sig")
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
         self._decoder = json.JSONDecoder(parse_int=float)
         self._text, self._at = "", 0
 
@@ -156,13 +158,13 @@ class _Array:
 
 
 def _array(path: Path) -> Iterator[tuple[str, Any]]:
-    with _open(path) as file:
+    with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as file:
         yield from _Array(file).elements()
 
 
 def _why(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at character {error.pos + 1}"
+        return f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 

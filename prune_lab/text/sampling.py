@@ -8,6 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+_TRIES = 20  # at places of which none has been given before
 Place = tuple[int, int]  # a document, by its number; the first token of a window in it
 
 
@@ -56,13 +57,16 @@ def in_turn(lengths: Tensor, seq_len: int, n_samples: int, seed: int) -> list[Pl
     taken: dict[Place, None] = {}
     layer = 0
     while len(taken) < n_samples:
-        # In a later layer one less: where nothing is left over, side by side would be the same places again.
-        holds = (sizes // seq_len - int(layer > 0)).clamp(min=1)
+        # From the third layer on one less: with little left over, side by side would be the same places again.
+        holds = (sizes // seq_len - int(layer > 1)).clamp(min=1)
         counts = _shared(holds, n_samples - len(taken), generator)
         for document, size, count in zip(long_enough.tolist(), sizes.tolist(), counts.tolist(), strict=True):
-            rest = size - count * seq_len
-            gaps = torch.randint(rest + 1, (count,), generator=generator).sort().values.tolist()
-            taken |= dict.fromkeys((document, gap + number * seq_len) for number, gap in enumerate(gaps))
+            for _ in range(_TRIES):
+                gaps = torch.randint(size - count * seq_len + 1, (count,), generator=generator).sort().values.tolist()
+                places = dict.fromkeys((document, gap + number * seq_len) for number, gap in enumerate(gaps))
+                if not places.keys() & taken.keys():
+                    break
+            taken |= places
         layer += 1
     found = list(taken)
     return [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]

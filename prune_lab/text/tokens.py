@@ -56,8 +56,7 @@ class Tokens:
 
     def enough(self, split: str, seq_len: int) -> Tensor:
         """All tokens of a split that has a window of seq_len tokens; raises Refused, with what to do, where not."""
-        if not self.corpus.survey.rows[split]:
-            raise Refused(self._no_documents(split))
+        self._check_documents(split)
         stream = self.stream(split)
         if len(stream) < seq_len:
             place = "" if self.corpus.read_test is not None and split == "test" else f"the {split} split of "
@@ -67,24 +66,28 @@ class Tokens:
             )
         return stream
 
-    def _no_documents(self, split: str) -> str:
-        """Why a split has none, and how it gets some."""
-        corpus, there = self.corpus, self.corpus.n_documents
-        if corpus.survey.rows[HELD_OUT] == there - corpus.survey.rows["test"]:
-            return (
+    def _check_documents(self, split: str) -> None:
+        """Raises Refused, with what to do, where a split has no document; of one that is cut, each has a part."""
+        corpus, rows = self.corpus, self.corpus.survey.rows
+        apart = corpus.read_test is not None
+        if rows[split] or (corpus.is_cut and not apart):
+            return
+        there = corpus.n_documents - (rows["test"] if apart else 0)
+        if apart and rows[HELD_OUT] == there:
+            raise Refused(
                 f"the {split} split of {corpus.name} has no text: all its documents are in dataset.test_path as well, "
                 "and what is tested on is for nothing else: give other text"
             )
         ways = {
             "test": "give the test text apart, dataset.test_path=..., or",
             "calibration": "name calibration text, dataset.calibration.source=text dataset.calibration.name=..., or",
-            "validation": "train without validation, recovery.validate_every=0, or",
+            "validation": "train without validation, recovery.validate_every=0, or give",
         }
-        few = "document is" if there == 1 else "documents are"
-        return (
-            f"the {split} split of {corpus.name} has no text: its {there} {few} too few to fill four splits, to which "
-            f"documents go by their hash: {ways.get(split, 'give more of them, or')} one txt file, which is cut by "
-            "position"
+        documents = "document is" if there == 1 else "documents are"
+        raise Refused(
+            f"the {split} split of {corpus.name} has no text: its {there} {documents} too few to fill "
+            f"{'three' if apart else 'four'} splits, to which documents go by their hash: {ways.get(split, 'give more, or')} one "
+            "txt file, which is cut by position"
         )
 
     def calibration_windows(
@@ -96,8 +99,7 @@ class Tokens:
         lie side by side in all documents put one after the other, a blank line between them. Raises Refused where there
         are not enough.
         """
-        if not self.corpus.survey.rows["calibration"]:
-            raise Refused(self._no_documents("calibration"))
+        self._check_documents("calibration")
         is_one = self.corpus.is_one_document("calibration")
         stored = self._stored("calibration", join and not is_one)
         starts, bounds = stored.starts, stored.starts[[0, -1]] if is_one or join else stored.starts
