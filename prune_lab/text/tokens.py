@@ -86,8 +86,8 @@ class Tokens:
         documents = "document is" if there == 1 else "documents are"
         raise Refused(
             f"the {split} split of {corpus.name} has no text: its {there} {documents} too few to fill "
-            f"{'three' if apart else 'four'} splits, to which documents go by their hash: {ways.get(split, 'give more, or')} one "
-            "txt file, which is cut by position"
+            f"{'three' if apart else 'four'} splits, to which documents go by their hash: "
+            f"{ways.get(split, 'give more, or')} one txt file, which is cut by position"
         )
 
     def calibration_windows(
