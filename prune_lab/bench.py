@@ -23,7 +23,7 @@ from prune_lab.measure.settings import Measure
 from prune_lab.measure.size import measure_size
 from prune_lab.measure.task_setup import ReadyTask, prepare_tasks
 from prune_lab.measure.tasks import measure_tasks
-from prune_lab.models.anatomy import Anatomy, family_of
+from prune_lab.models.anatomy import Anatomy, family_of, out_in
 from prune_lab.models.dense_facts import DenseFacts
 from prune_lab.models.export import save_dense
 from prune_lab.models.load import Loaded, ModelSource
@@ -76,15 +76,14 @@ class Bench:
         """What the figures depend on beside the model: runs with other stamps must not be compared."""
         return {
             "dataset": self.tokens.corpus.name,
-            "dataset_facts": self.tokens.corpus.facts,
+            "dataset_facts": self.tokens.corpus.stamp,
             "test_tokens_sha256": sha256(self.windows),
             "seq_len": self.seq_len,
             "windows": len(self.windows),
             "join": JOIN,
-            "bos": "none"
-            if self.bos.id is None
-            else self.bos.id,  # the token before each window; `seq_len` and `prompt_tokens` are without it
+            "bos": self.bos.stamp,  # `seq_len` and `prompt_tokens` are without it
             "calibration": None,  # of a run whose method looks at any: see `calibrator`
+            "training": None,  # of a run that trains: see `training_text`
             "dtype": self.device.dtype_name,
             "device": str(self.device.torch_device),
             "prompt_tokens": self.prompt.shape[1] - self.bos.length,
@@ -113,27 +112,45 @@ class Bench:
         if seed not in self._calibrators:
             asked = self._calibration
             self._check_length("dataset.calibration.seq_len", asked.seq_len)
-            corpus = calibration_corpus(asked)
+            corpus = calibration_corpus(asked, self.tokens.corpus, self.dense.tokenizer)
             tokens = self.tokens
             if corpus is not None:
                 tokens = Tokens(corpus, self.dense.tokenizer, console, self.dense.model.config.vocab_size)
             bfloat16 = uses_bfloat16(asked.autocast, self.device.torch_device)
-            windows, places = tokens.calibration_windows(asked.n_samples, asked.seq_len, seed)
+            drawn = tokens.calibration_windows(
+                asked.n_samples, asked.seq_len, seed, spread=corpus is not None, join=asked.join
+            )
             stamp = {
-                "source": f"dataset.calibration.name={asked.name}" if asked.source == "text" else tokens.corpus.name,
+                "source": tokens.corpus.name,
                 "own": corpus is None,
                 "n_samples": asked.n_samples,
                 "seq_len": asked.seq_len,
                 "propagate": asked.propagate,
                 "bfloat16": bfloat16,
                 "seed": seed,
-                "windows": places,  # [document, first token] of each
-                "tokens_sha256": sha256(windows),
+                "sampling": drawn.sampling,
+                "documents": drawn.documents,
+                "documents_too_short": drawn.too_short,
+                "distinct_tokens": drawn.distinct_tokens,
+                "overlap": drawn.overlap,  # the most windows that share a token
+                "text": None if corpus is None else corpus.counts,
+                "windows": drawn.places,  # [document, first token] of each
+                "tokens_sha256": sha256(drawn.windows),
             }
-            seen, prefix = self.bos.before(windows), self.bos.length
+            seen, prefix = self.bos.before(drawn.windows), self.bos.length
             self._calibrators[seed] = Calibrator(seen, asked.propagate, asked.batch_size, bfloat16, prefix), stamp
         calibrator, stamp = self._calibrators[seed]
         return replace(calibrator, console=console), stamp
+
+    @cached_property
+    def widest_input(self) -> int:
+        """The most inputs that a prunable Linear has: the largest system that is solved from calibration text."""
+        return max(out_in(linear, linear.weight).shape[1] for _, linear in Anatomy(self.dense.model).linears())
+
+    def training_text(self, steps: int, batch_size: int) -> dict[str, Any]:
+        """The stamp of a training: tokens of its text, and how often it passes over them."""
+        tokens = len(self.tokens.enough("train", self.seq_len))
+        return {"tokens": tokens, "passes": round(steps * batch_size * self.seq_len / tokens, 2)}
 
     def copy_of_dense(self, folder: Path) -> Loaded:
         """A copy of the dense model to be pruned; of one on disk, its changed weights will rest in `folder`."""

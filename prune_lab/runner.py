@@ -113,7 +113,11 @@ def _begin(
     calibrator, protocol = None, bench.protocol
     if parts.method.calibrated:
         calibrator, stamp = bench.calibrator(parts.settings.seed, console)
-        protocol = protocol | {"calibration": stamp}
+        protocol = protocol | {
+            "calibration": stamp | {"solved_width": bench.widest_input if parts.method.solves else None}
+        }
+    if steps := parts.recovery.training_steps:
+        protocol = protocol | {"training": bench.training_text(steps, parts.recovery.batch_size)}
     hashes = bench.hashes | parts.recovery.hashes(bench.dense, bench.device)
     summary = Summary(
         status="RUNNING",

@@ -305,13 +305,12 @@ def _file(name: str, content: bytes) -> Prepare:
     return lambda place: (place / name).write_bytes(content)
 
 
-def _parquet(place: Path, rows: dict[str, list[Any]]) -> Path:
+def _parquet(place: Path, rows: dict[str, list[Any]], kind: str = "string") -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(
-        pa.table({name: pa.array(values, pa.string()) for name, values in rows.items()}), place / "a.parquet"
-    )
+    of_kind = pa.type_for_alias(kind)
+    pq.write_table(pa.table({name: pa.array(values, of_kind) for name, values in rows.items()}), place / "a.parquet")
     return place / "a.parquet"
 
 
@@ -364,9 +363,27 @@ _DATA: dict[str, tuple[Prepare, str, tuple[str, ...]]] = {
     ),
     "a column of numbers": (_file("a.jsonl", b'{"text": 1}\n{"text": 2}\n'), "a.jsonl", ("dataset.column='text'",)),
     "a column of nothing": (
-        _file("a.jsonl", b'{"text": null}\n{"text": null}\n'), "a.jsonl", ("dataset.column='text'",),
+        _file("a.jsonl", b'{"text": null}\n{"text": null}\n'), "a.jsonl", ("dataset.column='text'", "each of 2 rows"),
     ),
-    "a number among texts": (_file("a.jsonl", _ROW * 50 + b'{"text": 2}\n'), "a.jsonl", ("a.jsonl",)),
+    "a number among texts": (_file("a.jsonl", _ROW * 50 + b'{"text": 2}\n'), "a.jsonl", ("line 51", "a number")),
+    "a column of lists": (
+        _file("a.jsonl", b'{"text": ["one", "two"]}\n'), "a.jsonl", ("line 1", "a list of strings", "join each"),
+    ),
+    "a column of objects": (_file("a.jsonl", b'{"text": {"a": 1}}\n'), "a.jsonl", ("line 1", "an object", "a")),
+    "a column of chat messages": (
+        _file("a.jsonl", b'{"text": [{"role": "user", "content": "one"}]}\n'), "a.jsonl",
+        ("dataset.column='text'", "line 1", "chat messages", "no chat template"),
+    ),
+    "a column of bytes": (
+        lambda place: _parquet(place, {"text": [b"one"]}, "binary"), "a.parquet", ("row 1", "bytes", "strings"),
+    ),
+    "an array that is cut": (_file("a.jsonl", b'[{"text": "one"}, {"te'), "a.jsonl", ("item 2", "no whole JSON")),
+    "json of another layout": (_file("a.json", b'{"train": [{"text": "one"}]}'), "a.json", ("column", "train")),
+    "no gzip": (_file("a.jsonl.gz", _ROW), "a.jsonl.gz", ("cannot be read as json", "gzip")),
+    "five documents": (
+        _file("a.jsonl", b"".join(json.dumps({"text": f"{n} " + story(n)}).encode() + b"\n" for n in range(5))),
+        "a.jsonl", ("test split", "its 5 documents are too few", "dataset.test_path=", "one txt file"),
+    ),
     "no parquet": (_file("a.parquet", b"this is not parquet"), "a.parquet", ("cannot be read as parquet",)),
     "an empty parquet file": (_file("a.parquet", b""), "a.parquet", ("cannot be read as parquet",)),
     "parquet without rows": (lambda place: _parquet(place, {"text": []}), "a.parquet", ("there is no text",)),
@@ -405,6 +422,21 @@ DATA += [
     Bad("data", "calibration text that is absent",
         ["method=wanda", "dataset.calibration.source=text", "dataset.calibration.name=PLACE/absent"],
         ("dataset.calibration.name='PLACE/absent'", "names no file")),
+    Bad("data", "calibration text of other columns",
+        ["method=wanda", "dataset.calibration.source=text", "dataset.calibration.name=PLACE/a.jsonl"],
+        ("dataset.calibration.name=PLACE/a.jsonl", "dataset.calibration.column='text'", "body"),
+        _file("a.jsonl", b'{"body": "one"}\n')),
+    Bad("data", "a column of calibration text that is not named",
+        ["method=wanda", "dataset.calibration.column=body"], ("dataset.calibration.column='body'", "source=own")),
+    Bad("data", "calibration text that is tested on",
+        ["method=wanda", "dataset.test_path=PLACE/a.jsonl", "dataset.calibration.source=text",
+         "dataset.calibration.name=PLACE/a.jsonl"],
+        ("dataset.calibration.name=PLACE/a.jsonl", "test text", "dataset.calibration.source=own"),
+        _file("a.jsonl", b"".join(json.dumps({"text": story(n)}).encode() + b"\n" for n in range(900, 920)))),
+    Bad("data", "calibration text of short documents",
+        ["method=wanda", "dataset.calibration.source=text", "dataset.calibration.name=PLACE/a.jsonl"],
+        ("dataset.calibration.name=PLACE/a.jsonl", "128 are asked for", "dataset.calibration.join=true"),
+        _file("a.jsonl", b"".join(json.dumps({"text": f"{n} one two"}).encode() + b"\n" for n in range(900)))),
     Bad("data", "a corpus whose folder is another", ["model=hf", "model.name=PLACE/model", "dataset=wikitext2",
         "dataset.name=PLACE/model"], ("dataset.name='PLACE/model'", "wikitext-2-raw-v1/train"), small=False),
     Bad("data", "a corpus of no possible name", ["model=hf", "model.name=PLACE/model", "dataset=c4",

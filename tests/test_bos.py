@@ -123,9 +123,8 @@ def test_training_and_validation_see_it(gemma: Path, tmp_path: Path) -> None:
     loaded = HubModel(name=str(gemma)).load(CPU, 0)
     found: dict[str, float] = {}
     training = training_of(
-        loaded, tmp_path, tuple(story(i) for i in range(8)), tuple(story(i) for i in range(20, 24)), steps=1,
-        log=lambda step, values: found.update({f"{name}@{step}": value for name, value in values.items()}),
-        bos=Bos(0),
+        loaded, tmp_path, lambda step, values: found.update({f"{name}@{step}": v for name, v in values.items()}),
+        validation=tuple(story(i) for i in range(20, 24)), steps=1, bos=Bos(0),
     )  # fmt: skip
     windows = training.tokens.windows("validation", training.seq_len)
     expected = naive_loss(loaded.model, windows[:3], 0)
@@ -154,7 +153,7 @@ def test_a_window_and_its_token_must_fit_the_context(gemma: Path, corpus: Path) 
     Bench(HubModel(name=str(gemma)), TextFiles(path=str(corpus), seq_len=127), measure, CPU, 0, QUIET)
     bench = bench_of(gemma, corpus)
     bench._calibration = Calibration(n_samples=1, seq_len=128)
-    with pytest.raises(Refused, match="dataset.calibration.seq_len=128 with the BOS"):
+    with pytest.raises(Refused, match=r"dataset.calibration.seq_len=128 with the BOS"):
         bench.calibrator(0, QUIET)
 
 
@@ -197,7 +196,7 @@ def test_what_auto_means(
 
 
 def test_a_token_that_is_not_there_is_refused() -> None:
-    with pytest.raises(Refused, match="dataset.add_bos=true: the tokenizer .* has no BOS token"):
+    with pytest.raises(Refused, match=r"dataset.add_bos=true: the tokenizer .* has no BOS token"):
         resolve_bos("true", "llama", False, Tokenizer(None, False))
 
 
@@ -219,8 +218,8 @@ def test_the_run_says_it(gemma: Path, corpus: Path, small: list[str], cli: Cli, 
 
 
 def test_runs_with_and_without_are_not_alike() -> None:
-    runs = [("a", "1", Summary("FINISHED", protocol={"bos": 2})), ("b", "1", Summary("FINISHED", protocol={"bos": "none"}))]
-    assert warnings(runs) == ["bos is 2 in a and none in b"]
+    runs = [(name, "1", Summary("FINISHED", protocol={"bos": bos})) for name, bos in (("a", 2), ("b", "none"))]
+    assert warnings(runs) == ["bos is 2 in a, none in b"]
 
 
 def test_tasks_begin_with_it(gemma: Path) -> None:

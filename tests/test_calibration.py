@@ -8,6 +8,7 @@ import json
 import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -339,9 +340,12 @@ def test_a_run_stamps_what_it_was_calibrated_on(small: list[str], corpus: Path, 
     windows = stamp.pop("windows")
     assert len(windows) == 6
     assert all(len(place) == 2 and min(place) >= 0 for place in windows)
+    covered = Counter((document, first + n) for document, first in windows for n in range(16))
     assert stamp == {
         "source": f"dataset.path={corpus}", "own": True, "n_samples": 6, "seq_len": 16, "propagate": "dense", "seed": 3,
-        "bfloat16": False,
+        "bfloat16": False, "sampling": "at random", "text": None, "solved_width": None,
+        "documents": len({document for document, _ in windows}), "documents_too_short": 0,
+        "distinct_tokens": len(covered), "overlap": max(covered.values()),
     }  # fmt: skip
     assert any("flatters" in warning for warning in summary["warnings"])
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from prune_lab.results import notes
+from prune_lab.results.summary import Summary
 
 # A model of 10 MB and 100 MB at the peak, which nothing happened to.
 DENSE = {
@@ -124,11 +125,45 @@ def test_a_machine_that_finds_the_dense_model_unlike_itself_is_not_quiet(
         assert f"the machine is not quiet: decode of the dense model against itself is 1.000 [{low:.3f}," in note
 
 
-def test_calibration_on_its_own_text_is_said() -> None:
-    assert notes.of_calibration({"calibration": None}) == []
-    assert notes.of_calibration({"calibration": {"own": False, "source": "c4"}}) == []
-    (note,) = notes.of_calibration({"calibration": {"own": True, "source": "wikitext2"}})
-    assert note.startswith("calibrated on wikitext2 itself")
+APART = {"path": "a.jsonl", "test_path": "b.txt"}
+OWN, NAMED, SHARED = (
+    {"own": own, "source": "x", "text": None if own else {"also_in_the_run": also}}
+    for own, also in ((True, 0), (False, 0), (False, 3))
+)
+
+
+@pytest.mark.parametrize(
+    ("seen", "facts", "removed", "is_in_domain"),
+    [
+        (None, {}, 0.5, False), (NAMED, {}, 0.5, False), (OWN, {}, 0.5, True), (SHARED, {}, 0.5, True),
+        (OWN, APART, 0.5, False), (SHARED, APART, 0.5, False), (OWN, {}, 0.0, False),
+    ],
+)  # fmt: skip
+def test_calibration_on_the_text_that_is_tested_on_is_said(
+    seen: dict[str, Any] | None, facts: dict[str, str], removed: float, is_in_domain: bool
+) -> None:
+    """Neither where the test text is another one, nor where nothing was pruned by it."""
+    protocol = {"calibration": seen, "dataset": "wikitext2", "dataset_facts": facts}
+    found = notes.of_calibration(protocol, {"amount/realized": removed})
+    assert len(found) == is_in_domain
+    assert all(note.startswith("calibrated on text of wikitext2") for note in found)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "here", "is_said"),
+    [
+        ({"latency/prefill_speedup": 1.0}, {"cpu": "A", "threads": 2}, False),
+        ({"latency/prefill_speedup": 1.0}, {"cpu": "B", "threads": 2}, True),
+        ({"memory/peak_mb": 1.0}, {"cpu": "A", "threads": 4}, True),
+        ({"latency/prefill_speedup": 1.0}, {"cpu": "A", "gpu": "C", "threads": 2}, True),
+        ({"quality/perplexity": 1.0}, {"cpu": "B", "threads": 2}, False),
+    ],
+)
+def test_times_of_another_machine_are_said_where_a_result_is_served(
+    metrics: dict[str, float], here: dict[str, Any], is_said: bool
+) -> None:
+    finished = Summary("FINISHED", metrics=metrics, environment={"cpu": "A", "gpu": None, "threads": 2})
+    assert len(notes.of_elsewhere(finished, here)) == is_said
 
 
 def test_energy_that_was_asked_for_and_could_not_be_measured() -> None:

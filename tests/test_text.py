@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import copy
+import datetime
+import decimal
+import gzip
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import ROOT, story
 from datasets import Dataset
@@ -21,6 +28,7 @@ from prune_lab.errors import Refused
 from prune_lab.models.load import TINY, Loaded
 from prune_lab.text import corpus as corpora
 from prune_lab.text import joined
+from prune_lab.text import rows as row_files
 from prune_lab.text.corpus import Corpus, Documents, LongDocument
 from prune_lab.text.files import TextFiles
 from prune_lab.text.source import Calibration
@@ -173,15 +181,16 @@ def test_bytes_per_token_counts_bytes_not_characters(loaded: Loaded) -> None:
 def test_calibration_windows_lie_inside_their_documents(loaded: Loaded) -> None:
     texts = tuple(story(seed, sentences=length) for seed, length in ((1, 40), (2, 1), (3, 30)))
     tokens = tokens_of(loaded, calibration=texts)
-    windows, places = tokens.calibration_windows(12, 16, seed=4)
+    drawn = tokens.calibration_windows(12, 16, seed=4)
+    windows, places = drawn.windows, drawn.places
     assert windows.shape == (12, 16)
     assert len({tuple(place) for place in places}) == 12
     for window, (document, start) in zip(windows.tolist(), places, strict=True):
         assert window == loaded.tokenizer(texts[document])["input_ids"][start : start + 16]
     assert {document for document, _ in places} == {0, 2}  # the second is too short
     again, other = tokens.calibration_windows(12, 16, seed=4), tokens.calibration_windows(12, 16, seed=5)
-    assert again[1] == places
-    assert other[1] != places
+    assert again.places == places
+    assert other.places != places
 
 
 def test_too_little_calibration_text_is_refused(loaded: Loaded) -> None:
@@ -199,6 +208,311 @@ def test_the_stamp_tells_token_ids_apart(loaded: Loaded) -> None:
     changed[5] += 1
     assert sha256(stream) == hashlib.sha256(b"".join(int(t).to_bytes(8, "little") for t in stream)).hexdigest()
     assert sha256(changed) != sha256(stream)
+
+
+# Rows as they lie about.
+
+DOCS = [story(seed, sentences=4) for seed in range(120)]
+
+
+def lines(*rows: object) -> bytes:
+    return b"".join(row + b"\n" if isinstance(row, bytes) else json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def rows(**more: Any) -> list[dict[str, Any]]:
+    return [{"text": text} | more for text in DOCS]
+
+
+def parquet(path: Path, **columns: Any) -> None:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+OTHER_FIELDS: dict[str, Callable[[Path], object]] = {
+    "one more in the second file": lambda place: (
+        (place / "a.jsonl").write_bytes(lines(*rows()[:60])),
+        (place / "b.jsonl").write_bytes(lines(*rows(source="web")[60:])),
+    ),
+    "one more in the second table": lambda place: (
+        parquet(place / "a.parquet", text=DOCS[:60]),
+        parquet(place / "b.parquet", source=[{"a": 1}] * 60, text=DOCS[60:]),
+    ),
+    "of another type in each table": lambda place: (
+        parquet(place / "a.parquet", text=DOCS[:60], source=[1] * 60),
+        parquet(place / "b.parquet", text=pyarrow.array(DOCS[60:], pyarrow.large_string()), source=["web"] * 60),
+    ),
+    "of another type further on": lambda place: (place / "a.jsonl").write_bytes(
+        lines(*rows(meta={"a": 1})[:60], *rows(meta="none")[60:90], *rows(meta=[1, "a", {}])[90:])
+    ),
+    "late": lambda place: (place / "a.jsonl").write_bytes(lines(*rows()[:119], *rows(language="en")[119:])),
+    "numbers that no type holds": lambda place: (place / "a.jsonl").write_bytes(
+        lines(*rows(n=2**70)[:60]) + b"".join(b'{"n": %s, "text": %s}\n' % (b"9" * 5000, json.dumps(text).encode())
+                                              for text in DOCS[60:])
+    ),
+    "dates, and text that looks like them": lambda place: (place / "a.jsonl").write_bytes(
+        lines(*rows(date="2020-01-01")[:60], *rows(date="soon")[60:])
+    ),
+    "in one array": lambda place: (place / "a.jsonl").write_text(json.dumps(rows(id=3))),
+    "a mark, CRLF and empty lines": lambda place: (place / "a.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + lines(*rows()).replace(b"\n", b"\r\n\r\n")
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("other", OTHER_FIELDS)
+def test_other_fields_do_not_matter(tmp_path: Path, other: str) -> None:
+    """The documents are those of rows with nothing else in them."""
+    (tmp_path / "mixed").mkdir()
+    OTHER_FIELDS[other](tmp_path / "mixed")
+    (tmp_path / "alone.jsonl").write_bytes(lines(*rows()))
+    found, expected = read(tmp_path / "mixed"), read(tmp_path / "alone.jsonl")
+    assert everything(found) == everything(expected)
+    assert sorted(everything(found)) == sorted(DOCS)
+    assert found.fingerprint() == expected.fingerprint()
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl.gz", "a.json.gz"])
+def test_json_by_other_names_is_read_where_it_is_named(tmp_path: Path, name: str) -> None:
+    content = lines(*rows())
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert sorted(everything(read(tmp_path / name))) == sorted(DOCS)
+    (tmp_path / "b.jsonl").write_bytes(lines(*rows()[:7]))
+    assert len(everything(read(tmp_path))) == 7  # a folder's own .json is seldom text
+
+
+def test_an_array_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_files, "_CHARACTERS", 50)
+    (tmp_path / "a.json").write_text(json.dumps(rows(), indent=1))
+    assert sorted(everything(read(tmp_path / "a.json"))) == sorted(DOCS)
+
+
+WITHOUT_TEXT: dict[str, Callable[[Path], object]] = {
+    "null": lambda path: path.write_bytes(lines(*({"text": t if i % 10 else None} for i, t in enumerate(DOCS)))),
+    "absent": lambda path: path.write_bytes(lines(*({"text": t} if i % 10 else {"u": 1} for i, t in enumerate(DOCS)))),
+    "blank": lambda path: path.write_bytes(lines(*({"text": t if i % 10 else " \n"} for i, t in enumerate(DOCS)))),
+    "null in a table": lambda path: parquet(
+        path.with_suffix(".parquet"), text=[t if i % 10 else None for i, t in enumerate(DOCS)]
+    ),
+    "a table without the column": lambda path: (
+        parquet(path.with_suffix(".parquet"), other=["x"] * 12),
+        path.write_bytes(lines(*(row for i, row in enumerate(rows()) if i % 10))),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_TEXT)
+def test_rows_without_text_are_left_out_and_counted(tmp_path: Path, kind: str) -> None:
+    WITHOUT_TEXT[kind](tmp_path / "a.jsonl")
+    found = read(tmp_path)
+    assert sorted(everything(found)) == sorted(text for i, text in enumerate(DOCS) if i % 10)
+    stamp = found.stamp
+    assert (stamp["rows"], stamp["rows_without_text"]) == (120, 12)
+    assert "rows" not in read_all_of(tmp_path, found).stamp
+
+
+def read_all_of(place: Path, found: Corpus) -> Corpus:
+    """A corpus of the same documents, in which nothing is missing."""
+    (place / "all.jsonl").write_bytes(lines(*({"text": text} for text in everything(found))))
+    return read(place / "all.jsonl")
+
+
+def test_one_row_with_text_among_others(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines({"text": None}, {"text": "\n".join(DOCS)}, {"text": ""}))
+    found = read(tmp_path / "a.jsonl")
+    assert "".join(everything(found)) == "\n".join(DOCS)
+    assert (found.stamp["rows"], found.stamp["rows_without_text"]) == (3, 2)
+
+
+HELD: dict[str, tuple[Any, str]] = {
+    "a list of strings": ([DOCS[0]], "join each into one text"),
+    "a list of lists of strings": ([[DOCS[0]]], "dataset.column=..."),
+    "a list of objects with the fields a": ([{"a": 1}], "dataset.column=..."),
+    "an object with the fields a, b": ({"a": 1, "b": "x"}, "dataset.column=..."),
+    "a number": (3, "dataset.column=..."),
+    "true or false": (True, "dataset.column=..."),
+}
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_what_a_column_holds_is_said_with_the_row(tmp_path: Path, kind: str) -> None:
+    value, way = HELD[kind]
+    (tmp_path / "a.jsonl").write_bytes(lines(*rows()[:6], {"text": value, "id": 4}, *rows()))
+    with pytest.raises(Refused) as caught:
+        everything(read(tmp_path / "a.jsonl"))
+    message = str(caught.value)
+    assert f"dataset.column='text' is not text: line 7 of a.jsonl holds {kind} in it" in message
+    assert way in message
+    assert message.endswith("the columns are text, id")
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(b"text", "bytes"), (datetime.datetime(2020, 1, 1), "a date or time"), (datetime.date(2020, 1, 1), "a date or"),
+     (1.5, "a number"), (decimal.Decimal("1.5"), "a number"), ({"a": 1}, "an object with the fields a")],
+)  # fmt: skip
+def test_what_a_tables_column_holds_is_said(tmp_path: Path, value: Any, kind: str) -> None:
+    parquet(tmp_path / "a.parquet", text=[None, value])
+    with pytest.raises(Refused, match=f"row 2 of a.parquet holds {kind}"):
+        read(tmp_path / "a.parquet")
+
+
+def test_text_that_looks_like_a_date_is_text(tmp_path: Path) -> None:
+    dates = [f"2020-01-0{n}" for n in range(1, 9)]
+    (tmp_path / "a.jsonl").write_bytes(lines(*({"text": date} for date in dates)))
+    assert sorted(everything(read(tmp_path / "a.jsonl"))) == dates
+
+
+def test_half_a_character_becomes_a_replacement_character(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(*rows(), b'{"text": "one \\ud83d two"}', b'{"text": "\\ud83d\\ude00"}'))
+    found = everything(read(tmp_path / "a.jsonl"))
+    assert sorted(found) == sorted([*DOCS, "one \ufffd two", "\U0001f600"])
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [(b'{"text": "tw', "a.jsonl: line 121 is no whole JSON object (Invalid control character"),
+     (b'{"text": "caf\xe9"}', "a.jsonl: line 121 holds the byte 0xe9, which is not utf-8"),
+     (b"3", "a.jsonl: line 121 is no object with columns but a number"),
+     (b"\0" * 9, "a.jsonl: line 121 is no whole JSON object")],
+)  # fmt: skip
+def test_a_broken_line_is_named(tmp_path: Path, more: bytes, says: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(*rows(), more))
+    with pytest.raises(Refused, match=re.escape(f"cannot be read as json: {says}")):
+        everything(read(tmp_path / "a.jsonl"))
+
+
+def test_a_byte_that_is_no_text_is_named(tmp_path: Path) -> None:
+    """In a long file by its place, in one of several by its line."""
+    (tmp_path / "a.txt").write_bytes(b"hello\n" * 300_000 + b"caf\xe9\n")
+    with pytest.raises(Refused, match=r"byte 1,800,003 is 0xe9, not utf-8: .* iconv"):
+        everything(read(tmp_path / "a.txt"))
+    (tmp_path / "b.txt").write_text("hello")
+    with pytest.raises(Refused, match=r"a.txt: line 300001 holds the byte 0xe9"):
+        everything(read(tmp_path))
+
+
+def test_marks_and_line_ends_are_no_text(tmp_path: Path) -> None:
+    text = "\n".join(DOCS)
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert "".join(everything(read(tmp_path / "a.txt"))) == text
+    (tmp_path / "b.txt").write_bytes(b"other")
+    assert sorted(everything(read(tmp_path))) == sorted([text, "other"])
+
+
+# Conversations.
+
+TEMPLATE = (
+    "{{ bos_token }}{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}"
+    "{% if m.tool_calls is defined %}!{% endif %}<|end|>{% endfor %}"
+)
+AS_TEXT = "<s>26 Jul 2024<|turn|>user: {}<|end|><|turn|>assistant: {}<|end|>"
+
+
+@pytest.fixture
+def chatting(loaded: Loaded) -> Any:
+    """The small tokenizer with a chat template, and a BOS of its own accord as Llama's has."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|end|>"], "bos_token": "<s>"})
+    bos = [("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=bos)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def conversation(kind: str, said: str, answer: str) -> list[dict[str, Any]]:
+    if kind == "from and value":
+        return [{"from": "human", "value": said}, {"from": "gpt", "value": answer}]
+    content: Any = [{"type": "text", "text": answer[:9]}, {"type": "text", "text": answer[9:]}]
+    return [{"role": "user", "content": said}, {"role": "assistant", "content": content if kind == "parts" else answer}]
+
+
+@pytest.mark.parametrize("kind", ["role and content", "parts", "from and value", "a table"])
+def test_messages_are_rendered_by_the_chat_template(tmp_path: Path, chatting: Any, kind: str) -> None:
+    """Their special tokens are tokens, and the template's BOS is the only one."""
+    values = [conversation(kind, text, f"yes, {text}") for text in DOCS]
+    if kind == "a table":  # whose rows have every field of any row, if only as null
+        values[0][1]["tool_calls"] = []
+        parquet(tmp_path / "a.parquet", messages=pyarrow.array(values[1:], CHAT))
+    else:
+        (tmp_path / "a.jsonl").write_bytes(lines(*({"messages": value, "id": 3} for value in values[1:])))
+    tokens = Tokens(read(tmp_path, column="messages"), chatting)
+    expected = [AS_TEXT.format(text, f"yes, {text}") for text in DOCS[1:]]
+    assert sorted(everything(tokens.corpus)) == sorted(expected)
+    names = {name: chatting.convert_tokens_to_ids(name) for name in ("<s>", "<|turn|>", "<|end|>")}
+    for split in SPLITS:
+        stream, texts = tokens.stream(split).tolist(), list(tokens.corpus.split(split))
+        assert stream[0] == names["<s>"]
+        assert [stream.count(names[name]) for name in names] == [len(texts), 2 * len(texts), 2 * len(texts)]
+        joined = texts if split == "calibration" else [text + "\n\n" for text in texts]
+        whole = "".join(joined) if split in ("train", "calibration") else "\n\n".join(texts)
+        assert chatting.decode(stream) == whole
+
+
+CHAT = pyarrow.list_(
+    pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string()), ("tool_calls", pyarrow.string())])
+)
+
+
+def test_a_conversation_stays_in_its_split_whatever_renders_it(tmp_path: Path, chatting: Any) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(*({"messages": conversation("", text, text)} for text in DOCS)))
+    other = copy.deepcopy(chatting)
+    other.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    one, two = (Tokens(read(tmp_path / "a.jsonl", column="messages"), by).corpus for by in (chatting, other))
+    assert [name for name, _ in one.everything()] == [name for name, _ in two.everything()]
+    assert one.fingerprint() != two.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "a part of type 'image'"),
+     ([{"role": "user", "content": 3}], "whose content is no text"),
+     ([{"role": 3, "content": "x"}], "whose role is 3"),
+     ([{"role": "refuse", "content": "x"}], "template does not take: no such role")],
+)  # fmt: skip
+def test_messages_that_cannot_be_rendered_are_refused(
+    tmp_path: Path, chatting: Any, messages: list[dict[str, Any]], says: str
+) -> None:
+    chatting.chat_template = "{% if messages[0].role == 'refuse' %}{{ raise_exception('no such role') }}{% endif %}x"
+    good = conversation("", DOCS[0], DOCS[1])
+    (tmp_path / "a.jsonl").write_bytes(lines({"messages": good}, {"messages": []}, {"messages": messages}))
+    with pytest.raises(Refused, match=rf"^dataset\.column='messages' .*, line 3 of a\.jsonl\) .*{says}"):
+        Tokens(read(tmp_path / "a.jsonl", column="messages"), chatting).stream("train")
+
+
+def test_messages_without_a_chat_template_are_refused(tmp_path: Path, loaded: Loaded) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines({"messages": conversation("", DOCS[0], DOCS[1])}))
+    with pytest.raises(Refused, match=r"line 1 of a\.jsonl\) holds chat messages, and the model's tokenizer has no"):
+        Tokens(read(tmp_path / "a.jsonl", column="messages"), loaded.tokenizer).stream("test")
+
+
+# Too few documents.
+
+
+def test_too_few_documents_for_four_splits(tmp_path: Path, loaded: Loaded) -> None:
+    """Five long ones, of which none comes into the test split: more text or shorter windows would be no help."""
+    texts = [next(t for n in range(999) if digest_mod_20(t := f"{i} {n}\n{story(i)}") > 2) for i in range(5)]
+    (tmp_path / "a.jsonl").write_bytes(lines(*({"text": text} for text in texts)))
+    tokens = Tokens(read(tmp_path / "a.jsonl"), loaded.tokenizer)
+    ways = {"test": "dataset.test_path=", "validation": "recovery.validate_every=0", "calibration": "source=text"}
+    for split, way in ways.items():
+        with pytest.raises(
+            Refused, match=rf"the {split} split of .* its 5 documents are too few .*{way}.*one txt file"
+        ):
+            tokens.enough(split, 16)
+    with pytest.raises(Refused, match=r"the calibration split of .* has no text: its 5 documents are too few"):
+        tokens.calibration_windows(2, 16, 0)
+    assert len(tokens.windows("train", 16)) > 5
+    with pytest.raises(Refused, match=r"^dataset.seq_len=99999: the train split .* give more text or a smaller"):
+        tokens.enough("train", 99_999)
+
+
+def test_test_text_that_is_all_the_text(tmp_path: Path, loaded: Loaded) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(*rows()))
+    tokens = Tokens(read(tmp_path / "a.jsonl", test_path=str(tmp_path / "a.jsonl")), loaded.tokenizer)
+    assert len(tokens.windows("test", 16)) > 5
+    with pytest.raises(Refused, match=r"the train split of .* all its documents are in dataset\.test_path as well"):
+        tokens.enough("train", 16)
 
 
 # One long file, in pieces.
@@ -308,12 +622,12 @@ def test_tokens_are_kept_and_found_again_by_what_they_are(loaded: Loaded, corpus
     counting = Counting(loaded.tokenizer)
     first = Tokens(read(corpus), counting)
     streams = {split: first.stream(split).tolist() for split in SPLITS}
-    places = first.calibration_windows(5, 8, seed=1)[1]
+    places = first.calibration_windows(5, 8, seed=1).places
     asked = counting.calls
     assert asked > 0
     again = Tokens(read(corpus), counting)
     assert {split: again.stream(split).tolist() for split in SPLITS} == streams
-    assert again.calibration_windows(5, 8, seed=1)[1] == places
+    assert again.calibration_windows(5, 8, seed=1).places == places
     assert again.bytes_per_token("test") == first.bytes_per_token("test")
     assert counting.calls == asked
     (tmp_path / "other").mkdir()

@@ -22,7 +22,7 @@ from prune_lab.measure.task_files import TaskFile, read_task_file
 from prune_lab.measure.task_names import find_definitions
 from prune_lab.system.files import mark
 from prune_lab.system.hub import why_not, why_unreachable
-from prune_lab.text.rows import tell_nobody
+from prune_lab.text.hub import tell_nobody
 
 SEED = 1234  # of few-shot examples and of whatever a task draws, as in lm-eval
 

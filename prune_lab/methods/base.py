@@ -34,6 +34,11 @@ class Method:
         return False
 
     @property
+    def solves(self) -> bool:
+        """Whether it solves for weights with the gram matrix of each Linear's calibration inputs."""
+        return False
+
+    @property
     def needs_whole_model(self) -> str | None:
         """Why it cannot prune block by block (model.stream=true), with what can; None where it can."""
         return "units and blocks are removed from a model in memory; give a method for single weights"

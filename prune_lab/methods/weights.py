@@ -75,6 +75,11 @@ class WeightMethod(Method):
         return bool(self.seen_by_score) or self.allocation in ("owl", "sensitivity")
 
     @property
+    def solves(self) -> bool:
+        """Whether the score goes by gram matrices."""
+        return "gram" in self.seen_by_score
+
+    @property
     def is_global(self) -> bool:
         """Whether all weights of all blocks are ranked together."""
         return self.pattern is None and "global" in (self.scope, self.allocation)

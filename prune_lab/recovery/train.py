@@ -44,11 +44,8 @@ class _Loop:
 
     def __init__(self, model: Any, recipe: TrainingRecipe, training: Training, loss_of: Loss) -> None:
         self.model, self.recipe, self.training, self.loss_of = model, recipe, training, loss_of
-        stream, batch_size, world = training.tokens.stream("train"), recipe.batch_size, training.world
-        if len(stream) < training.seq_len:
-            raise Refused(
-                f"dataset.seq_len={training.seq_len}: the train split has only {len(stream)} tokens: give more text"
-            )
+        stream = training.tokens.enough("train", training.seq_len)
+        batch_size, world = recipe.batch_size, training.world
         if batch_size % world.size or batch_size < world.size * recipe.accumulate:
             raise Refused(
                 f"recovery.batch_size={batch_size} cannot be shared equally by {world.size} processes in "

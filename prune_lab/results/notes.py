@@ -10,22 +10,93 @@ from prune_lab.results.summary import Summary
 _STAGES = ("prefill", "decode")
 LOAD = 0.25  # cores; what a system does by itself is a tenth of it
 SPARSE = 0.005  # of the parameters; a row of zeros for padding is less
+OVERLAP = 2  # calibration windows that may share a token before it is said
+TOKENS_PER_INPUT = 10  # distinct ones, of what is solved for
+PASSES = 4  # over training text (Muennighoff et al., 2305.16264)
 KNOWS_NOTHING = 4.5  # bits per byte; letters and spaces of English by their frequency alone take 4.1 (Shannon, 1951)
 
 
 def of_run(summary: Summary) -> list[str]:
     """All that must be said of a run: its calibration text, its figures, its energy, what else ran."""
     protocol, metrics = summary.protocol, summary.metrics
-    notes = of_calibration(protocol) + of_figures(metrics) + of_energy(protocol, metrics)
+    notes = (
+        of_rows(protocol) + of_calibration(protocol, metrics) + of_calibration_windows(protocol) + of_training(protocol)
+    )
+    notes += of_figures(metrics) + of_energy(protocol, metrics)
     return notes + of_load(summary.environment)
 
 
-def of_calibration(protocol: dict[str, Any]) -> list[str]:
-    """Plain words about the calibration text, where a run looked at any."""
+def of_calibration(protocol: dict[str, Any], metrics: dict[str, float]) -> list[str]:
+    """What a model that was pruned by statistics of the text that it is tested on has to say.
+
+    That text is the dataset's own, or one that shares documents with it, where the test text is no other one.
+    """
     seen = protocol["calibration"]
-    if seen is None or not seen["own"]:
+    tested_apart = "test_path" in protocol["dataset_facts"]
+    if seen is None or tested_apart or not metrics.get("amount/realized"):
         return []
-    return [f"calibrated on {seen['source']} itself, apart from its test split: in-domain, which flatters perplexity"]
+    if not (seen["own"] or seen["text"]["also_in_the_run"]):
+        return []
+    return [
+        f"calibrated on text of {protocol['dataset']}, apart from its test split: in-domain, which flatters perplexity"
+    ]
+
+
+def of_rows(protocol: dict[str, Any]) -> list[str]:
+    """What of the text was not read, since there was none in it or because the run has it elsewhere."""
+    found, notes = protocol["dataset_facts"], []
+    if blank := found.get("rows_without_text", 0):
+        notes.append(f"{blank:,} of {found['rows']:,} rows of {protocol['dataset']} have no text and were left out")
+    seen = protocol["calibration"]
+    if seen is None or seen["text"] is None:
+        return notes
+    text, name = seen["text"], seen["source"]
+    if blank := text["rows_without_text"]:
+        rows = text["documents"] + blank
+        notes.append(f"{blank:,} of {rows:,} rows of {name} have no text and were left out")
+    if also := text["also_in_the_run"]:
+        notes.append(
+            f"{also:,} of {text['documents']:,} documents of {name} were left out: they are in the training, "
+            "validation or test text of this run as well"
+        )
+    if again := text["repeated"]:
+        notes.append(f"{again:,} of {text['documents']:,} documents of {name} repeat another one and were left out")
+    return notes
+
+
+def of_calibration_windows(protocol: dict[str, Any]) -> list[str]:
+    """Calibration windows that hold less text than their number says."""
+    seen, notes = protocol["calibration"], []
+    if seen is None:
+        return []
+    distinct, documents = seen["distinct_tokens"], seen["documents"]
+    held = f"{distinct:,} distinct tokens of {documents:,} document{'s' * (documents != 1)}"
+    more = "give more text, dataset.calibration.source=text dataset.calibration.name=..."
+    if seen["sampling"] == "at random" or seen["documents_too_short"]:
+        more += ", or dataset.calibration.join=true: windows side by side, in short documents too"
+    if seen["overlap"] > OVERLAP:
+        notes.append(
+            f"calibration windows overlap: {seen['n_samples']:,} windows of {seen['seq_len']:,} tokens are {held}, and "
+            f"some tokens are in {seen['overlap']} windows; {more}"
+        )
+    width = seen["solved_width"]
+    if width is not None and distinct < TOKENS_PER_INPUT * width:
+        notes.append(
+            f"little calibration text for what is solved: the widest Linear has {width:,} inputs, and {held} are "
+            f"fewer than {TOKENS_PER_INPUT} for each, so that the solution may fit them and not other text; {more}"
+        )
+    return notes
+
+
+def of_training(protocol: dict[str, Any]) -> list[str]:
+    """Training text that is passed over often."""
+    training = protocol["training"]
+    if training is None or training["passes"] <= PASSES:
+        return []
+    return [
+        f"training passes {training['passes']:.1f} times over its {training['tokens']:,} tokens of text, if it goes on "
+        f"to its last step; up to {PASSES} passes are about as good as new text (2305.16264), more gain less and less"
+    ]
 
 
 def of_energy(protocol: dict[str, Any], metrics: dict[str, float]) -> list[str]:

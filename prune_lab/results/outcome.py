@@ -40,7 +40,10 @@ def header(summary: Summary, console: Console) -> None:
     if (seen := protocol["calibration"]) is not None:
         windows = f"{seen['n_samples']} windows of {seen['seq_len']} tokens of {seen['source']}"
         products = ", products in bfloat16" if seen["bfloat16"] else ""
-        console.note(f"calibration  {windows}, behind {seen['propagate']} blocks{products}")
+        text = f"{seen['distinct_tokens']:,} distinct tokens of {seen['documents']:,} documents"
+        console.note(f"calibration  {windows}: {text}, behind {seen['propagate']} blocks{products}")
+    if (training := protocol["training"]) is not None:
+        console.note(f"training  {training['tokens']:,} tokens of text, {training['passes']:g} passes over it")
     chosen = summary.choices
     console.note("run       " + ", ".join(f"{g} {chosen.get(g)}" for g in ("method", "schedule", "recovery", "post")))
 

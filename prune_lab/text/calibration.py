@@ -1,4 +1,4 @@
-"""Where calibration text comes from: the dataset's own calibration split, or another dataset."""
+"""Where calibration text comes from: the dataset's own calibration split, or another text, used whole."""
 
 from __future__ import annotations
 
@@ -6,22 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.errors import Refused
-from prune_lab.text.corpus import Corpus
+from prune_lab.text.corpus import Corpus, Whole
 from prune_lab.text.files import TextFiles
 from prune_lab.text.hub import C4, Wikitext2
 from prune_lab.text.source import Calibration, TextSource
 from prune_lab.text.stdlib import Stdlib
 
 
-def calibration_corpus(calibration: Calibration) -> Corpus | None:
-    """The corpus of another dataset that `calibration` names, or None where it is the dataset's own."""
+def calibration_corpus(calibration: Calibration, run: Corpus, tokenizer: Any) -> Whole | None:
+    """The text that `calibration` names, or None where it is the dataset's own calibration split.
+
+    A text that is named is named for this: it is used whole, less the documents that are also in the training,
+    validation or test text of the run. Raises Refused where that leaves nothing.
+    """
     if calibration.source == "own":
         return None
     try:
-        return _source(calibration).corpus()
-    except Refused as error:  # that dataset speaks of its own keys
-        text = str(error).replace("dataset.name", "dataset.calibration.name")
-        raise Refused(text.replace("dataset.path", "dataset.calibration.name")) from error
+        whole = _source(calibration).whole()
+    except Refused as error:  # a corpus of the Hub speaks of its own keys
+        raise Refused(str(error).replace("dataset.name", "dataset.calibration.name")) from error
+    return whole.for_tokenizer(tokenizer).apart_from(run)
 
 
 def calibration_files(calibration: Calibration) -> list[Path]:
@@ -31,10 +35,8 @@ def calibration_files(calibration: Calibration) -> list[Path]:
 
 def _source(calibration: Calibration) -> TextSource:
     if calibration.source == "text":
-        return TextFiles(path=calibration.name or "")
+        return TextFiles(path=calibration.name or "", column=calibration.column)
     place: dict[str, Any] = {} if calibration.name is None else {"name": calibration.name}
     if calibration.source == "wikitext2":
         return Wikitext2(**place)
-    if calibration.source == "c4":
-        return C4(train_documents=1, test_documents=1, **place)  # only its calibration documents are wanted
-    return Stdlib()
+    return C4(**place) if calibration.source == "c4" else Stdlib()

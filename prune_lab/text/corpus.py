@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from prune_lab.errors import Refused
+from prune_lab.text.chat import Chat
 from prune_lab.text.splits import BUCKETS, POSITIONS, SPLITS, split_of
 
 JOIN = "\n\n"  # between documents, as the published perplexities have it
 PIECE = 2**20  # bytes of a long document that are read at once
+Document = str | Chat
+Read = Callable[[], Iterator[Document | None]]  # documents; None for what holds no text
 
 
 class Corpus(ABC):
@@ -21,14 +26,24 @@ class Corpus(ABC):
 
     name: str
     facts: dict[str, str]
+    is_cut: bool = False  # whether the splits are parts of one document
+    read_test: Read | None = None  # gives the test documents, where they are kept apart
 
     @abstractmethod
     def split(self, name: str) -> Iterable[str]:
         """The documents of one split, in order; one long document comes in pieces."""
 
+    def for_tokenizer(self, tokenizer: Any) -> Corpus:
+        """The corpus whose conversations, if it has any, the tokenizer's chat template renders."""
+        return self
+
     def is_one_document(self, name: str) -> bool:
         """Whether what `split` gives are pieces of one document, which follow each other without a gap."""
         return False
+
+    def as_one(self) -> Iterator[str]:
+        """The text of a corpus that `is_cut`, in its own order."""
+        return (text for _, text in self.everything())
 
     def pieces(self, name: str) -> Iterator[str]:
         """The text of a split, piece by piece: put together they are its documents, a blank line between them."""
@@ -43,17 +58,53 @@ class Corpus(ABC):
             for text in self.split(name):
                 yield name, text
 
+    def rows(self) -> Iterator[tuple[str | None, str]]:
+        """Every text with its split, and what is in no split."""
+        return self.everything()
+
     @cached_property
+    def survey(self) -> Survey:
+        """What one pass over the whole text finds."""
+        digests, rows = {name: hashlib.sha256() for name in SPLITS}, Counter[str | None]()
+        for name, text in self.rows():
+            rows[name] += 1
+            if name in digests:
+                digests[name].update(f"{len(text)}:".encode() + text.encode())
+        return Survey({name: digest.hexdigest() for name, digest in digests.items()}, rows)
+
+    @property
     def fingerprints(self) -> dict[str, str]:
         """sha256 of each split's texts."""
-        digests = {name: hashlib.sha256() for name in SPLITS}
-        for name, text in self.everything():
-            digests[name].update(f"{len(text)}:".encode() + text.encode())
-        return {name: digest.hexdigest() for name, digest in digests.items()}
+        return self.survey.fingerprints
+
+    @property
+    def stamp(self) -> dict[str, Any]:
+        """The facts, with how many rows had no text, where there were any."""
+        blank = self.survey.rows[BLANK]
+        return self.facts | ({"rows": self.n_documents + blank, "rows_without_text": blank} if blank else {})
+
+    @property
+    def n_documents(self) -> int:
+        """How many documents it has, whatever becomes of them."""
+        found = self.survey.rows
+        if self.is_cut:
+            return 1 + (found["test"] if self.read_test is not None else 0)
+        return found.total() - found[BLANK]
 
     def fingerprint(self) -> str:
         """sha256 over all splits."""
         return hashlib.sha256(" ".join(self.fingerprints[name] for name in SPLITS).encode()).hexdigest()
+
+
+BLANK, HELD_OUT = None, "held out"  # rows in no split: without text; of training text, but in the test text as well
+
+
+@dataclass(frozen=True)
+class Survey:
+    """sha256 of each split's texts, and how many documents (of one long document: pieces) each split has."""
+
+    fingerprints: dict[str, str]
+    rows: Counter[str | None]
 
 
 @dataclass(frozen=True)
@@ -66,6 +117,13 @@ class Documents(Corpus):
     validation: tuple[str, ...]
     test: tuple[str, ...]
     facts: dict[str, str] = field(default_factory=dict)
+    is_cut: bool = field(default=False, kw_only=True)
+    blank_rows: int = field(default=0, kw_only=True)  # that lay beside them
+
+    def rows(self) -> Iterator[tuple[str | None, str]]:
+        """The documents, and what had no text."""
+        yield from self.everything()
+        yield from ((BLANK, "") for _ in range(self.blank_rows))
 
     def split(self, name: str) -> tuple[str, ...]:
         """The documents of one split."""
@@ -80,13 +138,19 @@ class Stream(Corpus):
     """Documents read anew each time they are asked for, so that memory does not grow with their number.
 
     `read` gives all of them, `read_test` the test documents where they are kept apart; those are then in no other
-    split, and what would have been for testing is for training.
+    split, and what would have been for testing is for training. A conversation goes where its messages say, whatever
+    renders them.
     """
 
     name: str
-    read: Callable[[], Iterator[str]]
+    read: Read
     facts: dict[str, str] = field(default_factory=dict)
-    read_test: Callable[[], Iterator[str]] | None = None
+    read_test: Read | None = None
+    tokenizer: Any = None
+
+    def for_tokenizer(self, tokenizer: Any) -> Stream:
+        """The same documents, their conversations rendered by this tokenizer."""
+        return replace(self, tokenizer=tokenizer)
 
     def split(self, name: str) -> Iterator[str]:
         """The documents of one split."""
@@ -94,17 +158,100 @@ class Stream(Corpus):
 
     def everything(self) -> Iterator[tuple[str, str]]:
         """Every document that is not blank, with its split, in one pass."""
+        return ((name, text) for name, text in self.rows() if name in SPLITS)
+
+    def rows(self) -> Iterator[tuple[str | None, str]]:
+        """Every row, with its split where it is in one."""
         held_out = set()
-        if self.read_test is not None:
-            for text in filter(str.strip, self.read_test()):
+        for document in self.read_test() if self.read_test is not None else ():
+            text = _text_of(document, self.tokenizer)
+            if text:
                 held_out.add(_digest(text))
-                yield "test", text
-        for text in filter(str.strip, self.read()):
-            split = split_of(text)
-            if self.read_test is None:
-                yield split, text
-            elif _digest(text) not in held_out:
+            yield "test" if text else BLANK, text
+        for document in self.read():
+            text = _text_of(document, self.tokenizer)
+            if document is None or not text:
+                yield BLANK, ""
+            elif self.read_test is None:
+                yield split_of(_key(document)), text
+            elif _digest(text) in held_out:
+                yield HELD_OUT, text
+            else:
+                split = split_of(_key(document))
                 yield "train" if split == "test" else split, text
+
+
+@dataclass(frozen=True)
+class Whole(Corpus):
+    """All text of another corpus as calibration text, less the documents of `left_out` and those that come again.
+
+    documents, other, again: how many the other corpus has, how many of them are left out because the run's own text
+    has them, and how many because an earlier one is the same.
+    """
+
+    name: str
+    base: Corpus
+    facts: dict[str, str] = field(default_factory=dict)
+    left_out: frozenset[int] = frozenset()
+    documents: int = 0
+    other: int = 0
+    again: int = 0
+
+    @property
+    def n_documents(self) -> int:
+        """Those of the other corpus."""
+        return self.documents or super().n_documents
+
+    def for_tokenizer(self, tokenizer: Any) -> Whole:
+        """The same, its conversations rendered by this tokenizer."""
+        return replace(self, base=self.base.for_tokenizer(tokenizer))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What was there, and what of it is not used."""
+        found = {"documents": self.documents, "also_in_the_run": self.other, "repeated": self.again}
+        return found | {"rows_without_text": self.survey.rows[BLANK]}
+
+    def is_one_document(self, name: str) -> bool:
+        """As the other corpus is."""
+        return self.base.is_cut and name == "calibration"
+
+    def split(self, name: str) -> Iterator[str]:
+        """Everything that is left, as calibration text."""
+        return (text for split, text in self.rows() if split == name)
+
+    def everything(self) -> Iterator[tuple[str, str]]:
+        """The same, in one pass."""
+        return ((name, text) for name, text in self.rows() if name in SPLITS)
+
+    def rows(self) -> Iterator[tuple[str | None, str]]:
+        """Every row of the other corpus."""
+        if self.base.is_cut:
+            yield from (("calibration", text) for text in self.base.as_one())
+            return
+        seen = set(self.left_out)
+        for split, text in self.base.rows():
+            if split is BLANK:
+                yield BLANK, ""
+            elif (digest := content_digest([text])) not in seen:
+                seen.add(digest)
+                yield "calibration", text
+
+    def apart_from(self, run: Corpus) -> Whole:
+        """Less what is in the training, validation or test text of a run; raises Refused where nothing is left."""
+        if self.base.is_cut:
+            mine = Counter([content_digest(self.base.as_one())])
+        else:
+            mine = Counter(content_digest([text]) for name, text in self.base.rows() if name is not BLANK)
+        theirs = {digest for digest in _digests_of(run) if digest in mine}
+        if not mine.keys() - theirs:
+            raise Refused(
+                f"{self.name}: all its text is in the run's training, validation or test text as well, and what is "
+                "trained or tested on is not calibrated on: give other text, or dataset.calibration.source=own"
+            )
+        other = sum(mine[digest] for digest in theirs)
+        again = mine.total() - other - len(mine.keys() - theirs)
+        return replace(self, left_out=frozenset(theirs), documents=mine.total(), other=other, again=again)
 
 
 @dataclass(frozen=True)
@@ -117,7 +264,17 @@ class LongDocument(Corpus):
     name: str
     path: Path
     facts: dict[str, str] = field(default_factory=dict)
-    read_test: Callable[[], Iterator[str]] | None = None
+    read_test: Read | None = None
+    tokenizer: Any = None
+    is_cut: bool = True
+
+    def for_tokenizer(self, tokenizer: Any) -> LongDocument:
+        """The same; conversations of the test text are rendered by this tokenizer."""
+        return replace(self, tokenizer=tokenizer)
+
+    def as_one(self) -> Iterator[str]:
+        """The whole file, piece by piece."""
+        return self._between(0, BUCKETS)
 
     def is_one_document(self, name: str) -> bool:
         """Test documents kept apart are many."""
@@ -126,11 +283,22 @@ class LongDocument(Corpus):
     def split(self, name: str) -> Iterator[str]:
         """The pieces of one split, whole lines where there are any."""
         if name == "test" and self.read_test is not None:
-            yield from filter(str.strip, self.read_test())
+            yield from filter(None, self._test_texts())
             return
         yield from self._between(*POSITIONS[name])
         if name == "train" and self.read_test is not None:
             yield from self._between(*POSITIONS["test"])
+
+    def rows(self) -> Iterator[tuple[str | None, str]]:
+        """Every piece with its split, and rows of the test text that have no text."""
+        for name in SPLITS:
+            apart = name == "test" and self.read_test is not None
+            for text in self._test_texts() if apart else self.split(name):
+                yield name if text else BLANK, text
+
+    def _test_texts(self) -> Iterator[str]:
+        assert self.read_test is not None
+        return (_text_of(document, self.tokenizer) for document in self.read_test())
 
     def _between(self, first: int, last: int) -> Iterator[str]:
         start, end = self._cut(first), self._cut(last)
@@ -142,10 +310,9 @@ class LongDocument(Corpus):
                 left -= len(block) - len(rest)
                 whole = _whole_part(block) if left else len(block)
                 rest = block[whole:]
-                try:
-                    yield block[:whole].decode("utf-8").replace("\r\n", "\n")
-                except UnicodeDecodeError as error:
-                    raise Refused(f"{self.name} cannot be read as text: {error}") from error
+                text = decoded(block[:whole], start, self.name)
+                yield (text if start else text.removeprefix("\ufeff")).replace("\r\n", "\n")
+                start += whole
 
     def _cut(self, part: int) -> int:
         """The byte at which a part begins: after a line's end that is near, else at a character."""
@@ -173,6 +340,61 @@ def _whole_part(block: bytes) -> int:
 def _next_character(following: bytes) -> int:
     """Bytes to skip to where a UTF-8 character begins; none where there is no such place near."""
     return next((i for i, byte in enumerate(following[:4]) if byte & 0xC0 != 0x80), 0)
+
+
+def decoded(content: bytes, start: int, name: str) -> str:
+    """The text of UTF-8 bytes, the first of which is the file's byte `start`; raises Refused where they are none."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        wide = not start and content[:2] in (b"\xff\xfe", b"\xfe\xff")
+        found = f"byte {start + error.start:,} is 0x{content[error.start]:02x}"
+        raise Refused(
+            f"{name} cannot be read as text: {'it is UTF-16' if wide else found}, not utf-8: convert the file, such as "
+            f"by iconv -f {'utf-16' if wide else 'latin1'} -t utf-8"
+        ) from error
+
+
+def is_blank(document: Document) -> bool:
+    """Whether a document has nothing to read."""
+    return not document.strip() if isinstance(document, str) else document.is_blank
+
+
+def content_digest(pieces: Iterable[str]) -> int:
+    """What a text says, whatever blanks it is set with: 8 bytes of the sha256 of all but those."""
+    digest = hashlib.sha256()
+    for text in pieces:
+        digest.update("".join(text.split()).encode())
+    return _short(digest)
+
+
+def _short(digest: Any) -> int:
+    return int.from_bytes(digest.digest()[:8], "big")
+
+
+def _digests_of(run: Corpus) -> Iterator[int]:
+    """Digests of what a run trains, validates and tests on: of its documents and of each split as one text; and of the
+    one document whose parts the splits are, where that is so."""
+    splits = {name: hashlib.sha256() for name in ("train", "validation", "test")}
+    for name, text in run.everything():
+        if name in splits:
+            bare = "".join(text.split()).encode()
+            splits[name].update(bare)
+            yield _short(hashlib.sha256(bare))
+    yield from map(_short, splits.values())
+    if run.is_cut:
+        yield content_digest(run.as_one())
+
+
+def _text_of(document: Document | None, tokenizer: Any) -> str:
+    """A document's text; nothing where it is blank."""
+    if document is None or is_blank(document):
+        return ""
+    return document if isinstance(document, str) else document.rendered(tokenizer)
+
+
+def _key(document: Document) -> str:
+    return document if isinstance(document, str) else document.key
 
 
 def _digest(text: str) -> bytes:

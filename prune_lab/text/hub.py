@@ -1,7 +1,7 @@
 """dataset=wikitext2 and dataset=c4: the corpora that pruning papers measure on, from the Hugging Face Hub.
 
 A file is read from a local folder in the repository's layout, else from the Hub's cache on this machine, else from the
-Hub. Through `datasets`, as rows with a column `text`.
+Hub, through `datasets` where it is streamed from there: rows with a column `text`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from prune_lab.errors import Refused
 from prune_lab.system.hub import as_folder, cached_file, check_reachable, commit_of, is_hub_id, why_not
-from prune_lab.text.corpus import JOIN, Documents
+from prune_lab.text.corpus import JOIN, Documents, Whole
 from prune_lab.text.rows import read_rows
 from prune_lab.text.source import TextSource
 from prune_lab.text.splits import by_hash
@@ -68,10 +68,11 @@ class HubText(TextSource):
         return str(path), commit_of(path, file)
 
     def _read(self, source: str) -> Iterator[str]:
-        kind = "parquet" if source.endswith(".parquet") else "json"
         try:
-            for row in read_rows(kind, source):
-                yield row["text"]
+            if source.startswith("hf://"):
+                yield from _streamed(source)
+            else:
+                yield from (text or "" for _, text, _ in read_rows(Path(source), "text"))
         except Exception as error:  # the readers' own errors
             why = why_not(self.name, error)
             raise Refused(f"dataset.name={self.name!r}: {source} cannot be read: {why}") from error
@@ -104,6 +105,12 @@ class Wikitext2(HubText):
             test=tuple(rows["test"]),
             facts={"repository": self.name, "config": "wikitext-2-raw-v1", "revision": commit},
         )
+
+    def whole(self) -> Whole:
+        """The articles of the training split: all of those, and nothing that the published figures are taken on."""
+        rows, commit = self.rows(self.FILE.format(split="train"), keep=True)
+        facts = {"repository": self.name, "config": "wikitext-2-raw-v1", "revision": commit}
+        return Whole("wikitext2", Documents("wikitext2", tuple(_articles(rows)), (), (), ()), facts)
 
 
 @dataclass(frozen=True)
@@ -139,6 +146,32 @@ class C4(HubText):
             validation=tuple(islice(held_out, self.test_documents)),
             facts={"repository": self.name, "config": "en", "revision": commit},
         )
+
+    def whole(self) -> Whole:
+        """The calibration documents: of 356,317 in the training shard, the first `calibration_documents`."""
+        rows, commit = self.rows(self.TRAIN, keep=False)
+        facts = {"repository": self.name, "config": "en", "revision": commit}
+        documents = tuple(islice(rows, self.calibration_documents))
+        return Whole("c4", Documents("c4", (), documents, (), ()), facts)
+
+
+def _streamed(source: str) -> Iterator[str]:
+    """The texts of a file on the Hub, nothing of which is copied into a cache."""
+    import datasets
+
+    tell_nobody()
+    kind = "parquet" if source.endswith(".parquet") else "json"
+    for row in datasets.load_dataset(kind, data_files=source, split="train", streaming=True):
+        yield row["text"]
+
+
+def tell_nobody() -> None:
+    """Keeps `datasets` to itself: it would report each use to its makers' server, and wait for it without a network."""
+    import datasets
+    from datasets.utils import logging
+
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    logging.set_verbosity(logging.CRITICAL)  # it logs the errors that it raises
 
 
 def _articles(rows: Iterable[str]) -> Iterator[str]:

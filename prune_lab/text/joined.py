@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from prune_lab.text.encode import encode
@@ -15,13 +15,16 @@ CUTS_TRIED = 50
 
 
 def tokenise_joined(tokenizer: Any, pieces: Iterator[str]) -> Iterator[Run]:
-    """Token ids and UTF-8 bytes of the text that `pieces` make up, with the tokenizer's special tokens around it once.
+    """Token ids and UTF-8 bytes of the text that `pieces` make up, with the tokenizer's special tokens around it once:
+    a text that begins with those that stand before, as a chat template may, gets no second ones.
 
     A text of up to AT_ONCE characters is tokenised in one go. A longer one is cut before line ends where the tokens on
     both sides are the same with and without the cut; where a tokenizer has no such place, the text is not cut.
     """
-    before, after = _special_tokens(tokenizer)
-    if before:
+    before, after = special_tokens(tokenizer)
+    first = next((piece for piece in pieces if piece), "")
+    pieces = chain([first], pieces)
+    if before and _ids(tokenizer, first[:CONTEXT])[: len(before)] != before:
         yield before, 0
     waiting, limit = "", AT_ONCE
     for piece in pieces:
@@ -59,7 +62,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return encode(tokenizer, [text], special=False)[0]
 
 
-def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before and after a text of its own accord."""
     bare = _ids(tokenizer, "a")
     whole = encode(tokenizer, ["a"], special=True)[0]

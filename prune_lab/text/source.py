@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from prune_lab.checks import check_autocast
-from prune_lab.text.corpus import Corpus
+from prune_lab.text.corpus import Corpus, Whole
 
 SOURCES = ("own", "stdlib", "text", "wikitext2", "c4")
 PROPAGATE = ("pruned", "dense")
@@ -17,8 +17,10 @@ ADD_BOS = ("auto", "true", "false")
 class Calibration:
     """What calibrated methods look at: n_samples windows of seq_len tokens.
 
-    source: "own", the dataset's own calibration split (apart from its training text); or the name of another dataset.
-    name: where that one lies: a Hub repository or a local folder in its layout, or the path of a "text".
+    source: "own", the dataset's own calibration split (apart from its training text); or the name of another dataset,
+    which is used whole, less what the run trains, validates or tests on. name: where that one lies: a Hub repository or
+    a local folder in its layout, or the path of a "text". column: of its rows, that which holds the text.
+    join: whether windows are cut from all documents put together, so that short ones count, too.
     propagate: whether blocks are calibrated behind "pruned" or "dense" ones.
     autocast: whether blocks multiply in bfloat16 while their inputs are observed, whatever the number type of the run.
     """
@@ -27,6 +29,8 @@ class Calibration:
     seq_len: int = 256
     source: str = "own"
     name: str | None = None
+    column: str = "text"
+    join: bool = False
     propagate: str = "pruned"
     batch_size: int = 16
     autocast: str = "none"
@@ -44,6 +48,11 @@ class Calibration:
             )
         if self.name is None and self.source == "text":
             raise ValueError("name is required with source=text: give the path of the text")
+        if self.column != "text" and self.source != "text":
+            raise ValueError(
+                f"column={self.column!r} with source={self.source}: it is of the files of source=text; those of the "
+                "dataset itself have dataset.column"
+            )
         if self.propagate not in PROPAGATE:
             raise ValueError(f"propagate={self.propagate!r} is none of {', '.join(PROPAGATE)}")
         if self.batch_size < 1:
@@ -75,4 +84,8 @@ class TextSource:
 
     def corpus(self) -> Corpus:
         """Reads the corpus; raises Refused where there is none."""
+        raise NotImplementedError
+
+    def whole(self) -> Whole:
+        """All of it that may calibrate another dataset, as calibration text; refusals speak of dataset.calibration."""
         raise NotImplementedError

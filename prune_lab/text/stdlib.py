@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prune_lab.errors import Refused
-from prune_lab.text.corpus import Documents
+from prune_lab.text.corpus import Documents, Whole
 from prune_lab.text.source import TextSource
 from prune_lab.text.splits import SPLITS, split_of
 
@@ -29,8 +29,15 @@ class Stdlib(TextSource):
         texts = {path: text for path in _modules(library) if (text := _read(library / path)).strip()}
         if not texts:
             raise Refused(f"dataset=stdlib: no Python source in {library}: use dataset=text dataset.path=...")
-        splits = {name: tuple(text for path, text in texts.items() if split_of(path) == name) for name in SPLITS}
-        return Documents("stdlib", **splits, facts={"python": platform.python_version()})
+        train, calibration, validation, test = (
+            tuple(text for path, text in texts.items() if split_of(path) == name) for name in SPLITS
+        )
+        return Documents("stdlib", train, calibration, validation, test, {"python": platform.python_version()})
+
+    def whole(self) -> Whole:
+        """All modules."""
+        corpus = self.corpus()
+        return Whole(corpus.name, corpus, corpus.facts)
 
 
 def _modules(library: Path) -> list[str]:
