@@ -56,7 +56,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
             compress(parts, bench, calibrator, id_of_main, world, place.folder, console)
         return _helped(summary, place)
     if finished is not None:
-        return _enter_again(parts, finished, place)
+        return _enter_again(parts, finished, summary, place)
 
     with (
         parts.tracking.start_run(parts.settings.name, summary, place) as log,
@@ -121,10 +121,17 @@ def _begin(
         model=bench.dense.facts(),
         environment=describe_environment(bench.device),
         protocol=protocol,
-        not_applicable={group: list(getattr(parts, group).not_applicable) for group in ("method", "recovery", "post")},
+        not_applicable=_not_applicable(parts, place),
         fingerprint=fingerprint(config, protocol=protocol, hashes=hashes),
     )
     return summary, calibrator
+
+
+def _not_applicable(parts: Parts, place: Place) -> dict[str, list[str]]:
+    """Keys of each group that its option does not use, or lacks where another option of the sweep has them."""
+    unused = {group: getattr(parts, group).not_applicable for group in ("method", "recovery", "post")}
+    groups = dict.fromkeys([*unused, *place.not_applicable])
+    return {group: [*unused.get(group, ()), *place.not_applicable.get(group, ())] for group in groups}
 
 
 def _find_finished(parts: Parts, summary: Summary, place: Place) -> Summary | None:
@@ -139,9 +146,9 @@ def _find_finished(parts: Parts, summary: Summary, place: Place) -> Summary | No
     return None if found is None or (settings.export and not (Path(found.folder) / "export").is_dir()) else found
 
 
-def _enter_again(parts: Parts, finished: Summary, place: Place) -> Summary:
-    """Records that the run was asked for again."""
-    finished.overrides = place.overrides  # it may have been asked for in other words
+def _enter_again(parts: Parts, finished: Summary, asked: Summary, place: Place) -> Summary:
+    """Records that the run was asked for again, perhaps in other words."""
+    finished.overrides, finished.not_applicable = asked.overrides, asked.not_applicable
     parts.tracking.enter_again(parts.settings.name, finished, place)
     finished.warnings += [finished.unlogged] if finished.unlogged is not None else []
     finished.write(place.folder)
