@@ -51,13 +51,20 @@ class GridSweeper(BasicSweeper):
         self, overrides: list[Override], max_batch_size: int | None
     ) -> list[list[list[str]]]:
         """The jobs in batches, each a list of overrides. `overrides`: those of `params`, then the command line's."""
+        from prune_lab.config.composing import Loader
+
         assert self.hydra_context is not None
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        assert self.config is not None
+        loader = self.hydra_context.config_loader
+        parser = OverridesParser.create(config_loader=loader)
         common, given = overrides[: len(self.params)], overrides[len(self.params) :]
         jobs: list[list[str]] = []
+        known: list[list[str]] = []
         for grid in self.grids or [{}]:
             own = parser.parse_overrides([f"{key}={value}" for key, value in grid.items()])
             for job in BasicSweeper.split_arguments([*common, *own, *given], None)[0]:
-                if job not in jobs:
+                applicable = loader.applicable(self.config, job) if isinstance(loader, Loader) else job
+                if applicable not in known:
+                    known.append(applicable)
                     jobs.append(job)
         return [list(batch) for batch in BasicSweeper.split_overrides_to_chunks(jobs, max_batch_size)]

@@ -12,9 +12,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from prune_lab import __version__, explain
+from prune_lab import explain
+from prune_lab.config import command_line, composing, recipes, usage
 from prune_lab.config import parts as config
-from prune_lab.config import recipes, usage
 from prune_lab.errors import FAILED, INTERRUPTED, OK, REFUSED
 from prune_lab.sweeps import remote, sweep
 from prune_lab.system import interrupt, launch
@@ -37,10 +37,7 @@ def _job(cfg: DictConfig) -> float | tuple[float, ...] | None:
 
 def main() -> None:
     """Runs a command line and leaves with its exit code (README, "Exit codes")."""
-    arguments = sys.argv[1:]
-    if arguments == ["--version"]:  # Hydra's own would say Hydra's
-        sys.exit(print(f"prune_lab {__version__}"))  # noqa: T201
-    code = _run(arguments)
+    code = _run(sys.argv[1:])
     interrupt.leave_to_system()
     sys.exit(code)
 
@@ -53,8 +50,12 @@ def _run(arguments: list[str]) -> int:
             command: Callable[[list[str]], int] = importlib.import_module(SUBCOMMANDS[arguments[0]]).main
             return command(arguments[1:])
         explain.check_text(arguments)
+        arguments = command_line.in_order(arguments)
+        command_line.check_folder()
         config.register_schema()
         recipes.check(arguments)
+        command_line.check_overrides(arguments)
+        composing.install()
         sys.argv[1:] = launch.for_this_process(usage.answer(arguments))
         _job()
     except KeyboardInterrupt:

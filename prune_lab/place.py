@@ -18,6 +18,8 @@ class Place:
     overrides: list[str] = field(default_factory=list)
     recipe: str = "config"
     recipes: str | None = None  # the folder given with -cd, from the working folder
+    not_applicable: dict[str, list[str]] = field(default_factory=dict)  # keys of a group that its option lacks
+    removed: list[str] = field(default_factory=list)  # those of them that the recipe itself gives
 
     @property
     def command(self) -> str:
@@ -25,4 +27,5 @@ class Place:
         folder = [] if self.recipes is None else ["-cd", self.recipes]
         recipe = [] if self.recipe == "config" else ["-cn", self.recipe]
         alone = ["hydra.mode=RUN"] if self.sweep is not None and folder else []  # a recipe may say that it is a sweep
-        return shlex.join(["python", "-m", "prune_lab", *folder, *recipe, *self.overrides, *alone])
+        without = [f"~{key}" for key in self.removed]
+        return shlex.join(["python", "-m", "prune_lab", *folder, *recipe, *self.overrides, *without, *alone])

@@ -57,7 +57,7 @@ def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) ->
             compress(parts, bench, calibrator, id_of_main, world, place.folder, console)
         return _helped(summary, place)
     if finished is not None:
-        return _enter_again(parts, finished, place, summary.environment)
+        return _enter_again(parts, finished, summary, place)
 
     with (
         parts.tracking.start_run(parts.settings.name, summary, place) as log,
@@ -128,10 +128,17 @@ def _begin(
         model=bench.dense.facts(),
         environment=describe_environment(bench.device),
         protocol=protocol,
-        not_applicable={group: list(getattr(parts, group).not_applicable) for group in ("method", "recovery", "post")},
+        not_applicable=_not_applicable(parts, place),
         fingerprint=fingerprint(config, protocol=protocol, hashes=hashes),
     )
     return summary, calibrator
+
+
+def _not_applicable(parts: Parts, place: Place) -> dict[str, list[str]]:
+    """Keys of each group that its option does not use, or lacks where another option of the sweep has them."""
+    unused = {group: getattr(parts, group).not_applicable for group in ("method", "recovery", "post")}
+    groups = dict.fromkeys([*unused, *place.not_applicable])
+    return {group: [*unused.get(group, ()), *place.not_applicable.get(group, ())] for group in groups}
 
 
 def _find_finished(parts: Parts, summary: Summary, place: Place) -> Summary | None:
@@ -150,19 +157,16 @@ def _has_export(finished: Summary) -> bool:
     """Whether the export of a finished run is still its own: another run may have used its folder since."""
     folder = Path(finished.folder)
     last = read_summary(folder)
-    return (
-        (folder / "export" / "config.json").is_file()
-        and last is not None
-        and (last.status == "FINISHED" and last.fingerprint == finished.fingerprint)
-    )
+    its_own = last is not None and (last.status, last.fingerprint) == ("FINISHED", finished.fingerprint)
+    return its_own and (folder / "export" / "config.json").is_file()
 
 
-def _enter_again(parts: Parts, finished: Summary, place: Place, environment: dict[str, Any]) -> Summary:
-    """Records that the run was asked for again, here."""
-    finished.overrides = place.overrides  # it may have been asked for in other words
+def _enter_again(parts: Parts, finished: Summary, asked: Summary, place: Place) -> Summary:
+    """Records that the run was asked for again, perhaps in other words, here."""
+    finished.overrides, finished.not_applicable = asked.overrides, asked.not_applicable
     parts.tracking.enter_again(parts.settings.name, finished, place)
     finished.warnings += [finished.unlogged] if finished.unlogged is not None else []
-    finished.warnings += notes.of_elsewhere(finished, environment)
+    finished.warnings += notes.of_elsewhere(finished, asked.environment)
     finished.write(place.folder)
     _remove_checkpoints(finished)  # it may have been killed before it came to that
     return finished

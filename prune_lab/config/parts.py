@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -132,6 +133,21 @@ def build(node: Any, group: str) -> Any:
     if not issubclass(cls, kind):
         raise Refused(f"{group}._target_={target!r} is no option of the group {group}: allowed is a {_KINDS[group]}")
     return _construct(cls, {str(k): v for k, v in values.items()}, f"{group}.")
+
+
+def fields_of(node: DictConfig) -> set[str]:
+    """The dotted keys that the class which an option names has fields for; empty where it names none of ours."""
+    try:
+        return set(_fields(_resolve(OmegaConf.select(node, "_target_"), "_target_")))
+    except (Refused, OmegaConfBaseException):  # building the part says so
+        return set()
+
+
+def _fields(cls: Any, prefix: str = "") -> Iterator[str]:
+    for name, kind in get_type_hints(cls).items():
+        yield prefix + name
+        if dataclasses.is_dataclass(kind):
+            yield from _fields(kind, f"{prefix}{name}.")
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

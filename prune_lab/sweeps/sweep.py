@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ def place_of_job(hydra_config: Any) -> Place:
         overrides=[str(override) for override in overrides],
         recipe=str(hydra_config.job.config_name),
         recipes=os.path.relpath(recipes[0], runtime.cwd) if recipes else None,
+        not_applicable={group: list(keys) for group, keys in hydra_config.job.get("not_applicable", {}).items()},
+        removed=list(hydra_config.job.get("removed", [])),
     )
 
 
@@ -128,7 +131,7 @@ def _complete(sweep: _Sweep, ended: str | None) -> None:
     hints: list[str] = []
     with _told(sweep, "its comparison could not be written"):
         comparison.write(sweep.folder, rows)
-    with _told(sweep, f"its record could not be closed; prune-lab sync {sweep.folder} does it"):
+    with _told(sweep, f"its record could not be closed; prune-lab sync {shlex.quote(str(sweep.folder))} does it"):
         hints = sweep.tracker.close_sweep(sweep.name, sweep.folder, status, [row.summary for row in rows])
     console = Console(sweep.quiet)
     comparison.show(sweep.folder, rows, console)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 from urllib.parse import urlparse
+from urllib.request import getproxies, proxy_bypass
 
 from prune_lab.errors import Refused
+
+_PATIENCE = 15.0  # seconds that a proxy has to answer
 
 
 def as_folder(name: str) -> Path | None:
     """The folder of that name on this machine, if there is one; ~ is the home folder."""
     try:
-        folder = Path(name).expanduser()
-        return folder if name and folder.is_dir() else None
+        folders = [folder for folder in (Path(name).expanduser(), Path(name)) if name and folder.is_dir()]
+        return folders[0] if folders else None
     except (OSError, ValueError, RuntimeError):  # no path at all: too long, with a NUL, ~ of nobody
         return None
 
@@ -72,7 +75,40 @@ def why_unreachable() -> str | None:
     host = urlparse(constants.ENDPOINT).hostname or "huggingface.co"
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set"
+    if (proxy := proxy_for(constants.ENDPOINT)) is not None:  # it looks names up; this machine need not be able to
+        failed = _why_not_through(proxy, constants.ENDPOINT)
+        return None if failed is None else f"the proxy {shown_proxy(proxy)} does not lead to {host} ({failed})"
     return None if _resolves(host) else f"{host} cannot be reached"
+
+
+def proxy_for(address: str) -> str | None:
+    """The proxy that the environment names for an address, as the Hub's client finds it; None where there is none."""
+    parts = urlparse(address)
+    if not parts.hostname or proxy_bypass(parts.netloc):
+        return None
+    proxies = getproxies()
+    return proxies.get(parts.scheme) or proxies.get("all")
+
+
+def shown_proxy(proxy: str) -> str:
+    """A proxy's address without its user and password."""
+    head, at, place = proxy.rpartition("@")
+    return f"{head.partition('://')[0]}://***@{place}" if at and "://" in head else place
+
+
+def _why_not_through(proxy: str, address: str) -> str | None:
+    """Why the Hub's client gets no answer through a proxy; None where it gets one, whatever it is.
+
+    Asked once and for seconds: a download would be tried again and again, for minutes where the proxy says nothing.
+    """
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(address, timeout=_PATIENCE)
+    except Exception as error:  # the client has many; one for a proxy that needs a package
+        said = " ".join(str(error).split())[:150] or type(error).__name__
+        return said.replace(proxy, shown_proxy(proxy))
+    return None
 
 
 def why_not(name: str, error: BaseException) -> str:

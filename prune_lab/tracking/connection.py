@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from prune_lab.errors import Refused
 from prune_lab.explain import one_line
@@ -46,6 +47,8 @@ def connect(name: str) -> tuple[Any, str]:
     for chatty in ("mlflow", "alembic"):  # they announce every table they make, and print errors that we are told
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
     with reaching():
+        if unquote(str(Path.cwd())) != str(Path.cwd()):  # MLflow would take a%20b for the folder `a b`
+            os.environ.setdefault("_MLFLOW_SERVER_ARTIFACT_ROOT", Path("mlruns").absolute().as_uri())
         _make_file(links.store_uri(), MlflowClient)
         client = Uninterrupted(_patient(whole()(MlflowClient))(tracking_uri=links.store_uri()))
         return client, _experiment(client, name)
@@ -65,15 +68,17 @@ def reaching() -> Iterator[None]:
 
 def _make_file(uri: str, client: Any) -> None:
     """Makes the file of a new SQLite store whole or not at all: a kill never leaves half its tables."""
-    kind, _, name = uri.partition(":///")
-    path = Path(name.partition("?")[0])
-    if kind != "sqlite" or not path.name or path.exists():
+    path = links.sqlite_file(uri)
+    if path is None or path.exists():
         return
+    from sqlalchemy.engine import make_url
+
     remove_leftovers(path.absolute().parent, deep=False)
     half = half_of(path)
     try:
         half.touch()  # where no file can be made MLflow would try for minutes
-        client(tracking_uri=f"sqlite:///{half}").search_experiments(max_results=1)
+        new = make_url(uri).set(database=str(half)).render_as_string(hide_password=False)
+        client(tracking_uri=new).search_experiments(max_results=1)
         with suppress(FileExistsError):  # another process was faster
             os.link(half, path)
     finally:

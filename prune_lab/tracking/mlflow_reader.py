@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from prune_lab.errors import Refused
@@ -61,8 +60,7 @@ def read_experiment(name: str) -> list[Tracked]:
 
 def _check_file(uri: str, name: str) -> None:
     """MLflow makes the file of an SQLite store that is not there; whoever reads wants none."""
-    kind, _, path = uri.partition(":///")
-    if kind.startswith("sqlite") and not Path(path.partition("?")[0]).is_file():
+    if (path := links.sqlite_file(uri)) is not None and not path.is_file():
         raise Refused(f"{name}: neither a folder nor an experiment, for there is no MLflow store {uri}")
 
 

@@ -6,6 +6,9 @@ processes and a sweep's parent never get in each other's way.
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +29,7 @@ from prune_lab.tracking.ownership import is_alive, owner_tags
 from prune_lab.tracking.params import params_of, run_name
 
 PARENT, SWEEP = "mlflow.parentRunId", "prune_lab.sweep"
+PLACE = "prune_lab.sweep_sha256"  # of the sweep's folder: a search by the folder itself would have to quote its name
 FINGERPRINT, REUSED = "prune_lab.fingerprint", "prune_lab.reused_from"
 NOTE = "mlflow.note.content"  # what the UI shows of a run as its description
 
@@ -88,7 +92,7 @@ class Mlflow(Tracker):
     def open_sweep(self, name: str, folder: Path) -> None:
         """Opens the parent run; its jobs find it by the tag that names the sweep's folder."""
         client, experiment = connect(name)
-        tags = {SWEEP: str(folder), **owner_tags()}
+        tags = {SWEEP: str(folder), PLACE: _place(folder), **owner_tags()}
         with reaching():
             reconcile(client, experiment)
             client.create_run(experiment, run_name=f"sweep {folder.parent.name} {folder.name}", tags=tags)
@@ -142,10 +146,13 @@ def create_run(client: Any, experiment: str, summary: Summary, place: Place, tag
 
 def find_parent(client: Any, experiment: str, folder: Path) -> str | None:
     """The parent run of the sweep in `folder`, if there is one."""
-    quoted = str(folder).replace("'", "\\'")
-    for run in client.search_runs([experiment], f"tags.`{SWEEP}` = '{quoted}'", max_results=1):
+    for run in client.search_runs([experiment], f"tags.`{PLACE}` = '{_place(folder)}'", max_results=1):
         return str(run.info.run_id)
     return None
+
+
+def _place(folder: Path) -> str:
+    return hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
 
 
 def reconcile(client: Any, experiment: str) -> None:
@@ -172,7 +179,7 @@ def stored_summary(client: Any, run_id: str) -> Summary | None:
 
 
 def _unlogged(reason: str, place: Place) -> str:
-    return f"not in the MLflow store ({reason}); prune-lab sync {place.folder} logs it"
+    return f"not in the MLflow store ({reason}); prune-lab sync {shlex.quote(str(place.folder))} logs it"
 
 
 def _shared_dense_figures(summaries: list[Summary]) -> dict[str, float]:

@@ -69,11 +69,13 @@ class Syncing:
 
     def _runs(self, tags: dict[str, str], place: Place) -> list[Any]:
         """The runs with these tags; those of a result that was reused, among the children of its sweep alone."""
-        if REUSED in tags:
+        key, value = next(iter(tags.items()))
+        if key == REUSED:  # it may name a folder, which a search would have to quote
             assert place.sweep is not None
-            tags = {**tags, PARENT: find_parent(self._client, self._experiment, place.sweep) or "none"}
-        query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-        found: list[Any] = list(self._client.search_runs([self._experiment], query))
+            parent = find_parent(self._client, self._experiment, place.sweep) or "none"
+            children = self._client.search_runs([self._experiment], f"tags.`{PARENT}` = '{parent}'")
+            return [run for run in children if run.data.tags.get(REUSED) == value]
+        found: list[Any] = list(self._client.search_runs([self._experiment], f"tags.`{key}` = '{value}'"))
         return found
 
     def _log(self, place: Place, summary: Summary, files: list[Path], tags: dict[str, str]) -> None:

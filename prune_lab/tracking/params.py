@@ -27,6 +27,7 @@ def params_of(summary: Summary) -> dict[str, Any]:
         for key, value in flatten(config[group], f"{group}.").items():
             if key != "method.amount":
                 params[key] = "n/a" if key.removeprefix(f"{group}.") in unused else value
+        params |= {f"{group}.{key}": "n/a" for key in unused if key != "amount"}
     return params
 
 
