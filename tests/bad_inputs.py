@@ -529,6 +529,27 @@ def _other_tokenizer(model: Path) -> None:
         shutil.copy(file, model)
 
 
+def _tensors(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Prepare:
+    def save(model: Path) -> None:
+        tensors = change(load_file(model / "model.safetensors"))
+        copies = {name: tensor.clone() for name, tensor in tensors.items()}
+        save_file(copies, model / "model.safetensors", metadata={"format": "pt"})
+
+    return save
+
+
+def _unmerged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    factors = {WEIGHT.replace("weight", f"lora_{side}.weight"): torch.zeros(4, 4) for side in "AB"}
+    tensors[WEIGHT.replace("weight", "base_layer.weight")] = tensors.pop(WEIGHT)
+    return tensors | factors
+
+
+def _in_few_bits(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    tensors.pop(WEIGHT)
+    parts = {"qweight": torch.zeros(4, 4, dtype=torch.int32), "scales": torch.zeros(1, 4)}
+    return tensors | {WEIGHT.replace("weight", part): tensor for part, tensor in parts.items()}
+
+
 _BEYOND = json.dumps({"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
 _ADAPTER = json.dumps({"base_model_name_or_path": "someone/base", "peft_type": "LORA"})
 _NOT_JSON = ("model.name=", "PLACE/model", "config.json", "JSON")
@@ -578,6 +599,26 @@ _CHECKPOINTS: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     "with a weight missing": (_weight(lambda weight: None), ("model.name=", WEIGHT)),
     "with a weight of another shape": (_weight(lambda weight: torch.ones(7, 32)), _NOT_LOADED),
     "with a weight of more dimensions": (_weight(lambda weight: weight[None]), _NOT_LOADED),
+    "with more blocks than it says": (
+        _config(num_hidden_layers=1, layer_types=None), ("model.name=", "1 more blocks", "num_hidden_layers=1"),
+    ),
+    "with fewer blocks than it says": (
+        _config(num_hidden_layers=3, layer_types=None), ("model.name=", "2 blocks", "num_hidden_layers=3"),
+    ),
+    "with biases that it does not say": (
+        _tensors(lambda tensors: tensors | {WEIGHT.replace("weight", "bias"): torch.ones(48)}),
+        ("model.name=", WEIGHT.replace("weight", "bias"), "no place for", "mlp_bias"),
+    ),
+    "without a head": (_config(tie_word_embeddings=False), ("lm_head.weight", "tie_word_embeddings=true")),
+    "of a compiled model": (
+        _tensors(lambda tensors: {f"_orig_mod.{name}": t for name, t in tensors.items()}),
+        ("model.name=", "torch.compile", "_orig_mod"),
+    ),
+    "of a wrapped model": (
+        _tensors(lambda tensors: {f"policy.{name}": t for name, t in tensors.items()}), ("model.name=", "'policy.'"),
+    ),
+    "of an adapter that is not merged": (_tensors(_unmerged), ("model.name=", "base_layer", "merge")),
+    "in few bits without a config of them": (_tensors(_in_few_bits), ("model.name=", "qweight", "GPTQ")),
     "cut short": (_weights(lambda content: content[: len(content) // 2]), _NOT_LOADED),
     "with an empty file": (_weights(lambda content: b""), _NOT_LOADED),
     "with a header without end": (_weights(lambda content: struct.pack("<Q", 2**62) + content[8:]), _NOT_LOADED),
@@ -608,6 +649,35 @@ CHECKPOINTS += [
         ("method.amount=0.25", "3 of 4 KV groups", "amount=0.5"),
         lambda place: make_folder(place / "odd", hidden_size=40, num_attention_heads=4, num_key_value_heads=4,
                                   num_hidden_layers=1)),
+]  # fmt: skip
+
+# What a stock config cannot hold is refused before the weights are read: here they are another model's.
+
+
+def _damaged(family: str, **changes: Any) -> Prepare:
+    return lambda place: shutil.copy(
+        place / "model" / "model.safetensors", make_folder(place / "odd", family, **changes) / "model.safetensors"
+    )
+
+
+CHECKPOINTS += [
+    Bad("checkpoint", f"whose config cannot hold fewer heads: {family}{', half' * ('0.5' in str(changes))}",
+        ["model.name=PLACE/odd", "method=structured", "method.units=[mlp,heads]", "amount=0.5", "tracking=none"],
+        ("method.units=[mlp,heads]", f"of {groups} KV groups", f"stock {family} config", "method.units=[mlp] or"),
+        _damaged(family, **changes))
+    for family, groups, changes in (
+        ("gpt2", 4, {}), ("opt", 4, {}), ("gpt_neox", 4, {}),
+        ("phi3", 2, {"original_max_position_embeddings": 16, "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}}),
+        ("phi3", 2, {"original_max_position_embeddings": 16, "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 500.0, "partial_rotary_factor": 0.5,
+            "short_factor": [1.0] * 2, "long_factor": [2.0] * 2}}),
+    )
+]  # fmt: skip
+CHECKPOINTS += [
+    Bad("checkpoint", "whose blocks are numbered",
+        ["model.name=PLACE/odd", "method=depth", "amount=0.5", "tracking=none"],
+        ("scale_attn_by_inverse_layer_idx=true",), _damaged("gpt2", scale_attn_by_inverse_layer_idx=True)),
 ]  # fmt: skip
 
 TABLE = [*CONFIG, *RECIPES, *DATA, *CHECKPOINTS]

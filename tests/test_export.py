@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, FAMILIES, Cli, make_folder, story
+from conftest import ALL_FAMILIES, CPU, FAMILIES, ROOT, Cli, copied, make_folder, story
+from conftest import logits as logits_of_windows
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from prune_lab.methods.depth import Depth
+from prune_lab.methods.structured import Structured
+from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.export import check_reload, save_model
 from prune_lab.models.load import HubModel, Loaded
+from prune_lab.pruning.calibration import Calibrator
 from prune_lab.system.device import Device
 
 TOKENS = torch.randint(300, (1, 24), generator=torch.Generator().manual_seed(2))
@@ -126,6 +133,247 @@ def test_a_config_that_computes_something_else_does_not_pass(loaded: Loaded, tmp
     path.write_text(json.dumps(config))
     with pytest.raises(RuntimeError, match="does not reload"):
         check_reload(loaded.model, tmp_path / "export", TOKENS)
+
+
+def edited(folder: Path, file: str, **changes: Any) -> Path:
+    """The folder, with other entries in one of its JSON files; "gone" are taken out."""
+    values = json.loads((folder / file).read_text()) | changes
+    (folder / file).write_text(json.dumps({key: value for key, value in values.items() if value != "gone"}))
+    return folder
+
+
+def exported(folder: Path, place: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json and tokenizer_config.json of an export that passed its check."""
+    loaded = HubModel(name=str(folder)).load(CPU, seed=0)
+    save_model(loaded, place)
+    check_reload(loaded.model, place, TOKENS)
+    again = AutoConfig.from_pretrained(place)
+    now, then = (getattr(config, "rope_parameters", None) for config in (again, loaded.model.config))
+    assert now is None or {**now, "type": None} == {**then, "type": None}  # an older name of rope_type, beside it
+    return json.loads((place / "config.json").read_text()), json.loads((place / "tokenizer_config.json").read_text())
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}  # fmt: skip
+FACTORS = {"short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+TURNS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
+LOCAL = {"rope_type": "default", "rope_theta": 100.0}
+# Rotary positions as transformers 5 has them, and the fields in which 4.57 reads the same.
+ROPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "theta": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+              {"rope_theta": 5e5, "rope_scaling": None}),
+    "llama3": ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}, {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
+    "linear": ("mistral", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e3}},
+               {"rope_theta": 5e3, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "dynamic": ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 5e3}},
+                {"rope_theta": 5e3, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}),
+    "yarn": ("qwen3", {"rope_parameters": YARN | {"rope_theta": 5e3}}, {"rope_theta": 5e3, "rope_scaling": YARN}),
+    "longrope": ("llama", {"rope_parameters": FACTORS | {"rope_type": "longrope", "rope_theta": 5e3, "factor": 4.0,
+                                                         "original_max_position_embeddings": 32}},
+                 {"rope_theta": 5e3, "original_max_position_embeddings": 32}),
+    "gemma 3": ("gemma3_text", TURNS | {"rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e3},
+                    "sliding_attention": LOCAL}},
+                {"rope_theta": 5e3, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+                 "rope_local_base_freq": 100.0}),
+    "gemma 3, yarn": ("gemma3_text", TURNS | {"rope_parameters": {
+                          "full_attention": YARN | {"rope_theta": 5e3}, "sliding_attention": LOCAL}},
+                      {"rope_theta": 5e3, "rope_scaling": YARN, "rope_local_base_freq": 100.0}),
+    "gpt_neox": ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0,
+                                                  "partial_rotary_factor": 0.5}},
+                 {"rotary_emb_base": 500.0, "rotary_pct": 0.5, "rope_scaling": None}),
+    "phi3": ("phi3", {"original_max_position_embeddings": 16,
+                      "rope_parameters": FACTORS | {"rope_type": "longrope", "rope_theta": 500.0}},
+             {"rope_theta": 500.0, "rope_scaling": FACTORS | {"type": "longrope"}, "partial_rotary_factor": 1.0}),
+    "phi3, half": ("phi3", {"original_max_position_embeddings": 16, "rope_parameters": {
+                       "rope_type": "longrope", "rope_theta": 500.0, "partial_rotary_factor": 0.5,
+                       "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}},
+                   {"rope_theta": 500.0, "partial_rotary_factor": 0.5,
+                    "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_a_config_has_the_older_names_beside_the_new_ones(tmp_path: Path, kind: str) -> None:
+    family, changes, older = ROPES[kind]
+    config, _ = exported(make_folder(tmp_path / "made", family, **changes), tmp_path / "export")
+    assert {key: config.get(key, "absent") for key in older} == older
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (family, *_) in ROPES.items() if family != "gpt2"])
+def test_an_export_of_an_export_says_the_same(tmp_path: Path, kind: str) -> None:
+    """What was read from both names is written in both again."""
+    family, changes, _ = ROPES[kind]
+    first, _ = exported(make_folder(tmp_path / "made", family, **changes), tmp_path / "one")
+    second, _ = exported(tmp_path / "one", tmp_path / "two")
+    second["rope_parameters"].pop("type", None)
+    assert first == second
+
+
+TOKENIZERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "any file": ({"tokenizer_class": "PreTrainedTokenizerFast"}, {"tokenizer_class": "PreTrainedTokenizerFast"}),
+    "a Llama": (
+        {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<|endoftext|>", "add_bos_token": False},
+        {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": False},
+    ),
+    "a GPT-2": ({"tokenizer_class": "GPT2Tokenizer"}, {"tokenizer_class": "GPT2Tokenizer"}),
+    "a version 5": ({"tokenizer_class": "TokenizersBackend"}, {"tokenizer_class": "PreTrainedTokenizerFast"}),
+    "unsaid": ({"tokenizer_class": "gone"}, {"tokenizer_class": "PreTrainedTokenizerFast"}),
+    "with further tokens": (
+        {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<|endoftext|>"]},
+        {"additional_special_tokens": ["<|endoftext|>"], "extra_special_tokens": "absent"},
+    ),
+    "with named tokens": (
+        {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": {"image_token": "<|endoftext|>"}},
+        {"extra_special_tokens": {"image_token": "<|endoftext|>"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_tokenizer_has_the_class_that_it_came_with(folder: Path, tmp_path: Path, kind: str) -> None:
+    changes, says = TOKENIZERS[kind]
+    own = edited(Path(shutil.copytree(folder, tmp_path / "own")), "tokenizer_config.json", backend="gone", **changes)
+    _, config = exported(own, tmp_path / "export")
+    assert {key: config.get(key, "absent") for key in says} == says
+    ids = [AutoTokenizer.from_pretrained(place)("the cat sees thing A1.")["input_ids"] for place in (own, "export")]
+    assert ids[0] == ids[1]
+
+
+def test_no_entry_names_a_file_of_code_that_an_export_lacks(folder: Path, tmp_path: Path) -> None:
+    """Of the config, of one inside it, and of the tokenizer."""
+    code = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X", "AutoTokenizer": ["x.T", None]}
+    own = Path(shutil.copytree(folder, tmp_path / "own"))
+    edited(
+        own, "config.json", auto_map=code, custom_pipelines={"text": {"impl": "x.P"}}, more={"auto_map": code, "a": 1}
+    )
+    edited(own, "tokenizer_config.json", auto_map=code)
+    config, tokenizer = exported(own, tmp_path / "export")
+    assert config["more"] == {"a": 1}
+    for written in (config, tokenizer):
+        assert "auto_map" not in json.dumps(written)
+        assert "custom_pipelines" not in written
+
+
+# Run where transformers is 4.57: argv is a folder of exports beside what their logits should be; prints how far off
+# they are by export, as a fraction of the largest. Attention of one kind, as the two versions choose it differently.
+OLDER = """
+import json, pathlib, sys
+import torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+assert transformers.__version__.startswith("4.57"), transformers.__version__
+tokens, found = torch.load(sys.argv[2]), {}
+for expected in sorted(pathlib.Path(sys.argv[1]).glob("*/*.pt")):
+    place = expected.with_suffix("")
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        logits = model(input_ids=tokens, use_cache=False).logits
+    off = float((logits - torch.load(expected)).abs().max() / logits.abs().max())
+    ids = AutoTokenizer.from_pretrained(place)("the cat sees thing A1.")["input_ids"]
+    found[str(place.relative_to(sys.argv[1]))] = [off, ids]
+print(json.dumps(found))
+"""
+# There too: inputs in its own form, and what it computes with them.
+OLDER_INPUTS = """
+import json, pathlib, sys
+import torch, transformers
+from conftest import logits, make_folder
+from transformers import AutoModelForCausalLM
+
+assert transformers.__version__.startswith("4.57"), transformers.__version__
+for name, (family, changes) in json.loads(sys.argv[2]).items():
+    folder = make_folder(pathlib.Path(sys.argv[1]) / name / "made", family, **changes)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    torch.save(logits(model), folder.parent / "none.pt")
+"""
+OLDER_FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama3": ("llama", {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
+    "linear": ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+    "dynamic": ("llama", {"rope_theta": 5e3, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}),
+    "yarn": ("qwen2", {"rope_theta": 5e3, "rope_scaling": YARN}),
+    "gemma 3": ("gemma3_text", TURNS | {"rope_theta": 5e3, "rope_local_base_freq": 100.0,
+                                        "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    "gemma 2": ("gemma2", TURNS | {"rope_theta": 5e3}),
+    "gpt_neox": ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 500.0}),
+    "phi3": ("phi3", {"original_max_position_embeddings": 16, "rope_theta": 500.0,
+                      "rope_scaling": FACTORS | {"type": "longrope"}}),
+    "windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which transformers is 4.57, with the packages that are of its time; the others are ours."""
+    place = tmp_path_factory.mktemp("older")
+    packages = ("transformers==4.57.*", "huggingface-hub>=0.34,<1", "tokenizers>=0.22,<=0.23.0")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place), *packages]
+    subprocess.run(command, check=True)
+    paths = [str(place), str(ROOT), str(ROOT / "tests")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+
+
+def in_older(environment: dict[str, str], code: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def export_each(loaded: Loaded, place: Path) -> None:
+    """Exports of a model: as it is, and with units and blocks taken out or zeroed; each beside its logits."""
+    loaded.model.set_attn_implementation("eager")
+    units = ("mlp", "heads") if len(Anatomy(loaded.model).possible_counts("heads")) > 1 else ("mlp",)
+    for name, method in {
+        "none": None,
+        "structured": Structured(units=units, amount=0.5),
+        "masked": Structured(units=("mlp", "heads"), amount=0.5, physical=False),
+        "depth": Depth(amount=0.5),
+    }.items():
+        copy = copied(loaded)
+        copy.tokenizer_config = loaded.tokenizer_config
+        if method is not None:
+            method.prune(Anatomy(copy.model), 0.5, 0, Calibrator(TOKENS) if method.calibrated else None)
+        save_model(copy, place / name)
+        torch.save(logits_of_windows(copy.model), place / f"{name}.pt")
+
+
+def check_in_older(environment: dict[str, str], place: Path, count: int) -> None:
+    tokens = torch.randint(300, (3, 24), generator=torch.Generator().manual_seed(5))  # those of conftest.logits
+    torch.save(tokens, place / "tokens.pt")
+    found = json.loads(in_older(environment, OLDER, str(place), str(place / "tokens.pt")))
+    assert len(found) == count
+    assert {name: off for name, (off, _) in found.items() if not off < 1e-5} == {}
+    for name, (_, ids) in found.items():
+        assert AutoTokenizer.from_pretrained(place / name)("the cat sees thing A1.")["input_ids"] == ids
+
+
+@pytest.mark.slow
+def test_exports_of_every_family_open_with_equal_logits_in_transformers_4(
+    older: dict[str, str], tmp_path: Path
+) -> None:
+    cases = {family: (family, dict[str, Any]()) for family in ALL_FAMILIES}
+    cases |= {f"rope {kind}": (family, changes) for kind, (family, changes, _) in ROPES.items()}
+    for name, (family, changes) in cases.items():
+        made = make_folder(tmp_path / "made" / name, family, **changes)
+        export_each(HubModel(name=str(made)).load(CPU, seed=0), tmp_path / "exports" / name)
+    check_in_older(older, tmp_path / "exports", 4 * len(cases))
+
+
+@pytest.mark.slow
+def test_what_transformers_4_wrote_it_reads_again_from_an_export(older: dict[str, str], tmp_path: Path) -> None:
+    """Its own logits of the input are those of the export of the dense model."""
+    cases = {family: (family, dict[str, Any]()) for family in ALL_FAMILIES} | OLDER_FORMS
+    in_older(older, OLDER_INPUTS, str(tmp_path / "inputs"), json.dumps(cases))
+    for name in cases:
+        place = tmp_path / "inputs" / name
+        theirs = torch.load(place / "none.pt")
+        export_each(HubModel(name=str(place / "made")).load(CPU, seed=0), place)
+        ours = torch.load(place / "none.pt")
+        assert float((theirs - ours).abs().max() / ours.abs().max()) < 1e-5, name
+    check_in_older(older, tmp_path / "inputs", 4 * len(cases))
 
 
 # A process that has no prune_lab: argv is an export and a text. Perplexity of the first 8 windows of 32 tokens.

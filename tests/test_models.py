@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, FAMILIES, ROOT, make_folder
+from conftest import CPU, FAMILIES, ROOT, make_folder, story
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -299,6 +299,66 @@ def test_a_missing_tokenizer_is_refused(own: Path) -> None:
     for path in own.glob("tokenizer*"):
         path.unlink()
     refuses(own, f"model.name={str(own)!r} cannot be loaded: ")
+
+
+# As where packages are not installed: argv is their names, a folder.
+WITHOUT_PACKAGES = """
+import importlib.machinery, sys
+hidden, find = sys.argv[1].split(","), importlib.machinery.PathFinder.find_spec
+importlib.machinery.PathFinder.find_spec = classmethod(
+    lambda cls, name, *rest: None if name in hidden else find(name, *rest)
+)
+from conftest import CPU
+from prune_lab.models.load import HubModel
+try:
+    print(HubModel(name=sys.argv[2]).load(CPU, 0).tokenizer("the cat sees")["input_ids"])
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_tokenizer_that_needs_packages_names_them(own: Path, tmp_path: Path) -> None:
+    """tokenizer.model alone, as older Llama folders have it: a real one, trained here; with the packages it is read."""
+    import sentencepiece
+
+    (tmp_path / "text.txt").write_text("\n".join(story(seed) for seed in range(20)))
+    sentencepiece.SentencePieceTrainer.train(
+        input="text.txt", model_prefix="tokenizer", vocab_size=150, model_type="bpe", minloglevel=2
+    )
+    (own / "tokenizer.json").unlink()
+    shutil.move("tokenizer.model", own)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (own / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **special}))
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    for hidden in ("sentencepiece", "google.protobuf", "nothing"):
+        command = [sys.executable, "-c", WITHOUT_PACKAGES, hidden, str(own)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        if hidden == "nothing":
+            assert done.stdout.strip() == str(load(own).tokenizer("the cat sees")["input_ids"])
+        else:
+            assert done.stdout.strip() == (
+                f"model.name={str(own)!r} cannot be loaded: its tokenizer is tokenizer.model, which needs packages "
+                "that are missing: pip install sentencepiece protobuf"
+            )
+    (own / "tokenizer.model").write_bytes(b"no model")
+    refuses(own, "its tokenizer, tokenizer.model, cannot be read (")
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("model.gguf", "a GGUF file"), ("__0_0.distcp", "a distributed checkpoint"),
+        ("tf_model.h5", "weights of TensorFlow"), ("flax_model.msgpack", "weights of Flax"), ("model.onnx", "an ONNX graph"),
+    ],
+)  # fmt: skip
+def test_weights_of_other_kinds_are_named(own: Path, file: str, says: str) -> None:
+    (own / "model.safetensors").rename(own / file)
+    refuses(own, f"holds only {file}, {says}", "safetensors", "convert it")
+
+
+def test_weights_under_another_name_are_named(own: Path) -> None:
+    (own / "model.safetensors").rename(own / "consolidated.safetensors")
+    refuses(own, "neither model.safetensors nor model.safetensors.index.json, only consolidated.safetensors")
 
 
 def test_wrong_keys_are_refused_with_the_full_key(folder: Path) -> None:

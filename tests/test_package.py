@@ -138,6 +138,7 @@ def test_the_contract_of_the_project_file() -> None:
         "postgres",
         "distributed",
         "low-bits",
+        "sentencepiece",
     }
     assert project["scripts"] == {"prune-lab": "prune_lab.__main__:main"}
     assert project["requires-python"] == ">=3.11,<3.14"
