@@ -150,7 +150,7 @@ class Bench:
     def training_text(self, steps: int, batch_size: int) -> dict[str, Any]:
         """The stamp of a training: tokens of its text, and how often it passes over them."""
         tokens = len(self.tokens.enough("train", self.seq_len))
-        return {"tokens": tokens, "passes": round(steps * batch_size * self.seq_len / tokens, 2)}
+        return {"tokens": tokens, "passes": round(steps * batch_size * self.seq_len / tokens, 4)}
 
     def copy_of_dense(self, folder: Path) -> Loaded:
         """A copy of the dense model to be pruned; of one on disk, its changed weights will rest in `folder`."""

@@ -315,7 +315,7 @@ def test_a_training_is_stamped_with_its_passes(small: list[str], corpus: Path, t
     stamp = summary_of(tmp_path)["protocol"]["training"]
     loaded = HubModel(name=small[1].removeprefix("model.name=")).load(CPU, 0)
     tokens = len(Tokens(TextFiles(path=str(corpus)).corpus(), loaded.tokenizer).stream("train"))
-    assert stamp == {"tokens": tokens, "passes": round(3 * 2 * 32 / tokens, 2)}
+    assert stamp == {"tokens": tokens, "passes": round(3 * 2 * 32 / tokens, 4)}
 
 
 def test_a_run_without_training_or_calibration_stamps_neither(small: list[str], tmp_path: Path, cli: Cli) -> None:

@@ -29,7 +29,7 @@ class Lab:
     def __init__(self, model: ModelSource, text: TextSource) -> None:
         self.dense: Loaded = model.load(CPU, seed=0)
         self.tokens = Tokens(text.corpus(), self.dense.tokenizer)
-        self.calibrator = Calibrator(self.tokens.calibration_windows(16, 256, seed=0)[0])
+        self.calibrator = Calibrator(self.tokens.calibration_windows(16, 256, seed=0).windows)
         windows = self.tokens.windows("test", 256)
         self.windows = windows[:: max(1, len(windows) // 16)][:16]
 

@@ -285,7 +285,7 @@ def test_without_validation_text_what_would_go_by_it_is_refused(
     loaded: Loaded, tmp_path: Path, keys: dict[str, Any]
 ) -> None:
     before = weights_of(loaded.model)
-    with pytest.raises(Refused, match="the validation split of stories has only 0 tokens"):
+    with pytest.raises(Refused, match="the validation split of stories has no text: its 8 documents are too few"):
         replace(RECIPE, **keys).recover(loaded.model, training_of(loaded, tmp_path, validation=()))
     assert same(weights_of(loaded.model), before)
 

@@ -43,7 +43,7 @@ def header(summary: Summary, console: Console) -> None:
         text = f"{seen['distinct_tokens']:,} distinct tokens of {seen['documents']:,} documents"
         console.note(f"calibration  {windows}: {text}, behind {seen['propagate']} blocks{products}")
     if (training := protocol["training"]) is not None:
-        console.note(f"training  {training['tokens']:,} tokens of text, {training['passes']:g} passes over it")
+        console.note(f"training  {training['tokens']:,} tokens of text, {training['passes']:.2g} passes over it")
     chosen = summary.choices
     console.note("run       " + ", ".join(f"{g} {chosen.get(g)}" for g in ("method", "schedule", "recovery", "post")))
 
