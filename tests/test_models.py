@@ -348,7 +348,8 @@ def test_a_tokenizer_that_needs_packages_names_them(own: Path, tmp_path: Path) -
     ("file", "says"),
     [
         ("model.gguf", "a GGUF file"), ("__0_0.distcp", "a distributed checkpoint"),
-        ("tf_model.h5", "weights of TensorFlow"), ("flax_model.msgpack", "weights of Flax"), ("model.onnx", "an ONNX graph"),
+        ("tf_model.h5", "weights of TensorFlow"), ("flax_model.msgpack", "weights of Flax"),
+        ("model.onnx", "an ONNX graph"),
     ],
 )  # fmt: skip
 def test_weights_of_other_kinds_are_named(own: Path, file: str, says: str) -> None:
