@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from prune_lab.errors import Refused
+from prune_lab.system.files import as_path, matching
 from prune_lab.text.corpus import Corpus, Documents, LongDocument, Stream
 from prune_lab.text.rows import has_rows, read_rows
 from prune_lab.text.source import TextSource
@@ -89,13 +89,13 @@ def _files(path: str, key: str) -> list[Path]:
     """The files that `path` names, sorted; raises Refused where there are none of a known kind."""
     kinds = ", ".join(_READERS)
     try:
-        place = Path(path).expanduser()
+        place = as_path(path)
         if place.is_dir():
             found = [file for file in place.rglob("*") if file.suffix in _READERS]
         elif place.is_file():
             found = [place]
         else:
-            found = [Path(name) for name in glob.glob(str(place), recursive=True)]  # noqa: PTH207 (absolute globs)
+            found = matching(place)
         found = [file for file in found if file.is_file()]  # no folders, no pipes, no links that lead nowhere
     except (OSError, ValueError, RuntimeError):  # no path at all: too long, with a NUL, ~ of nobody
         found = []
