@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def _sync(folders: list[Path]) -> int:
 
 def _find(folders: list[Path]) -> list[tuple[Place, Summary]]:
     """The finished runs below folders, oldest first, each once; each by its place."""
-    files = {path.absolute() for folder in folders for path in folder.rglob(FILE)}
+    files = {Path(os.path.abspath(path)) for folder in folders for path in folder.rglob(FILE)}  # noqa: PTH100 (no links followed)
     found = []
     for path in sorted(files, key=lambda path: (path.stat().st_mtime, path)):
         summary = read_summary(path.parent)
