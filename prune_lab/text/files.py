@@ -104,7 +104,7 @@ def _files(path: str, key: str) -> list[Path]:
     wrong = [file.name for file in found if file.suffix not in _READERS]
     if wrong:
         raise Refused(f"{key}={path!r}: {wrong[0]} is none of {kinds}")
-    return sorted(found)
+    return sorted(file.absolute() for file in found)  # pyarrow sees an address in file:x, and a home in ~/x
 
 
 def _innermost(error: BaseException) -> str:
