@@ -64,7 +64,7 @@ def _run(arguments: list[str]) -> int:
     except SystemExit as end:  # a refused single run (job.py), a signal, or argparse
         return end.code if isinstance(end.code, int) else REFUSED
     except Exception as error:
-        explain.to_stderr(explain.one_line(error))
+        explain.to_stderr(command_line.said_of(error))
         return FAILED if sweep.close_broken_sweep() else REFUSED
     finally:
         with suppress(KeyboardInterrupt, SystemExit):  # asked for again

@@ -8,6 +8,7 @@ not used for longest go where all of them together would be larger than PRUNE_LA
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -23,7 +24,7 @@ from typing import Any
 
 from prune_lab.errors import Refused
 from prune_lab.fingerprint import digest_of
-from prune_lab.system.files import half_of, mark
+from prune_lab.system.files import as_path, half_of, mark
 from prune_lab.system.lock import locked
 
 log = logging.getLogger(__name__)
@@ -45,11 +46,35 @@ _CANNOT_KEEP = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQU
 
 
 def cache_folder() -> Path:
-    """The folder of PRUNE_LAB_CACHE, or prune_lab in the user's cache directory."""
+    """The folder of PRUNE_LAB_CACHE, or prune_lab in the user's cache directory; without a home a temporary one."""
     named = os.environ.get("PRUNE_LAB_CACHE")
-    if named:
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prune_lab"
+    try:
+        if named:
+            return as_path(named)
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prune_lab"
+    except RuntimeError:  # neither HOME nor an entry in the system's list of users, as in a container
+        return _of_process()
+
+
+@functools.cache
+def _of_process() -> Path:
+    return Path(tempfile.mkdtemp(prefix="prune_lab-", suffix=mark()))
+
+
+def why_not_kept() -> str | None:
+    """Why nothing can be kept in the cache folder; None where it can be written to."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return None
+        reason = os.strerror(errno.EACCES)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    return (
+        f"the cache folder {folder} cannot be written ({reason}): nothing is kept for other runs, trainings leave no "
+        "checkpoints; PRUNE_LAB_CACHE=FOLDER names another"
+    )
 
 
 Make = Callable[[Path], dict[str, Any]]  # writes files into a folder and returns the facts

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from typing import Any
 
 from prune_lab import explain, leftovers, out_of_memory, plan
+from prune_lab.cache import why_not_kept
 from prune_lab.config.parts import Parts
 from prune_lab.errors import FAILED, REFUSED, Refused
 from prune_lab.out_of_memory import OutOfMemory
@@ -19,6 +21,7 @@ from prune_lab.system.turns import machine
 
 log = logging.getLogger(__name__)
 _ASKED = 160  # characters of a job's overrides in a message
+_EXTRAS = {"accelerate": "distributed", "compressed_tensors": "low-bits", "lm_eval": "tasks", "pynvml": "energy"}
 
 
 def run(build: Callable[[], Parts], config: dict[str, Any], place: Place) -> float | tuple[float, ...] | None:
@@ -30,6 +33,7 @@ def run(build: Callable[[], Parts], config: dict[str, Any], place: Place) -> flo
     interrupt.end_on_signals()
     leftovers.remove(place)
     record = _Record(place, config)
+    _warn_once(why_not_kept())
     try:
         parts = build()  # what is refused here and in the next line need not wait for what a run imports
         plan.check(parts)
@@ -44,6 +48,10 @@ def run(build: Callable[[], Parts], config: dict[str, Any], place: Place) -> flo
             summary = runner.run(parts, config, place, console)
     except Refused as error:
         record.failed(str(error), REFUSED)
+        return None
+    except ModuleNotFoundError as error:
+        log.exception("a package is missing")
+        record.failed(_not_installed(error), REFUSED)
         return None
     except Exception as error:
         log.exception("the run failed")
@@ -62,12 +70,25 @@ def run(build: Callable[[], Parts], config: dict[str, Any], place: Place) -> flo
     return _objectives(parts.settings.objectives, summary)
 
 
+def _not_installed(error: ModuleNotFoundError) -> str:
+    package = str(error.name).partition(".")[0]
+    what = f'"prune-lab[{_EXTRAS[package]}]"' if package in _EXTRAS else package.replace("_", "-")
+    return f"this run needs {package}, which is not installed: pip install {what}"
+
+
 def _objectives(names: tuple[str, ...], summary: Summary) -> float | tuple[float, ...] | None:
     if missing := [name for name in names if name not in summary.metrics]:  # not measured, or it diverged
         log.warning("objectives: this run has no %s", ", ".join(missing))
         return None
     found = tuple(summary.metrics[name] for name in names)
     return found[0] if len(found) == 1 else found
+
+
+@functools.cache
+def _warn_once(what: str | None) -> None:
+    if what is not None:
+        log.warning("%s", what)
+        explain.to_stderr(f"warning: {what}")
 
 
 class _Record:

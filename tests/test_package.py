@@ -92,7 +92,7 @@ def test_omegaconf_stops_at_the_door() -> None:
 def test_mlflow_is_known_to_tracking_alone() -> None:
     """To connect to a store, write to it and read from it."""
     users = {path.name for path in MODULES if any(name.split(".")[0] == "mlflow" for name in imports(path))}
-    assert users == {"connection.py", "mlflow_log.py", "mlflow_reader.py", "mlflow_store.py"}
+    assert users == {"connection.py", "mlflow_log.py", "mlflow_store.py"}
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:

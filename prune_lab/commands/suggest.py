@@ -6,6 +6,7 @@ import sys
 
 from hydra import compose, initialize_config_dir
 
+from prune_lab.config import overrides
 from prune_lab.config import parts as config
 from prune_lab.errors import OK, Refused
 
@@ -24,6 +25,7 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         sys.stdout.write(USAGE)
         return OK
+    overrides.check(arguments, sweeps=False)
     config.register_schema()
     with initialize_config_dir(config.CONF_DIR, version_base="1.3"):
         parts = config.build_parts(compose("config", overrides=arguments))

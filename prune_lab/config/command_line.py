@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
+from hydra.errors import OverrideParseException
 
-from prune_lab import __version__
+from prune_lab import __version__, explain
 from prune_lab.config import overrides
 from prune_lab.errors import Refused
+
+# What has to be installed for a launcher or a sweeper.
+_EXTRAS = {
+    "joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray", "ray_aws": "ray",
+    "optuna": "search",
+}  # fmt: skip
 
 
 def in_order(arguments: list[str]) -> list[str]:
@@ -42,6 +50,23 @@ def check_overrides(arguments: list[str]) -> None:
     known, _ = get_args_parser().parse_known_args(arguments)
     if not (known.shell_completion or known.help or known.hydra_help):
         overrides.check(known.overrides, known.multirun or "hydra.mode=MULTIRUN" in known.overrides)
+
+
+def said_of(error: Exception) -> str:
+    """What ended the program before a job did, in one line."""
+    if isinstance(error, OverrideParseException):  # of a recipe's sweep
+        return overrides.unreadable(error.override, str(error))
+    if found := re.match(r"Ambiguous value for argument '(.*)'\n1\. ", str(error), re.DOTALL):
+        return overrides.ambiguous(found[1])
+    if (found := re.search(r"Could not find 'hydra/(\w+)/([\w/]+)'", str(error))) and found[2] in _EXTRAS:
+        return f'hydra/{found[1]}={found[2]} is not installed: pip install "prune-lab[{_EXTRAS[found[2]]}]"'
+    if isinstance(error, OSError) and error.filename is not None:  # the folder or the log of a run
+        name = str(error.filename)
+        return (
+            f"{name if len(name) <= 200 else f'{name[:200]}...'}: {error.strerror}: results go below the working "
+            "folder: work in one that can be written, or give hydra.run.dir=FOLDER (a sweep: hydra.sweep.dir=FOLDER)"
+        )
+    return explain.one_line(error)
 
 
 def check_folder() -> None:

@@ -9,6 +9,7 @@ Every sweeper and launcher composes its jobs with Hydra's configuration loader: 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ from prune_lab.errors import Refused
 from prune_lab.explain import no_such_key
 
 Options = dict[str, tuple[str, ...]]  # those of each group
+_NAME = re.compile(r"\$\{\s*name\s*\}")
 Grid = dict[str, Override]  # what each key is to be, in one of a sweep's products
 
 
@@ -45,7 +47,12 @@ class Loader(ConfigLoaderImpl):
         validate_sweep_overrides: bool = True,
     ) -> DictConfig:
         """The configuration of a single run, a job, or a sweep as a whole. Raises Refused, or Hydra's errors."""
-        rest = from_shell, validate_sweep_overrides
+        return _with_safe_folders(self._load(config_name, overrides, run_mode, from_shell, validate_sweep_overrides))
+
+    def _load(
+        self, config_name: str | None, overrides: list[str], run_mode: RunMode, from_shell: bool, validates: bool
+    ) -> DictConfig:
+        rest = from_shell, validates
         if run_mode != RunMode.MULTIRUN:
             return super().load_configuration(config_name, overrides, run_mode, *rest)
         try:
@@ -57,7 +64,8 @@ class Loader(ConfigLoaderImpl):
             fitting = [word for word in overrides if (key := _key(word)) is None or _is_in(config, key)]
             config = super().load_configuration(config_name, fitting, run_mode, *rest)
             _record_overrides(config, overrides)
-        self._check(config)
+        if validates:  # Hydra makes a single run of what is refused while it looks for the mode
+            self._check(config)
         return config
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
@@ -169,6 +177,18 @@ class Loader(ConfigLoaderImpl):
                     with open_dict(parent):
                         del parent[name]
                     yield group, key
+
+
+def _with_safe_folders(config: DictConfig) -> DictConfig:
+    """Has a folder that is named after the experiment stay where it is: `name` may hold slashes, and be `..`."""
+    for part, key in (("run", "dir"), ("sweep", "dir"), ("sweep", "subdir")):
+        node = config.hydra[part]
+        value = OmegaConf.to_container(node, resolve=False)[key]  # type: ignore[index,call-overload]
+        if isinstance(value, str) and _NAME.search(value):
+            name = re.sub(r"[/\\]+|\$(?=\{)|^[.~ ]+|[. ]+$", "_", str(config.name)).strip("_")[:100] or "_"
+            with read_write(node):
+                node[key] = _NAME.sub(name.replace("\\", ""), value)
+    return config
 
 
 def _record_overrides(config: DictConfig, words: list[str]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -18,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prune_lab.errors import Refused
+from prune_lab.system.files import as_path
 
 # Keys whose value is a file or a folder, or may be one.
 PATHS = (
@@ -148,7 +148,7 @@ def _reading(override: Override) -> Any:
 
 def _exists(text: Any) -> bool:
     try:
-        return isinstance(text, str) and text != "" and Path(text).expanduser().exists()
+        return isinstance(text, str) and text != "" and as_path(text).exists()
     except (OSError, ValueError, RuntimeError):  # no path at all
         return False
 

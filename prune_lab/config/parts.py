@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,10 +80,8 @@ class Settings:
             raise ValueError(f"seed={self.seed} is outside [0, 2^63)")
         if not self.name.strip() or len(self.name) > 250:
             raise ValueError(f"name={self.name[:40]!r} must have 1 to 250 characters: it names the experiment")
-        if not self.name.isprintable():
+        if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in self.name):
             raise ValueError(f"name={self.name[:40]!r} must not hold control characters: it names the experiment")
-        if {"/", "\\"} & set(self.name) or self.name in (".", ".."):
-            raise ValueError(f"name={self.name[:40]!r} must be fit to name a folder: no / or \\, and neither . nor ..")
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 from prune_lab.measure.accelerate import CHOICES
+from prune_lab.system.files import as_path
 
 MIN_PAIRS = 10
 
@@ -56,7 +56,7 @@ class Measure:
                 raise ValueError(f"{name}={value} must be at least {least}")
         if twice := [name for name, count in Counter(self.tasks).items() if count > 1]:
             raise ValueError(f"tasks={list(self.tasks)} names {twice[0]} twice: name each task once")
-        if self.task_path is not None and not Path(self.task_path).expanduser().is_dir():
+        if self.task_path is not None and not as_path(self.task_path).is_dir():
             raise ValueError(f"task_path={self.task_path!r} is no folder: give a folder of TASK.jsonl files, or null")
         if not self.batch_sizes:
             raise ValueError("batch_sizes=[] must hold at least one batch size, such as [1]")

@@ -41,6 +41,8 @@ def _yaml_files() -> tuple[Path, ...]:
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or spec.origin is None:
         raise Refused('measure.tasks needs lm-eval, which is not installed: pip install "prune-lab[tasks]"')
+    if importlib.util.find_spec("accelerate") is None:  # lm-eval's own class for models imports it
+        raise Refused('measure.tasks needs accelerate, which is not installed: pip install "prune-lab[tasks]"')
     root = str(Path(spec.origin).parent / "tasks")
     found = [(folder, name) for folder, _, names in os.walk(root) for name in names if name.endswith(".yaml")]
     return tuple(Path(folder, name) for folder, name in sorted(found))

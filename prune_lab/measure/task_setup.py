@@ -20,7 +20,7 @@ from prune_lab.errors import Refused
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.task_files import TaskFile, read_task_file
 from prune_lab.measure.task_names import find_definitions
-from prune_lab.system.files import mark
+from prune_lab.system.files import as_path, mark
 from prune_lab.system.hub import why_not, why_unreachable
 from prune_lab.text.hub import tell_nobody
 
@@ -49,7 +49,7 @@ def prepare_tasks(settings: Measure) -> tuple[ReadyTask, ...]:
     if not settings.tasks:
         return ()
     definitions = find_definitions(settings.tasks)
-    folder = Path(settings.task_path).expanduser() if settings.task_path is not None else None
+    folder = as_path(settings.task_path) if settings.task_path is not None else None
     paths = {name: folder / f"{name}.jsonl" for name in settings.tasks} if folder is not None else {}
     files = {name: read_task_file(name, path) for name, path in paths.items() if path.is_file()}
     return tuple(_prepare(name, definitions[name], files.get(name), settings) for name in settings.tasks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -92,6 +93,7 @@ def draw(
 
     Without pairs: perplexity against both sizes, since zeros shrink the first and not the second.
     """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home it keeps its fonts nowhere, and says so
     import matplotlib
 
     matplotlib.use("Agg")

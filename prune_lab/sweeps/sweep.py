@@ -50,12 +50,12 @@ class SweepCallback(Callback):
         """Opens it. Tracking must work before any work is done, so what fails here ends the program."""
         global _current
         interrupt.end_on_signals()  # the jobs may be other processes, which must not outlive this one
-        tracker = build(config.tracking, "tracking")
-        folder = Path(config.hydra.sweep.dir).absolute()
         try:
+            tracker = build(config.tracking, "tracking")
+            folder = Path(config.hydra.sweep.dir).absolute()
             tracker.open_sweep(str(config.name), folder)
-        except Refused as error:  # Hydra makes warnings of a callback's errors
-            explain.to_stderr(str(error))
+        except Exception as error:  # Hydra makes warnings of a callback's errors
+            explain.to_stderr(str(error) if isinstance(error, Refused) else explain.one_line(error))
             raise SystemExit(REFUSED) from error
         _current = _Sweep(folder, str(config.name), tracker, bool(config.quiet))
         remote.pack(config, folder)

@@ -21,7 +21,9 @@ class Console:
         self.quiet = quiet
         self._live = sys.stderr.isatty() and not quiet
         width = None if sys.stdout.isatty() else 160
-        self._rich = RichConsole(file=sys.stdout, width=width, highlight=False, soft_wrap=True)
+        self._rich = RichConsole(
+            file=sys.stdout, width=width, highlight=False, soft_wrap=True, markup=False, emoji=False
+        )  # [x] and :x: are what people call things
 
     @property
     def width(self) -> int:
@@ -36,7 +38,7 @@ class Console:
     def result(self, shown: Any) -> None:
         """A table or a line that is the outcome."""
         if not self.quiet:
-            self._rich.print(shown, markup=False) if isinstance(shown, str) else self._rich.print(shown)
+            self._rich.print(shown)
 
     def progress(self, total: int | None, what: str, unit: str = "it") -> Any:
         """A progress bar (a tqdm bar: update, set_postfix, context manager) that leaves nothing behind.

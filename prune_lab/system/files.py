@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import re
@@ -27,6 +28,25 @@ def mark() -> str:
 def half_of(path: Path) -> Path:
     """A name beside `path` for what is to take its place when it is whole."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{mark()}")
+
+
+def as_path(name: str) -> Path:
+    """The path that a person writes: ~ is the home folder, but not where only the name as it stands is there."""
+    try:
+        expanded = Path(name).expanduser()
+    except RuntimeError:  # ~ of nobody
+        return Path(name)
+    return Path(name) if not expanded.exists() and Path(name).exists() else expanded
+
+
+def matching(pattern: Path) -> list[Path]:
+    """The paths that a glob names; folders that are there are no patterns, whatever their names hold."""
+    there, rest = Path(pattern.anchor), list(pattern.parts[1 if pattern.anchor else 0 :])
+    while rest and (there / rest[0]).exists():
+        there /= rest.pop(0)
+    if not rest:
+        return [there]
+    return [there / found for found in glob.glob(str(Path(*rest)), root_dir=there, recursive=True)]  # noqa: PTH207
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from urllib.parse import urlparse
 from urllib.request import getproxies, proxy_bypass
 
 from prune_lab.errors import Refused
+from prune_lab.system.files import as_path
 
 _PATIENCE = 15.0  # seconds that a proxy has to answer
 
@@ -15,9 +16,9 @@ _PATIENCE = 15.0  # seconds that a proxy has to answer
 def as_folder(name: str) -> Path | None:
     """The folder of that name on this machine, if there is one; ~ is the home folder."""
     try:
-        folders = [folder for folder in (Path(name).expanduser(), Path(name)) if name and folder.is_dir()]
-        return folders[0] if folders else None
-    except (OSError, ValueError, RuntimeError):  # no path at all: too long, with a NUL, ~ of nobody
+        folder = as_path(name)
+        return folder if name and folder.is_dir() else None
+    except (OSError, ValueError):  # no path at all: too long, with a NUL
         return None
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from prune_lab.errors import Refused
+from prune_lab.system.files import as_path, matching
 from prune_lab.text.chat import Chat, as_chat
 from prune_lab.text.corpus import Corpus, Document, Documents, LongDocument, Stream, Whole, is_blank
 from prune_lab.text.rows import KINDS, NAMED_KINDS, ending, mended, read_rows, what
@@ -167,13 +167,13 @@ def _files(path: str, key: str) -> list[Path]:
     """The files that `path` names, sorted; raises Refused where there are none of a known kind."""
     kinds = ", ".join(KINDS)
     try:
-        place = Path(path).expanduser()
+        place = as_path(path)
         if place.is_dir():
             found = [file for file in place.rglob("*") if file.suffix in KINDS]
         elif place.is_file():
             found = [place]
         else:
-            found = [Path(name) for name in glob.glob(str(place), recursive=True)]  # noqa: PTH207 (absolute globs)
+            found = matching(place)
         found = [file for file in found if file.is_file()]  # no folders, no pipes, no links that lead nowhere
     except (OSError, ValueError, RuntimeError):  # no path at all: too long, with a NUL, ~ of nobody
         found = []
@@ -181,6 +181,6 @@ def _files(path: str, key: str) -> list[Path]:
         raise Refused(f"{key}={path[:200]!r} names no file: give a file, a folder or a glob of {kinds}")
     wrong = [file.name for file in found if ending(file) not in NAMED_KINDS]
     if wrong:
-        more = ", ".join(NAMED_KINDS.keys() - KINDS.keys())
+        more = ", ".join(sorted(NAMED_KINDS.keys() - KINDS.keys()))
         raise Refused(f"{key}={path!r}: {wrong[0]} is none of {kinds} (or, named as a file, {more})")
-    return sorted(found)
+    return sorted(file.absolute() for file in found)  # pyarrow sees an address in file:x, and a home in ~/x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
@@ -42,16 +43,26 @@ class Uninterrupted:
 
 def connect(name: str) -> tuple[Any, str]:
     """A client and the experiment's id, made if it is new; imports MLflow. Raises Refused where there is no store."""
-    from mlflow import MlflowClient
-
+    client_of = client_class()
     for chatty in ("mlflow", "alembic"):  # they announce every table they make, and print errors that we are told
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
     with reaching():
         if unquote(str(Path.cwd())) != str(Path.cwd()):  # MLflow would take a%20b for the folder `a b`
             os.environ.setdefault("_MLFLOW_SERVER_ARTIFACT_ROOT", Path("mlruns").absolute().as_uri())
-        _make_file(links.store_uri(), MlflowClient)
-        client = Uninterrupted(_patient(whole()(MlflowClient))(tracking_uri=links.store_uri()))
+        _make_file(links.store_uri(), client_of)
+        client = Uninterrupted(_patient(whole()(client_of))(tracking_uri=links.store_uri()))
         return client, _experiment(client, name)
+
+
+def client_class() -> Any:
+    """MLflow's client; raises Unreachable where MLflow is not installed."""
+    try:
+        from mlflow import MlflowClient
+    except ModuleNotFoundError as error:
+        raise Unreachable(
+            f"tracking=mlflow needs {error.name}, which is not installed: pip install mlflow, or give tracking=none"
+        ) from error
+    return MlflowClient
 
 
 @contextmanager
@@ -63,7 +74,18 @@ def reaching() -> Iterator[None]:
         raise
     except Exception as error:
         uri = links.without_password(links.store_uri())
-        raise Unreachable(f"tracking: the MLflow store {uri} cannot be used: {one_line(error)[:200]}") from error
+        hint = _missing_driver(error)
+        raise Unreachable(f"tracking: the MLflow store {uri} cannot be used: {one_line(error)[:200]}{hint}") from error
+
+
+def _missing_driver(error: BaseException | None) -> str:
+    """What to install where a kind of database needs a package that is not there."""
+    while error is not None and not isinstance(error, ModuleNotFoundError):
+        error = error.__cause__ or error.__context__
+    if error is None:
+        return ""
+    package = '"prune-lab[postgres]"' if "psycopg" in str(error.name) else error.name
+    return f": pip install {package}"
 
 
 def _make_file(uri: str, client: Any) -> None:
@@ -76,13 +98,25 @@ def _make_file(uri: str, client: Any) -> None:
     remove_leftovers(path.absolute().parent, deep=False)
     half = half_of(path)
     try:
-        half.touch()  # where no file can be made MLflow would try for minutes
+        _touch(half)  # where no file can be made MLflow would try for minutes
         new = make_url(uri).set(database=str(half)).render_as_string(hide_password=False)
         client(tracking_uri=new).search_experiments(max_results=1)
         with suppress(FileExistsError):  # another process was faster
             os.link(half, path)
     finally:
         half.unlink(missing_ok=True)
+
+
+def _touch(path: Path) -> None:
+    try:
+        path.touch()
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT, errno.ENOTDIR):
+            raise
+        raise Unreachable(
+            f"tracking: no MLflow store can be made in {path.absolute().parent} ({error.strerror}): work in a folder "
+            "that can be written, set MLFLOW_TRACKING_URI, or give tracking=none"
+        ) from error
 
 
 def _experiment(client: Any, name: str) -> str:

@@ -32,7 +32,8 @@ def _as_meant(uri: str) -> str:
     """The address of an SQLite store in which % and ? stand for themselves where only such a folder is there."""
     head, _, path = uri.partition(":///")
     read = sqlite_file(uri)
-    if read is None or read.parent.is_dir() or not Path(path).parent.is_dir():
+    folder = Path(path).parent
+    if read is None or not folder.is_dir() or (read.parent.is_dir() and "?" not in str(folder)):
         return uri
     encoded = f"{head}:///{path.replace('%', '%25').replace('?', '%3F')}"
     return encoded if sqlite_file(encoded) == Path(path) else uri

@@ -11,6 +11,7 @@ from prune_lab.errors import Refused
 from prune_lab.explain import one_line
 from prune_lab.results.summary import Summary
 from prune_lab.tracking import links
+from prune_lab.tracking.connection import client_class
 from prune_lab.tracking.mlflow_store import FINGERPRINT, REUSED, SWEEP, stored_summary
 
 _ENDED = ("FINISHED", "FAILED", "KILLED")
@@ -33,12 +34,11 @@ def read_experiment(name: str) -> list[Tracked]:
     uri = links.store_uri()
     shown = links.without_password(uri)
     _check_file(uri, name)
-    from mlflow import MlflowClient
-
+    client_of = client_class()
     for chatty in ("mlflow", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        client = MlflowClient(tracking_uri=uri)
+        client = client_of(tracking_uri=uri)
         experiment = client.get_experiment_by_name(name)
         others = [] if experiment else [str(each.name) for each in client.search_experiments()]
         runs = _all_runs(client, experiment.experiment_id) if experiment else []

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from prune_lab.cache import cache_folder
+from prune_lab.cache import cache_folder, why_not_kept
 from prune_lab.fingerprint import text_sha256
 from prune_lab.place import Place
 from prune_lab.results.summary import Summary, read_summary
@@ -42,7 +42,8 @@ class NoTracking(Tracker):
                 entry.mkdir(parents=True, exist_ok=True)
                 summary.write(entry)
             except OSError as error:  # the result itself is safe in the run's folder
-                summary.unlogged = f"not kept for the next time ({error}); see PRUNE_LAB_CACHE"
+                if why_not_kept() is None:  # a job says once that there is no cache, and goes on without
+                    summary.unlogged = f"not kept for the next time ({error}); see PRUNE_LAB_CACHE"
 
     def find_finished(self, name: str, fingerprint: str) -> Summary | None:
         """Looks the fingerprint up in the cache folder."""
