@@ -103,6 +103,17 @@ def test_of_every_family(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_nothing_is_said_of_what_save_pretrained_writes(tmp_path: Path, family: str, tied: bool, way: str) -> None:
+    own = make_folder(tmp_path / family, family, tie_word_embeddings=tied)
+    loaded = load(change(own, lambda tensors: tensors, way), way)
+    assert loaded.notes == []
+    stock = AutoModelForCausalLM.from_pretrained(own, dtype=torch.float32).eval()
+    torch.testing.assert_close(logits_of(loaded), stock(input_ids=TOKENS, use_cache=False).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "name",
     [

@@ -49,6 +49,11 @@ class Family:
     # factor for each pair of a head's dimensions (longrope) must be as long as hidden_size / heads says; "present":
     # head_dim is always hidden_size / heads, so that fewer heads would be other heads.
     head_counts: str = "any"
+    stored_head: str = "lm_head"  # the name that the files have for it, whatever the model's is
+
+    def stored_name(self, name: str) -> str:
+        """The name that a tensor of the model has in files: save_pretrained of transformers renames some."""
+        return f"{self.stored_head}.{name.removeprefix('lm_head.')}" if name.startswith("lm_head.") else name
 
 
 _LLAMA_MLP = (Slot("mlp.gate_proj", "rows"), Slot("mlp.up_proj", "rows"), Slot("mlp.down_proj", "columns"))
@@ -100,6 +105,7 @@ FAMILIES = {
         (Slot("attention.query_key_value", "rows", ("qkv",)), Slot("attention.dense", "columns", ("kv",))),
         kv_heads=None,
         head_counts="present",
+        stored_head="embed_out",
     ),
 }
 

@@ -69,7 +69,8 @@ class _Comparison:
         self.stored, self.config, self.name = stored, config, name
         self.model = _skeleton(config)
         self.prefix = f"{self.model.base_model_prefix}."
-        self.blocks = family_of(config.model_type).blocks
+        self.family = family_of(config.model_type)
+        self.blocks = self.family.blocks
         named = self.model.state_dict(keep_vars=True)
         first: dict[int, str] = {}
         # By each tensor's first name all its names: several where it is tied.
@@ -103,7 +104,7 @@ class _Comparison:
 
     def _stored_name(self, key: str) -> str | None:
         """The name in the files of the model's `key`: checkpoints may leave out the base model's prefix."""
-        names = (key, key.removeprefix(self.prefix))
+        names = (key, key.removeprefix(self.prefix), self.family.stored_name(key))
         return next((name for name in names if name in self.stored.spans), None)
 
     def _place(self, names: list[str]) -> Span | None:
