@@ -182,6 +182,7 @@ def test_what_stands_beside_the_model_is_named(folder: Path, own: Path, kind: st
         ("gpt2", {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8), "transformer.h.0.attn.masked_bias": ONES[0, 0]}),
         ("gpt_neox", {"gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 8, 8).bool()}),
         ("gpt_neox", {"gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9)}),
+        ("opt", {"model.decoder.version": torch.tensor([3.0])}),
     ],
 )
 def test_buffers_are_not_spoken_of(tmp_path: Path, family: str, extra: Tensors, way: str) -> None:

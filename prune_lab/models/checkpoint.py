@@ -31,7 +31,7 @@ from prune_lab.models.shards import Shards, Span, open_shards
 
 _SHOWN = 3  # names in a message
 # Buffers that older versions of transformers wrote: computed, not read. Masks are no vectors, as biases are.
-_FREQUENCIES = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids)$")
+_FREQUENCIES = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids|decoder\.version)$")
 _MASKS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")
 
 
@@ -56,8 +56,8 @@ def read_checkpoint(folder: Path, config: Any, name: str) -> Checkpoint:
     config.tie_word_embeddings = False
     checkpoint = _Comparison(stored, config, name).checkpoint()
     checkpoint.notes.append(
-        f"config.json says that the head is the embedding (tie_word_embeddings), but the files hold a {head} of its "
-        "own: it is what was measured, and an export says tie_word_embeddings=false"
+        f"config.json says that the head is the embedding (tie_word_embeddings), but the files hold another, {head}: "
+        "it is what was measured, and an export says tie_word_embeddings=false"
     )
     return checkpoint
 
