@@ -103,6 +103,17 @@ def test_of_every_family(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_nothing_is_said_of_what_save_pretrained_writes(tmp_path: Path, family: str, tied: bool, way: str) -> None:
+    own = make_folder(tmp_path / family, family, tie_word_embeddings=tied)
+    loaded = load(change(own, lambda tensors: tensors, way), way)
+    assert loaded.notes == []
+    stock = AutoModelForCausalLM.from_pretrained(own, dtype=torch.float32).eval()
+    torch.testing.assert_close(logits_of(loaded), stock(input_ids=TOKENS, use_cache=False).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "name",
     [
@@ -171,6 +182,7 @@ def test_what_stands_beside_the_model_is_named(folder: Path, own: Path, kind: st
         ("gpt2", {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8), "transformer.h.0.attn.masked_bias": ONES[0, 0]}),
         ("gpt_neox", {"gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 8, 8).bool()}),
         ("gpt_neox", {"gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9)}),
+        ("opt", {"model.decoder.version": torch.tensor([3.0])}),
     ],
 )
 def test_buffers_are_not_spoken_of(tmp_path: Path, family: str, extra: Tensors, way: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ALL_FAMILIES, CPU, FAMILIES, ROOT, Cli, copied, make_folder, story
+from conftest import ALL_FAMILIES, CPU, FAMILIES, OTHER_FAMILIES, ROOT, Cli, copied, make_folder, story
 from conftest import logits as logits_of_windows
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -355,6 +355,7 @@ def test_exports_of_every_family_open_with_equal_logits_in_transformers_4(
     older: dict[str, str], tmp_path: Path
 ) -> None:
     cases = {family: (family, dict[str, Any]()) for family in ALL_FAMILIES}
+    cases |= {f"untied {family}": (family, {"tie_word_embeddings": False}) for family in ALL_FAMILIES}
     cases |= {f"rope {kind}": (family, changes) for kind, (family, changes, _) in ROPES.items()}
     for name, (family, changes) in cases.items():
         made = make_folder(tmp_path / "made" / name, family, **changes)
@@ -366,6 +367,7 @@ def test_exports_of_every_family_open_with_equal_logits_in_transformers_4(
 def test_what_transformers_4_wrote_it_reads_again_from_an_export(older: dict[str, str], tmp_path: Path) -> None:
     """Its own logits of the input are those of the export of the dense model."""
     cases = {family: (family, dict[str, Any]()) for family in ALL_FAMILIES} | OLDER_FORMS
+    cases |= {f"untied {family}": (family, {"tie_word_embeddings": False}) for family in OTHER_FAMILIES}
     in_older(older, OLDER_INPUTS, str(tmp_path / "inputs"), json.dumps(cases))
     for name in cases:
         place = tmp_path / "inputs" / name

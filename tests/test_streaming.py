@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ALL_FAMILIES, CPU, ROOT, make_folder
+from conftest import ALL_FAMILIES, CPU, OTHER_FAMILIES, ROOT, make_folder
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -55,15 +56,16 @@ CHANGES: dict[str, dict[str, Any]] = {"gemma2": TURNS, "gemma3_text": TURNS}  # 
 
 
 class Folders(dict[str, Path]):
-    """A small model of each family, and a Llama whose head is its own; each is made when first asked for."""
+    """A small model of each family, and those whose head is their own; each is made when first asked for."""
 
     def __init__(self, place: Path) -> None:
         super().__init__()
         self.place = place
 
     def __missing__(self, name: str) -> Path:
-        changes = {"tie_word_embeddings": False} if name == "untied" else CHANGES.get(name, {})
-        self[name] = make_folder(self.place / name, "llama" if name == "untied" else name, **changes)
+        family = name.partition(" ")[2] or ("llama" if name == "untied" else name)
+        changes = {"tie_word_embeddings": False} if name.startswith("untied") else CHANGES.get(name, {})
+        self[name] = make_folder(self.place / name, family, **changes)
         return self[name]
 
 
@@ -98,9 +100,19 @@ def check_alike(folder: Path, place: Path, method: Method, propagate: str = "pru
         assert (saved_here / name).read_bytes() == (saved_there / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("family", [*ALL_FAMILIES, "untied"])
+@pytest.mark.parametrize("family", [*ALL_FAMILIES, "untied", *(f"untied {family}" for family in OTHER_FAMILIES)])
 def test_every_family_streams_to_the_same_files(folders: Folders, tmp_path: Path, family: str) -> None:
     check_alike(folders[family], tmp_path, Wanda(amount=0.5))
+
+
+def test_a_head_under_the_models_own_name_for_it_is_saved_alike(folders: Folders, tmp_path: Path) -> None:
+    """The files of GPT-NeoX call it embed_out, the model lm_head; it may be stored as either."""
+    own = Path(shutil.copytree(folders["untied gpt_neox"], tmp_path / "own"))
+    tensors = load_file(own / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("embed_out.weight")
+    save_file(tensors, own / "model.safetensors", {"format": "pt"})
+    check_alike(own, tmp_path, Wanda(amount=0.5))
+    assert "embed_out.weight" in load_file(tmp_path / "disk" / "export" / "model.safetensors")
 
 
 @pytest.mark.parametrize(

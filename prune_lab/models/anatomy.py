@@ -50,6 +50,11 @@ class Family:
     # head_dim is always hidden_size / heads, so that fewer heads would be other heads.
     head_counts: str = "any"
     needs_bos: bool = False  # whether it predicts nothing sensible of a text without a BOS token before it
+    stored_head: str = "lm_head"  # the name that the files have for it, whatever the model's is
+
+    def stored_name(self, name: str) -> str:
+        """The name that a tensor of the model has in files: save_pretrained of transformers renames some."""
+        return f"{self.stored_head}.{name.removeprefix('lm_head.')}" if name.startswith("lm_head.") else name
 
 
 _LLAMA_MLP = (Slot("mlp.gate_proj", "rows"), Slot("mlp.up_proj", "rows"), Slot("mlp.down_proj", "columns"))
@@ -101,6 +106,7 @@ FAMILIES = {
         (Slot("attention.query_key_value", "rows", ("qkv",)), Slot("attention.dense", "columns", ("kv",))),
         kv_heads=None,
         head_counts="present",
+        stored_head="embed_out",
     ),
 }
 

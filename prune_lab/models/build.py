@@ -120,6 +120,7 @@ def _load_weights(source: str, config: Any, name: str, device: Device) -> Any:
     model, report = folders.load(source, config, dtype=device.dtype, output_loading_info=True)
     if report["missing_keys"]:  # what transformers does not find it starts at random
         raise Refused(f"model.name={name!r} lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}")
+    model._weight_conversions = None  # it is saved under the usual names of its family, whatever those here were
     return model.to(device.torch_device)
 
 

@@ -31,7 +31,7 @@ from prune_lab.models.shards import Shards, Span, open_shards
 
 _SHOWN = 3  # names in a message
 # Buffers that older versions of transformers wrote: computed, not read. Masks are no vectors, as biases are.
-_FREQUENCIES = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids)$")
+_FREQUENCIES = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids|decoder\.version)$")
 _MASKS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")
 
 
@@ -56,8 +56,8 @@ def read_checkpoint(folder: Path, config: Any, name: str) -> Checkpoint:
     config.tie_word_embeddings = False
     checkpoint = _Comparison(stored, config, name).checkpoint()
     checkpoint.notes.append(
-        f"config.json says that the head is the embedding (tie_word_embeddings), but the files hold a {head} of its "
-        "own: it is what was measured, and an export says tie_word_embeddings=false"
+        f"config.json says that the head is the embedding (tie_word_embeddings), but the files hold another, {head}: "
+        "it is what was measured, and an export says tie_word_embeddings=false"
     )
     return checkpoint
 
@@ -69,7 +69,8 @@ class _Comparison:
         self.stored, self.config, self.name = stored, config, name
         self.model = _skeleton(config)
         self.prefix = f"{self.model.base_model_prefix}."
-        self.blocks = family_of(config.model_type).blocks
+        self.family = family_of(config.model_type)
+        self.blocks = self.family.blocks
         named = self.model.state_dict(keep_vars=True)
         first: dict[int, str] = {}
         # By each tensor's first name all its names: several where it is tied.
@@ -103,7 +104,7 @@ class _Comparison:
 
     def _stored_name(self, key: str) -> str | None:
         """The name in the files of the model's `key`: checkpoints may leave out the base model's prefix."""
-        names = (key, key.removeprefix(self.prefix))
+        names = (key, key.removeprefix(self.prefix), self.family.stored_name(key))
         return next((name for name in names if name in self.stored.spans), None)
 
     def _place(self, names: list[str]) -> Span | None:

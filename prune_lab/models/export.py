@@ -17,8 +17,7 @@ from prune_lab.models.checkpoint import read_checkpoint
 from prune_lab.models.export_config import rewrite_configs
 from prune_lab.models.folder import load
 from prune_lab.models.load import Loaded
-from prune_lab.models.on_disk import stored_tensors, weights_on_disk
-from prune_lab.models.shards import lay_out
+from prune_lab.models.on_disk import lay_out_model, weights_on_disk
 from prune_lab.system.files import half_of
 
 
@@ -48,7 +47,7 @@ def save_dense(loaded: Loaded, folder: Path) -> None:
         save_model(loaded, folder)
     else:
         folder.mkdir(parents=True)
-        lay_out(folder, stored_tensors(loaded.model))
+        lay_out_model(loaded.model, folder)
 
 
 def save_weights(model: Any, folder: Path) -> None:

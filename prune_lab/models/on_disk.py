@@ -55,7 +55,7 @@ def own_copy(model: Any, folder: Path) -> Any:
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta}
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     folder.mkdir(parents=True)
-    own = DiskWeights(weights.source, weights.blocks, weights.device, lay_out(folder, stored_tensors(model)))
+    own = DiskWeights(weights.source, weights.blocks, weights.device, lay_out_model(model, folder))
     copied = copy.deepcopy(model, shared | {id(weights): own})
     weakref.finalize(copied, shutil.rmtree, folder, ignore_errors=True)
     return copied
@@ -69,6 +69,15 @@ def stored_tensors(model: Any) -> dict[str, Tensor]:
             seen.add(id(tensor))
             found[name] = tensor.detach()
     return found
+
+
+def lay_out_model(model: Any, folder: Path) -> Shards:
+    """Files with room for a model, as save_pretrained has them; their tensors by the model's own names."""
+    from prune_lab.models.anatomy import family_of  # which asks this module where a block's weights are
+
+    tensors, family = stored_tensors(model), family_of(model.config.model_type)
+    shards = lay_out(folder, {family.stored_name(name): tensor for name, tensor in tensors.items()})
+    return Shards({name: shards.spans[family.stored_name(name)] for name in tensors})
 
 
 class DiskWeights:
