@@ -669,7 +669,7 @@ def test_one_ranking_of_all_weights_has_no_other_allocation(option: str, allocat
         ),
         ("structured", {"score": "magnitude"}, r"score='magnitude' is none of l2, l1, random, wanda, ria, taylor, tay"),
         ("taylor", {"score": "hessian"}, r"score='hessian' is none of"),
-        ("wifv", {"units": ["block"]}, r"units=\['block'\] must be one or both of mlp, heads"),
+        ("wifv", {"units": ["block"]}, r"units=\['block'\] must be one or more of mlp, heads"),
         ("structured", {"round_to": 0}, r"round_to=0 must be at least 1"),
         ("depth", {"by": "norm"}, r"by='norm' is none of bi, perplexity"),
         ("sensitivity", {"score": "l2"}, r"score='l2' is none of random, wanda, ria, taylor, taylor2, wifv"),

@@ -356,7 +356,7 @@ def test_a_physical_cut_leaves_no_masks(dense_models: dict[str, Loaded]) -> None
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"units": ()}, r"units=\[\] must be one or both of mlp, heads"),
+        ({"units": ()}, r"units=\[\] must be one or more of mlp, heads"),
         ({"units": ("mlp", "mlp")}, "units="),
         ({"units": ("blocks",)}, r"units=\['blocks'\]"),
         ({"score": "l3"}, "score='l3' is none of l2, l1, random"),

@@ -34,7 +34,7 @@ def count_macs(anatomy: Anatomy, context: int) -> Macs:
             total += sum(matrix.numel() for matrix in matrices.values())
             effective += sum(int(torch.count_nonzero(matrix)) for matrix in matrices.values())
             # The inputs of the output projection are the query heads one after the other, however many are left.
-            heads += matrices[id(block.get_submodule(anatomy.family.attention[-1].linear))].shape[1]
+            heads += matrices[id(block.get_submodule(anatomy.family.attention_output))].shape[1]
     attention = 2 * context * heads
     return Macs(total + attention, effective + attention)
 

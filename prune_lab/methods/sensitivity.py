@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from prune_lab.methods.base import Method
-from prune_lab.methods.structured import KINDS, Structured
+from prune_lab.methods.structured import Structured
 from prune_lab.methods.unstructured import Unstructured
+from prune_lab.models.anatomy import UNIT_KINDS
 from prune_lab.pruning.pruned import Pruned
 from prune_lab.pruning.scores import OF_UNITS, OF_WEIGHTS
 from prune_lab.pruning.sensitivity import AMOUNTS, WINDOWS
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from prune_lab.pruning.calibration import Calibrator
 
 SCORES = tuple(name for name in OF_WEIGHTS if name in OF_UNITS)
-PARTS = ("weights", *KINDS, "block")
+PARTS = ("weights", *UNIT_KINDS, "block")
 
 
 @dataclass(frozen=True)

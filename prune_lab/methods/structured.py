@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prune_lab.methods.base import Method
+from prune_lab.models.anatomy import UNIT_KINDS
 from prune_lab.pruning.pruned import Pruned
 from prune_lab.pruning.scores import OF_UNITS, SCORES
 
 if TYPE_CHECKING:
     from prune_lab.models.anatomy import Anatomy
     from prune_lab.pruning.calibration import Calibrator
-
-KINDS = ("mlp", "heads")
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,8 @@ class Structured(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "units", tuple(self.units))
-        if not self.units or set(self.units) - set(KINDS) or len(set(self.units)) != len(self.units):
-            raise ValueError(f"units={list(self.units)} must be one or both of {', '.join(KINDS)}")
+        if not self.units or set(self.units) - set(UNIT_KINDS) or len(set(self.units)) != len(self.units):
+            raise ValueError(f"units={list(self.units)} must be one or more of {', '.join(UNIT_KINDS)}, each once")
         if self.score not in OF_UNITS:
             raise ValueError(f"score={self.score!r} is none of {', '.join(OF_UNITS)}")
         if self.round_to is not None and self.round_to < 1:
@@ -46,7 +45,7 @@ class Structured(Method):
         return bool(SCORES[self.score].needs) or self.compensate
 
     def check(self, config: Any, amounts: Iterable[float]) -> None:
-        """Raises Refused for numbers of KV groups that the config cannot hold."""
+        """Raises Refused for kinds of units that the model lacks, and for counts that its config cannot hold."""
         from prune_lab.pruning import units
 
         units.check(self, config, amounts)

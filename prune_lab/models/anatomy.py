@@ -5,7 +5,7 @@ A further family is one entry in FAMILIES. Names are those of `transformers`, re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # checking a configuration asks for the family alone, and has
 
     from prune_lab.models.dense_facts import DenseFacts
 
+UNIT_KINDS = ("mlp", "heads")  # of any family, as method.units names them; which ones it has, a family says
 HEADS_OF_RUN = {"kv": 1, "qkv": 3}  # a run named "query" has all query heads of a KV group
 
 
@@ -34,38 +35,111 @@ class Slot:
     runs: tuple[str, ...] = ("channel",)
 
 
+def _any_count(config: Any, present: int) -> list[int]:
+    """Every count, up to the present one."""
+    return list(range(1, present + 1))
+
+
+@dataclass(frozen=True)
+class UnitKind:
+    """A kind of unit that is removed in equal numbers from every block: its matrices, and where its count stands.
+
+    label: what a person calls several of them. slots: the Linears of a block that they are made of, the one that reads
+    them (by its columns) last. counts: config fields that are in proportion to the count, the first one equal to it;
+    one that is None stands for the count as built. in_modules: attributes of modules that are in proportion to it.
+    written_out: config fields whose default would change with the count. rounds: whether method.round_to is for them.
+    possible: the counts that a config of this family can hold, up to the present one, ascending.
+    """
+
+    label: str
+    slots: tuple[Slot, ...]
+    counts: tuple[str, ...]
+    in_modules: tuple[str, ...] = ()
+    written_out: tuple[str, ...] = ()
+    rounds: bool = False
+    possible: Callable[[Any, int], list[int]] = _any_count
+
+
 @dataclass(frozen=True)
 class Family:
-    """Where the parts of one architecture are, and which config fields hold their counts."""
+    """Where the parts of one architecture are, and which config fields hold their counts.
+
+    left_alone: matrices inside a block that are no weight of a Linear, by the end of their names, and are not pruned.
+    """
 
     blocks: str  # the ModuleList of decoder blocks
-    mlp: tuple[Slot, ...]
-    attention: tuple[Slot, ...]
-    mlp_width: str = "intermediate_size"
+    units: dict[str, UnitKind]
+    attention_output: str = "self_attn.o_proj"  # the Linear that reads the query heads, one after the other
     query_heads: str = "num_attention_heads"
-    kv_heads: str | None = "num_key_value_heads"  # None: every query head has its own key and value
-    # What its config can hold beside the present number of heads (seen with transformers 5.23). "any": head_dim is a
-    # field of its own; "divisors": it is, but the query heads must divide hidden_size; "factors": it is, but lists of a
-    # factor for each pair of a head's dimensions (longrope) must be as long as hidden_size / heads says; "present":
-    # head_dim is always hidden_size / heads, so that fewer heads would be other heads.
-    head_counts: str = "any"
     needs_bos: bool = False  # whether it predicts nothing sensible of a text without a BOS token before it
     stored_head: str = "lm_head"  # the name that the files have for it, whatever the model's is
+    left_alone: tuple[str, ...] = ()
 
     def stored_name(self, name: str) -> str:
         """The name that a tensor of the model has in files: save_pretrained of transformers renames some."""
         return f"{self.stored_head}.{name.removeprefix('lm_head.')}" if name.startswith("lm_head.") else name
 
 
-_LLAMA_MLP = (Slot("mlp.gate_proj", "rows"), Slot("mlp.up_proj", "rows"), Slot("mlp.down_proj", "columns"))
-_LLAMA_ATTENTION = (
-    Slot("self_attn.q_proj", "rows", ("query",)),
-    Slot("self_attn.k_proj", "rows", ("kv",)),
-    Slot("self_attn.v_proj", "rows", ("kv",)),
-    Slot("self_attn.o_proj", "columns", ("query",)),
+# Numbers of KV groups that a config can hold beside the present one (seen with transformers 5.23).
+
+
+def _divisors(config: Any, present: int) -> list[int]:
+    """Of a config with a head_dim of its own whose query heads must divide hidden_size."""
+    heads = config.num_attention_heads
+    return [n for n in range(1, present + 1) if config.hidden_size % (n * heads // present) == 0]
+
+
+def _present_alone(config: Any, present: int) -> list[int]:
+    """Of a config whose head_dim is always hidden_size / heads: fewer heads would be other heads."""
+    return [present]
+
+
+def _by_rope_factors(config: Any, present: int) -> list[int]:
+    """Of a config with a head_dim of its own, but lists of a factor for each pair of a head's dimensions (longrope).
+
+    They must be as long as hidden_size / heads says.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    lists = [rope[key] for key in ("short_factor", "long_factor") if rope.get(key) is not None]
+    share = rope.get("partial_rotary_factor") or 1.0
+    per_group = config.num_attention_heads // present
+
+    def pairs(count: int) -> int:
+        return int(config.hidden_size // (count * per_group) * share) // 2
+
+    return [n for n in range(1, present + 1) if all(len(factors) == pairs(n) for factors in lists)]
+
+
+def _channels(*slots: Slot, count: str = "intermediate_size") -> UnitKind:
+    return UnitKind("MLP channels", slots, (count,), ("intermediate_size",), rounds=True)
+
+
+_LLAMA_CHANNELS = _channels(
+    Slot("mlp.gate_proj", "rows"), Slot("mlp.up_proj", "rows"), Slot("mlp.down_proj", "columns")
 )
-_LLAMA_LIKE = Family("model.layers", _LLAMA_MLP, _LLAMA_ATTENTION)
-_LLAMA_STRICT = replace(_LLAMA_LIKE, head_counts="divisors")
+_LLAMA_GROUPS = UnitKind(
+    "KV groups",
+    (
+        Slot("self_attn.q_proj", "rows", ("query",)),
+        Slot("self_attn.k_proj", "rows", ("kv",)),
+        Slot("self_attn.v_proj", "rows", ("kv",)),
+        Slot("self_attn.o_proj", "columns", ("query",)),
+    ),
+    counts=("num_key_value_heads", "num_attention_heads"),
+    in_modules=("num_key_value_heads", "num_heads"),
+    written_out=("head_dim",),
+)
+
+
+def _heads(*slots: Slot) -> UnitKind:
+    """Of a family in which every query head has its own key and value, and fewer would be other heads."""
+    return UnitKind("KV groups", slots, ("num_attention_heads",), possible=_present_alone)
+
+
+_LLAMA_LIKE = Family("model.layers", {"mlp": _LLAMA_CHANNELS, "heads": _LLAMA_GROUPS})
+_LLAMA_STRICT = replace(
+    _LLAMA_LIKE, units={"mlp": _LLAMA_CHANNELS, "heads": replace(_LLAMA_GROUPS, possible=_divisors)}
+)
 
 FAMILIES = {
     "llama": _LLAMA_STRICT,
@@ -77,35 +151,48 @@ FAMILIES = {
     "gemma3_text": replace(_LLAMA_STRICT, needs_bos=True),
     "phi3": Family(
         "model.layers",
-        (Slot("mlp.gate_up_proj", "rows", ("channel", "channel")), Slot("mlp.down_proj", "columns")),
-        (Slot("self_attn.qkv_proj", "rows", ("query", "kv", "kv")), Slot("self_attn.o_proj", "columns", ("query",))),
-        head_counts="factors",
+        {
+            "mlp": _channels(
+                Slot("mlp.gate_up_proj", "rows", ("channel", "channel")), Slot("mlp.down_proj", "columns")
+            ),
+            "heads": replace(
+                _LLAMA_GROUPS,
+                slots=(
+                    Slot("self_attn.qkv_proj", "rows", ("query", "kv", "kv")),
+                    Slot("self_attn.o_proj", "columns", ("query",)),
+                ),
+                possible=_by_rope_factors,
+            ),
+        },
     ),
     "gpt2": Family(
         "transformer.h",
-        (Slot("mlp.c_fc", "rows"), Slot("mlp.c_proj", "columns")),
-        (Slot("attn.c_attn", "rows", ("kv", "kv", "kv")), Slot("attn.c_proj", "columns", ("kv",))),
-        mlp_width="n_inner",
-        kv_heads=None,
-        head_counts="present",
+        {
+            "mlp": _channels(Slot("mlp.c_fc", "rows"), Slot("mlp.c_proj", "columns"), count="n_inner"),
+            "heads": _heads(Slot("attn.c_attn", "rows", ("kv", "kv", "kv")), Slot("attn.c_proj", "columns", ("kv",))),
+        },
+        attention_output="attn.c_proj",
     ),
     "opt": Family(
         "model.decoder.layers",
-        (Slot("fc1", "rows"), Slot("fc2", "columns")),
-        (
-            *(Slot(f"self_attn.{name}_proj", "rows", ("kv",)) for name in "qkv"),
-            Slot("self_attn.out_proj", "columns", ("kv",)),
-        ),
-        mlp_width="ffn_dim",
-        kv_heads=None,
-        head_counts="present",
+        {
+            "mlp": _channels(Slot("fc1", "rows"), Slot("fc2", "columns"), count="ffn_dim"),
+            "heads": _heads(
+                *(Slot(f"self_attn.{name}_proj", "rows", ("kv",)) for name in "qkv"),
+                Slot("self_attn.out_proj", "columns", ("kv",)),
+            ),
+        },
+        attention_output="self_attn.out_proj",
     ),
     "gpt_neox": Family(
         "gpt_neox.layers",
-        (Slot("mlp.dense_h_to_4h", "rows"), Slot("mlp.dense_4h_to_h", "columns")),
-        (Slot("attention.query_key_value", "rows", ("qkv",)), Slot("attention.dense", "columns", ("kv",))),
-        kv_heads=None,
-        head_counts="present",
+        {
+            "mlp": _channels(Slot("mlp.dense_h_to_4h", "rows"), Slot("mlp.dense_4h_to_h", "columns")),
+            "heads": _heads(
+                Slot("attention.query_key_value", "rows", ("qkv",)), Slot("attention.dense", "columns", ("kv",))
+            ),
+        },
+        attention_output="attention.dense",
         stored_head="embed_out",
     ),
 }
@@ -205,8 +292,7 @@ class Anatomy:
         ]
 
     def unit_linears(self, kind: str) -> list[list[UnitLinear]]:
-        """For each block, the Linears that make up its units of a kind: mlp (MLP channels) or heads (KV groups)."""
-        slots = self.family.mlp if kind == "mlp" else self.family.attention
+        """For each block, the Linears that make up its units of a kind."""
         return [
             [
                 UnitLinear(
@@ -215,17 +301,18 @@ class Anatomy:
                     slot.side,
                     tuple(self._width(run) for run in slot.runs),
                 )
-                for slot in slots
+                for slot in self.family.units[kind].slots
             ]
             for index, block in enumerate(self.blocks)
         ]
 
     def unit_count(self, kind: str) -> int:
-        """How many units of a kind each block has: MLP channels (mlp) or KV groups (heads)."""
-        if kind == "mlp":  # as built: a config may leave its width to a default
-            last = self.unit_linears("mlp")[0][-1]
-            return int(last.weight.shape[1])
-        return int(getattr(self.config, self.family.kv_heads or self.family.query_heads))
+        """How many units of a kind each block has; as built, where the config leaves it to a default."""
+        said = getattr(self.config, self.family.units[kind].counts[0], None)
+        if said is not None:
+            return int(said)
+        reader = self.unit_linears(kind)[0][-1]
+        return int(reader.weight.shape[1]) // sum(reader.widths)
 
     @property
     def head_dim(self) -> int:
@@ -245,23 +332,31 @@ class Anatomy:
 
     def possible_counts(self, kind: str) -> list[int]:
         """Unit counts that the family's config can hold, up to the present one, ascending."""
-        return possible_head_counts(self.config) if kind == "heads" else list(range(1, self.unit_count(kind) + 1))
+        return self.family.units[kind].possible(self.config, self.unit_count(kind))
 
 
-def possible_head_counts(config: Any) -> list[int]:
-    """Numbers of KV groups that a config of transformers can hold, up to its present one, ascending."""
-    family = family_of(config.model_type)
-    heads = int(getattr(config, family.query_heads))
-    present = int(getattr(config, family.kv_heads or family.query_heads))
-    counts = range(1, present + 1)
-    if family.head_counts == "present":
-        return [present]
-    if family.head_counts == "divisors":
-        return [n for n in counts if config.hidden_size % (n * heads // present) == 0]
-    if family.head_counts == "factors":
-        rope = getattr(config, "rope_parameters", None) or {}
-        lists = [rope[key] for key in ("short_factor", "long_factor") if rope.get(key) is not None]
-        share = rope.get("partial_rotary_factor") or 1.0
-        pairs = [int(config.hidden_size // (n * heads // present) * share) // 2 for n in counts]
-        return [n for n, of_n in zip(counts, pairs, strict=True) if all(len(factors) == of_n for factors in lists)]
-    return list(counts)
+def unit_kind(config: Any, kind: str) -> UnitKind:
+    """A kind of unit of the family of a config of transformers; raises Refused where the family has none such."""
+    units = family_of(config.model_type).units
+    if kind not in units:
+        raise Refused(
+            f"method.units: {config.model_type} models have no units of the kind {kind!r}; they have {', '.join(units)}"
+        )
+    return units[kind]
+
+
+def check_matrices(model: Any) -> None:
+    """Raises Refused where a block holds a matrix that is neither prunable nor named by its family as left alone.
+
+    It would be left out of every amount without a word. Matrices are parameters of two dimensions or more.
+    """
+    anatomy = Anatomy(model)
+    prunable = {f"{name}.weight" for name, _ in anatomy.linears()}
+    for index, block in enumerate(anatomy.blocks):
+        for name, parameter in block.named_parameters(f"{anatomy.family.blocks}.{index}"):
+            if parameter.ndim >= 2 and name not in prunable and not name.endswith(anatomy.family.left_alone):
+                raise Refused(
+                    f"model family {model.config.model_type!r}: {name} of shape {list(parameter.shape)} is no weight "
+                    "of a Linear, so that no method would prune it: name it in `left_alone` of its entry in "
+                    "prune_lab/models/anatomy.py, if it is to stay as it is"
+                )

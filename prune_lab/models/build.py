@@ -11,7 +11,7 @@ import torch
 from prune_lab.errors import Refused
 from prune_lab.models import folder as folders
 from prune_lab.models import streamed
-from prune_lab.models.anatomy import family_of
+from prune_lab.models.anatomy import check_matrices, family_of
 from prune_lab.models.checkpoint import read_checkpoint
 from prune_lab.models.contents import check_finite
 from prune_lab.models.folder_check import check_config
@@ -70,6 +70,7 @@ def build(
         raise
     except Exception as error:  # transformers, the Hub's client and safetensors each have their own
         raise _not_loaded(name, error) from error
+    check_matrices(model)
     check_finite(model, name)
     return model.eval(), tokenizer, notes
 

@@ -1,4 +1,4 @@
-"""What a model must be told when units or blocks are taken out of it, and what it was before."""
+"""Config and module attributes after units or blocks were removed, and how many there were before."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ _PER_BLOCK = ("layer_types",)  # settings with one entry for each block, in the 
 class Shape:
     """How much of a model there is: units of each kind in a block, and which of the dense model's blocks."""
 
-    mlp: int
-    heads: int
+    units: dict[str, int]
     blocks: list[int]
 
 
 def shape_of(anatomy: Anatomy) -> Shape:
     """The present shape."""
-    return Shape(anatomy.unit_count("mlp"), anatomy.unit_count("heads"), original_blocks(anatomy))
+    return Shape({kind: anatomy.unit_count(kind) for kind in anatomy.family.units}, original_blocks(anatomy))
 
 
 def dense_count(anatomy: Anatomy, kind: str) -> int:
@@ -43,17 +42,16 @@ def original_blocks(anatomy: Anatomy) -> list[int]:
 def set_unit_count(anatomy: Anatomy, kind: str, count: int, was: int) -> None:
     """Writes a new unit count into the config, and into the modules that keep a copy of it; `was` is the old one."""
     anatomy.model.__dict__.setdefault(_DENSE, {}).setdefault(kind, was)
-    config, family = anatomy.config, anatomy.family
-    if kind == "mlp":
-        setattr(config, family.mlp_width, count)
-        _set_in_modules(anatomy, {"intermediate_size": count})
-        return
-    per_group, head_dim = anatomy.query_heads // was, anatomy.head_dim
-    config.head_dim = head_dim
-    setattr(config, family.query_heads, count * per_group)
-    if family.kv_heads is not None:
-        setattr(config, family.kv_heads, count)
-    _set_in_modules(anatomy, {"num_key_value_heads": count, "num_heads": count * per_group})
+    config, units = anatomy.config, anatomy.family.units[kind]
+    for name in units.written_out:
+        setattr(config, name, getattr(anatomy, name))
+    for name in units.counts:
+        setattr(config, name, count * ((getattr(config, name) or was) // was))
+    for block in anatomy.blocks:
+        for module in block.modules():
+            for name in units.in_modules:
+                if isinstance(value := getattr(module, name, None), int):
+                    setattr(module, name, count * (value // was))
 
 
 def check_removable(config: Any) -> None:
@@ -86,11 +84,3 @@ def keep_blocks(anatomy: Anatomy, kept: list[int]) -> None:
         for module in block.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = number
-
-
-def _set_in_modules(anatomy: Anatomy, values: dict[str, int]) -> None:
-    for block in anatomy.blocks:
-        for module in block.modules():
-            for name, value in values.items():
-                if isinstance(getattr(module, name, None), int):
-                    setattr(module, name, value)

@@ -82,7 +82,7 @@ def take_shape(anatomy: Anatomy, shape: Shape) -> None:
     """Cuts a dense model to a shape, whatever its weights: those of a checkpoint are put in afterwards."""
     if shape.blocks != original_blocks(anatomy):
         keep_blocks(anatomy, shape.blocks)
-    for kind, count in (("mlp", shape.mlp), ("heads", shape.heads)):
+    for kind, count in shape.units.items():
         first = torch.arange(anatomy.unit_count(kind)) < count
         remove_units(anatomy, kind, [first for _ in anatomy.blocks])
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prune_lab.errors import Refused
-from prune_lab.models.anatomy import Anatomy, UnitLinear, family_of, possible_head_counts
+from prune_lab.models.anatomy import Anatomy, UnitKind, UnitLinear, unit_kind
 from prune_lab.models.resize import dense_count
 from prune_lab.pruning import sensitivity
 from prune_lab.pruning.calibration import Calibrator
@@ -137,42 +137,49 @@ def _walk(
 
 
 def check(rule: UnitRule, config: Any, amounts: Iterable[float]) -> None:
-    """Raises Refused where a config of transformers cannot hold what one of the cumulative amounts leaves."""
-    if "heads" in rule.units:
-        possible = possible_head_counts(config)
-        family = family_of(config.model_type)
-        total = int(getattr(config, family.kv_heads or family.query_heads))
+    """Raises Refused for what the model has no units of, and where its config cannot hold what an amount leaves.
+
+    config: of transformers, before any weight is loaded. amounts: cumulative.
+    """
+    for kind in rule.units:
+        units = unit_kind(config, kind)
+        total = getattr(config, units.counts[0], None)
+        if total is None:  # left to a default: known when the model is there
+            continue
         for amount in amounts:
-            _check_heads(rule, config, amount, _count(rule, "heads", total, amount), total, possible)
+            _check_count(rule, config, kind, amount, _count(rule, units, total, amount), total)
 
 
 def _count_to_keep(rule: UnitRule, anatomy: Anatomy, kind: str, amount: float) -> int:
-    total = dense_count(anatomy, kind)
-    count = min(_count(rule, kind, total, amount), anatomy.unit_count(kind))
-    if kind == "heads":
-        _check_heads(rule, anatomy.config, amount, count, total, anatomy.possible_counts(kind))
+    total, units = dense_count(anatomy, kind), unit_kind(anatomy.config, kind)
+    count = min(_count(rule, units, total, amount), anatomy.unit_count(kind))
+    _check_count(rule, anatomy.config, kind, amount, count, total)
     return count
 
 
-def _count(rule: UnitRule, kind: str, total: int, amount: float) -> int:
+def _count(rule: UnitRule, units: UnitKind, total: int, amount: float) -> int:
     """How many of `total` units stay."""
     count = max(1, total - count_to_remove(total, amount))
-    if kind == "mlp" and rule.round_to is not None and amount > 0:
+    if units.rounds and rule.round_to is not None and amount > 0:
         if rule.round_to > total:
-            raise Refused(f"method.round_to={rule.round_to} is more than the {total} MLP channels of a block")
+            raise Refused(f"method.round_to={rule.round_to} is more than the {total} {units.label} of a block")
         count = min(max(1, round(count / rule.round_to)), total // rule.round_to) * rule.round_to
     return count
 
 
-def _check_heads(rule: UnitRule, config: Any, amount: float, count: int, total: int, possible: list[int]) -> None:
+def _check_count(rule: UnitRule, config: Any, kind: str, amount: float, count: int, total: int) -> None:
+    """Raises Refused where a config that holds `total` units of a kind, or fewer by now, cannot hold `count`."""
+    units = unit_kind(config, kind)
+    possible = units.possible(config, getattr(config, units.counts[0], None) or total)
     if not rule.physical or count in possible:
         return
     amounts = ", ".join(f"{n} (amount={1 - n / total:g})" for n in possible)
-    others = "method.units=[mlp] or " if "mlp" in rule.units else ""
+    others = [other for other in rule.units if other != kind]
+    without = f"method.units=[{','.join(others)}] or " if others else ""
     raise Refused(
-        f"method.units=[{','.join(rule.units)}]: method.amount={amount:g} leaves {count} of {total} KV groups, which a "
-        f"stock {config.model_type} config cannot hold: possible are {amounts}; or give {others}method.physical=false, "
-        "which leaves zeros"
+        f"method.units=[{','.join(rule.units)}]: method.amount={amount:g} leaves {count} of {total} {units.label}, "
+        f"which a stock {config.model_type} config cannot hold: possible are {amounts}; or give {without}"
+        "method.physical=false, which leaves zeros"
     )
 
 

@@ -21,7 +21,7 @@ def residual_dropout(model: Any, p: float) -> Iterator[None]:
     hooks = []
     if p > 0:
         anatomy = Anatomy(model)
-        parts = [part for kind in ("mlp", "heads") for block in anatomy.unit_linears(kind) for part in block]
+        parts = [part for kind in anatomy.family.units for block in anatomy.unit_linears(kind) for part in block]
         writers = [part.linear for part in parts if part.side == "columns"]  # they end in the residual stream
 
         def _drop(module: Any, inputs: Any, output: Tensor) -> Tensor:
