@@ -89,7 +89,7 @@ def _files(path: str, key: str) -> list[Path]:
     """The files that `path` names, sorted; raises Refused where there are none of a known kind."""
     kinds = ", ".join(_READERS)
     try:
-        place = as_path(path)
+        place = as_path(path).absolute()  # to pyarrow file:x is an address, and ~/x at home
         if place.is_dir():
             found = [file for file in place.rglob("*") if file.suffix in _READERS]
         elif place.is_file():
@@ -104,7 +104,7 @@ def _files(path: str, key: str) -> list[Path]:
     wrong = [file.name for file in found if file.suffix not in _READERS]
     if wrong:
         raise Refused(f"{key}={path!r}: {wrong[0]} is none of {kinds}")
-    return sorted(file.absolute() for file in found)  # pyarrow sees an address in file:x, and a home in ~/x
+    return sorted(found)
 
 
 def _innermost(error: BaseException) -> str:
