@@ -141,6 +141,27 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
     # The small model's Linears have 32 inputs.
     ("measure=quality_only method.pattern=2:7 tracking=none", ("method.pattern=2:7", "32 inputs", "multiple of 7")),
 ]  # fmt: skip
+# Overrides with spaces in them, or flags: what Hydra or argparse would have a message of its own for.
+_TYPED: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "a path with brackets": (
+        ["dataset.path=My Drive (1)"],
+        ("dataset.path=My Drive (1)", "for a text write \"dataset.path='My Drive (1)'\""),
+    ),
+    "a path with = and commas": (["dataset.path=a=b, c"], ("\"dataset.path='a=b, c'\"",)),
+    "a path with braces": (["dataset.path=x{y}"], ("\"dataset.path='x{y}'\"",)),
+    "a path with an apostrophe": (["model.name=it's"], ("\"model.name='it\\'s'\"",)),
+    "a path with a comma": (["dataset.path=a,b"], ("-m", "'dataset.path=[a,b]'", "\"dataset.path='a,b'\"")),
+    "no override": (["two words"], ("two words", "KEY=VALUE")),
+    "a key that is none": (["a b=1"], ("a b=1", "KEY=VALUE")),
+    "a flag that is none": (["--multrun"], ("--multrun: no such flag", "--multirun")),
+    "a dash before an override": (["-amount=0.5"], ("-amount=0.5", "an override has no dash: amount=0.5")),
+    "a flag without its value": (["-cn"], ("--config-name", "expected one argument")),
+    "a key of another option": (["recovery=none", "recovery.temperature=2"], ("recovery.temperature", "steps, lr")),
+    "a key of no option of a sweep": (
+        ["-m", "recovery=none,lora", "recovery.temperature=2"],
+        ("recovery.temperature: no such key in recovery=none,lora", "steps, lr, batch_size", "in lora also"),
+    ),
+}  # fmt: skip
 # What `_target_` must not name; the last ones start well and are not ours.
 _TARGETS = [
     "os.system", "subprocess.Popen", "builtins.eval", "Magnitude", "", "null", "prune_lab.methods.nope.Nope",
@@ -153,6 +174,13 @@ CONFIG += [
     Bad("config", f"target {target!r}", [f"method._target_={target}"],
         ("method._target_=", target.replace("null", "None"), "allowed"))
     for target in _TARGETS
+]  # fmt: skip
+CONFIG += [Bad("config", name, words, says, flags=["measure=quality_only"]) for name, (words, says) in _TYPED.items()]
+CONFIG += [
+    Bad("config", f"a folder called {name!r} as Hydra reads it", [f"dataset.path={name}"],
+        (f"dataset.path={name}: Hydra reads", f"\"dataset.path='{name}'\""),
+        lambda place, name=name: (place / name).mkdir())
+    for name in ("[x]", "1e3", "null")
 ]  # fmt: skip
 
 

@@ -167,7 +167,7 @@ def _files(path: str, key: str) -> list[Path]:
     """The files that `path` names, sorted; raises Refused where there are none of a known kind."""
     kinds = ", ".join(KINDS)
     try:
-        place = as_path(path)
+        place = as_path(path).absolute()  # to pyarrow file:x is an address, and ~/x at home
         if place.is_dir():
             found = [file for file in place.rglob("*") if file.suffix in KINDS]
         elif place.is_file():
@@ -183,4 +183,4 @@ def _files(path: str, key: str) -> list[Path]:
     if wrong:
         more = ", ".join(sorted(NAMED_KINDS.keys() - KINDS.keys()))
         raise Refused(f"{key}={path!r}: {wrong[0]} is none of {kinds} (or, named as a file, {more})")
-    return sorted(file.absolute() for file in found)  # pyarrow sees an address in file:x, and a home in ~/x
+    return sorted(found)
