@@ -67,6 +67,10 @@ def test_what_is_logged_is_in_the_table(name: str) -> None:
             assert entry.unit == unit, metric
 
 
+def test_a_task_may_be_called_as_a_dense_figure_is() -> None:
+    check_known(["tasks/dense_passage_acc", "tasks/dense_dense_passage_acc"])
+
+
 @pytest.mark.parametrize("entry", METRICS, ids=lambda entry: entry.name)
 def test_an_entry_is_of_something_that_is_logged(entry: Metric) -> None:
     """With the dense model's figure beside it where the table says so."""

@@ -170,8 +170,10 @@ METRICS = (
 @cache
 def find(name: str) -> Metric | None:
     """The entry of a metric, by its name; None for a figure of the dense model and for what the table lacks."""
-    if is_dense(name):
-        return None
+    return None if is_dense(name) else _entry(name)
+
+
+def _entry(name: str) -> Metric | None:
     return next((metric for metric in METRICS if metric.words_of(name) is not None), None)
 
 
@@ -184,7 +186,7 @@ def members(family: str, metrics: Values) -> Iterable[tuple[dict[str, str], floa
 def check_known(names: Iterable[str]) -> None:
     """Raises ValueError where a name is neither a metric of the table nor the dense figure of one that has it."""
     for name in names:
-        entry = find(without_dense(name))
+        entry = _entry(without_dense(name))
         if entry is None or (is_dense(name) and entry.dense != MEASURED):
             raise ValueError(f"{name!r} is no metric: METRICS in prune_lab/results/metrics.py has no entry of it")
 
