@@ -1,4 +1,4 @@
-"""The contract's metrics from what was measured: compressed beside dense."""
+"""Metrics of a run from what was measured of the compressed and of the dense model."""
 
 from __future__ import annotations
 
@@ -10,46 +10,45 @@ from prune_lab.measure.speed import Paired
 from prune_lab.measure.timing import Timings
 from prune_lab.methods.base import Method
 from prune_lab.pruning.pruned import Pruned
+from prune_lab.results.metrics import dense_name
 
 
 def compare(
     method: Method, dense: Figures, compressed: Figures, timings: Timings | None, pruned: Pruned
 ) -> dict[str, float]:
-    """Metrics by their public names (docs/metrics.md). Each field of Quality is one; MLflow opens on the first."""
+    """Metrics by name, each an entry of METRICS in results/metrics.py; MLflow opens on the first.
+
+    Each field of Quality is a metric of its name. timings: None where nothing was timed.
+    """
     metrics: dict[str, float] = {}
     for (name, value), was in zip(asdict(compressed.quality).items(), asdict(dense.quality).values(), strict=True):
-        metrics |= {f"quality/{name}": value, f"quality/dense_{name}": was}
+        metrics |= _both(f"quality/{name}", value, was)
     metrics["quality/perplexity_ratio"] = metrics["quality/perplexity"] / metrics["quality/dense_perplexity"]
     requested = 0.0 if "amount" in method.not_applicable else method.amount
     metrics |= {"amount/requested": requested, "amount/realized": pruned.realized}
     size, full = compressed.size, dense.size
     metrics |= {
-        "params/total": size.params,
-        "params/dense_total": full.params,
-        "params/nonzero": size.nonzero,
-        "params/dense_nonzero": full.nonzero,
+        **_both("params/total", size.params, full.params),
+        **_both("params/nonzero", size.nonzero, full.nonzero),
         "params/reduction": 1 - size.nonzero / max(1, full.nonzero),
         "params/physical_reduction": 1 - size.params / full.params,
-        "size/disk_mb": size.disk_mb,
-        "size/dense_disk_mb": full.disk_mb,
+        **_both("size/disk_mb", size.disk_mb, full.disk_mb),
         "size/reduction": 1 - size.disk_mb / full.disk_mb,
-        "memory/weights_mb": size.weights_mb,
-        "memory/dense_weights_mb": full.weights_mb,
+        **_both("memory/weights_mb", size.weights_mb, full.weights_mb),
     }
     if compressed.memory_mb is not None and dense.memory_mb is not None:
         metrics |= {
-            "memory/peak_mb": compressed.memory_mb,
-            "memory/dense_peak_mb": dense.memory_mb,
+            **_both("memory/peak_mb", compressed.memory_mb, dense.memory_mb),
             "memory/reduction": 1 - compressed.memory_mb / dense.memory_mb,
         }
-    for prefix, scores in (("", compressed.tasks), ("dense_", dense.tasks)):
-        for task, values in scores.items():
-            metrics |= {f"tasks/{prefix}{task}_{name}": float(value) for name, value in values.items()}
+    for prefix, tasks in (("", compressed.tasks), ("dense_", dense.tasks)):
+        for task, scores in tasks.items():
+            metrics |= {f"tasks/{prefix}{task}_{score}": float(value) for score, value in scores.items()}
     return metrics | (latency_figures(timings) if timings is not None else {})
 
 
 def latency_figures(timings: Timings) -> dict[str, float]:
-    """What was timed, by its public names."""
+    """Metrics of time and energy by name."""
     headline = timings.headline
     metrics = _timed("prefill", "ms", headline.prefill) | _timed("decode", "ms_per_token", headline.decode)
     metrics["throughput/decode_tokens_per_s"] = 1e3 / metrics["latency/decode_ms_per_token_p50"]
@@ -58,29 +57,30 @@ def latency_figures(timings: Timings) -> dict[str, float]:
     for (batch, length), taken in timings.grid.items():
         at = f"_b{batch}_l{length}"
         for stage, unit, paired in (("prefill", "ms", taken.prefill), ("decode", "ms_per_token", taken.decode)):
-            metrics[f"latency/{stage}_{unit}_p50{at}"] = float(paired.compressed.quantile(0.5))
-            metrics[f"latency/dense_{stage}_{unit}_p50{at}"] = float(paired.dense.quantile(0.5))
-            metrics |= _speedup(stage, paired, at)
+            medians = float(paired.compressed.quantile(0.5)), float(paired.dense.quantile(0.5))
+            metrics |= _both(f"latency/{stage}_{unit}_p50{at}", *medians) | _speedup(stage, paired, at)
     if timings.energy is not None:
-        metrics["energy/joules_per_token"] = timings.energy.compressed
-        metrics["energy/dense_joules_per_token"] = timings.energy.dense
+        metrics |= _both("energy/joules_per_token", timings.energy.compressed, timings.energy.dense)
     return metrics
 
 
 def compute_figures(dense: Macs, compressed: Macs) -> dict[str, float]:
-    """Multiply-accumulates per token, by their public names."""
-    return {
-        "compute/macs_per_token": compressed.total,
-        "compute/dense_macs_per_token": dense.total,
-        "compute/effective_macs_per_token": compressed.effective,
-    }
+    """Metrics of multiply-accumulates per token by name."""
+    effective = {"compute/effective_macs_per_token": compressed.effective}
+    return _both("compute/macs_per_token", compressed.total, dense.total) | effective
+
+
+def _both(name: str, compressed: float, dense: float) -> dict[str, float]:
+    """A metric and the dense model's figure beside it."""
+    return {name: compressed, dense_name(name): dense}
 
 
 def _timed(stage: str, unit: str, paired: Paired) -> dict[str, float]:
+    median = f"latency/{stage}_{unit}_p50"
     return {
-        f"latency/{stage}_{unit}_p50": float(paired.compressed.quantile(0.5)),
+        median: float(paired.compressed.quantile(0.5)),
         f"latency/{stage}_{unit}_p95": float(paired.compressed.quantile(0.95)),
-        f"latency/dense_{stage}_{unit}_p50": float(paired.dense.quantile(0.5)),
+        dense_name(median): float(paired.dense.quantile(0.5)),
         **_speedup(stage, paired),
     }
 

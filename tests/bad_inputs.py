@@ -78,6 +78,7 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
     ("seed=9223372036854775808", ("seed=9223372036854775808", "[0, 2^63)")),
     ("seed=1.5", ("seed", "1.5", "Integer")),
     ("seed=null", ("seed",)),
+    ("objectives=[size/dsk_mb]", ("objectives=['size/dsk_mb']", "size/disk_mb")),
     ("export=perhaps", ("export", "perhaps", "bool")),
     ("name=''", ("name=''", "1 to 250")),
     (f"name={LONG}", ("name='xxx", "1 to 250")),

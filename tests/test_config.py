@@ -560,7 +560,17 @@ def test_a_refused_recipe_does_nothing(tmp_path: Path, cli: Cli) -> None:
 # --- objectives of a search ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", [["perplexity"], ["quality/perplexty"], [], ["size/disk_mb", "no/thing"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["perplexity"],
+        ["quality/perplexty"],
+        [],
+        ["size/disk_mb", "no/thing"],
+        ["size/dsk_mb"],
+        ["quality/dense_perplexity"],
+    ],
+)
 def test_an_objective_is_a_metric_that_can_be_improved(names: list[str]) -> None:
     with pytest.raises(Refused, match="objectives=") as refused:
         config.build_parts(composed(f"objectives=[{','.join(names)}]"))

@@ -1,4 +1,4 @@
-"""docs/metrics.md lists every metric that a run can log, with its direction as the code has it, and no other."""
+"""The table of metrics: it has every metric that a run logs, with its direction and unit, and no other."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import re
 import pytest
 import torch
 from conftest import ROOT
-from metrics_page import Row, rows_of, without_dense
 
+from prune_lab.commands.reference import write_metrics
 from prune_lab.compare import compare, compute_figures
 from prune_lab.measure.energy import Energy
 from prune_lab.measure.figures import Figures
@@ -21,10 +21,12 @@ from prune_lab.measure.speed import Latency, Paired
 from prune_lab.measure.timing import Timings
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.pruning.pruned import Pruned
-from prune_lab.results.metrics import axis
+from prune_lab.results.metrics import MEASURED, METRICS, Metric, axis, check_known, find, members, of_dense
+from prune_lab.results.series import Position, pivot
+from prune_lab.results.summary import Summary
 
-ROWS = rows_of(ROOT / "docs" / "metrics.md")
-NAMES = [name for row in ROWS for name in row.names]
+PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+SCORES = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "word_perplexity", "exact_match", "n", "truncated")
 UNITS = {"_mb": "MB", "_ms_p50": "ms", "_ms_p95": "ms", "_s": "s", "reduction": "fraction", "_speedup": "times dense"}
 
 
@@ -33,50 +35,166 @@ def emitted() -> set[str]:
     pair = Paired(torch.ones(10), torch.ones(10))
     latency = Latency(pair, pair)
     timings = Timings(latency, aa=latency, grid={(4, 128): latency}, energy=Energy(1.0, 1.0))
-    scores = dict.fromkeys(("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "n", "truncated"), 1.0)
     quality = Quality(*[1.0] * len(dataclasses.fields(Quality)))
-    figures = Figures(quality, Size(1, 1, 1.0, 1.0), 1.0, {"arc_easy": scores})
+    figures = Figures(quality, Size(1, 1, 1.0, 1.0), 1.0, {"arc_easy": dict.fromkeys(SCORES, 1.0)})
     found = set(compare(Magnitude(), figures, figures, timings, Pruned()))
-    return found | set(compute_figures(Macs(1, 1), Macs(1, 1))) | written("time", "train", "validation")
+    return found | set(compute_figures(Macs(1, 1), Macs(1, 1))) | written()
 
 
-def written(*groups: str) -> set[str]:
-    """Names of metrics of these groups that stand in the package's source."""
-    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "prune_lab").rglob("*.py"))
-    texts = {n.value for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Constant)}
-    name = re.compile(rf"({'|'.join(groups)})/[a-z_]+")
-    return {text for text in texts if isinstance(text, str) and name.fullmatch(text)}
+def written() -> set[str]:
+    """Names that look like a metric's where the package's source has a dictionary's key, or a stopwatch's name."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "prune_lab").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    keys = [key for node in nodes if isinstance(node, ast.Dict) for key in node.keys]
+    keys += [
+        word for node in nodes if isinstance(node, ast.Call) and "stopwatch" in ast.unparse(node) for word in node.args
+    ]
+    texts = [key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
+    return {text for text in texts if re.fullmatch(r"[a-z]+/[a-z0-9_]+", text)}
 
 
 EMITTED = sorted(emitted())
 
 
-def row_of(metric: str) -> Row:
-    found = [row for row in ROWS if row.is_about(without_dense(metric))]
-    assert len(found) == 1, f"docs/metrics.md has {len(found)} rows of {metric}"
-    return found[0]
-
-
-@pytest.mark.parametrize("metric", EMITTED)
-def test_the_page_has_a_metric_with_its_direction(metric: str) -> None:
-    row = row_of(metric)
-    if metric == without_dense(metric):
-        assert row.better == (axis(metric).better or ""), metric
-    assert row.measured
+@pytest.mark.parametrize("name", EMITTED)
+def test_what_is_logged_is_in_the_table(name: str) -> None:
+    metric = name.replace("/dense_", "/")
+    entry = find(metric)
+    assert entry is not None
+    check_known([name])
     for end, unit in UNITS.items():
         if metric.endswith(end) and not metric.endswith("tokens_per_s"):
-            assert row.unit == unit, metric
+            assert entry.unit == unit, metric
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.names[0])
-def test_a_row_is_of_metrics_that_exist(row: Row) -> None:
-    for name in row.names:
-        alone = Row((name,), row.unit, row.better, row.dense, row.measured)
-        of_name = [metric for metric in EMITTED if alone.is_about(without_dense(metric))]
-        assert of_name, f"no run logs {name}"
-        assert row.dense == ("yes" if any("/dense_" in metric for metric in of_name) else ""), name
+def test_a_task_may_be_called_as_a_dense_figure_is() -> None:
+    check_known(["tasks/dense_passage_acc", "tasks/dense_dense_passage_acc"])
 
 
-def test_a_metric_stands_once() -> None:
-    assert len(set(NAMES)) == len(NAMES) > 40
+@pytest.mark.parametrize("entry", METRICS, ids=lambda entry: entry.name)
+def test_an_entry_is_of_something_that_is_logged(entry: Metric) -> None:
+    """With the dense model's figure beside it where the table says so."""
+    of_entry = [name for name in EMITTED if find(name.replace("/dense_", "/")) is entry]
+    assert of_entry, f"no run logs {entry.name}"
+    assert any("/dense_" in name for name in of_entry) == (entry.dense == MEASURED)
+    assert entry.measured
+
+
+def test_a_name_fits_one_entry() -> None:
+    """But for scores of tasks, whose last two entries take what the others leave."""
+    for name in (name for name in EMITTED if "/dense_" not in name):
+        fitting = [entry.name for entry in METRICS if entry.words_of(name) is not None]
+        own = [entry for entry in fitting if "{score}" not in entry]
+        assert len(own) == 1 or (not own and name.startswith("tasks/")), (name, fitting)
     assert len(EMITTED) > 60
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "quality/perplexty", "perplexity", "Quality/perplexity", "quality/perplexity ", "quality/", "own/size_mb",
+        "quality/dense_perplexity_ratio", "quality/dense_dense_perplexity", "params/dense_reduction",
+        "time/dense_prune_s", "latency/dense_prefill_speedup", "latency/encode_speedup", "latency/prefill_speedup_b4",
+        "latency/prefill_speedup_bB_lL", "latency/prefill_speedup_middle", "latency/{stage}_speedup", "time/wait_s",
+        "tasks/acc", "",
+    ],
+)  # fmt: skip
+def test_what_is_not_in_the_table_cannot_be_logged(name: str) -> None:
+    summary = Summary("RUNNING")
+    with pytest.raises(ValueError, match=re.escape(f"{name!r} is no metric")):
+        summary.set_metrics({"quality/perplexity": 10.0, name: 1.0})
+    assert summary.metrics == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["own/size_mb", "own/perplexity", "quality/dense_perplexity", "latency/prefill_speedup_b4", "seconds_s"]
+)
+def test_what_is_not_in_the_table_is_drawn_without_a_direction(name: str) -> None:
+    """As a stored run of another version may have it; its dense model stands beside it by the name alone."""
+    found = axis(name)
+    assert (found.metric, found.title, found.unit, found.better) == (name, name, 1.0, None)
+    assert not found.logarithmic
+    assert of_dense({"own/size_mb": 1.0, "own/dense_size_mb": 2.0, "own/reduction": 0.5}) == {"own/size_mb": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "better", "dense"),
+    [
+        ("tasks/arc_easy_acc_norm", "higher", None),
+        ("tasks/x_acc_acc", "higher", None),
+        ("tasks/wikitext_word_perplexity", "lower", None),
+        ("tasks/gsm8k_exact_match_flexible-extract", None, None),
+        ("tasks/arc_easy_acc_stderr", None, None),
+        ("tasks/wikitext_word_perplexity_stderr", None, None),
+        ("tasks/piqa_n", None, None),
+        ("latency/decode_ms_per_token_p50_b16_l2048", "lower", None),
+        ("latency/decode_speedup_b16_l2048", "higher", 1.0),
+        ("latency/prefill_speedup_b1_l8_low", "higher", 1.0),
+        ("latency/aa_decode_speedup_high", "higher", 1.0),
+        ("memory/reduction", "higher", 0.0),
+        ("validation/perplexity", "lower", None),
+    ],
+)
+def test_a_family_of_metrics(name: str, better: str | None, dense: float | None) -> None:
+    assert axis(name).better == better
+    assert of_dense({name: 3.0}).get(name) == dense
+
+
+def test_the_placeholders_of_a_name() -> None:
+    run = {"tasks/arc_easy_truncated": 3.0, "tasks/dense_arc_easy_truncated": 4.0, "tasks/arc_easy_acc": 0.5}
+    assert list(members("tasks/{task}_truncated", run)) == [({"task": "arc_easy"}, 3.0)]
+    shape = {"latency/decode_speedup_b4_l128_low": 1.0, "latency/decode_speedup_b4_l128": 2.0}
+    (found,) = members("latency/{stage}_speedup_b{batch}_l{length}", shape)
+    assert found == ({"stage": "decode", "batch": "4", "length": "128"}, 2.0)
+
+
+def test_titles_of_axes() -> None:
+    assert axis("latency/prefill_speedup").title == "prefill speed-up, higher is better"
+    assert axis("latency/prefill_speedup_low").title == "latency/prefill_speedup_low, higher is better"
+    assert axis("params/nonzero").title == "non-zero parameters (millions), lower is better"
+    assert axis("train/loss").title == "train/loss"
+    assert [metric.name for metric in METRICS if axis(metric.name).logarithmic] == [
+        "quality/perplexity", "quality/perplexity_ratio",
+    ]  # fmt: skip
+
+
+def test_a_mean_over_seeds_stands_with_its_range() -> None:
+    """As every value with two bounds does."""
+    runs = [(Position("a", "0.1"), 12.0), (Position("a", "0.1"), 11.0), (Position("a", "0.2"), 13.0)]
+    table = pivot([*runs, (Position("b", "0.1"), 12.34567)])
+    assert table == [["perplexity", "0.1", "0.2"], ["a", "11.5 [11, 12]", "13"], ["b", "12.35", ""]]
+
+
+# docs/metrics.md
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert write_metrics(PAGE) == PAGE, "run: python -m prune_lab.commands.reference docs/metrics.md"
+
+
+def test_rows_of_the_page() -> None:
+    lines = PAGE.splitlines()
+    assert "| `params/nonzero` | parameters | lower | yes | those that are not zero |" in lines
+    assert any(
+        line.startswith("| `tasks/TASK_acc`, `tasks/TASK_acc_norm` | fraction | higher | yes | ") for line in lines
+    )
+    assert any(
+        line.startswith("| `latency/prefill_speedup_bB_lL`, `latency/decode_speedup_bB_lL` | times dense | higher | | ")
+        for line in lines
+    )
+    names = [
+        name for line in lines if line.startswith("| `") for name in re.findall(r"`([^`]+)`", line.split(" | ")[0])
+    ]
+    assert len(set(names)) == len(names) > 40
+
+
+@pytest.mark.parametrize(
+    "page", ["", "<!-- run: begin -->", PAGE + PAGE, PAGE.replace("training: end", "training end")]
+)
+def test_a_page_without_its_markers_is_refused(page: str) -> None:
+    with pytest.raises(ValueError, match=r"the tables of metrics stand between"):
+        write_metrics(page)
+
+
+def test_what_is_written_between_the_markers_goes() -> None:
+    assert write_metrics(PAGE.replace("those that are not zero", "an older text |\n| more")) == PAGE

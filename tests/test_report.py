@@ -130,7 +130,7 @@ def command(tmp_path: Path) -> Command:
             " amount/realized latency/prefill_speedup latency/decode_speedup_low latency/decode_speedup_high"
             " throughput/decode_tokens_per_s tasks/arc_easy_acc",
         ),
-        (None, "unheard/of"),
+        (None, "unheard/of unheard/of_mb unheard/perplexity"),
     ],
 )
 def test_which_direction_is_better(better: str | None, metrics: str) -> None:

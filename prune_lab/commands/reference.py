@@ -1,6 +1,8 @@
-"""python -m prune_lab.commands.reference: every key with its type, default and meaning, as Markdown (docs/keys.md).
+"""Pages of docs/ that are generated: every key (docs/keys.md), and the tables of metrics in docs/metrics.md.
 
-Read from where they are defined: defaults and meanings from the lines of conf/, types from the dataclasses.
+`python -m prune_lab.commands.reference` prints docs/keys.md: defaults and meanings from the lines of conf/, types from
+the dataclasses. `python -m prune_lab.commands.reference docs/metrics.md` writes the tables of that file anew, between
+its markers, from METRICS in results/metrics.py.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from prune_lab.config.parts import CONF_DIR, GROUPS, Settings
+from prune_lab.results.metrics import MEASURED, METRICS, Metric
+from prune_lab.system.files import write_text
 
 _KEY = re.compile(r"(?P<indent> *)(?P<key>\w+):(?: +(?P<value>\"[^\"]*\"|[^#\s][^#]*?)?)?(?:\s+# (?P<meaning>.*))?")
 DEFAULT, MEANING = 0, 1  # of what an option says of a key
@@ -31,7 +35,7 @@ What the files under `conf/` say, with the types of the dataclasses that check t
 
 @dataclass
 class Option:
-    """One YAML file of a group: what it says of itself, the class it names, its keys as (default, meaning)."""
+    """One YAML file of a group: its first comment, the class it names, its keys as (default, meaning)."""
 
     name: str
     says: str
@@ -48,12 +52,12 @@ class Option:
 
 
 def write_reference() -> str:
-    """The whole page."""
+    """docs/keys.md, whole."""
     return "\n".join([_HEAD, *_root(), *(line for group in GROUPS for line in _group(group))])
 
 
 def read_option(path: Path) -> Option:
-    """Reads an option; one that builds on another (`defaults: [hf]`) has the other's keys, changed."""
+    """Option of a YAML file; one that builds on another (`defaults: [hf]`) has the other's keys, changed."""
     text = path.read_text(encoding="utf-8")
     lines = text.splitlines()
     says = [line[2:] for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("# "))]]
@@ -92,7 +96,7 @@ def _root() -> list[str]:
 
 
 def _group(group: str) -> list[str]:
-    """A group: its options, then the keys that they have between them."""
+    """Section of a group: its options, then the keys that they have between them."""
     options = [read_option(path) for path in sorted(Path(CONF_DIR, group).glob("*.yaml"))]
     options.sort(key=lambda option: option.name != _default_option(group))
     lines = [
@@ -116,7 +120,7 @@ def _group(group: str) -> list[str]:
 
 
 def _by_option(having: list[Option], key: str, part: int) -> str:
-    """The default or meaning that most options give a key, and who gives another."""
+    """Default or meaning that most options give a key, and those that give another."""
     values = Counter(option.keys[key][part] for option in having if option.keys[key][part])
     told = []
     for number, (value, _) in enumerate(values.most_common()):
@@ -127,7 +131,7 @@ def _by_option(having: list[Option], key: str, part: int) -> str:
 
 
 def _of(having: list[Option], options: list[Option]) -> str:
-    """Which options have a key, where not all do."""
+    """Options that have a key, where not all do."""
     without = [option.name for option in options if option not in having]
     if not without:
         return ""
@@ -158,5 +162,32 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+def write_metrics(page: str) -> str:
+    """docs/metrics.md with its tables written anew: metrics of a run, and those logged by step of a training.
+
+    Raises ValueError where the page lacks the markers of a table.
+    """
+    for name, by_step in (("run", False), ("training", True)):
+        rows = [_metric_row(metric) for metric in METRICS if metric.by_step == by_step]
+        table = ["| metric | unit | better | dense | how it is measured |", "|---|---|---|---|---|", *rows]
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+            raise ValueError(f"the tables of metrics stand between {begin} and {end}, once each; here they do not")
+        page = "\n".join([page[: page.index(begin)] + begin, *table, page[page.index(end) :]])
+    return page
+
+
+def _metric_row(metric: Metric) -> str:
+    names = ", ".join(f"`{name}`" for name in metric.names)
+    cells = (names, metric.unit, metric.better or "", "yes" if metric.dense == MEASURED else "", metric.measured)
+    return "".join(f"| {_cell(cell)} " if cell else "| " for cell in cells) + "|"
+
+
 if __name__ == "__main__":
-    sys.stdout.write(write_reference())
+    if sys.argv[1:]:
+        try:
+            write_text(Path(sys.argv[1]), write_metrics(Path(sys.argv[1]).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            sys.exit(f"{sys.argv[1]}: {error}")
+    else:
+        sys.stdout.write(write_reference())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from prune_lab.errors import Refused
 from prune_lab.report.alike import warnings
+from prune_lab.results.metrics import is_dense
 from prune_lab.results.pareto import Point, dense_points
 from prune_lab.results.series import keys, position, shared, telling
 from prune_lab.results.summary import Summary
@@ -99,7 +100,7 @@ def _once(runs: Iterable[Run]) -> list[Run]:
 
 def _metrics(runs: list[Run]) -> list[str]:
     """The metrics that all runs share, but for runs in which they diverged; the dense figures are no axes."""
-    names = dict.fromkeys(name for run in runs for name in run.summary.metrics if "/dense_" not in name)
+    names = dict.fromkeys(name for run in runs for name in run.summary.metrics if not is_dense(name))
     return [name for name in names if all(name in run.summary.metrics or name in run.summary.diverged for run in runs)]
 
 

@@ -1,61 +1,242 @@
-"""Metrics by name: their axes in a plot, which direction is better, the dense model's, a speed-up in words."""
+"""Table of metrics: name, unit, direction, dense value, title and format of each; and the functions that read it.
+
+A metric that is not in the table cannot be logged. One that a stored run of another version has can still be drawn; no
+direction of it is better.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import product
 from typing import Literal
 
 Direction = Literal["lower", "higher"]
+Values = Mapping[str, float]  # by name of the metric
+MEASURED: Literal["measured"] = "measured"  # the dense model's value is logged too, by `dense_name`
 
-# By the end of a metric's name, the first that fits. A metric that is not here is drawn, but has no front.
-_BETTER: tuple[tuple[str, Direction], ...] = (
-    ("reduction", "higher"),
-    ("amount/requested", "higher"),  # of two runs of equal quality the one that removed more is preferred
-    ("amount/realized", "higher"),
-    ("_speedup", "higher"),
-    ("_speedup_low", "higher"),
-    ("_speedup_high", "higher"),
-    ("tokens_per_s", "higher"),
-    ("_acc", "higher"),
-    ("_acc_norm", "higher"),
-    ("perplexity", "lower"),
-    ("perplexity_ratio", "lower"),
-    ("bits_per_byte", "lower"),
-    ("params/total", "lower"),
-    ("params/nonzero", "lower"),
-    ("macs_per_token", "lower"),
-    ("joules_per_token", "lower"),
-    ("_mb", "lower"),
-    ("_ms_p50", "lower"),
-    ("_ms_p95", "lower"),
-    ("_ms_per_token_p50", "lower"),
-    ("_ms_per_token_p95", "lower"),
-    ("_s", "lower"),
-)
-_TITLES = {
-    "quality/perplexity": "perplexity",
-    "quality/perplexity_ratio": "perplexity, times the dense model's",
-    "quality/bits_per_byte": "bits per byte",
-    "params/total": "parameters (millions)",
-    "params/nonzero": "non-zero parameters (millions)",
-    "size/disk_mb": "bytes on disk (MB)",
-    "memory/weights_mb": "weights in memory (MB)",
-    "memory/peak_mb": "peak memory (MB)",
-    "latency/prefill_ms_p50": "prefill (ms, median)",
-    "latency/decode_ms_per_token_p50": "decode (ms per token, median)",
-    "latency/prefill_speedup": "prefill speed-up",
-    "latency/decode_speedup": "decode speed-up",
-    "throughput/decode_tokens_per_s": "decode (tokens per second)",
+# Placeholders in the name of a family of metrics: those that are one of a few words, and those that are any number or
+# name, with the letters that docs/metrics.md has for them.
+_WORDS = {
+    "stage": ("prefill", "decode"),
+    "bound": ("low", "high"),
+    "phase": ("prune", "recover", "post", "measure"),
+    "accuracy": ("acc", "acc_norm"),
+    "likelihood": ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"),
 }
-_SHAPE = re.compile(r"_b\d+_l\d+(?=$|_low$|_high$)")  # of one batch and length among several that were timed
-_MILLIONS = ("params/total", "params/nonzero")
-_LOGARITHMIC = ("quality/perplexity", "quality/perplexity_ratio")  # a bad run is many times a good one
+_ANY = {"batch": ("B", r"\d+"), "length": ("L", r"\d+"), "task": ("TASK", r".+"), "score": ("SCORE", r".+")}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric, or a family of metrics whose names have placeholders: `latency/{stage}_speedup`."""
+
+    name: str  # as in summary.json and MLflow
+    unit: str  # empty for a plain number
+    better: Direction | None  # what fronts, objectives and bounds use; None where the metric is only shown
+    # Value of the dense model: MEASURED where a run logs it too, by `dense_name`; a number where it is always the same;
+    # a function of the dense model's other values; None where it has none.
+    dense: float | Literal["measured"] | Callable[[Values], float | None] | None
+    measured: str  # how, as Markdown for docs/metrics.md
+    title: str = ""  # on the axis of a plot; empty: the name
+    row: str = ""  # title of its row in the table of a run; empty: no row
+    form: str = ".4g"  # format of its value in tables
+    stage: str = ""  # of a time in the table of a run: the stage whose speed-up stands as its change
+    millions: bool = False  # plots divide it by 10^6
+    logarithmic: bool = False  # plots have it on a log scale
+    by_step: bool = False  # logged by step while a model trains, to the tracker alone
+
+    def words_of(self, name: str) -> dict[str, str] | None:
+        """Values of the placeholders by which `name` belongs to this family, or None where it does not."""
+        found = self._pattern.fullmatch(name)
+        return found.groupdict() if found else None
+
+    @property
+    def names(self) -> list[str]:
+        """Names as docs/metrics.md lists them: every word of a placeholder; letters where it may be anything."""
+        names = []
+        for words in product(*(_WORDS.get(key) or _ANY[key][:1] for key in self._placeholders)):
+            names.append(self.name.format(**dict(zip(self._placeholders, words, strict=True))))
+        return names
+
+    @cached_property
+    def _placeholders(self) -> list[str]:
+        return re.findall(r"\{(\w+)\}", self.name)
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        pattern = re.escape(self.name)
+        for key in self._placeholders:
+            words = "|".join(_WORDS[key]) if key in _WORDS else _ANY[key][1]
+            pattern = pattern.replace(re.escape(f"{{{key}}}"), f"(?P<{key}>{words})")
+        return re.compile(pattern)
+
+
+def _tokens_per_s(dense: Values) -> float | None:
+    ms = dense.get("latency/decode_ms_per_token_p50")
+    return 1e3 / ms if ms else None
+
+
+# In the order of docs/metrics.md and of the rows of a run's table. A name belongs to the first entry that it fits.
+METRICS = (
+    Metric("quality/perplexity", "", "lower", MEASURED, title="perplexity", row="perplexity", form=".3f",
+           logarithmic=True,  # a bad run is many times a good one
+           measured="exp of the mean cross-entropy of the next token over the test windows ([below](#quality))"),
+    Metric("quality/perplexity_ratio", "times dense", "lower", 1.0, title="perplexity, times the dense model's",
+           form=".3f", logarithmic=True, measured="perplexity / the dense model's"),
+    Metric("quality/bits_per_byte", "bits", "lower", MEASURED, title="bits per byte", row="bits per byte", form=".4f",
+           measured="the same mean, in bits, for a byte of the test text in place of a token"),
+    Metric("amount/requested", "fraction", "higher", 0.0,  # of two equally good runs, removing more is better
+           measured="`method.amount`; 0 where the method does not use it"),
+    Metric("amount/realized", "fraction", "higher", 0.0,
+           measured="weights removed or zeroed in the pruned scope / weights in it before; counts are exact, also with "
+                    "ties"),
+    Metric("params/total", "parameters", "lower", MEASURED, title="parameters (millions)", millions=True,
+           row="parameters", form=",.0f", measured="parameters that are there, a tied matrix once"),
+    Metric("params/nonzero", "parameters", "lower", MEASURED, title="non-zero parameters (millions)", millions=True,
+           row="non-zero parameters", form=",.0f", measured="those that are not zero"),
+    Metric("params/reduction", "fraction", "higher", 0.0,
+           measured="1 - non-zero / the dense model's non-zero: what this run removed or zeroed"),
+    Metric("params/physical_reduction", "fraction", "higher", 0.0,
+           measured="1 - total / the dense model's total: counts what is gone"),
+    Metric("compute/macs_per_token", "multiply-accumulates", "lower", MEASURED,
+           row="multiply-accumulates per token", form=",.0f",
+           measured="of Linears, attention and head, from shapes, at `measure.prompt_tokens` of context: what could be "
+                    "saved; `latency/` is what was"),
+    Metric("compute/effective_macs_per_token", "multiply-accumulates", "lower", None,
+           measured="the same without those of zero weights"),
+    Metric("size/disk_mb", "MB", "lower", MEASURED, title="bytes on disk (MB)", row="on disk, MB", form=".2f",
+           measured="the safetensors of the saved model"),
+    Metric("size/reduction", "fraction", "higher", 0.0, measured="1 - bytes on disk / the dense model's"),
+    Metric("memory/weights_mb", "MB", "lower", MEASURED, title="weights in memory (MB)", row="weights in memory, MB",
+           form=".2f", measured="bytes of parameters and buffers in memory, a tied one once"),
+    Metric("memory/peak_mb", "MB", "lower", MEASURED, title="peak memory (MB)", row="peak memory, MB", form=".1f",
+           measured="peak of loading and inference ([below](#memory)); `measure.memory`"),
+    Metric("memory/reduction", "fraction", "higher", 0.0, measured="1 - peak / the dense model's"),
+    Metric("energy/joules_per_token", "J per token", "lower", MEASURED, row="energy, J per token", form=".4f",
+           measured="of a decoded token with its share of the prefill ([below](#energy)); `measure.energy`"),
+    Metric("tasks/{task}_{accuracy}", "fraction", "higher", MEASURED, form=".4f",
+           measured="lm-eval's own scores ([below](#tasks)); `measure.tasks`"),
+    Metric("tasks/{task}_{likelihood}", "", "lower", MEASURED, form=".4f",
+           measured="scores of tasks that measure likelihood; in bits where the name says so"),
+    Metric("tasks/{task}_n", "documents", None, MEASURED, measured="how many were scored"),
+    Metric("tasks/{task}_truncated", "documents", None, MEASURED,
+           measured="of how many the model's context held the end alone (absent where it held all)"),
+    Metric("tasks/{task}_{score}_stderr", "as the score", None, MEASURED,
+           measured="standard error of a score: a change within it is no change"),
+    Metric("tasks/{task}_{score}", "as lm-eval has it", None, MEASURED, form=".4f",
+           measured="a task's other scores, such as `exact_match`, by lm-eval's names"),
+    Metric("latency/prefill_ms_p50", "ms", "lower", MEASURED, title="prefill (ms, median)", stage="prefill",
+           row="prefill, ms (speed-up)", form=".2f",
+           measured="one prompt of `measure.prompt_tokens`, median over pairs ([below](#time)); `measure.latency`, as "
+                    "all of `latency/`"),
+    Metric("latency/prefill_ms_p95", "ms", "lower", None, measured="95th percentile"),
+    Metric("latency/decode_ms_per_token_p50", "ms per token", "lower", MEASURED, stage="decode",
+           title="decode (ms per token, median)", row="decode, ms per token (speed-up)", form=".2f",
+           measured="`measure.decode_tokens` after that prompt, one by one, greedily; median over pairs"),
+    Metric("latency/decode_ms_per_token_p95", "ms per token", "lower", None, measured="95th percentile"),
+    Metric("latency/{stage}_speedup", "times dense", "higher", 1.0, title="{stage} speed-up",
+           measured="median over pairs of dense time / compressed time: above 1 is faster"),
+    Metric("latency/{stage}_speedup_{bound}", "times dense", "higher", 1.0, measured="its 95 % bootstrap interval"),
+    Metric("latency/aa_{stage}_speedup", "times dense", "higher", 1.0,
+           measured="the dense model against a copy of itself: what noise alone gives; `measure.aa`"),
+    Metric("latency/aa_{stage}_speedup_{bound}", "times dense", "higher", 1.0,
+           measured="its interval; the run warns where it misses 1.00"),
+    Metric("latency/prefill_ms_p50_b{batch}_l{length}", "ms", "lower", MEASURED,
+           measured="as without the suffix, for B prompts of L tokens at once; `measure.batch_sizes`, "
+                    "`measure.lengths`"),
+    Metric("latency/decode_ms_per_token_p50_b{batch}_l{length}", "ms per step", "lower", MEASURED,
+           measured="a step, which is a token for each of the B"),
+    Metric("latency/{stage}_speedup_b{batch}_l{length}", "times dense", "higher", 1.0,
+           measured="as without the suffix"),
+    Metric("latency/{stage}_speedup_b{batch}_l{length}_{bound}", "times dense", "higher", 1.0,
+           measured="its interval"),
+    Metric("throughput/decode_tokens_per_s", "tokens per s", "higher", _tokens_per_s,
+           title="decode (tokens per second)", measured="1000 / `latency/decode_ms_per_token_p50`"),
+    Metric("time/{phase}_s", "s", "lower", None,
+           measured="wall-clock of calibration and pruning, of training, of post-compression, of measuring and "
+                    "checking the saved model; without what was waited for other jobs"),
+    Metric("train/loss", "nats, or of `recovery`'s own loss", None, None, by_step=True,
+           measured="of the batch of that step, every 10 steps and at the last"),
+    Metric("train/lr", "", None, None, by_step=True, measured="the learning rate of that step"),
+    Metric("train/sparsity", "fraction", None, None, by_step=True, measured="what `amount/realized` is by then"),
+    Metric("validation/perplexity", "", "lower", None, by_step=True,
+           measured="on `recovery.validate_windows` windows of validation text, every `recovery.validate_every` steps"),
+)  # fmt: skip
+
+
+@cache
+def find(name: str) -> Metric | None:
+    """The entry of a metric, by its name; None for a figure of the dense model and for what the table lacks."""
+    return None if is_dense(name) else _entry(name)
+
+
+def _entry(name: str) -> Metric | None:
+    return next((metric for metric in METRICS if metric.words_of(name) is not None), None)
+
+
+def members(family: str, metrics: Values) -> Iterable[tuple[dict[str, str], float]]:
+    """The placeholders' values and the value of each of `metrics` that belongs to an entry, by the entry's name."""
+    (entry,) = (metric for metric in METRICS if metric.name == family)
+    return [(entry.words_of(name) or {}, value) for name, value in metrics.items() if find(name) is entry]
+
+
+def check_known(names: Iterable[str]) -> None:
+    """Raises ValueError where a name is neither a metric of the table nor the dense figure of one that has it."""
+    for name in names:
+        entry = _entry(without_dense(name))
+        if entry is None or (is_dense(name) and entry.dense != MEASURED):
+            raise ValueError(f"{name!r} is no metric: METRICS in prune_lab/results/metrics.py has no entry of it")
+
+
+# Names of the dense model's figures.
+
+
+def dense_name(metric: str) -> str:
+    """Name of the dense model's figure beside a metric: `quality/dense_perplexity`."""
+    return metric.replace("/", "/dense_", 1)
+
+
+def is_dense(name: str) -> bool:
+    """Whether a name is that of a figure of the dense model."""
+    return "/dense_" in name
+
+
+def without_dense(name: str) -> str:
+    """Name of the metric that a figure of the dense model stands beside; other names as they are."""
+    return name.replace("/dense_", "/")
+
+
+def dense_figures(metrics: Values) -> dict[str, float]:
+    """Values of the dense model among a run's metrics."""
+    return {name: value for name, value in metrics.items() if is_dense(name)}
+
+
+def of_dense(metrics: Values) -> dict[str, float]:
+    """Values of the dense model under the names that a run's metrics have: nothing removed, no faster.
+
+    Metrics that only a run has, such as seconds spent on pruning, are missing.
+    """
+    found = {without_dense(name): value for name, value in dense_figures(metrics).items()}
+    if "params/total" in found:  # records of older versions did not count the dense model's zeros
+        found.setdefault("params/nonzero", found["params/total"])
+    for entry in METRICS:
+        if callable(entry.dense) and (value := entry.dense(found)) is not None:
+            found[entry.name] = value
+    for name in metrics:
+        if (known := find(name)) is not None and isinstance(known.dense, int | float):
+            found[name] = known.dense
+    return found
+
+
+# What plots and tables read.
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A metric on an axis. Its values are divided by `unit`; `better` is None where nobody said which is."""
+    """Axis of a plot for one metric. Values are divided by `unit`; `better` is None where no direction is."""
 
     metric: str
     title: str
@@ -65,43 +246,56 @@ class Axis:
 
 
 def axis(metric: str) -> Axis:
-    """The axis of a metric, by its public name."""
-    kind = _SHAPE.sub("", metric)
-    better = next((direction for end, direction in _BETTER if kind.endswith(end)), None)
-    title = _TITLES.get(metric, metric)
-    if better:
-        title += f", {better} is better"
-    return Axis(metric, title, 1e6 if metric in _MILLIONS else 1.0, better, metric in _LOGARITHMIC)
+    """Axis of a metric, by its name; one that the table lacks has its name as title and no direction."""
+    entry = find(metric)
+    if entry is None:
+        return Axis(metric, metric, 1.0, None, False)
+    title = entry.title.format(**(entry.words_of(metric) or {})) or metric
+    if entry.better:
+        title += f", {entry.better} is better"
+    return Axis(metric, title, 1e6 if entry.millions else 1.0, entry.better, entry.logarithmic)
 
 
-def dense_figures(metrics: dict[str, float]) -> dict[str, float]:
-    """The figures of the dense model among a run's metrics."""
-    return {name: value for name, value in metrics.items() if "/dense_" in name}
-
-
-def of_dense(metrics: dict[str, float]) -> dict[str, float]:
-    """The dense model beside a run, by the names that the figures of a run have: nothing removed, no faster.
-
-    Figures that only a run has, such as seconds spent on pruning, are missing.
-    """
-    found = {name.replace("/dense_", "/"): value for name, value in dense_figures(metrics).items()}
-    if "params/total" in found:  # records of older versions did not count the dense model's zeros
-        found.setdefault("params/nonzero", found["params/total"])
-    if "latency/decode_ms_per_token_p50" in found:
-        found["throughput/decode_tokens_per_s"] = 1e3 / found["latency/decode_ms_per_token_p50"]
-    for name in metrics:
-        if name.startswith("amount/") or name.endswith("reduction"):
-            found[name] = 0.0
-        elif name == "quality/perplexity_ratio" or "_speedup" in name:
-            found[name] = 1.0
-    return found
-
-
-def speedup(metrics: dict[str, float], stage: str, at: str = "") -> str:
-    """A speed-up with its interval, or "no change" where its interval contains 1. `at`: one shape, such as _b4_l128."""
-    name = f"latency/{stage}_speedup{at}"
+def formatted(metrics: Values, name: str) -> str:
+    """Value of a metric as tables show it; "-" where a run does not have it."""
+    entry = find(name)
     if name not in metrics:
         return "-"
-    value, low, high = (metrics[f"{name}{suffix}"] for suffix in ("", "_low", "_high"))
-    verdict = "no change" if low <= 1 <= high else f"{value:.2f}"
-    return f"{verdict} [{low:.2f}, {high:.2f}]"
+    return format(metrics[name], entry.form if entry else Metric.form)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value between two bounds; formatted as `value [low, high]`, each by the given format."""
+
+    value: float
+    low: float
+    high: float
+
+    def __format__(self, form: str) -> str:
+        return f"{self.value:{form}} {self.bounds(form)}"
+
+    def bounds(self, form: str) -> str:
+        """The bounds alone: `[low, high]`."""
+        return f"[{self.low:{form}}, {self.high:{form}}]"
+
+    def contains(self, value: float) -> bool:
+        """Whether a value lies between the bounds or on one."""
+        return self.low <= value <= self.high
+
+
+def speedup_interval(metrics: Values, stage: str, at: str = "") -> Interval | None:
+    """Speed-up of a stage with its 95 % interval, None where it was not timed.
+
+    stage: prefill or decode; after aa_ that of the dense model against itself. at: one shape, such as _b4_l128.
+    """
+    name = f"latency/{stage}_speedup{at}"
+    return Interval(*(metrics[f"{name}{end}"] for end in ("", "_low", "_high"))) if name in metrics else None
+
+
+def speedup(metrics: Values, stage: str, at: str = "") -> str:
+    """Speed-up as tables show it: "no change" where its interval contains 1, "-" where it was not timed."""
+    found = speedup_interval(metrics, stage, at)
+    if found is None:
+        return "-"
+    return f"no change {found.bounds('.2f')}" if found.contains(1) else f"{found:.2f}"

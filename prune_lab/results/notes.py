@@ -1,10 +1,10 @@
-"""Plain words of a run where its figures could mislead."""
+"""Warnings for results that are easy to misread."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
+from prune_lab.results.metrics import members, speedup_interval
 from prune_lab.results.summary import Summary
 
 _STAGES = ("prefill", "decode")
@@ -17,7 +17,7 @@ KNOWS_NOTHING = 4.5  # bits per byte; letters and spaces of English by their fre
 
 
 def of_run(summary: Summary) -> list[str]:
-    """All that must be said of a run: its calibration text, its figures, its energy, what else ran."""
+    """All warnings of a run: on its text, calibration, training, metrics, energy and the load of the machine."""
     protocol, metrics = summary.protocol, summary.metrics
     notes = (
         of_rows(protocol) + of_calibration(protocol, metrics) + of_calibration_windows(protocol) + of_training(protocol)
@@ -27,10 +27,7 @@ def of_run(summary: Summary) -> list[str]:
 
 
 def of_calibration(protocol: dict[str, Any], metrics: dict[str, float]) -> list[str]:
-    """What a model that was pruned by statistics of the text that it is tested on has to say.
-
-    That text is the dataset's own, or one that shares documents with it, where the test text is no other one.
-    """
+    """Warning where calibration and test text are of one dataset, or share documents, and something was pruned."""
     seen = protocol["calibration"]
     tested_apart = "test_path" in protocol["dataset_facts"]
     if seen is None or tested_apart or not metrics.get("amount/realized"):
@@ -43,7 +40,7 @@ def of_calibration(protocol: dict[str, Any], metrics: dict[str, float]) -> list[
 
 
 def of_rows(protocol: dict[str, Any]) -> list[str]:
-    """What of the text was not read, since there was none in it or because the run has it elsewhere."""
+    """Warnings about rows and documents left out: without text, repeated, or in another text of the run."""
     found, notes = protocol["dataset_facts"], []
     if blank := found.get("rows_without_text", 0):
         notes.append(f"{blank:,} of {found['rows']:,} rows of {protocol['dataset']} have no text and were left out")
@@ -65,7 +62,7 @@ def of_rows(protocol: dict[str, Any]) -> list[str]:
 
 
 def of_calibration_windows(protocol: dict[str, Any]) -> list[str]:
-    """Calibration windows that hold less text than their number says."""
+    """Warnings about calibration windows that overlap, or hold few tokens for what is solved from them."""
     seen, notes = protocol["calibration"], []
     if seen is None:
         return []
@@ -89,7 +86,7 @@ def of_calibration_windows(protocol: dict[str, Any]) -> list[str]:
 
 
 def of_training(protocol: dict[str, Any]) -> list[str]:
-    """Training text that is passed over often."""
+    """Warning about training text that is passed over often."""
     training = protocol["training"]
     if training is None or training["passes"] <= PASSES:
         return []
@@ -100,7 +97,7 @@ def of_training(protocol: dict[str, Any]) -> list[str]:
 
 
 def of_energy(protocol: dict[str, Any], metrics: dict[str, float]) -> list[str]:
-    """Why a run that was asked for its energy has none."""
+    """Reason why a run that was asked for its energy has none."""
     if not protocol["energy"] or "energy/joules_per_token" in metrics:
         return []
     if protocol["device"].startswith("cuda"):
@@ -109,7 +106,7 @@ def of_energy(protocol: dict[str, Any], metrics: dict[str, float]) -> list[str]:
 
 
 def of_load(environment: dict[str, Any]) -> list[str]:
-    """Whether what was timed had the machine to itself."""
+    """Warning where other work used the machine while something was timed."""
     cores = environment.get("cores_used_by_others", 0.0)
     if cores <= LOAD:
         return []
@@ -120,7 +117,7 @@ def of_load(environment: dict[str, Any]) -> list[str]:
 
 
 def of_elsewhere(finished: Summary, environment: dict[str, Any]) -> list[str]:
-    """Where a result that is served again was timed, if not here."""
+    """Warning where a finished result is served again whose times and memory are of another machine."""
     timed = {"latency/prefill_speedup", "memory/peak_mb"} & finished.metrics.keys()
     there, here = (_machine(of) for of in (finished.environment, environment))
     if not timed or there == here:
@@ -133,7 +130,7 @@ def _machine(environment: dict[str, Any]) -> str:
 
 
 def of_figures(metrics: dict[str, float]) -> list[str]:
-    """Plain words, with the measured figures in them, where one figure promises what another does not keep."""
+    """Warnings where one metric promises what another does not keep, with the measured values."""
     return [
         *_of_text(metrics),
         *_of_input(metrics),
@@ -146,7 +143,7 @@ def of_figures(metrics: dict[str, float]) -> list[str]:
 
 
 def _of_text(m: dict[str, float]) -> list[str]:
-    """A model that predicts the text no better than counting letters: what pruning costs it there says nothing."""
+    """Warning about a dense model that predicts the text no better than counting letters."""
     bits = m.get("quality/dense_bits_per_byte", 0.0)
     if bits <= KNOWS_NOTHING:
         return []
@@ -158,7 +155,7 @@ def _of_text(m: dict[str, float]) -> list[str]:
 
 
 def _of_input(m: dict[str, float]) -> list[str]:
-    """A model that had zeros already: what this run did is counted beside them."""
+    """Warning about a dense model that had zeros already."""
     zeros = m["params/dense_total"] - m["params/dense_nonzero"]
     if zeros < SPARSE * m["params/dense_total"]:
         return []
@@ -170,7 +167,7 @@ def _of_input(m: dict[str, float]) -> list[str]:
 
 
 def _of_zeros(m: dict[str, float]) -> list[str]:
-    """Zeros are counted as a reduction, and dense tensors hold them as they hold anything."""
+    """Warning about zeros in dense tensors, which count as a reduction and save neither bytes nor time."""
     zeros = m["params/total"] - m["params/nonzero"]
     before = m["params/dense_total"] - m["params/dense_nonzero"]
     if zeros - before <= 0.01 * m["params/dense_total"]:
@@ -179,7 +176,7 @@ def _of_zeros(m: dict[str, float]) -> list[str]:
     figures = [f"disk {0 - m['size/reduction']:+.1%}", f"weights in memory {0 - weights:+.1%}"]
     if "memory/reduction" in m:
         figures.append(f"peak memory {0 - m['memory/reduction']:+.1%}")
-    figures += [f"{stage} {_interval(m, stage)}" for stage in _STAGES if f"latency/{stage}_speedup" in m]
+    figures += [f"{stage} {found:.3f}" for stage in _STAGES if (found := speedup_interval(m, stage))]
     share = zeros / m["params/total"]
     note = f"{share:.0%} of the parameters are zeros; measured beside the dense model: {', '.join(figures)}"
     # Packed or narrower tensors, in memory or on disk, are smaller than their number of parameters explains.
@@ -189,19 +186,19 @@ def _of_zeros(m: dict[str, float]) -> list[str]:
 
 
 def _of_time(m: dict[str, float], stage: str) -> list[str]:
-    """Fewer parameters without a measured speed-up, or even more time."""
-    if f"latency/{stage}_speedup" not in m:
+    """Warning about fewer parameters without a measured speed-up, or with a slow-down."""
+    found, gone = speedup_interval(m, stage), m["params/physical_reduction"]
+    if found is None:
         return []
-    gone = m["params/physical_reduction"]
-    if m[f"latency/{stage}_speedup_high"] < 1:
-        return [f"{stage} is slower than the dense model's: speed-up {_interval(m, stage)}"]
-    if gone > 0.01 and _contains_1(m, stage):
-        return [f"{gone:.0%} of the parameters are gone, but no {stage} speed-up: {_interval(m, stage)} contains 1"]
+    if found.high < 1:
+        return [f"{stage} is slower than the dense model's: speed-up {found:.3f}"]
+    if gone > 0.01 and found.contains(1):
+        return [f"{gone:.0%} of the parameters are gone, but no {stage} speed-up: {found:.3f} contains 1"]
     return []
 
 
 def _of_disk_and_memory(m: dict[str, float]) -> list[str]:
-    """A smaller file is not a smaller process."""
+    """Warning where bytes on disk and peak memory fell by different shares."""
     if "memory/reduction" not in m or abs(m["size/reduction"] - m["memory/reduction"]) <= 0.2:
         return []
     disk, peak = 0 - m["size/reduction"], 0 - m["memory/reduction"]
@@ -209,29 +206,18 @@ def _of_disk_and_memory(m: dict[str, float]) -> list[str]:
 
 
 def _of_noise(m: dict[str, float]) -> list[str]:
-    """Where the dense model, timed against itself, differs from itself."""
+    """Warning where the dense model, timed against a copy of itself, differs from it."""
     return [
-        f"the machine is not quiet: {stage} of the dense model against itself is {_interval(m, f'aa_{stage}')}, "
+        f"the machine is not quiet: {stage} of the dense model against itself is {found:.3f}, "
         "without 1.00; differences of that size are noise here (1 such interval in 20 misses 1.00 by chance)"
         for stage in _STAGES
-        if f"latency/aa_{stage}_speedup" in m and not _contains_1(m, f"aa_{stage}")
+        if (found := speedup_interval(m, f"aa_{stage}")) and not found.contains(1)
     ]
 
 
 def _of_tasks(m: dict[str, float]) -> list[str]:
-    """Documents that the model's context does not hold."""
-    cut = re.compile(r"tasks/(?!dense_)(.+)_truncated")
+    """Warning about documents that are longer than the model's context."""
     return [
-        f"{found[1]}: {count:.0f} documents are longer than the model's context and lost their beginning"
-        for name, count in m.items()
-        if (found := cut.fullmatch(name))
+        f"{words['task']}: {count:.0f} documents are longer than the model's context and lost their beginning"
+        for words, count in members("tasks/{task}_truncated", m)
     ]
-
-
-def _contains_1(m: dict[str, float], stage: str) -> bool:
-    return m[f"latency/{stage}_speedup_low"] <= 1 <= m[f"latency/{stage}_speedup_high"]
-
-
-def _interval(m: dict[str, float], stage: str) -> str:
-    value, low, high = (m[f"latency/{stage}_speedup{suffix}"] for suffix in ("", "_low", "_high"))
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"

@@ -1,33 +1,22 @@
-"""What a person sees of one run: its header, its table dense -> compressed -> change, and its notes."""
+"""Console output of one run: its header, its table dense -> compressed -> change, and its notes."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from prune_lab.results.metrics import of_dense, speedup
+from prune_lab.results.metrics import METRICS, dense_name, members, of_dense, speedup
 from prune_lab.results.summary import Summary
 from prune_lab.system.console import Console
 
-_ROWS = (  # title, metric, format
-    ("perplexity", "quality/perplexity", ".3f"),
-    ("bits per byte", "quality/bits_per_byte", ".4f"),
-    ("parameters", "params/total", ",.0f"),
-    ("non-zero parameters", "params/nonzero", ",.0f"),
-    ("multiply-accumulates per token", "compute/macs_per_token", ",.0f"),
-    ("on disk, MB", "size/disk_mb", ".2f"),
-    ("weights in memory, MB", "memory/weights_mb", ".2f"),
-    ("peak memory, MB", "memory/peak_mb", ".1f"),
-    ("energy, J per token", "energy/joules_per_token", ".4f"),
-)
-_TIMED = (("prefill, ms (speed-up)", "prefill", "ms"), ("decode, ms per token (speed-up)", "decode", "ms_per_token"))
+_ROWS = [metric for metric in METRICS if metric.row and not metric.stage]
+_TIMED = [metric for metric in METRICS if metric.stage]
 
 
 def header(summary: Summary, console: Console) -> None:
-    """Says what is about to run, a line each."""
+    """Prints model, text, device, calibration, training and options of a run before it starts, a line each."""
     model, protocol = summary.model, summary.protocol
     at = f" at {model['revision'][:12]}" if model["revision"] else ""
     console.note(f"model     {model['name']}{at} ({model['family']}), {model['parameters']:,} parameters")
@@ -49,7 +38,7 @@ def header(summary: Summary, console: Console) -> None:
 
 
 def show(summary: Summary, console: Console) -> None:
-    """Prints the outcome of a finished run."""
+    """Prints tables, amount and warnings of a finished run."""
     m = summary.metrics
     for table in tables(m, summary.protocol.get("tasks", [])):
         console.result(table)
@@ -64,7 +53,7 @@ def show(summary: Summary, console: Console) -> None:
 
 
 def tables(m: dict[str, float], tasks: list[dict[str, Any]]) -> list[Table]:
-    """The figures as tables: dense -> compressed, and by batch and prompt length where that was timed."""
+    """Tables of a run's metrics: dense -> compressed, and by batch and prompt length where that was timed."""
     shapes = _shapes(m)
     return [_table(m, tasks)] + ([_grid(m, shapes)] if shapes else [])
 
@@ -74,49 +63,47 @@ def _table(m: dict[str, float], tasks: list[dict[str, Any]]) -> Table:
     for name in ("", "dense", "compressed", "change"):
         table.add_column(name, justify="left" if not name else "right")
     dense_model = of_dense(m)
-    for title, name, form in _ROWS:
-        if name in m and name in dense_model:
-            before, after = dense_model[name], m[name]
+    for metric in _ROWS:
+        if metric.name in m and metric.name in dense_model:
+            before, after = dense_model[metric.name], m[metric.name]
             change = f"{after / before - 1:+.1%}" if before else "-"
-            table.add_row(title, format(before, form), format(after, form), change)
+            table.add_row(metric.row, format(before, metric.form), format(after, metric.form), change)
     for task in tasks:
-        name = f"{task['task']}_{task['metric']}"
-        if {f"tasks/{name}", f"tasks/dense_{name}"} <= m.keys():
+        name = f"tasks/{task['task']}_{task['metric']}"
+        if {name, dense_name(name)} <= m.keys():
             title = f"{task['task']}, {task['metric']} of {task['documents']:,}"
-            change = f"{m[f'tasks/{name}'] - m[f'tasks/dense_{name}']:+.4f}"
-            table.add_row(title, _score(m, f"dense_{name}"), _score(m, name), change)
-    for title, stage, unit in _TIMED:
-        name = f"latency/{stage}_{unit}_p50"
-        if name in m:
-            dense = m[f"latency/dense_{stage}_{unit}_p50"]
-            table.add_row(title, f"{dense:.2f}", f"{m[name]:.2f}", speedup(m, stage))
-    for stage in ("prefill", "decode"):
-        if f"latency/aa_{stage}_speedup" in m:
-            table.add_row(f"dense against itself, {stage}", "", "", speedup(m, f"aa_{stage}"))
+            change = f"{m[name] - m[dense_name(name)]:+.4f}"
+            table.add_row(title, _score(m, dense_name(name)), _score(m, name), change)
+    for metric in _TIMED:
+        if metric.name in m:
+            dense, compressed = (format(m[of], metric.form) for of in (dense_name(metric.name), metric.name))
+            table.add_row(metric.row, dense, compressed, speedup(m, metric.stage))
+    for words, _ in members("latency/aa_{stage}_speedup", m):
+        table.add_row(f"dense against itself, {words['stage']}", "", "", speedup(m, f"aa_{words['stage']}"))
     return table
 
 
 def _shapes(m: dict[str, float]) -> list[tuple[int, int]]:
-    """Rows and tokens of the prompts that were timed beside the headline."""
-    found = (re.fullmatch(r"latency/prefill_speedup_b(\d+)_l(\d+)", name) for name in m)
-    return sorted((int(match[1]), int(match[2])) for match in found if match)
+    """Batch and length of the prompts that were timed beside the headline, in order."""
+    timed = members("latency/{stage}_speedup_b{batch}_l{length}", m)
+    return sorted({(int(words["batch"]), int(words["length"])) for words, _ in timed})
 
 
 def _grid(m: dict[str, float], shapes: list[tuple[int, int]]) -> Table:
-    """What each shape took: milliseconds dense -> compressed, and the speed-up."""
+    """Table of the shapes: milliseconds dense -> compressed, and the speed-up."""
     table = Table(title="by batch and prompt length", title_justify="left", box=SIMPLE_HEAD)
     for name in ("batch", "tokens", "prefill, ms", "speed-up", "decode, ms per step", "speed-up"):
         table.add_column(name, justify="right")
     for batch, tokens in shapes:
         at, cells = f"_b{batch}_l{tokens}", [str(batch), str(tokens)]
-        for _, stage, unit in _TIMED:
-            name = f"{stage}_{unit}_p50{at}"
-            cells += [f"{m[f'latency/dense_{name}']:.2f} -> {m[f'latency/{name}']:.2f}", speedup(m, stage, at)]
+        for metric in _TIMED:
+            dense, compressed = (format(m[of + at], metric.form) for of in (dense_name(metric.name), metric.name))
+            cells += [f"{dense} -> {compressed}", speedup(m, metric.stage, at)]
         table.add_row(*cells)
     return table
 
 
 def _score(m: dict[str, float], name: str) -> str:
-    """A task's score with its standard error, where it has one."""
-    error = m.get(f"tasks/{name}_stderr")
-    return f"{m[f'tasks/{name}']:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+    """Score of a task with its standard error, where it has one."""
+    error = m.get(f"{name}_stderr")
+    return f"{m[name]:.4f}" + (f" ± {error:.4f}" if error is not None else "")

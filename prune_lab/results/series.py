@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from prune_lab.fingerprint import NO_FIGURE
+from prune_lab.results.metrics import Interval
 from prune_lab.results.summary import Summary
 
 _STEPS = ("amount", "method.amount", "method.pattern")
@@ -104,4 +105,4 @@ def pivot(found: list[tuple[Position, float]]) -> list[list[str]]:
 def _cell(values: list[float]) -> str:
     if len(values) < 2:
         return f"{values[0]:.4g}" if values else ""
-    return f"{mean(values):.4g} [{min(values):.4g}, {max(values):.4g}]"
+    return f"{Interval(mean(values), min(values), max(values)):.4g}"

@@ -1,4 +1,4 @@
-"""summary.json: what a run was, and what came out."""
+"""The summary of a run (summary.json): its configuration, protocol, environment and metrics."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from prune_lab.results.metrics import check_known
 from prune_lab.system.files import write_text
 
 SCHEMA_VERSION = 1
@@ -38,7 +39,11 @@ class Summary:
     schema_version: int = SCHEMA_VERSION
 
     def set_metrics(self, values: dict[str, float]) -> None:
-        """Adds the finite values; the others have diverged, which is a warning each."""
+        """Adds the finite values; the others have diverged, which is a warning each.
+
+        Raises ValueError where a name is not in the table of metrics.
+        """
+        check_known(values)
         diverged = [name for name, value in values.items() if not math.isfinite(value)]
         self.metrics.update({name: float(v) for name, v in values.items() if name not in diverged})
         self.diverged += diverged

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from prune_lab.report import page
 from prune_lab.report.runs import Run, report_of
-from prune_lab.results.metrics import speedup
+from prune_lab.results.metrics import formatted, speedup
 from prune_lab.results.pareto import Point, dense_points, draw, front
 from prune_lab.results.series import pivot, plain, position, shared
 from prune_lab.results.summary import RESULTS, Summary, read_summary, write_json
@@ -24,18 +24,19 @@ ANSWER = "answer.md"  # what a sweeper that searches leaves; its first line is s
 # Columns of the leaderboard in the order in which a narrow terminal goes without them; and what is kept for `run`.
 _DISPENSABLE = ("non-zero", "x dense", "removed", "peak memory", "decode speed-up", "disk MB", "prefill speed-up")
 _LABEL = 24
+_COLUMNS = ("params/nonzero", "size/disk_mb", "quality/perplexity")  # of the leaderboard, of dense models too
 
 
 @dataclass(frozen=True)
 class Row:
-    """A job and its outcome."""
+    """A job of a sweep and its summary."""
 
     job: str
     summary: Summary
 
 
 def read_job(folder: Path) -> Row:
-    """The outcome in a job's folder; a job that left none was killed."""
+    """Job of a folder with its summary; a job that left none was killed."""
     summary = read_summary(folder)
     return Row(folder.name, summary or Summary("KILLED", reason="its process ended without saying so"))
 
@@ -73,13 +74,13 @@ def show(folder: Path, rows: list[Row], console: Console) -> None:
 
 
 def _answer(folder: Path) -> list[str]:
-    """What a sweeper that searches found, if one ran."""
+    """Answer of a sweeper that searches, if one ran."""
     path = folder / ANSWER
     return [path.read_text(encoding="utf-8")] if path.is_file() else []
 
 
 def _table(title: str, lines: list[list[str]], left: int) -> Table:
-    """A table to print; its first line is the header, its first `left` columns are text."""
+    """Table to print; its first line is the header, its first `left` columns are text."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for number, name in enumerate(lines[0]):
         is_label = number == left - 1  # what may be long, and is text with spaces to fold at
@@ -125,9 +126,7 @@ def _cells(rows: list[Row], sweep: list[Row]) -> tuple[list[str], list[list[str]
     common = set(_shared_overrides(sweep))
     lines: list[list[str]] = []
     for dense in dense_points(points):
-        m = dense.metrics
-        count = f"{m['params/nonzero']:,.0f}"
-        lines.append(["", "dense", "0", count, f"{m['size/disk_mb']:.2f}", f"{m['quality/perplexity']:.3f}", "1"])
+        lines.append(["", "dense", "0", *(formatted(dense.metrics, name) for name in _COLUMNS), "1"])
     infinite = float("inf")
     for row in sorted(rows, key=lambda r: r.summary.metrics.get("quality/perplexity", infinite)):
         m = row.summary.metrics
@@ -137,12 +136,9 @@ def _cells(rows: list[Row], sweep: list[Row]) -> tuple[list[str], list[list[str]
             cells += [f"{row.summary.status}: {row.summary.reason}"]
         else:
             cells += [
-                f"{m['amount/realized']:.4g}",
-                f"{m['params/nonzero']:,.0f}",
-                f"{m['size/disk_mb']:.2f}",
-                *(_number(m, f"quality/{name}", ".3f") for name in ("perplexity", "perplexity_ratio")),
+                *(formatted(m, name) for name in ("amount/realized", *_COLUMNS, "quality/perplexity_ratio")),
                 *(speedup(m, stage) for stage in ("prefill", "decode")),
-                _number(m, "memory/reduction", "+.1%", sign=-1),
+                f"{-m['memory/reduction']:+.1%}" if "memory/reduction" in m else "-",
             ]
         lines.append(cells)
     return header, [cells + [""] * (len(header) - len(cells)) for cells in lines]
@@ -151,10 +147,6 @@ def _cells(rows: list[Row], sweep: list[Row]) -> tuple[list[str], list[list[str]
 def _short(override: str) -> str:
     """range(0.1,0.6,0.2) gives 0.30000000000000004, which nobody asked for."""
     return re.sub(r"\d\.\d{9,}", lambda number: f"{float(number[0]):g}", plain(override))
-
-
-def _number(metrics: dict[str, float], name: str, form: str, sign: int = 1) -> str:
-    return format(sign * metrics[name], form) if name in metrics else "-"
 
 
 def _markdown(rows: list[Row]) -> str:
