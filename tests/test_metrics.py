@@ -20,6 +20,7 @@ from prune_lab.measure.size import Size
 from prune_lab.measure.speed import Latency, Paired
 from prune_lab.measure.timing import Timings
 from prune_lab.methods.magnitude import Magnitude
+from prune_lab.methods.none import NoPruning
 from prune_lab.pruning.pruned import Pruned
 from prune_lab.results.metrics import MEASURED, METRICS, Metric, axis, check_known, find, members, of_dense
 from prune_lab.results.series import Position, pivot
@@ -87,6 +88,23 @@ def test_a_name_fits_one_entry() -> None:
         own = [entry for entry in fitting if "{score}" not in entry]
         assert len(own) == 1 or (not own and name.startswith("tasks/")), (name, fitting)
     assert len(EMITTED) > 60
+
+
+def test_the_dense_model_has_what_a_run_that_changes_nothing_has() -> None:
+    """Measured as a compressed one: nothing removed, as fast, the same figures."""
+    torch.manual_seed(0)
+    times = torch.rand(20, dtype=torch.float64) + 1
+    latency = Latency(Paired(times, times), Paired(times / 8, times / 8))
+    timings = Timings(latency, aa=latency, grid={(4, 128): latency}, energy=Energy(0.7, 0.7))
+    quality = Quality(*[11.0 + place for place, _ in enumerate(dataclasses.fields(Quality))])
+    same = Figures(quality, Size(700, 600, 3.0, 4.0), 5.0, {"arc_easy": dict.fromkeys(SCORES, 0.5)})
+    metrics = compare(NoPruning(), same, same, timings, Pruned()) | compute_figures(Macs(90, 80), Macs(90, 80))
+    run = {name: value for name, value in metrics.items() if "/dense_" not in name}
+    dense = of_dense(metrics)
+    assert {name: run[name] for name in dense} == pytest.approx(dense)
+    assert {name for name in run if name not in dense} == {
+        "compute/effective_macs_per_token", "latency/prefill_ms_p95", "latency/decode_ms_per_token_p95",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
