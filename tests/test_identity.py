@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import CPU, make_folder, story
+from conftest import CPU, Cli, make_folder, story
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -147,7 +147,7 @@ def test_an_input_that_changed_is_another_run_in_memory_and_on_disk(
 
 @pytest.mark.parametrize("tracking", ["mlflow", "none"])
 def test_a_sweep_over_equal_weights_with_other_configs(
-    tracking: str, run: Run, places: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tracking: str, run: Run, cli: Cli, places: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Each job has its own figures, dense ones included; the sweep again is served each job's own."""
     model, text = places
@@ -156,18 +156,15 @@ def test_a_sweep_over_equal_weights_with_other_configs(
     edit(other / "config.json", rope_parameters=ROPE | {"rope_theta": 500.0})
     alone = [run(f"model.name={name}", "tracking=none", cache=f"fresh{i}") for i, name in enumerate((model, other))]
     assert alone[0]["quality/dense_perplexity"] != alone[1]["quality/dense_perplexity"]
-    monkeypatch.setenv("PRUNE_LAB_CACHE", str(tmp_path / "shared"))
     for number in range(2):
         place = tmp_path / f"sweep{number}"
-        arguments = [
+        done = cli(
             "-m", "model=hf", f"model.name={model},{other}", "dataset=text", f"dataset.path={text}",
             "dataset.seq_len=24", "dataset.calibration.n_samples=8", "dataset.calibration.propagate=dense",
             "method=wanda", "device=cpu", "measure=quality_only", "measure.max_windows=8", f"tracking={tracking}",
-            f"hydra.sweep.dir={place}",
-        ]  # fmt: skip
-        monkeypatch.setattr(sweep, "_current", None)
-        monkeypatch.setattr(sys, "argv", ["prune_lab", *arguments])
-        assert program._run(arguments) == 0
+            f"hydra.sweep.dir={place}", PRUNE_LAB_CACHE=str(tmp_path / "shared"),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
         for job, expected in zip("01", alone, strict=True):
             summary = json.loads((place / job / "summary.json").read_text())
             assert (summary["reused_from"] is None) == (number == 0)

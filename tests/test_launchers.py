@@ -231,7 +231,7 @@ def test_jobs_side_by_side_say_what_else_the_machine_did_while_they_were_timed(j
     for job in (0, 2):
         cores = joblib.summary(job)["environment"]["cores_used_by_others"]
         assert 0 <= cores <= (os.cpu_count() or 1) + 0.5
-        noted = any(f"other processes used {cores:.2f} cores" in text for text in joblib.summary(job)["warnings"])
+        noted = any(f"other work took {cores:.2f} cores" in text for text in joblib.summary(job)["warnings"])
         assert noted == (cores > 0.25)
         run = joblib.children[str(joblib.summary(job)["config"]["amount"])]
         assert run.data.tags["cores_used_by_others"] == str(cores)

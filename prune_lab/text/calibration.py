@@ -30,7 +30,12 @@ def calibration_corpus(calibration: Calibration, run: Corpus, tokenizer: Any) ->
 
 def calibration_files(calibration: Calibration) -> list[Path]:
     """The files on this machine that `calibration` names, as far as they may be edited while a process runs."""
-    return [] if calibration.source == "own" else _source(calibration).files()
+    if calibration.source == "own":
+        return []
+    try:
+        return _source(calibration).files()
+    except Refused:  # calibration_corpus says why, where it is needed
+        return []
 
 
 def _source(calibration: Calibration) -> TextSource:

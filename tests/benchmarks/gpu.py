@@ -44,6 +44,7 @@ from prune_lab.methods.structured import Structured
 from prune_lab.methods.wanda import Wanda
 from prune_lab.models import streamed
 from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.checkpoint import read_checkpoint
 from prune_lab.models.on_disk import own_copy
 from prune_lab.post.sparse_2_4 import Sparse24
 from prune_lab.pruning.calibration import Calibrator
@@ -131,7 +132,8 @@ class Case:
             folder, model = Path(at) / "model", self.build()
             model.save_pretrained(folder)
             config, model = model.config, None
-            dense = streamed.build(folder, config, self.stages.device, self.name).eval()
+            checkpoint = read_checkpoint(folder, config, self.name)
+            dense = streamed.build(folder, config, checkpoint, self.stages.device).eval()
             steps = floors.perplexity(shape, self.evaluation.numel(), self.load.seq_len)
             self.evaluate("perplexity, streamed", floors.streamed(shape, steps), dense)
             own = own_copy(dense, Path(at) / "own")
