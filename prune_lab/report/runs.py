@@ -1,4 +1,4 @@
-"""The runs of one or several sources beside each other: what a report of them shows, and what it warns of."""
+"""Report of the runs of one or several sources: points, dense models, metrics, warnings, and what is missing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Missing:
-    """A run that a plot cannot show, or not on every axis, and why."""
+    """Run that a plot cannot show, or not on every axis, with its status and the reason."""
 
     label: str
     status: str
@@ -37,7 +37,7 @@ class Missing:
 
 @dataclass(frozen=True)
 class Report:
-    """What is shown: `summaries` are those of `points`, in the same order."""
+    """Content of a report: `summaries` are those of `points`, in the same order."""
 
     sources: list[str]
     points: list[Point]
@@ -50,7 +50,7 @@ class Report:
 
     @property
     def unfinished(self) -> int:
-        """How many runs did not finish."""
+        """Number of runs that did not finish."""
         return sum(one.status != FINISHED for one in self.missing)
 
     def pair(self, x: str | None = None, y: str | None = None) -> tuple[str, str]:
@@ -90,7 +90,7 @@ def _label(run: Run, several: bool) -> str:
 
 
 def _once(runs: Iterable[Run]) -> list[Run]:
-    """Without repetitions: a run that was found finished stands in both sweeps, and a sweep's run in MLflow too."""
+    """Runs without repetitions: one that was found finished stands in two sweeps, and a sweep's run in MLflow too."""
     found: dict[object, Run] = {}
     for number, run in enumerate(runs):
         figures = tuple(sorted((name, f"{value:.9g}") for name, value in run.summary.metrics.items()))
@@ -99,7 +99,7 @@ def _once(runs: Iterable[Run]) -> list[Run]:
 
 
 def _metrics(runs: list[Run]) -> list[str]:
-    """The metrics that all runs share, but for runs in which they diverged; the dense figures are no axes."""
+    """Metrics that all runs share, but for runs in which they diverged; figures of the dense model are no axes."""
     names = dict.fromkeys(name for run in runs for name in run.summary.metrics if not is_dense(name))
     return [name for name in names if all(name in run.summary.metrics or name in run.summary.diverged for run in runs)]
 
@@ -117,9 +117,9 @@ def _missing(run: Run, several: bool) -> Missing | None:
 
 
 def _points(runs: list[Run], every: list[Run], several: bool) -> list[Point]:
-    """The runs as points. In one sweep's folder overrides tell series apart; elsewhere what the runs are does.
+    """Points of the runs. In one sweep's folder overrides tell series apart; elsewhere the runs' facts do.
 
-    A recipe's file says things that are nobody's override, and MLflow keeps parameters.
+    A recipe's file sets keys that are no override, and MLflow keeps parameters.
     """
     if not several and not any(run.tracked for run in every):
         words, common = [run.summary.overrides for run in runs], shared([run.summary.overrides for run in every])
@@ -132,7 +132,7 @@ def _points(runs: list[Run], every: list[Run], several: bool) -> list[Point]:
 
 
 def _facts(summary: Summary) -> dict[str, str]:
-    """What a run is: its few, telling parameters, the model by its name, and by the dense figures."""
+    """Facts of a run: its few, telling parameters, the model by its name, and by the dense model's figures."""
     if summary.config and summary.protocol:
         facts = {key: str(value) for key, value in params_of(summary).items()}
         facts["model"] = str(summary.model.get("name") or facts.get("model")).rstrip("/").rpartition("/")[2]
@@ -147,7 +147,7 @@ def _facts(summary: Summary) -> dict[str, str]:
 
 
 def _needed(runs: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The facts without the dense figures where model and dataset say as much by their names."""
+    """Facts without the dense model's figures where the names of model and dataset say as much."""
     named = {(facts.get("model"), facts.get("dataset")) for facts in runs}
     apart = {(facts.get("model"), facts.get("dataset"), facts.get("dense")) for facts in runs}
     return [{k: v for k, v in facts.items() if k != "dense"} for facts in runs] if len(apart) == len(named) else runs

@@ -169,7 +169,7 @@ METRICS = (
 
 @cache
 def find(name: str) -> Metric | None:
-    """The entry of a metric, by its name; None for a figure of the dense model and for what the table lacks."""
+    """Entry of a metric, by its name; None for a figure of the dense model and for what the table lacks."""
     return None if is_dense(name) else _entry(name)
 
 
@@ -178,7 +178,7 @@ def _entry(name: str) -> Metric | None:
 
 
 def members(family: str, metrics: Values) -> Iterable[tuple[dict[str, str], float]]:
-    """The placeholders' values and the value of each of `metrics` that belongs to an entry, by the entry's name."""
+    """Values of the placeholders, and value, of each of a run's metrics that belongs to the entry of this name."""
     (entry,) = (metric for metric in METRICS if metric.name == family)
     return [(entry.words_of(name) or {}, value) for name, value in metrics.items() if find(name) is entry]
 
@@ -200,7 +200,7 @@ def dense_name(metric: str) -> str:
 
 
 def is_dense(name: str) -> bool:
-    """Whether a name is that of a figure of the dense model."""
+    """True for the name of a figure of the dense model."""
     return "/dense_" in name
 
 
@@ -280,7 +280,7 @@ class Interval:
         return f"[{self.low:{form}}, {self.high:{form}}]"
 
     def contains(self, value: float) -> bool:
-        """Whether a value lies between the bounds or on one."""
+        """True for a value between the bounds or on one."""
         return self.low <= value <= self.high
 
 

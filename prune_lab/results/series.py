@@ -1,4 +1,4 @@
-"""Which jobs of a sweep belong together: a series is one recipe at several amounts, each perhaps with several seeds."""
+"""Series of runs: one recipe at several amounts or patterns, each perhaps with several seeds."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _NOT_SERIES = (*_STEPS, "seed", *NO_FIGURE)
 
 @dataclass(frozen=True)
 class Position:
-    """Where a job stands: its series, and its step in it, which is an amount or an N:M pattern."""
+    """Series of a job, and its step in the series: an amount or an N:M pattern."""
 
     series: str
     step: str
 
 
 def position(summary: Summary, shared: Iterable[str]) -> Position:
-    """The position of a job, by what it was asked for beyond what all jobs share."""
+    """Position of a job, from its overrides without those that all jobs share."""
     asked, common = keys(summary.overrides), keys(shared)
     own = {key: value for key, value in asked.items() if key not in (*common, *_NOT_SERIES, "method")}
     parts = [summary.choices.get("method", ""), *(f"{key.removeprefix('method.')}={own[key]}" for key in own)]
@@ -35,12 +35,12 @@ def position(summary: Summary, shared: Iterable[str]) -> Position:
 
 
 def shared(overrides: list[list[str]]) -> list[str]:
-    """What every run was asked for alike."""
+    """Overrides that all runs have."""
     return [override for override in overrides[0] if all(override in other for other in overrides)]
 
 
 def telling(runs: list[dict[str, str]]) -> list[list[str]]:
-    """Of each run's facts (key -> value) those that tell it from others, as key=value.
+    """Facts of each run (key -> value) that tell it from others, as key=value.
 
     A key of an option, such as recovery.steps, counts where runs of the same option differ in it. recovery=none
     is told by not being said.
@@ -61,7 +61,7 @@ def telling(runs: list[dict[str, str]]) -> list[list[str]]:
 
 
 def _option(facts: dict[str, str], key: str) -> str:
-    """The option that a dotted key belongs to; none for a key of the root."""
+    """Option that a dotted key belongs to; empty for a key of the root."""
     group, dot, _ = key.partition(".")
     return facts.get(group, "") if dot else ""
 
@@ -73,12 +73,12 @@ def keys(overrides: Iterable[str]) -> dict[str, str]:
 
 
 def plain(override: str) -> str:
-    """An override as a person would type it: Hydra escapes the colon of 2:4."""
+    """Override as a person would type it: Hydra escapes the colon of 2:4."""
     return override.replace("\\:", ":")
 
 
 def place_on_line(step: str) -> tuple[bool, float, str]:
-    """Where a step stands among others: amounts by size, then patterns by what they keep, the most first."""
+    """Sorting key of a step: amounts by size, then patterns by what they keep, the most first."""
     kept, pattern, of = step.partition(":")
     try:
         return bool(pattern), (1 - float(kept) / float(of) if pattern else float(kept)), step
@@ -87,7 +87,7 @@ def place_on_line(step: str) -> tuple[bool, float, str]:
 
 
 def pivot(found: list[tuple[Position, float]]) -> list[list[str]]:
-    """Perplexities as a table, a row for each series, a column for each step, over seeds the mean and the range.
+    """Table of perplexities: a row for each series, a column for each step, over seeds the mean and the range.
 
     Empty where that would not be a table: fewer than two rows or columns.
     """

@@ -18,7 +18,7 @@ _DIVERGED = " diverged: it is not a finite number"  # what a warning says of a m
 
 @dataclass
 class Summary:
-    """One run. `status` is FINISHED, FAILED or KILLED; `reason` says why, where it did not finish."""
+    """Summary of one run. `status` is FINISHED, FAILED or KILLED; `reason` says why, where it did not finish."""
 
     status: str
     fingerprint: str = ""
@@ -56,7 +56,7 @@ class Summary:
 
 
 def read_summary(folder: Path) -> Summary | None:
-    """The summary in `folder`, or None where there is none that can be read."""
+    """Summary in `folder`, or None where there is none that can be read."""
     try:
         values = json.loads((folder / FILE).read_text(encoding="utf-8"))
         return from_dict(values)
@@ -65,7 +65,7 @@ def read_summary(folder: Path) -> Summary | None:
 
 
 def from_dict(values: dict[str, Any]) -> Summary:
-    """A summary from the contents of a summary.json; unknown keys of later versions are left out."""
+    """Summary from the contents of a summary.json; unknown keys of later versions are left out."""
     known = {f.name for f in fields(Summary)}
     summary = Summary(**{key: value for key, value in values.items() if key in known})
     if "diverged" not in values:  # it was written when the warnings alone said so
@@ -90,7 +90,7 @@ def write_json(path: Path, value: Any) -> Path:
 
 
 def _finite(node: Any) -> Any:
-    """The containers with NaN and infinities, such as a refused amount=nan, as text."""
+    """Containers with NaN and infinities, such as a refused amount=nan, as text."""
     if isinstance(node, dict):
         return {key: _finite(value) for key, value in node.items()}
     if isinstance(node, list | tuple):

@@ -1,4 +1,4 @@
-"""The jobs of a sweep beside each other: results.json, results.md, pareto.png, report.html and the leaderboard."""
+"""Comparison of a sweep's jobs: results.json, results.md, pareto.png, report.html and the leaderboard."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _table(title: str, lines: list[list[str]], left: int) -> Table:
 
 
 def _fitting(table: list[list[str]], width: int) -> list[list[str]]:
-    """The table without the columns that a narrow terminal has no room for, the least telling first."""
+    """Table without the columns that a narrow terminal has no room for, the least telling first."""
     names = list(table[0])
     room = {name: 2 + max(len(line[place]) for line in table) for place, name in enumerate(names)}
     room["run"] = min(room["run"], _LABEL)  # it folds
@@ -118,7 +118,7 @@ def _points(rows: list[Row]) -> list[Point]:
 
 
 def _cells(rows: list[Row], sweep: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """The leaderboard of rows of a sweep as text: the dense model, then by perplexity, then what did not finish."""
+    """Leaderboard of rows of a sweep as text: the dense model, then by perplexity, then what did not finish."""
     points = _points(sweep)
     on_front = {point.job for point in front(points, "params/nonzero")}
     header = ["job", "run", "removed", "non-zero", "disk MB", "perplexity", "x dense"]
@@ -145,7 +145,7 @@ def _cells(rows: list[Row], sweep: list[Row]) -> tuple[list[str], list[list[str]
 
 
 def _short(override: str) -> str:
-    """range(0.1,0.6,0.2) gives 0.30000000000000004, which nobody asked for."""
+    """Override with its numbers rounded: range(0.1,0.6,0.2) gives 0.30000000000000004."""
     return re.sub(r"\d\.\d{9,}", lambda number: f"{float(number[0]):g}", plain(override))
 
 
@@ -162,5 +162,5 @@ def _markdown_table(table: list[list[str]]) -> str:
 
 
 def _shown(path: Path) -> str:
-    """The path as a person in the working folder would type it."""
+    """Path as a person in the working folder would type it."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
