@@ -24,7 +24,9 @@ class Place:
     @property
     def command(self) -> str:
         """The line for a shell in the working folder that repeats this job by itself."""
-        folder = [] if self.recipes is None else ["-cd", self.recipes if self.recipes[0] != "-" else f"./{self.recipes}"]
+        folder = (
+            [] if self.recipes is None else ["-cd", self.recipes if self.recipes[0] != "-" else f"./{self.recipes}"]
+        )
         recipe = [] if self.recipe == "config" else ["-cn", self.recipe]
         alone = ["hydra.mode=RUN"] if self.sweep is not None and folder else []  # a recipe may say that it is a sweep
         without = [f"~{key}" for key in self.removed]
