@@ -42,7 +42,8 @@ def _as_meant(uri: str) -> str:
 def how_to_look(uri: str, experiment: str, runs: list[str]) -> list[str]:
     """The command that starts the UI (none for a server), the list of runs, and their comparison as plots."""
     server = uri.rstrip("/") if uri.startswith(("http://", "https://")) else LOCAL
-    shown = shlex.quote(without_password(uri))
+    shown = without_password(uri)
+    shown = shown if shlex.quote(uri) == uri else shlex.quote(shown)
     lines = [] if server != LOCAL else [f"Open the MLflow UI:  mlflow ui --backend-store-uri {shown}"]
     lines.append(f"  all runs:     {server}/#/experiments/{experiment}/runs?workflowType=machine_learning")
     if len(runs) > 1:
