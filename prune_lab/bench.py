@@ -29,6 +29,7 @@ from prune_lab.models.export import save_dense
 from prune_lab.models.load import Loaded, ModelSource
 from prune_lab.models.on_disk import own_copy
 from prune_lab.pruning.calibration import Calibrator
+from prune_lab.results.notes import SAME_TEXT
 from prune_lab.results.summary import write_json
 from prune_lab.system.console import Console
 from prune_lab.system.device import Device, uses_bfloat16
@@ -36,6 +37,7 @@ from prune_lab.system.files import mark, state_of
 from prune_lab.system.lock import locked
 from prune_lab.text.bos import Bos, resolve_bos
 from prune_lab.text.calibration import calibration_corpus, calibration_files
+from prune_lab.text.sampling import holding
 from prune_lab.text.source import Calibration, TextSource
 from prune_lab.text.tokens import JOIN, Tokens, sha256
 
@@ -117,6 +119,8 @@ class Bench:
             if corpus is not None:
                 tokens = Tokens(corpus, self.dense.tokenizer, console, self.dense.model.config.vocab_size)
             bfloat16 = uses_bfloat16(asked.autocast, self.device.torch_device)
+            # However it is cut into documents; two splits of one text share what it repeats, and no more.
+            is_other = corpus is not None or tokens.corpus.read_test is not None
             drawn = tokens.calibration_windows(
                 asked.n_samples, asked.seq_len, seed, spread=corpus is not None, join=asked.join
             )
@@ -134,6 +138,7 @@ class Bench:
                 "distinct_tokens": drawn.distinct_tokens,
                 "overlap": drawn.overlap,  # the most windows that share a token
                 "text": None if corpus is None else corpus.counts,
+                "windows_tested_on": holding(drawn.windows, self.windows.flatten(), SAME_TEXT) if is_other else 0,
                 "windows": drawn.places,  # [document, first token] of each
                 "tokens_sha256": sha256(drawn.windows),
             }

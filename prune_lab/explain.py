@@ -25,7 +25,8 @@ _REASONS = {
 def no_such_key(key: str, allowed: str, options: str = "") -> str:
     """That an option has no such key, what it has, and why, where the key is one of other options."""
     reason = f" ({_REASONS[key]})" if key in _REASONS else ""
-    return f"{key}: no such key{' in ' * bool(options)}{options}{reason}; allowed are {allowed}"
+    has = f"allowed are {allowed}" if allowed else "it has none"
+    return f"{key}: no such key{' in ' * bool(options)}{options}{reason}; {has}"
 
 
 def one_line(error: BaseException) -> str:

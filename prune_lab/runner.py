@@ -29,8 +29,8 @@ from prune_lab.plan import plan
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.pruned import Pruned
 from prune_lab.results import notes, outcome
-from prune_lab.results.card import model_card
-from prune_lab.results.summary import Summary, read_summary
+from prune_lab.results.card import is_card_of, model_card
+from prune_lab.results.summary import Summary
 from prune_lab.system import device as devices
 from prune_lab.system.console import Console
 from prune_lab.system.device import Device
@@ -155,10 +155,8 @@ def _find_finished(parts: Parts, summary: Summary, place: Place) -> Summary | No
 
 def _has_export(finished: Summary) -> bool:
     """Whether the export of a finished run is still its own: another run may have used its folder since."""
-    folder = Path(finished.folder)
-    last = read_summary(folder)
-    its_own = last is not None and (last.status, last.fingerprint) == ("FINISHED", finished.fingerprint)
-    return its_own and (folder / "export" / "config.json").is_file()
+    export = Path(finished.folder) / "export"
+    return (export / "config.json").is_file() and is_card_of(export / "README.md", finished)
 
 
 def _enter_again(parts: Parts, finished: Summary, asked: Summary, place: Place) -> Summary:

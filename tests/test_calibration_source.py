@@ -207,6 +207,37 @@ def test_windows_of_a_named_text_are_spread_over_its_documents(
     assert stamp["sampling"] == ("joined" if join else "in turn")
 
 
+@pytest.mark.parametrize("form", ["one txt", "pieces", "other text", "own, test text apart"])
+def test_text_that_is_tested_on_is_found_however_it_is_cut(
+    folder: Path, corpus: Path, tmp_path: Path, form: str
+) -> None:
+    """Compared with the windows that are in the test text, looked for as strings of ids."""
+    texts = [path.read_text() for path in sorted(corpus.glob("*.txt"))]
+    whole = "\n\n".join(texts)
+    step = len(texts[0]) * 3 // 2
+    pieces = [whole[first : first + step] for first in range(0, len(whole), step)]
+    name, test = tmp_path / "a.txt", tmp_path / "test.txt"
+    name.write_text(whole)
+    if form != "one txt":
+        name = jsonl(tmp_path / "a.jsonl", pieces if form == "pieces" else [story(n) for n in range(500, 600)])
+    test.write_text(whole)
+    calibration = Calibration(
+        n_samples=40, seq_len=48, **({} if "own" in form else {"source": "text", "name": str(name)})
+    )
+    apart = str(test) if "own" in form else None
+    text = TextFiles(path=str(corpus), test_path=apart, seq_len=32, calibration=calibration)
+    measure = Measure(max_windows=100, latency=False, memory=False, prompt_tokens=16, decode_tokens=2)
+    made = Bench(HubModel(name=str(folder)), text, measure, CPU, 0, Console(quiet=True))
+    calibrator, stamp = made.calibrator(0, Console(quiet=True))
+    tested = " ".join(map(str, ["", *made.windows.flatten().tolist(), ""]))
+    held = [
+        any(" ".join(map(str, ["", *row[first : first + 32], ""])) in tested for first in range(17))
+        for row in calibrator.windows.tolist()
+    ]
+    assert stamp["windows_tested_on"] == sum(held)
+    assert (sum(held) > 0) == (form != "other text")
+
+
 def test_too_few_long_documents_are_refused_with_the_way_out(folder: Path, corpus: Path, tmp_path: Path) -> None:
     name = jsonl(tmp_path / "a.jsonl", [story(seed, sentences=2) for seed in range(500, 600)])
     keys: dict[str, Any] = {"source": "text", "name": str(name), "n_samples": 8, "seq_len": 100}
@@ -278,6 +309,7 @@ def test_a_run_says_what_it_left_out_and_that_it_is_little(
 STAMP = {
     "own": False, "source": "a", "n_samples": 9, "seq_len": 10, "sampling": "in turn", "documents": 3, "text": None,
     "documents_too_short": 0, "distinct_tokens": 480, "overlap": 2, "solved_width": 48,
+    "windows_tested_on": 0,
 }  # fmt: skip
 
 
@@ -298,6 +330,7 @@ def test_notes_of_calibration_windows() -> None:
     assert "join=true" in note
     assert "join=true" in said_of(overlap=3, sampling="at random")[0]
     assert "join=true" not in said_of(overlap=3, sampling="joined")[0]
+    assert "1 of 9 calibration windows hold text that is tested on as well" in said_of(windows_tested_on=1)[0]
 
 
 @pytest.mark.parametrize(("passes", "is_much"), [(4.0, False), (4.01, True)])

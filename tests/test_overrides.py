@@ -133,6 +133,20 @@ def test_a_key_of_one_option_is_not_applicable_to_the_others(cli: Cli, small: li
     assert "temperature" not in again["not_applicable"]["recovery"]
 
 
+@pytest.mark.parametrize("options", ["none,distill", "distill,none"])
+def test_a_key_of_one_option_may_be_taken_out(options: str, cli: Cli, small: list[str], tmp_path: Path) -> None:
+    """What is not given is the default of the class."""
+    words = ["recovery.steps=1", "recovery.validate_every=0", "~recovery.temperature"]
+    done = cli("-m", *small, *FAST, f"recovery={options}", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = {job["choices"]["recovery"]: job for job in jobs(tmp_path)}
+    assert "temperature" in found["none"]["not_applicable"]["recovery"]
+    assert "temperature" not in found["distill"]["config"]["recovery"]
+    again = cli(*found["distill"]["overrides"], "hydra.run.dir=alone")
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "alone" / "summary.json").read_text())["reused_from"] is not None
+
+
 def test_a_recipe_may_give_what_only_one_of_its_options_takes(cli: Cli, small: list[str], tmp_path: Path) -> None:
     """In its own values and in a grid; the command of each job, in a model card too, repeats it by itself."""
     (tmp_path / "recipes").mkdir()
@@ -198,6 +212,8 @@ def test_optuna_leaves_out_what_does_not_apply_and_takes_any_path(
         (["recovery=none,finetune", "recovery.validate_evry=0"], ["recovery.validate_evry", "none,finetune", "steps"]),
         (["recovery=none,finetune", "recovery.temperature=1,2"], ["recovery.temperature: no such key"]),
         (["amount=0.1,0.2", "recovery.validate_every=0"], ["recovery.validate_every", "recovery=none", "steps"]),
+        (["recovery=none,distill", "~recovery.temprature"], ["recovery.temprature: no such key", "temperature"]),
+        (["tracking=none,mlflow", "tracking.uri=x"], ["tracking.uri: no such key", "it has none"]),
     ],
 )
 def test_a_key_that_no_option_of_the_sweep_has_is_refused_before_the_first_job(

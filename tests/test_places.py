@@ -14,9 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Cli
 from warm import give_store, run_module
 
+from prune_lab.config.overrides import as_override
 from prune_lab.config.parts import Settings
 from prune_lab.place import Place
 from prune_lab.system.files import as_path, matching
@@ -81,6 +82,26 @@ def test_a_sweep_a_run_resume_sync_and_a_report_in_the_worst_of_folders(
         assert (reported.returncode, reported.stderr) == (0, "")
     assert (here / "a $b$ {c}" / "report.png").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == [here.name]  # nothing went beside it
+
+
+@pytest.mark.parametrize("name", ["${x}", "\\\\${now:%H}", "a ${amount} b"])
+def test_what_looks_like_a_reference_may_be_a_part_of_a_path(
+    name: str, folder: Path, corpus: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """Of the model, the text, calibration text and a teacher."""
+    shutil.copytree(folder, tmp_path / name / "model")
+    shutil.copytree(corpus, tmp_path / name / "text")
+    places = {"model.name": "model", "dataset.path": "text", "dataset.calibration.name": "text/*.txt",
+              "recovery.teacher": "model"}  # fmt: skip
+    words = [as_override(key, f"{name}/{place}") for key, place in places.items()]
+    keys = ["model=hf", "dataset=text", "dataset.seq_len=32", "dataset.calibration.source=text", "method=wanda",
+            "dataset.calibration.n_samples=4", "dataset.calibration.seq_len=16", "recovery=distill",
+            "recovery.steps=1", "recovery.validate_every=0", "tracking=none", "hydra.run.dir=run"]  # fmt: skip
+    done = cli(*keys, *FAST, *map(str, words))
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "run" / "summary.json").read_text())["config"]
+    assert config["model"]["name"] == f"{name}/model"
+    assert config["dataset"]["calibration"]["name"] == f"{name}/text/*.txt"
 
 
 @pytest.mark.parametrize("name", NAMES)

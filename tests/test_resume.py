@@ -182,6 +182,32 @@ def test_an_export_that_is_not_there_is_made(run_here: RunHere) -> None:
     assert (second.folder / "export" / "model.safetensors").exists()
 
 
+def test_an_export_in_a_folder_that_other_runs_used_is_not_served_for_theirs(run_here: RunHere, tmp_path: Path) -> None:
+    """Nor when the folder's summary says so again, since the first run was asked for once more."""
+    place = f"hydra.run.dir={tmp_path / 'fixed'}"
+    run_here(place, "amount=0.2", "export=true")
+    weights = tmp_path / "fixed" / "export" / "model.safetensors"
+    first = weights.read_bytes()
+    run_here(place, "amount=0.4", "export=true")
+    second = weights.read_bytes()
+    assert second != first
+    run_here(place, "amount=0.2")
+    assert weights.read_bytes() == second
+    run_here(place, "amount=0.2", "export=true")
+    assert weights.read_bytes() == first
+
+
+def test_a_sweep_does_not_compare_jobs_that_an_earlier_one_left_there(run_here: RunHere, tmp_path: Path) -> None:
+    place = f"hydra.sweep.dir={tmp_path / 'fixed'}"
+    run_here(place, "amount=0.2,0.4", "-m")
+    run_here(place, "amount=0.6", "-m")
+    results = json.loads((tmp_path / "fixed" / "results.json").read_text())
+    assert [job["config"]["amount"] for job in results] == [0.6]
+    assert run_here(place, "amount=0.4,0.6", "-m").code == 0
+    results = json.loads((tmp_path / "fixed" / "results.json").read_text())
+    assert [job["config"]["amount"] for job in results] == [0.4, 0.6]
+
+
 def test_a_damaged_record_is_computed_again(run_here: RunHere, tmp_path: Path) -> None:
     run_here()
     (record,) = (tmp_path / "cache").rglob("summary.json")

@@ -701,3 +701,21 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path, kind: str) -> None:
         )
         found.append(peak_mb(code, str(path)))
     assert found[1] < found[0] + 80, found
+
+
+def test_the_end_of_a_name_may_be_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "A.TXT").write_text("one")
+    (tmp_path / "b.Jsonl").write_text(json.dumps({"text": "two"}))
+    with gzip.open(tmp_path / "C.JSONL.GZ", "wt") as file:
+        file.write(json.dumps({"text": "three"}))
+    assert sorted(text for _, text in TextFiles(path=str(tmp_path)).corpus().everything()) == ["one", "two"]
+    assert "".join(TextFiles(path=str(tmp_path / "C.JSONL.GZ")).corpus().as_one()) == "three"
+
+
+@pytest.mark.parametrize("ending", [".txt", ".jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_file_of_wide_characters_is_called_so(ending: str, encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a{ending}"
+    path.write_text(json.dumps({"text": "é" * 300}), encoding=encoding)
+    with pytest.raises(Refused, match=rf"it is {encoding.upper()}, not utf-8: .* iconv -f {encoding} -t utf-8"):
+        list(TextFiles(path=str(path)).corpus().everything())

@@ -203,14 +203,14 @@ def _record_overrides(config: DictConfig, words: list[str]) -> None:
 
 
 def _key(word: str) -> tuple[str, str] | None:
-    """Group and key of an override that sets a key of a group's option; None for any other."""
+    """Group and key of an override that sets or removes a key of a group's option; None for any other."""
     return _key_of(parse(word))
 
 
 def _key_of(override: Override) -> tuple[str, str] | None:
     group, dot, key = str(override.key_or_group).partition(".")
-    sets = override.type in (OverrideType.CHANGE, OverrideType.FORCE_ADD)
-    return (group, key) if dot and group in GROUPS and sets else None
+    is_of_key = override.type in (OverrideType.CHANGE, OverrideType.FORCE_ADD, OverrideType.DEL)
+    return (group, key) if dot and group in GROUPS and is_of_key else None
 
 
 def _is_in(config: DictConfig, key: tuple[str, str]) -> bool:

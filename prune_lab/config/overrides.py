@@ -65,10 +65,14 @@ def ambiguous(word: str) -> str:
 
 def as_override(key: str, text: str) -> str | None:
     """The override by which Hydra gives `key` exactly this text; None where its grammar cannot say it."""
-    inside = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)
-    quoted = [QuotedString(inside, quote).with_quotes() for quote in (Quote.single, Quote.double)]
+    quoted = [QuotedString(literal(text), quote).with_quotes() for quote in (Quote.single, Quote.double)]
     plain = [text] if not re.search(r"[\s'\"\\]", text) else []
     return next((word for value in (*plain, *quoted) if _gives(word := f"{key}={value}", text)), None)
+
+
+def literal(text: str) -> str:
+    """The text as OmegaConf reads it again: ${ in it begins no reference."""
+    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)
 
 
 def readable(word: str) -> str:

@@ -20,6 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from prune_lab.checks import check_amount
+from prune_lab.config.overrides import literal
 from prune_lab.errors import Refused
 from prune_lab.explain import no_such_key
 from prune_lab.results.metrics import axis
@@ -204,10 +205,11 @@ def _construct(cls: type, values: dict[str, Any], prefix: str) -> Any:
         schema = OmegaConf.structured(cls)
         _make_writable(schema)
         if parts:  # its own keys first, then each part for the full key in its refusals, then the whole
-            OmegaConf.to_object(OmegaConf.merge(schema, {k: v for k, v in values.items() if k not in parts}))
+            own = {name: value for name, value in values.items() if name not in parts}
+            OmegaConf.to_object(OmegaConf.merge(schema, _literal(own)))
         for name in parts.keys() & values.keys():
             _construct_part(parts[name], values[name], f"{prefix}{name}")
-        return OmegaConf.to_object(OmegaConf.merge(schema, values))
+        return OmegaConf.to_object(OmegaConf.merge(schema, _literal(values)))
     except Refused:
         raise
     except ConfigKeyError as error:
@@ -217,6 +219,15 @@ def _construct(cls: type, values: dict[str, Any], prefix: str) -> Any:
         raise Refused(f"{prefix}{error.full_key or error.key}: {_first_line(error)}") from error
     except ValueError as error:
         raise Refused(f"{prefix}{error}") from error
+
+
+def _literal(value: Any) -> Any:
+    """Resolved values, which OmegaConf is not to resolve once more: a path may hold ${."""
+    if isinstance(value, dict):
+        return {key: _literal(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_literal(one) for one in value]
+    return literal(value) if isinstance(value, str) else value
 
 
 def _construct_part(cls: Any, value: Any, key: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from prune_lab.results.metrics import dense_figures
 from prune_lab.results.summary import Summary
 
@@ -29,7 +31,7 @@ def model_card(summary: Summary, base_model: str, command: str, reading: str) ->
         f"- Loads with: {reading}",
         f"- Evaluated on: {summary.protocol.get('dataset')}, {summary.protocol.get('windows')} windows of "
         f"{summary.protocol.get('seq_len')} tokens, {summary.protocol.get('dtype')}",
-        f"- prune_lab {summary.environment.get('prune_lab')}, fingerprint {summary.fingerprint}",
+        f"- prune_lab {summary.environment.get('prune_lab')}, {_of(summary)}",
         *(f"- {note}" for note in summary.warnings),
         "",
         "    " + command,
@@ -40,3 +42,15 @@ def model_card(summary: Summary, base_model: str, command: str, reading: str) ->
         "",
     ]
     return "\n".join(lines)
+
+
+def is_card_of(path: Path, summary: Summary) -> bool:
+    """Whether the model card at `path` is of this run, and so the export beside it."""
+    try:
+        return f", {_of(summary)}\n" in path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+
+
+def _of(summary: Summary) -> str:
+    return f"fingerprint {summary.fingerprint}"

@@ -11,6 +11,7 @@ _STAGES = ("prefill", "decode")
 LOAD = 0.25  # cores; what a system does by itself is a tenth of it
 SPARSE = 0.005  # of the parameters; a row of zeros for padding is less
 OVERLAP = 2  # calibration windows that may share a token before it is said
+SAME_TEXT = 32  # tokens in a row that two texts do not share by chance
 TOKENS_PER_INPUT = 10  # distinct ones, of what is solved for
 PASSES = 4  # over training text (Muennighoff et al., 2305.16264)
 KNOWS_NOTHING = 4.5  # bits per byte; letters and spaces of English by their frequency alone take 4.1 (Shannon, 1951)
@@ -75,6 +76,11 @@ def of_calibration_windows(protocol: dict[str, Any]) -> list[str]:
         notes.append(
             f"calibration windows overlap: {seen['n_samples']:,} windows of {seen['seq_len']:,} tokens are {held}, and "
             f"some tokens are in {seen['overlap']} windows; {more}"
+        )
+    if tested := seen["windows_tested_on"]:
+        notes.append(
+            f"{tested:,} of {seen['n_samples']:,} calibration windows hold text that is tested on as well ({SAME_TEXT} "
+            "tokens in a row or more), which flatters perplexity: give other text"
         )
     width = seen["solved_width"]
     if width is not None and distinct < TOKENS_PER_INPUT * width:

@@ -24,8 +24,10 @@ from prune_lab import explain
 from prune_lab.config.parts import build
 from prune_lab.errors import REFUSED, Refused
 from prune_lab.place import Place
+from prune_lab.results.summary import FILE
 from prune_lab.sweeps import remote
 from prune_lab.system import interrupt, launch
+from prune_lab.system.files import FileState, state_of
 
 
 @dataclass
@@ -36,6 +38,7 @@ class _Sweep:
     name: str
     tracker: Any
     quiet: bool
+    earlier: frozenset[FileState]  # summaries of an earlier sweep in this folder: those that change are of this one
     closed: bool = False
     failed: bool = False
 
@@ -57,7 +60,9 @@ class SweepCallback(Callback):
         except Exception as error:  # Hydra makes warnings of a callback's errors
             explain.to_stderr(str(error) if isinstance(error, Refused) else explain.one_line(error))
             raise SystemExit(REFUSED) from error
-        _current = _Sweep(folder, str(config.name), tracker, bool(config.quiet))
+        _current = _Sweep(
+            folder, str(config.name), tracker, bool(config.quiet), frozenset(_summaries(_job_folders(folder)))
+        )
         remote.pack(config, folder)
         atexit.register(close_open_sweep)
 
@@ -114,7 +119,7 @@ def _close(ended: str | None = None) -> None:
 
 def _complete(sweep: _Sweep, ended: str | None) -> None:
     """Writes the comparison and ends the record; a full disk or a lost store keeps nothing else from being done."""
-    jobs = _job_folders(sweep.folder)
+    jobs = [job for job in _job_folders(sweep.folder) if sweep.earlier.isdisjoint(_summaries([job]))]
     if not jobs:
         with _told(sweep, "it could not be taken back"):
             sweep.tracker.discard_sweep(sweep.name, sweep.folder)
@@ -153,3 +158,7 @@ def _job_folders(folder: Path) -> list[Path]:
     """The folders that jobs made in the sweep's folder, in the order of the jobs."""
     jobs = [path for path in folder.glob("*") if path.is_dir() and path.name.isdigit()]
     return sorted(jobs, key=lambda path: int(path.name))
+
+
+def _summaries(jobs: list[Path]) -> tuple[FileState, ...]:
+    return state_of(job / FILE for job in jobs)

@@ -67,7 +67,10 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
-def state_of(files: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
+FileState = tuple[str, int, int]  # its name, bytes and time of its last change, in nanoseconds
+
+
+def state_of(files: Iterable[Path]) -> tuple[FileState, ...]:
     """Name, bytes and time of the last change of each file that is there: equal where nothing was edited."""
     found = []
     for path in sorted(files):

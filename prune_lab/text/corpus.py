@@ -13,6 +13,7 @@ from typing import Any
 
 from prune_lab.errors import Refused
 from prune_lab.text.chat import Chat
+from prune_lab.text.rows import wide_encoding
 from prune_lab.text.splits import BUCKETS, POSITIONS, SPLITS, split_of
 
 JOIN = "\n\n"  # between documents, as the published perplexities have it
@@ -347,11 +348,11 @@ def decoded(content: bytes, start: int, name: str) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        wide = not start and content[:2] in (b"\xff\xfe", b"\xfe\xff")
+        wide = wide_encoding(content) if not start else None
         found = f"byte {start + error.start:,} is 0x{content[error.start]:02x}"
         raise Refused(
-            f"{name} cannot be read as text: {'it is UTF-16' if wide else found}, not utf-8: convert the file, such as "
-            f"by iconv -f {'utf-16' if wide else 'latin1'} -t utf-8"
+            f"{name} cannot be read as text: {f'it is {wide.upper()}' if wide else found}, not utf-8: convert the "
+            f"file, such as by iconv -f {wide or 'latin1'} -t utf-8"
         ) from error
 
 

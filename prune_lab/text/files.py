@@ -169,7 +169,7 @@ def _files(path: str, key: str) -> list[Path]:
     try:
         place = as_path(path).absolute()  # to pyarrow file:x is an address, and ~/x at home
         if place.is_dir():
-            found = [file for file in place.rglob("*") if file.suffix in KINDS]
+            found = [file for file in place.rglob("*") if ending(file) in KINDS]
         elif place.is_file():
             found = [place]
         else:

@@ -24,8 +24,9 @@ Row = tuple[str, Any, Iterable[str]]  # its place ("line 3"), the column's value
 
 
 def ending(path: Path) -> str:
-    """The end of a file's name that says its kind, such as .jsonl or .jsonl.gz."""
-    return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+    """The end of a file's name that says its kind, such as .jsonl or .jsonl.gz, in small letters."""
+    kind = "".join(path.suffixes[-2:]) if path.suffix.lower() == ".gz" else path.suffix
+    return kind.lower()
 
 
 def read_rows(path: Path, column: str) -> Iterator[Row]:
@@ -55,8 +56,10 @@ def _decoded(content: bytes, line: int = 1) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        if line == 1 and content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise ValueError("it is UTF-16, not utf-8: convert it, such as by iconv -f utf-16 -t utf-8") from error
+        if line == 1 and (wide := wide_encoding(content)) is not None:
+            raise ValueError(
+                f"it is {wide.upper()}, not utf-8: convert it, such as by iconv -f {wide} -t utf-8"
+            ) from error
         line += content.count(b"\n", 0, error.start)
         raise ValueError(
             f"line {line} holds the byte 0x{content[error.start]:02x}, which is not utf-8: convert the file, such as "
@@ -64,8 +67,15 @@ def _decoded(content: bytes, line: int = 1) -> str:
         ) from error
 
 
+def wide_encoding(content: bytes) -> str | None:
+    """utf-32 or utf-16, where the first bytes of a file say so."""
+    if content[:4] in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
+        return "utf-32"
+    return "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else None
+
+
 def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
 # JSON: an object in each line, or one array of objects.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _TRIES = 20  # at places of which none has been given before
+_FACTOR = 6364136223846793005  # of Knuth's MMIX: odd, and large enough to mix all bits
 Place = tuple[int, int]  # a document, by its number; the first token of a window in it
 
 
@@ -92,3 +93,17 @@ def covered(firsts: list[int], seq_len: int) -> tuple[int, int]:
     distinct = sum(min(seq_len, b - a) for a, b in zip(starts, [*starts[1:], starts[-1] + seq_len], strict=True))
     steps = sorted([(first + seq_len, -1) for first in starts] + [(first, 1) for first in starts])
     return distinct, max(accumulate(step for _, step in steps))
+
+
+def holding(windows: Tensor, text: Tensor, length: int) -> int:
+    """How many windows, shape (windows, tokens), hold `length` tokens in a row that are in `text`, shape (tokens,)."""
+    return int(torch.isin(_runs(windows, length), _runs(text, length)).any(dim=1).sum())
+
+
+def _runs(ids: Tensor, length: int) -> Tensor:
+    """A hash of each run of `length` tokens along the last axis: a polynomial in them, modulo 2^64."""
+    count = max(0, ids.shape[-1] - length + 1)
+    found = ids.new_zeros((*ids.shape[:-1], count), dtype=torch.int64)
+    for first in range(length):
+        found = found * _FACTOR + ids[..., first : first + count]
+    return found
