@@ -180,7 +180,8 @@ def test_edited_source_is_another_key(
 # What the modules of a key's source import and cannot change a figure by: where things are kept, said, locked, awaited.
 HARMLESS = {
     "cache", "checks", "errors", "fingerprint", "results.metrics", "results.notes", "results.summary",
-    "system.console", "system.environment", "system.files", "system.hub", "system.launch", "system.lock", "system.turns",
+    "system.console", "system.environment", "system.files", "system.hub", "system.launch", "system.lock",
+    "system.turns",
 }  # fmt: skip
 
 
