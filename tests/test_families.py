@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from prune_lab.methods.base import Method
 from prune_lab.methods.depth import Depth
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.structured import Structured
-from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.anatomy import FAMILIES, Anatomy, check_matrices
 from prune_lab.models.export import check_reload, save_model
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.models.loss import window_losses
@@ -305,3 +306,26 @@ def test_losses_and_steps_are_those_of_the_whole_model(models: dict[str, Loaded]
     expected = -log.gather(-1, batch[:, 1:, None])[..., 0].mean(1)
     torch.testing.assert_close(window_losses(model, batch).double(), expected, atol=1e-5, rtol=1e-5)
     decode(model, prefill(model, batch[:1]), 3)
+
+
+# What is no weight of a Linear.
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 4, 6)])
+def test_a_matrix_that_nothing_would_prune_is_refused(
+    loaded: Loaded, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as experts that are fused into one parameter; one that the family names as left alone is none."""
+    check_matrices(loaded.model)
+    block = Anatomy(loaded.model).blocks[1]
+    block.mlp.register_parameter("experts", torch.nn.Parameter(torch.zeros(shape)))
+    with pytest.raises(Refused, match=r"model\.layers\.1\.mlp\.experts of shape .* no method would prune it"):
+        check_matrices(loaded.model)
+    named = replace(FAMILIES["llama"], left_alone=("mlp.experts",))
+    monkeypatch.setitem(FAMILIES, "llama", named)
+    check_matrices(loaded.model)
+
+
+def test_a_vector_is_no_matrix(loaded: Loaded) -> None:
+    Anatomy(loaded.model).blocks[0].register_parameter("scale", torch.nn.Parameter(torch.zeros(4)))
+    check_matrices(loaded.model)
