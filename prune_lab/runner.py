@@ -154,7 +154,7 @@ def _find_finished(parts: Parts, summary: Summary, place: Place) -> Summary | No
 
 
 def _has_export(finished: Summary) -> bool:
-    """Whether the export of a finished run is still its own: another run may have used its folder since."""
+    """True where a finished run's export is still its own: another run may have used its folder since."""
     export = Path(finished.folder) / "export"
     return (export / "config.json").is_file() and is_card_of(export / "README.md", finished)
 

@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import CPU, Cli, make_folder, story
+from test_tasks import arc_rows, settings, write
 from torch.nn.functional import cross_entropy
 from trainings import training_of
 
 from prune_lab.bench import Bench
 from prune_lab.errors import Refused
 from prune_lab.measure.settings import Measure
+from prune_lab.measure.task_setup import prepare_tasks
 from prune_lab.measure.tasks import measure_tasks
 from prune_lab.models.anatomy import Anatomy
-from prune_lab.models.load import HubModel, Loaded
+from prune_lab.models.load import HubModel
 from prune_lab.recovery.finetune import Finetune
 from prune_lab.report.alike import warnings
 from prune_lab.results.summary import Summary
@@ -191,7 +193,7 @@ def test_what_auto_means(
 ) -> None:
     found = resolve_bos(add_bos, "a family", needed, Tokenizer(bos, adds))
     assert found.id == expected
-    assert [note in said for said in found.notes] if note else found.notes == ()
+    assert all(note is not None and note in said for said in found.notes)
     assert bool(found.notes) == (note is not None)
 
 
@@ -222,14 +224,20 @@ def test_runs_with_and_without_are_not_alike() -> None:
     assert warnings(runs) == ["bos is 2 in a, none in b"]
 
 
-def test_tasks_begin_with_it(gemma: Path) -> None:
+def test_tasks_begin_with_it(gemma: Path, tmp_path: Path) -> None:
     """Also where the tokenizer would not put it there by itself; nothing else of a text changes."""
     loaded = HubModel(name=str(gemma)).load(CPU, 0)
-    tokenizer = loaded.tokenizer
-    plain = tokenizer("the cat").input_ids
+    plain = loaded.tokenizer("the cat").input_ids
     assert plain[0] != 0
-    assert measure_tasks(loaded.model, tokenizer, (), 1, QUIET, Bos(0)) == {}
+    write(tmp_path / "tasks", "arc_easy", arc_rows(3))
+    tasks, first = prepare_tasks(settings(tmp_path / "tasks")), set[int]()
+    loaded.model.register_forward_pre_hook(lambda module, args: first.update(args[0][:, 0].tolist()))
+    measure_tasks(loaded.model, loaded.tokenizer, tasks, 1, QUIET, Bos(0))
+    assert first == {0}
+    first.clear()
+    measure_tasks(loaded.model, loaded.tokenizer, tasks, 1, QUIET)
+    assert first
+    assert 0 not in first
     for _ in range(2):
-        begin_with_bos(tokenizer)
-        assert tokenizer("the cat").input_ids == [0, *plain]
-    assert isinstance(loaded, Loaded)
+        begin_with_bos(loaded.tokenizer)
+        assert loaded.tokenizer("the cat").input_ids == [0, *plain]

@@ -53,7 +53,7 @@ def check_overrides(arguments: list[str]) -> None:
 
 
 def said_of(error: Exception) -> str:
-    """What ended the program before a job did, in one line."""
+    """Message about what ended the program before a job did, in one line."""
     if isinstance(error, OverrideParseException):  # of a recipe's sweep
         return overrides.unreadable(error.override, str(error))
     if found := re.match(r"Ambiguous value for argument '(.*)'\n1\. ", str(error), re.DOTALL):

@@ -148,7 +148,7 @@ class Loader(ConfigLoaderImpl):
         return any(self._has(group, option, key) for option in options)
 
     def _has(self, group: str, option: Any, key: str) -> bool:
-        """Whether an option has a key; what is no option is for Hydra to refuse."""
+        """True where an option has a key, or is no option, which Hydra refuses itself."""
         keys = self._keys(group, str(option))
         return keys is None or key in keys
 
@@ -229,7 +229,7 @@ def _dotted(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def _grids(config: DictConfig) -> list[Grid]:
-    """What the jobs of a sweep are products of: the sweeper's params, each of its grids, and the command line."""
+    """Grids of a sweep, whose products its jobs are: the sweeper's params, its grids, and the command line."""
     sweeper, choices = config.hydra.sweeper, config.hydra.runtime.choices
     base = [f"{group}={choices[group]}" for group in GROUPS if choices.get(group) is not None]
     params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]

@@ -47,7 +47,7 @@ def check(words: Iterable[str], sweeps: bool) -> None:
 
 
 def unreadable(word: str, reason: str) -> str:
-    """What is said of an override that Hydra's grammar has no reading for."""
+    """Message for an override that Hydra's grammar cannot read."""
     key, text = _split(word)
     said = " ".join(re.sub(r"See https?://\S+.*", "", reason).split())[:100]
     if not key:
@@ -56,7 +56,7 @@ def unreadable(word: str, reason: str) -> str:
 
 
 def ambiguous(word: str) -> str:
-    """What is said of commas without -m."""
+    """Message for commas without -m."""
     key, text = _split(word)
     as_list = f"{key}=[{text}]"
     hint = f"for a list {as_shell(as_list)}, " if _parses(as_list) else ""
@@ -117,7 +117,7 @@ def _instead(key: str, text: str) -> str:
 
 
 def _gives(word: str, text: str) -> bool:
-    """Whether Hydra gives the key this text, after OmegaConf has looked for references in it."""
+    """True where Hydra gives the key this text, after OmegaConf has resolved references."""
     try:
         override = parse(word)
         value: Any = None if override.is_sweep_override() else override.value()

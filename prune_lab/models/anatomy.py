@@ -62,7 +62,7 @@ class UnitKind:
 
 @dataclass(frozen=True)
 class Family:
-    """Where the parts of one architecture are, and which config fields hold their counts.
+    """Layout of one architecture: names of its modules, and the config fields that hold their counts.
 
     left_alone: matrices inside a block that are no weight of a Linear, by the end of their names, and are not pruned.
     """

@@ -95,7 +95,7 @@ _OTHER_TOKENIZERS: tuple[tuple[str, dict[str, str]], ...] = (
 
 
 def _why_no_tokenizer(folder: Path, error: Exception) -> str:
-    """What is wrong with the tokenizer of a folder, and what to install where that is a package."""
+    """Reason why a folder's tokenizer cannot be loaded, with the package to install where one is missing."""
     if not (folder / "tokenizer.json").is_file():
         for pattern, packages in _OTHER_TOKENIZERS:
             for file in sorted(folder.glob(pattern)):

@@ -1,4 +1,4 @@
-"""What a folder's safetensors hold, compared with the model of its config.json before any weight is read.
+"""Checkpoints: the tensors of a folder compared with the model of its config.json, before any is read.
 
 The model must take every tensor of the files, and the files must hold every tensor of the model. What is not so is one
 of four things:
@@ -37,7 +37,7 @@ _MASKS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")
 
 @dataclass
 class Checkpoint:
-    """Where the tensors of a model are, by the model's names for them, and what is to be said of the rest."""
+    """Files and offsets of a model's tensors, by the model's names, and notes on tensors that are not used."""
 
     places: dict[str, Span]
     notes: list[str] = field(default_factory=list)
@@ -80,7 +80,7 @@ class _Comparison:
         self.tensors: dict[str, Tensor] = dict(named)
 
     def checkpoint(self) -> Checkpoint:
-        """Where each tensor is; raises Refused."""
+        """File and offset of each tensor; raises Refused."""
         places = {key: place for key, names in self.wanted.items() if (place := self._place(names)) is not None}
         used = {stored for key in self.tensors if (stored := self._stored_name(key)) is not None}
         unused = [key for key in self.stored.spans if key not in used and not self._is_buffer(key)]
@@ -179,7 +179,7 @@ class _Comparison:
         ]
 
     def _changes_the_model(self, stored: str) -> bool:
-        """Whether it is of a block that the model has, or of another module of it that has weights."""
+        """True for a tensor of a block that the model has, or of another of its modules with weights."""
         key = self._full_name(stored)
         ignored = self.model._keys_to_ignore_on_load_unexpected or ()
         if any(re.search(pattern, key) for pattern in ignored):

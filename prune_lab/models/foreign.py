@@ -1,4 +1,4 @@
-"""What a checkpoint is whose tensors are not those of a dense model of transformers, told by the tensors' names."""
+"""Foreign checkpoints: kinds that are no dense model of transformers, recognised by their tensors' names."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ SIGNS = (
 
 
 def explained(names: Collection[str]) -> str | None:
-    """What a checkpoint is that holds tensors of these names, and what to do with it; None where nothing says so."""
+    """Kind of a checkpoint with these tensor names, and what to do with it; None where it is not known."""
     for sign in SIGNS:
         found = min((name for name in names if re.search(sign.pattern, name)), default=None)
         if found is not None:
@@ -119,7 +119,7 @@ def explained(names: Collection[str]) -> str | None:
 
 
 def common_prefix(names: Collection[str], wanted: Collection[str]) -> str | None:
-    """What stands before most of the wanted names in `names`, if anything does."""
+    """Common prefix of most of the wanted names in `names`, if there is one."""
     wanted = set(wanted)
     found: Counter[str] = Counter()
     for name in names:

@@ -200,7 +200,7 @@ def _load(source: str, revision: str | None, option: ModelSource, name: str, dev
 
 
 def _tokenizer_config(source: str, revision: str | None) -> dict[str, Any]:
-    """What a folder's or Hub id's tokenizer_config.json says; nothing where there is none."""
+    """Contents of tokenizer_config.json of a folder or Hub id; empty where there is none."""
     file = "tokenizer_config.json"
     path = Path(source) / file if Path(source).is_dir() else cached_file(source, file, revision)
     try:

@@ -92,7 +92,7 @@ def leave_out_compression(config: Any, whatever_it_is: bool) -> None:
 
 
 def _is_dense(stored: Any) -> bool:
-    """Whether a compressed-tensors config has no group of quantized weights and no format but `dense`."""
+    """True where a compressed-tensors config has no quantized group and no format but `dense`."""
     if not isinstance(stored, dict) or stored.get("quant_method", "compressed-tensors") != "compressed-tensors":
         return False
     sparsity = stored.get("sparsity_config") or {}

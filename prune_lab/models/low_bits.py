@@ -109,7 +109,7 @@ class Int8Linear(LowBitLinear):
 
     @property
     def has_weight_kernel(self) -> bool:
-        """Whether there is a kernel for 8-bit weights and few rows of inputs that keep their type, of these widths."""
+        """True where a kernel multiplies these 8-bit weights with a few rows of inputs that keep their type."""
         narrow = self.weight_scale.dtype == torch.bfloat16 and self.weight.device.type == "cpu"
         return narrow and not self.dynamic and self.in_features % KERNEL_WIDTH == 0
 

@@ -60,14 +60,14 @@ class Shards:
             write_tensor(file, span.offset, tensor)
 
     def equal(self, one: str, other: str) -> bool:
-        """Whether two tensors hold the same numbers, whatever types they are stored in; NaN equals nothing."""
+        """Equality of two tensors' values, whatever types they are stored in; NaN equals nothing."""
         if self.spans[one].shape != self.spans[other].shape:
             return False
         pairs = zip(self._parts(one), self._parts(other), strict=True)
         return all(bool((_comparable(a) == _comparable(b)).all()) for a, b in pairs)
 
     def is_zero(self, name: str) -> bool:
-        """Whether all numbers of a tensor are zero."""
+        """True where all values of a tensor are zero."""
         return all(not bool(_comparable(part).any()) for part in self._parts(name))
 
     def _parts(self, name: str) -> Iterator[Tensor]:

@@ -45,7 +45,7 @@ def model_card(summary: Summary, base_model: str, command: str, reading: str) ->
 
 
 def is_card_of(path: Path, summary: Summary) -> bool:
-    """Whether the model card at `path` is of this run, and so the export beside it."""
+    """True where the model card at `path`, and so the export beside it, is of this run."""
     try:
         return f", {_of(summary)}\n" in path.read_text(encoding="utf-8")
     except (OSError, ValueError):

@@ -69,7 +69,7 @@ def begin_with_bos(tokenizer: Any) -> None:
 
 
 def resolve_bos(add_bos: str, family: str, needed: bool | None, tokenizer: Any) -> Bos:
-    """What `add_bos`, one of text/source.py's ADD_BOS, means for a model of `family`.
+    """BOS token for a model of `family` under `add_bos`, one of text/source.py's ADD_BOS.
 
     needed: whether the family needs a BOS token; None: nobody knows. Raises Refused for "true" where the tokenizer has
     no such token.

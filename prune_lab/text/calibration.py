@@ -1,4 +1,4 @@
-"""Where calibration text comes from: the dataset's own calibration split, or another text, used whole."""
+"""Calibration text: the dataset's own calibration split, or another text, used whole."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.errors import Refused
-from prune_lab.text.corpus import Corpus, Whole
+from prune_lab.text.corpus import Corpus
 from prune_lab.text.files import TextFiles
 from prune_lab.text.hub import C4, Wikitext2
 from prune_lab.text.source import Calibration, TextSource
 from prune_lab.text.stdlib import Stdlib
+from prune_lab.text.whole import Whole
 
 
 def calibration_corpus(calibration: Calibration, run: Corpus, tokenizer: Any) -> Whole | None:

@@ -26,12 +26,12 @@ class Chat:
 
     @property
     def key(self) -> str:
-        """What it is, whatever template renders it."""
+        """Identity of the conversation, whatever template renders it."""
         return json.dumps(self.messages, sort_keys=True, default=str)
 
     @property
     def is_blank(self) -> bool:
-        """Whether nobody says anything in it."""
+        """True where no message has text."""
         return not any(message.keys() - {"role", "content"} or message["content"] for message in self.messages)
 
     def rendered(self, tokenizer: Any) -> str:

@@ -40,6 +40,6 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 
 def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
-    """What tokenizer_config.json would hold, less the places of files."""
+    """Settings as in tokenizer_config.json, without the paths of files."""
     settings = {**tokenizer.init_kwargs, "chat_template": tokenizer.chat_template, "class": type(tokenizer).__name__}
     return {key: value for key, value in settings.items() if key not in _PLACES and not key.endswith("_file")}

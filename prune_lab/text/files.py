@@ -10,10 +10,11 @@ from pathlib import Path
 from prune_lab.errors import Refused
 from prune_lab.system.files import as_path, matching
 from prune_lab.text.chat import Chat, as_chat
-from prune_lab.text.corpus import Corpus, Document, Documents, LongDocument, Stream, Whole, is_blank
+from prune_lab.text.corpus import Corpus, Document, Documents, LongDocument, Stream, is_blank
 from prune_lab.text.rows import KINDS, NAMED_KINDS, ending, mended, read_rows, what
 from prune_lab.text.source import TextSource
 from prune_lab.text.splits import by_position
+from prune_lab.text.whole import Whole
 
 _INSTEAD = {
     "bytes": "write it as strings",
@@ -85,7 +86,7 @@ class _Files:
 
     @property
     def is_one_txt(self) -> bool:
-        """Whether it is one document that can be read in pieces."""
+        """True for one txt file: a document that is read in pieces."""
         return len(self.files) == 1 and ending(self.files[0]) == ".txt"
 
     def as_long_document(self, facts: dict[str, str], read_test: _Files | None = None) -> LongDocument:

@@ -15,10 +15,11 @@ from typing import ClassVar
 
 from prune_lab.errors import Refused
 from prune_lab.system.hub import as_folder, cached_file, check_reachable, commit_of, is_hub_id, why_not
-from prune_lab.text.corpus import JOIN, Documents, Whole
+from prune_lab.text.corpus import JOIN, Documents
 from prune_lab.text.rows import read_rows
 from prune_lab.text.source import TextSource
 from prune_lab.text.splits import by_hash
+from prune_lab.text.whole import Whole
 
 _HEADING = re.compile(r" = [^=].*[^=] = \n?")  # of an article; a section's has more signs
 

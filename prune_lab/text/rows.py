@@ -200,7 +200,7 @@ def _parquet(path: Path, column: str) -> Iterator[Row]:
 
 
 def what(value: Any) -> str:
-    """What a value that is no text is."""
+    """Name of the kind of a value that is not text."""
     if isinstance(value, list):
         kinds = {what(entry) for entry in value[:100]}
         return f"a list of {_many(kinds.pop())}" if len(kinds) == 1 else "a list"

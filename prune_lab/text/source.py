@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from prune_lab.checks import check_autocast
-from prune_lab.text.corpus import Corpus, Whole
+from prune_lab.text.corpus import Corpus
+from prune_lab.text.whole import Whole
 
 SOURCES = ("own", "stdlib", "text", "wikitext2", "c4")
 PROPAGATE = ("pruned", "dense")

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prune_lab.errors import Refused
-from prune_lab.text.corpus import Documents, Whole
+from prune_lab.text.corpus import Documents
 from prune_lab.text.source import TextSource
 from prune_lab.text.splits import SPLITS, split_of
+from prune_lab.text.whole import Whole
 
 _LEFT_OUT = {
     "site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "ensurepip",

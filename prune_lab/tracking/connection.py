@@ -79,7 +79,7 @@ def reaching() -> Iterator[None]:
 
 
 def _missing_driver(error: BaseException | None) -> str:
-    """What to install where a kind of database needs a package that is not there."""
+    """Command that installs the package a kind of database needs, where it is missing."""
     while error is not None and not isinstance(error, ModuleNotFoundError):
         error = error.__cause__ or error.__context__
     if error is None:

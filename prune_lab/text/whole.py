@@ -1,0 +1,112 @@
+"""Another corpus used whole as calibration text, less the documents that the run has elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from prune_lab.errors import Refused
+from prune_lab.text.corpus import BLANK, Corpus
+from prune_lab.text.splits import SPLITS
+
+
+@dataclass(frozen=True)
+class Whole(Corpus):
+    """All text of another corpus as calibration text, less the documents of `left_out` and those that come again.
+
+    documents, other, again: how many the other corpus has, how many of them are left out because the run's own text
+    has them, and how many because an earlier one is the same.
+    """
+
+    name: str
+    base: Corpus
+    facts: dict[str, str] = field(default_factory=dict)
+    left_out: frozenset[int] = frozenset()
+    documents: int = 0
+    other: int = 0
+    again: int = 0
+
+    @property
+    def n_documents(self) -> int:
+        """Those of the other corpus."""
+        return self.documents or super().n_documents
+
+    def for_tokenizer(self, tokenizer: Any) -> Whole:
+        """The same, its conversations rendered by this tokenizer."""
+        return replace(self, base=self.base.for_tokenizer(tokenizer))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Counts of documents, and of those that are not used, by reason."""
+        found = {"documents": self.documents, "also_in_the_run": self.other, "repeated": self.again}
+        return found | {"rows_without_text": self.survey.rows[BLANK]}
+
+    def is_one_document(self, name: str) -> bool:
+        """As the other corpus is."""
+        return self.base.is_cut and name == "calibration"
+
+    def split(self, name: str) -> Iterator[str]:
+        """Everything that is left, as calibration text."""
+        return (text for split, text in self.rows() if split == name)
+
+    def everything(self) -> Iterator[tuple[str, str]]:
+        """The same, in one pass."""
+        return ((name, text) for name, text in self.rows() if name in SPLITS)
+
+    def rows(self) -> Iterator[tuple[str | None, str]]:
+        """Every row of the other corpus."""
+        if self.base.is_cut:
+            yield from (("calibration", text) for text in self.base.as_one())
+            return
+        seen = set(self.left_out)
+        for split, text in self.base.rows():
+            if split is BLANK:
+                yield BLANK, ""
+            elif (digest := content_digest([text])) not in seen:
+                seen.add(digest)
+                yield "calibration", text
+
+    def apart_from(self, run: Corpus) -> Whole:
+        """Less what is in the training, validation or test text of a run; raises Refused where nothing is left."""
+        if self.base.is_cut:
+            mine = Counter([content_digest(self.base.as_one())])
+        else:
+            mine = Counter(content_digest([text]) for name, text in self.base.rows() if name is not BLANK)
+        theirs = {digest for digest in _digests_of(run) if digest in mine}
+        if not mine.keys() - theirs:
+            raise Refused(
+                f"{self.name}: all its text is in the run's training, validation or test text as well, and what is "
+                "trained or tested on is not calibrated on: give other text, or dataset.calibration.source=own"
+            )
+        other = sum(mine[digest] for digest in theirs)
+        again = mine.total() - other - len(mine.keys() - theirs)
+        return replace(self, left_out=frozenset(theirs), documents=mine.total(), other=other, again=again)
+
+
+def content_digest(pieces: Iterable[str]) -> int:
+    """Hash of a text without its white space: 8 bytes of the sha256."""
+    digest = hashlib.sha256()
+    for text in pieces:
+        digest.update("".join(text.split()).encode())
+    return _short(digest)
+
+
+def _short(digest: Any) -> int:
+    return int.from_bytes(digest.digest()[:8], "big")
+
+
+def _digests_of(run: Corpus) -> Iterator[int]:
+    """Digests of what a run trains, validates and tests on: of its documents and of each split as one text; and of the
+    one document whose parts the splits are, where that is so."""
+    splits = {name: hashlib.sha256() for name in ("train", "validation", "test")}
+    for name, text in run.everything():
+        if name in splits:
+            bare = "".join(text.split()).encode()
+            splits[name].update(bare)
+            yield _short(hashlib.sha256(bare))
+    yield from map(_short, splits.values())
+    if run.is_cut:
+        yield content_digest(run.as_one())
