@@ -1,4 +1,4 @@
-"""What outlives a process and could be computed anew: entries in the cache folder, found by what they are made of.
+"""Cache on disk: entries that could be computed anew, under a key of all that they are made of.
 
 An entry is a folder of files with facts.json, which holds small facts and the checksums. It appears whole or not at
 all; processes that want the same one wait for the first to make it; a damaged one is made again; and those that were
@@ -90,7 +90,7 @@ class Entry:
 
 
 def limit_bytes() -> int:
-    """What all entries together may take; raises Refused where PRUNE_LAB_CACHE_GB is no such number."""
+    """Bytes that all entries together may take; raises Refused where PRUNE_LAB_CACHE_GB is no such number."""
     said = os.environ.get("PRUNE_LAB_CACHE_GB") or str(DEFAULT_GB)
     try:
         limit = float(said)
@@ -129,7 +129,7 @@ def entry(kind: str, key: str, make: Make) -> Iterator[Entry]:
 
 
 def has(kind: str, key: str) -> bool:
-    """Whether there is such an entry, whole or damaged."""
+    """True where there is such an entry, complete or damaged."""
     return (cache_folder() / kind / key / FACTS).exists()
 
 
@@ -140,7 +140,7 @@ def entries(kind: str) -> list[Path]:
 
 
 def last_used(folder: Path) -> float:
-    """When an entry was last used, in seconds since the epoch; 0 where that cannot be said."""
+    """Time of an entry's last use, in seconds since the epoch; 0 where that is not known."""
     with suppress(OSError):  # damaged, or another process has thrown it out
         return (folder / FACTS).stat().st_mtime
     return 0.0

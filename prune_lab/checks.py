@@ -8,7 +8,7 @@ AUTOCAST = ("auto", "bfloat16", "none")  # auto: bfloat16 where the hardware mul
 def check_autocast(autocast: str) -> None:
     """Raises ValueError for what is no setting of a key `autocast`."""
     if autocast not in AUTOCAST:
-        raise ValueError(f"autocast={autocast!r} is none of {', '.join(AUTOCAST)}")
+        raise ValueError(f"autocast={autocast!r} is not one of {', '.join(AUTOCAST)}")
 
 
 def check_amount(amount: float) -> None:

@@ -1,4 +1,4 @@
-"""A start looks where killed runs may have left something half-written, and removes it."""
+"""Cleanup at a start: deletes the temporary files that killed runs left behind."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prune_lab.system.files import remove_stale_files
 
 
 def remove(context: JobContext) -> None:
-    """Looks in the cache folder, where runs are kept, and where temporary files lie; each once in a process."""
+    """Cleans the cache folder, the folder of runs and the folders of temporary files; each once in a process."""
     _once(cache_folder())
     _once(_root(context.sweep or context.folder))
     _once(Path.cwd(), deep=False)  # where a store may have been made

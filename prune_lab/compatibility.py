@@ -1,4 +1,4 @@
-"""When a run prunes how much, and what its parts cannot do together: known before anything is imported or loaded."""
+"""Compatibility of a run's parts, and its pruning events: checked before anything is imported or loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def check_parts(parts: Parts) -> None:
 
 
 def pruning_events(parts: Parts) -> tuple[list[Event], Rewind | None]:
-    """When to prune how much, and what to go back to, in the training that recovery does."""
+    """Pruning events of the training that recovery does, and what is rewound after each of them."""
     method, steps = parts.method, parts.recovery.training_steps
     events = parts.schedule.events(method.amount, steps)
     pattern = None if "pattern" in method.not_applicable else getattr(method, "pattern", None)

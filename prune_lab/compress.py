@@ -78,7 +78,7 @@ def compress(
 
 
 def checkpoints(run_id: str) -> Path:
-    """Where a run's training checkpoints lie: found again by the same command, kept until the run is finished."""
+    """Folder of a run's training checkpoints: found again by the same command, kept until the run is finished."""
     return cache_folder() / "training" / run_id
 
 

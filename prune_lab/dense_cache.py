@@ -1,4 +1,4 @@
-"""What was found out about the dense model: computed once, good for every run on it, in this process and in others."""
+"""Cache of results about the dense model: computed once, for every run on it, in this process and in others."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from prune_lab.fingerprint import LIBRARIES, digest_of, source_sha256
 from prune_lab.system.device import Device
 from prune_lab.system.environment import describe_environment
 
-MEMORY = 2**30  # bytes of facts that a process holds; what is beyond is read from disk each time
-# An edit of any of these makes every fact anew, whichever of them it comes from.
+MEMORY = 2**30  # bytes of results that a process holds; what is beyond is read from disk each time
+# An edit of any of these makes every result anew, whichever of them it comes from.
 SOURCE = (
     "dense_cache.py",
     "measure",
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 class DenseCache:
-    """Facts about one dense model, each found under a key of all that it depends on.
+    """Results about one dense model, each under a key of all that it depends on.
 
     The key holds the sha256 of weights, config and tokenizer, number type, device, threads, the versions of what
     computes, the source of all that could (SOURCE), and what the asker adds: the text by its token ids, sizes, and
@@ -61,7 +61,7 @@ class DenseCache:
         self._in_process: dict[str, Any] = {}
 
     def are_of(self, model: Any) -> bool:
-        """Whether a model still is what the dense one is: the same tensors, bit by bit but for the sign of a zero."""
+        """True where a model has the tensors of the dense one, bit by bit but for the sign of a zero."""
         mine, others = self._model.state_dict(), model.state_dict()
         return (
             not model.training
@@ -70,12 +70,12 @@ class DenseCache:
         )
 
     def key(self, kind: str, of: dict[str, Any], modules: tuple[str, ...] = ()) -> str:
-        """The name of a fact: a hash of all that it depends on."""
+        """Key of a result: a hash of all that it depends on."""
         whole = [kind, self._key, of, source_sha256(*SOURCE), source_of(modules)]
         return digest_of(whole)[:32]
 
     def value(self, kind: str, of: dict[str, Any], compute: Callable[[], Any], modules: tuple[str, ...] = ()) -> Any:
-        """A fact made of numbers, lists and dictionaries."""
+        """Result made of numbers, lists and dictionaries, computed where it is not kept."""
         key = self.key(kind, of, modules)
         if key not in self._values:
             with store.entry(kind, key, lambda folder: {"value": compute()}) as entry:
@@ -83,16 +83,16 @@ class DenseCache:
         return self._values[key]
 
     def in_process(self, name: str, make: Callable[[], T]) -> T:
-        """A fact for this process alone, which costs less to find than to read."""
+        """Result for this process alone, which costs less to compute than to read."""
         found: T = self._in_process.setdefault(name, make())
         return found
 
     def has_parts(self, key: str, kind: str) -> bool:
-        """Whether tensors are here or on disk already."""
+        """True where tensors are in memory or on disk already."""
         return key in self._parts or store.has(kind, key)
 
     def parts(self, key: str, kind: str, count: int, compute: Callable[[], Iterable[Part]]) -> Iterator[Part]:
-        """A fact made of `count` dictionaries of tensors, such as one for each block; they must not be changed.
+        """Result made of `count` dictionaries of tensors, such as one for each block; they must not be changed.
 
         Those larger than the bound of the cache are not kept on disk; if they are larger than what a process may hold
         as well, they pass as they are computed and nothing is kept.
@@ -120,13 +120,13 @@ class DenseCache:
         self._held += sum(map(_size, parts))
 
     def _placed(self, part: Part) -> Part:
-        """On the device; a tensor that stands under several names is one there too."""
+        """Tensors on the device; one that stands under several names is one there too."""
         placed = {id(tensor): tensor.to(self._device.torch_device) for tensor in part.values()}
         return {name: placed[id(tensor)] for name, tensor in part.items()}
 
 
 class _TooLargeError(Exception):
-    """It would not fit into the cache."""
+    """Error: a result would not fit into the cache."""
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -4,7 +4,7 @@ OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
 class Refused(ValueError):  # noqa: N818  (it reads as what happened: "Refused: amount=1.5 ...")
-    """What was asked for cannot be done.
+    """Refusal: what was asked for cannot be done.
 
     The message is one short sentence or two: key, value, what is allowed, what to do. The command line
     prints it without a traceback and ends with exit code 2.

@@ -75,7 +75,7 @@ class Evaluator:
 
     @cached_property
     def protocol(self) -> dict[str, Any]:
-        """What the figures depend on beside the model: runs with other stamps must not be compared."""
+        """Protocol stamp: all that figures depend on beside the model. Runs with other stamps must not be compared."""
         return {
             "dataset": self.tokens.corpus.name,
             "dataset_facts": self.tokens.corpus.stamp,
@@ -103,7 +103,7 @@ class Evaluator:
 
     @cached_property
     def dense_cache(self) -> DenseCache:
-        """What is found out about the dense model once, for all its copies."""
+        """Results about the dense model, computed once for all its copies."""
         return DenseCache(self.dense.model, self.hashes, self.device)
 
     def calibrator(self, seed: int, console: Console) -> tuple[Calibrator, dict[str, Any]]:
@@ -176,7 +176,7 @@ class Evaluator:
         return replace(figures, memory_mb=self._memory(loaded, folder, console))
 
     def _lasting_figures(self, loaded: Loaded, folder: Path, console: Console) -> Measurements:
-        """Those that are the same each time: quality, size and task scores."""
+        """Measurements that are the same each time: quality, size and task scores."""
         per_token, batch_size = self.tokens.bytes_per_token("test"), self.measure.batch_size
         quality = measure_quality(loaded.model, self.windows, per_token, batch_size, self.device, console, self.bos)
         tasks = measure_tasks(loaded.model, loaded.tokenizer, self._tasks, batch_size, console, self.bos)
@@ -213,7 +213,7 @@ class Evaluator:
             save_dense(self.dense, folder)
 
             def lasting() -> dict[str, Any]:
-                """Those that earlier sweeps may have measured."""
+                """Measurements that earlier sweeps may have made."""
                 console.note("measuring the dense model")
                 return asdict(self._lasting_figures(self.dense, folder, console))
 

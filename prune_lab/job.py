@@ -92,7 +92,7 @@ def _warn_once(what: str | None) -> None:
 
 
 class _Record:
-    """What a job leaves where it does not finish."""
+    """Record of a job that does not finish."""
 
     def __init__(self, context: JobContext, config: dict[str, Any]) -> None:
         self._context, self._config = context, config

@@ -1,4 +1,4 @@
-"""Where a job stands: its folder, its sweep, and the words that started it."""
+"""Context of a job: its folder, its sweep, and the command that started it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class JobContext:
-    """A job's context; `sweep` is the sweep's folder, None for a single run."""
+    """Folder, choices and overrides of a job; `sweep` is the sweep's folder, None for a single run."""
 
     folder: Path
     sweep: Path | None = None

@@ -39,7 +39,7 @@ class OutOfMemory(RuntimeError):  # noqa: N818  (as Refused: it reads as what ha
 
 @contextmanager
 def explained(config: dict[str, Any]) -> Iterator[None]:
-    """Turns an error inside that is about memory into OutOfMemory."""
+    """Context that turns an error about memory into OutOfMemory."""
     try:
         yield
     except OutOfMemory:
@@ -52,7 +52,7 @@ def explained(config: dict[str, Any]) -> Iterator[None]:
 
 
 def _is_about_memory(error: BaseException) -> bool:
-    """Whether an error, or what caused it, is that memory could not be had, on a CPU or a GPU."""
+    """True where an error, or its cause, is a lack of memory, on a CPU or a GPU."""
     torch = sys.modules.get("torch")  # a refusal may come before it is imported, which takes seconds
     kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
     cause: BaseException | None = error
@@ -66,7 +66,7 @@ def _is_about_memory(error: BaseException) -> bool:
 
 
 def _hint(error: BaseException, config: dict[str, Any]) -> str:
-    """What it was doing and what to do, with the values that the keys have now."""
+    """Message: what the run was doing and what to do, with the values that the keys have now."""
     what, keys = _work(error)
     now = flatten(config)
     lower = " or ".join(f"{key} (now {now[key]})" for key in keys if now.get(key) is not None)
@@ -87,7 +87,7 @@ def give_back(error: BaseException) -> None:
 
 
 def _work(error: BaseException) -> tuple[str, tuple[str, ...]]:
-    """What the innermost part of the package was at that has an entry."""
+    """Work that the innermost module with an entry was doing, and the keys to lower."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
         if path.is_relative_to(_PACKAGE):

@@ -102,7 +102,7 @@ def _open(parts: Parts, context: JobContext, device: Device, console: Console) -
         context.choices.get(group) != "none" for group in ("method", "recovery", "post")
     ):
         raise Refused(
-            f"model.name={evaluator.dense.name!r} has its weights in few bits already: it can be measured (method=none "
+            f"model.name={evaluator.dense.name!r} has quantized weights already: it can be measured (method=none "
             "recovery=none post=none); to compress it further, give the model that it was made from"
         )
     return evaluator

@@ -1,4 +1,4 @@
-"""When to prune how much: a schedule spreads a method's amount over the steps of the training that recovery does."""
+"""Schedules: they spread a method's amount over the steps of the training that recovery does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Rewind:
-    """What goes back, after each pruning, to where it was before a step of the training."""
+    """Rewinding: the state that is reset, after each pruning, to that before a step of the training."""
 
     what: str  # one of REWINDS
     step: int
@@ -48,7 +48,7 @@ class Schedule:
         raise NotImplementedError
 
     def rewinding(self, steps: int) -> Rewind | None:
-        """What goes back after each pruning of a training of `steps`, if anything does; raises Refused."""
+        """Rewinding after each pruning of a training of `steps`, or None; raises Refused."""
         return None
 
     def first(self, steps: int) -> int:
@@ -87,13 +87,13 @@ class Iterative(Schedule):
         if self.rounds < 1:
             raise ValueError(f"rounds={self.rounds} must be at least 1")
         if self.spacing not in SPACINGS:
-            raise ValueError(f"spacing={self.spacing!r} is none of {', '.join(SPACINGS)}")
+            raise ValueError(f"spacing={self.spacing!r} is not one of {', '.join(SPACINGS)}")
         if self.rewind is not None and self.rewind not in REWINDS:
-            raise ValueError(f"rewind={self.rewind!r} is none of null, {', '.join(REWINDS)}")
+            raise ValueError(f"rewind={self.rewind!r} is not one of null, {', '.join(REWINDS)}")
         if not self.rewind_to >= 0:
             raise ValueError(f"rewind_to={self.rewind_to} must be at least 0")
         if self.rewind_to and self.rewind in (None, "random"):
-            raise ValueError(f"rewind_to={self.rewind_to} has no use with rewind={self.rewind}: give weights or lr")
+            raise ValueError(f"rewind_to={self.rewind_to} has no effect with rewind={self.rewind}: give weights or lr")
 
     def events(self, final: float, steps: int) -> list[Event]:
         """One for each round; without training all of them at once."""
@@ -112,7 +112,7 @@ class Iterative(Schedule):
         return found
 
     def rewinding(self, steps: int) -> Rewind | None:
-        """As `rewind` and `rewind_to` say."""
+        """Rewinding that `rewind` and `rewind_to` name."""
         if self.rewind is None:
             return None
         if steps == 0:

@@ -323,7 +323,7 @@ def test_a_classifier_without_a_head_is_named(own: Path) -> None:
     assert refused(own).endswith("it holds score.weight")
 
 
-# What a checkpoint is, where it is none of a dense model.
+# What a checkpoint is, where it is not one of a dense model.
 
 
 def renamed(prefix: str) -> Callable[[Tensors], Tensors]:
@@ -362,8 +362,8 @@ FOREIGN: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "LoRA in PEFT": (lambda t: renamed("base_model.model.")(linears_as(weight=None, lora_A__weight=FLOAT)(t)),
                      "not merged; merge it"),
     "LoRA beside whole weights": (linears_as(weight=None, lora_A__weight=FLOAT, lora_B__weight=FLOAT), "not merged"),
-    "GPTQ": (linears_as(qweight=INT, qzeros=INT, scales=FLOAT, g_idx=INT[0]), "few bits (GPTQ)"),
-    "AWQ": (linears_as(qweight=INT, qzeros=INT, scales=FLOAT), "few bits (GPTQ or AWQ)"),
+    "GPTQ": (linears_as(qweight=INT, qzeros=INT, scales=FLOAT, g_idx=INT[0]), "quantized (GPTQ)"),
+    "AWQ": (linears_as(qweight=INT, qzeros=INT, scales=FLOAT), "quantized (GPTQ or AWQ)"),
     "bitsandbytes": (linears_as(weight=INT.to(torch.uint8), weight__absmax=FLOAT, weight__quant_map=FLOAT),
                      "bitsandbytes"),
     "bitsandbytes, 8 bits": (linears_as(weight=INT.to(torch.int8), SCB=FLOAT), "bitsandbytes"),

@@ -271,5 +271,5 @@ def test_more_blocks_go_beside_those_that_went_before(models: dict[str, Loaded],
 
 
 def test_an_unknown_way_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"by='nope' is none of bi, perplexity"):
+    with pytest.raises(ValueError, match=r"by='nope' is not one of bi, perplexity"):
         Depth(by="nope")

@@ -206,7 +206,7 @@ def test_the_figures_and_the_table_of_other_shapes() -> None:
         ({"batch_sizes": [4, 4]}, r"batch_sizes=\[4, 4\] must be different"),
         ({"lengths": [16, -1]}, r"lengths=\[16, -1\] must be different"),
         ({"latency": False, "lengths": [16]}, "batch_sizes and lengths need latency=true"),
-        ({"accelerate": "graphs"}, "accelerate='graphs' is none of none, cuda_graphs, compile"),
+        ({"accelerate": "graphs"}, "accelerate='graphs' is not one of none, cuda_graphs, compile"),
         ({"latency": False, "accelerate": "compile"}, "accelerate='compile' needs latency=true"),
         ({"latency": False, "energy": True}, "energy=true needs latency=true"),
         ({"latency": False, "aa": True}, "aa=true needs latency=true"),

@@ -119,7 +119,7 @@ def test_the_dense_model_has_what_a_run_that_changes_nothing_has() -> None:
 )  # fmt: skip
 def test_what_is_not_in_the_table_cannot_be_logged(name: str) -> None:
     summary = Summary("RUNNING")
-    with pytest.raises(ValueError, match=re.escape(f"{name!r} is no metric")):
+    with pytest.raises(ValueError, match=re.escape(f"{name!r} is not a metric")):
         summary.set_metrics({"quality/perplexity": 10.0, name: 1.0})
     assert summary.metrics == {}
 

@@ -363,7 +363,7 @@ def test_weights_under_another_name_are_named(own: Path) -> None:
 
 
 def test_wrong_keys_are_refused_with_the_full_key(folder: Path) -> None:
-    for weights, says in (("x", "model.weights='x' is none of pretrained, random"), ("", "model.weights=''")):
+    for weights, says in (("x", "model.weights='x' is not one of pretrained, random"), ("", "model.weights=''")):
         node = OmegaConf.create({"_target_": "prune_lab.models.load.HubModel", "name": str(folder), "weights": weights})
         with pytest.raises(Refused, match=says):
             build(node, "model")

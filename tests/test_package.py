@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -219,3 +220,16 @@ def test_the_wheel_runs_in_another_folder(wheel: Path, tmp_path: Path) -> None:
         cwd=tmp_path, env=env, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert str(site) in where.stdout
+
+
+def test_docstrings_begin_with_a_noun() -> None:
+    """Not with a riddle that names a thing by its role: "What ... goes by"."""
+    riddles = re.compile(r"(What|Whether|Where|Who|How|Which|That|Those|They|As|It) ")
+    found = [
+        f"{path.relative_to(ROOT)}: {text.splitlines()[0]}"
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
+        if riddles.match(text := ast.get_docstring(node) or "")
+    ]
+    assert found == []

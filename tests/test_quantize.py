@@ -287,7 +287,7 @@ def test_a_whole_run(cli: Cli, small: list[str], tmp_path: Path) -> None:
     for override in ("method=magnitude", "post=int8_dynamic", "recovery=finetune"):
         refused = cli(*measured, override)
         assert refused.returncode == 2
-        assert "has its weights in few bits already" in one_line(refused)
+        assert "has quantized weights already" in one_line(refused)
 
 
 def one_line(done: subprocess.CompletedProcess[str]) -> str:

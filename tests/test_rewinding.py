@@ -121,11 +121,11 @@ def test_what_does_not_fit_the_training_is_refused(schedule: Schedule, steps: in
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"rewind": "all"}, "rewind='all' is none of null, weights, lr, random"),
+        ({"rewind": "all"}, "rewind='all' is not one of null, weights, lr, random"),
         ({"rewind": "weights", "rewind_to": -0.1}, "rewind_to=-0.1"),
         ({"rewind": "weights", "rewind_to": math.nan}, "rewind_to=nan"),
-        ({"rewind_to": 0.1}, "rewind_to=0.1 has no use with rewind=None: give weights or lr"),
-        ({"rewind": "random", "rewind_to": 4}, "rewind_to=4 has no use with rewind=random: give weights or lr"),
+        ({"rewind_to": 0.1}, "rewind_to=0.1 has no effect with rewind=None: give weights or lr"),
+        ({"rewind": "random", "rewind_to": 4}, "rewind_to=4 has no effect with rewind=random: give weights or lr"),
     ],
 )
 def test_wrong_keys_are_refused_when_built(keys: dict[str, Any], says: str) -> None:

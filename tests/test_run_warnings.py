@@ -60,7 +60,7 @@ def test_zeros_are_not_called_dense_where_the_weights_take_less_room() -> None:
 
 
 def test_few_zeros_and_removed_parameters_are_no_zeros() -> None:
-    """A padding row of zeros is none of pruning's; what is removed is in both reductions."""
+    """A padding row of zeros is not one of pruning's; what is removed is in both reductions."""
     assert said(params__nonzero=991) == []
     removed = {"params__nonzero": 600, "params__total": 605, "params__physical_reduction": 0.395}
     removed |= {"memory__weights_mb": 6.05}

@@ -75,7 +75,7 @@ def test_what_does_not_fit_the_training_is_refused(schedule: Schedule, steps: in
     ("cls", "keys", "says"),
     [
         (OneShot, {"start": -1}, "start=-1"), (OneShot, {"start": float("nan")}, "start=nan"),
-        (Iterative, {"rounds": 0}, "rounds=0"), (Iterative, {"spacing": "cubic"}, "spacing='cubic' is none of linear"),
+        (Iterative, {"rounds": 0}, "rounds=0"), (Iterative, {"spacing": "cubic"}, "spacing='cubic' is not one of"),
         (Gradual, {"interval": 0}, "interval=0"), (Gradual, {"end": 0}, "end=0"),
     ],
 )  # fmt: skip

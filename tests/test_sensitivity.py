@@ -218,8 +218,8 @@ def test_a_ruined_model_is_still_told(models: dict[str, Any]) -> None:
         ({"amounts": (0.5, 1.0)}, "must rise"),
         ({"amounts": (0.5, 0.5)}, "must rise"),
         ({"amounts": (0.5, math.nan)}, "must rise"),
-        ({"score": "nope"}, "score='nope' is none of"),
-        ({"score": "l2"}, "score='l2' is none of"),  # of units alone
+        ({"score": "nope"}, "score='nope' is not one of"),
+        ({"score": "l2"}, "score='l2' is not one of"),  # of units alone
     ],
 )
 def test_wrong_keys_are_refused(keys: dict[str, Any], says: str) -> None:

@@ -359,7 +359,7 @@ def test_a_physical_cut_leaves_no_masks(dense_models: dict[str, Loaded]) -> None
         ({"units": ()}, r"units=\[\] must be one or more of mlp, heads"),
         ({"units": ("mlp", "mlp")}, "units="),
         ({"units": ("blocks",)}, r"units=\['blocks'\]"),
-        ({"score": "l3"}, "score='l3' is none of l2, l1, random"),
+        ({"score": "l3"}, "score='l3' is not one of l2, l1, random"),
         ({"round_to": 0}, "round_to=0 must be at least 1"),
         ({"amount": 1.0}, r"amount=1.0 is outside \[0, 1\)"),
     ],

@@ -378,7 +378,7 @@ def test_an_answer_outside_the_choices_is_refused(tasks: Path) -> None:
     rows = [json.loads(line) for line in (tasks / "piqa.jsonl").read_text().splitlines()]
     rows[1]["label"] = 2
     write(tasks, "piqa", rows)
-    with pytest.raises(Refused, match=r"line 2: its answer 2 is none of its 2 choices"):
+    with pytest.raises(Refused, match=r"line 2: its answer 2 is not one of its 2 choices"):
         prepare_tasks(settings(tasks, "piqa"))
 
 

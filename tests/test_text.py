@@ -369,10 +369,10 @@ def test_half_a_character_becomes_a_replacement_character(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("more", "says"),
-    [(b'{"text": "tw', "a.jsonl: line 121 is no whole JSON object (Invalid control character"),
+    [(b'{"text": "tw', "a.jsonl: line 121 is not a complete JSON object (Invalid control character"),
      (b'{"text": "caf\xe9"}', "a.jsonl: line 121 holds the byte 0xe9, which is not utf-8"),
      (b"3", "a.jsonl: line 121 is no object with columns but a number"),
-     (b"\0" * 9, "a.jsonl: line 121 is no whole JSON object")],
+     (b"\0" * 9, "a.jsonl: line 121 is not a complete JSON object")],
 )  # fmt: skip
 def test_a_broken_line_is_named(tmp_path: Path, more: bytes, says: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(*rows(), more))

@@ -90,7 +90,7 @@ def _experiment(summary: Summary) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    """What a run leaves beside its summary, without its log and its export."""
+    """Files of a run beside its summary, without its log and its export."""
     return sorted(
         path
         for path in folder.iterdir()

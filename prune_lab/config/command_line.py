@@ -23,7 +23,7 @@ _EXTRAS = {
 
 
 def in_order(arguments: list[str]) -> list[str]:
-    """The same command line: flags first, then all overrides as they came. Raises Refused for an unknown flag."""
+    """Command line with flags first, then all overrides as they came. Raises Refused for an unknown flag."""
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign] # argparse would print its own usage and leave
     flags = [action for action in parser._actions if action.option_strings]

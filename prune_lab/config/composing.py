@@ -1,4 +1,4 @@
-"""How Hydra composes the jobs of a sweep whose options have not all the same keys.
+"""Composition by Hydra of the jobs of a sweep whose options do not all have the same keys.
 
 `-m recovery=none,distill recovery.temperature=3`: Hydra would refuse the key, since none has no temperature. Here a key
 that one of the sweep's options has is kept from the jobs whose option lacks it, and put on record as not applicable to

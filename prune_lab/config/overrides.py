@@ -109,7 +109,7 @@ def _split(word: str) -> tuple[str, str]:
 
 
 def _instead(key: str, text: str) -> str:
-    """How to write the override where its value is meant as text."""
+    """Hint: the spelling of an override whose value is meant as text."""
     quotes = text[:1] if len(text) > 1 and text[:1] == text[-1:] and text[0] in "'\"" else ""
     meant = text[1:-1] if quotes and not _exists(text) else text
     word = as_override(key, meant)

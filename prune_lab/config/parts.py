@@ -87,7 +87,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything a run is made of: built and validated, nothing loaded.
+    """Parts of a run: built and validated, nothing loaded.
 
     Each field is the object of its group's chosen option.
     """

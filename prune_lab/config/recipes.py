@@ -135,7 +135,7 @@ def _check_hydra(key: str, value: Any, where: str, together: list[dict[str, Any]
 
 
 def _stays_inside(folder: str, together: list[dict[str, Any]]) -> bool:
-    """Whether a folder lies below the working folder, whatever the time, the job's number and the keys it names."""
+    """True where a folder lies below the working folder, whatever the time, the job's number and the keys it names."""
     path = _CLOCK.sub(r"\1", folder).replace("${hydra.job.num}", "0")
     for key in set(_ROOT_KEY.findall(path)):
         values = [tree[key] for tree in together if key in tree]

@@ -1,1 +1,1 @@
-"""What a model costs and what it is worth: quality, size, memory, latency."""
+"""Measurements of a model: quality, size, memory, latency."""

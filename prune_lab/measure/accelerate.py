@@ -29,7 +29,7 @@ def check_acceleration(how: str, device: Device) -> None:
 
 @contextmanager
 def accelerator(how: str, backend: str = "inductor") -> Iterator[Callable[[Any], Inference]]:
-    """What makes a model ready to be timed: nothing, CUDA graphs (replayed.py), or torch.compile.
+    """Preparation of a model for timing: none, CUDA graphs (replayed.py), or torch.compile.
 
     Capturing and compiling happen in the first calls, so in the warm-up pairs. A model that would silently run
     uncompiled, because it was compiled too often, raises instead. Nothing compiled outlives the context: each prompt's

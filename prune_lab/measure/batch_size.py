@@ -1,4 +1,4 @@
-"""Which batch size the perplexity is fastest with, by trying: the configuration fixes it, a run never chooses it."""
+"""Trial of batch sizes for perplexity: the configuration fixes the size, a run never chooses it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is timed and whose memory is taken: a prefill, then tokens decoded one by one."""
+"""Inference as it is timed and measured for memory: a prefill, then tokens decoded one by one."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Inference:
         self.model = model
 
     def prefill(self, prompt: Tensor) -> Any:
-        """As the function does."""
+        """See the function of that name."""
         return prefill(self.model, prompt)
 
     def decode(self, output: Any, tokens: int) -> None:
-        """As the function does."""
+        """See the function of that name."""
         decode(self.model, output, tokens)

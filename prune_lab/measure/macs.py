@@ -40,7 +40,7 @@ def count_macs(anatomy: Anatomy, context: int) -> Macs:
 
 
 def _matrix(module: nn.Module) -> Tensor | None:
-    """What a module multiplies by, shape (out, in), if it is a Linear of any kind."""
+    """Matrix of a module that is a Linear of any kind, shape (out, in)."""
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, LowBitLinear):

@@ -1,4 +1,4 @@
-"""What is measured of one model by itself."""
+"""Measurements of one model by itself."""
 
 from __future__ import annotations
 

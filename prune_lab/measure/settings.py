@@ -65,7 +65,7 @@ class Measure:
             if any(value < 1 for value in values) or len(set(values)) < len(values):
                 raise ValueError(f"{name}={list(values)} must be different whole numbers of at least 1")
         if self.accelerate not in CHOICES:
-            raise ValueError(f"accelerate={self.accelerate!r} is none of {', '.join(CHOICES)}")
+            raise ValueError(f"accelerate={self.accelerate!r} is not one of {', '.join(CHOICES)}")
         if not self.latency and self.accelerate != "none":
             raise ValueError(f"accelerate={self.accelerate!r} needs latency=true: it is for what is timed")
         if not self.latency and self.aa:
@@ -77,5 +77,5 @@ class Measure:
 
     @property
     def has_grid(self) -> bool:
-        """Whether other batches or lengths are timed than the headline's one prompt of `prompt_tokens`."""
+        """True where other batches or lengths are timed than the headline's one prompt of `prompt_tokens`."""
         return self.batch_sizes != (1,) or bool(self.lengths)

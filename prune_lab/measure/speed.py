@@ -90,7 +90,7 @@ def _time_once(model: Inference, prompt: Tensor, decode_tokens: int, device: Dev
 
 
 def _timed(work: Callable[[], Any], device: Device) -> tuple[Any, float]:
-    """What `work` returns and its milliseconds; on a GPU by events, so that queued work is counted."""
+    """Result of `work` and its milliseconds; on a GPU by events, so that queued work is counted."""
     device.synchronize()
     if device.is_cuda:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

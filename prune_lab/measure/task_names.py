@@ -1,4 +1,4 @@
-"""Where lm-eval defines a task: found by name in its YAML files.
+"""Definitions of lm-eval's tasks: found by name in its YAML files.
 
 lm-eval's own index parses all of its 14,000 files (8 s on one core); here they are only searched (under one), and by
 file name first, since most tasks are called as their file.

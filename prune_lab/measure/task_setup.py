@@ -155,7 +155,7 @@ def _columns(config: dict[str, Any]) -> set[str]:
 
 
 def _local(config: dict[str, Any], file: TaskFile, place: Path) -> dict[str, Any]:
-    """What makes a task read a local file: it scores all documents; few-shot examples are others of the same file."""
+    """Settings of a task on a local file: all documents are scored; few-shot examples are others of the file."""
     copy = place / "documents.jsonl"
     copy.write_text("".join(json.dumps(row) + "\n" for row in file.rows), encoding="utf-8")
     split = (config.get("fewshot_config") or {}).get(
@@ -203,7 +203,7 @@ def _load(name: str, definition: Path, changes: dict[str, Any], place: Path, fil
 
 
 def _check_documents(task: Any, file: TaskFile, documents: list[Any]) -> None:
-    """Refuses a document of which no prompt can be made or whose answer is none of its choices."""
+    """Refuses a document of which no prompt can be made or whose answer is not one of its choices."""
     lines = file.lines if len(documents) == len(file.lines) else None
     for number, document in enumerate(documents):
         where = f"{file.path}, {f'line {lines[number]}' if lines else f'document {number + 1}'}"
@@ -216,7 +216,7 @@ def _check_documents(task: Any, file: TaskFile, documents: list[Any]) -> None:
         if choices is not None and task.OUTPUT_TYPE == "multiple_choice":
             valid = set(range(len(choices))) | set(choices)
             if any(answer not in valid for answer in (target if isinstance(target, list) else [target])):
-                raise Refused(f"{where}: its answer {target!r} is none of its {len(choices)} choices")
+                raise Refused(f"{where}: its answer {target!r} is not one of its {len(choices)} choices")
 
 
 def _main_metric(task: Any) -> str:

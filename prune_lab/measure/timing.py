@@ -1,4 +1,4 @@
-"""Everything that a run times: the headline; the dense model against itself and other shapes when asked for."""
+"""Timings of a run: the headline; the dense model against itself and other shapes when asked for."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Pruning methods, one file each: a score, a structure and a selection group."""
+"""Pruning methods, one file each: keys, checks and the loop. What they are made of is in pruning/."""

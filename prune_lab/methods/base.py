@@ -1,4 +1,4 @@
-"""What every pruning method has in common."""
+"""Base class of the pruning methods."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class Method:
 
     @property
     def calibrated(self) -> bool:
-        """Whether it looks at calibration text."""
+        """True where the method needs calibration text."""
         return False
 
     @property
     def solves(self) -> bool:
-        """Whether it solves for weights with the gram matrix of each Linear's calibration inputs."""
+        """True where it solves for weights with the gram matrix of each Linear's calibration inputs."""
         return False
 
     @property
     def needs_whole_model(self) -> str | None:
-        """Why it cannot prune block by block (model.stream=true), with what can; None where it can."""
+        """Reason that it cannot prune block by block (model.stream=true), with what can; None where it can."""
         return "units and blocks are removed from a model in memory; give a method for single weights"
 
     def check(self, config: Any, amounts: Iterable[float]) -> None:

@@ -30,7 +30,7 @@ class Depth(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.by not in WAYS:
-            raise ValueError(f"by={self.by!r} is none of {', '.join(WAYS)}")
+            raise ValueError(f"by={self.by!r} is not one of {', '.join(WAYS)}")
 
     @property
     def calibrated(self) -> bool:

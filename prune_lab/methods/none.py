@@ -21,12 +21,12 @@ class NoPruning(WeightMethod):
 
     @property
     def calibrated(self) -> bool:
-        """It looks at nothing."""
+        """False: the model stays dense."""
         return False
 
     @property
     def needs_whole_model(self) -> str | None:
-        """It needs nothing."""
+        """None: the model stays as it is."""
         return None
 
     def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:

@@ -45,7 +45,7 @@ class Sensitivity(Method):
         if not self.amounts or not rising:
             raise ValueError(f"amounts={list(self.amounts)} must rise, each between 0 and 1")
         if self.score not in SCORES:
-            raise ValueError(f"score={self.score!r} is none of {', '.join(SCORES)}")
+            raise ValueError(f"score={self.score!r} is not one of {', '.join(SCORES)}")
 
     @property
     def calibrated(self) -> bool:

@@ -42,7 +42,7 @@ class Structured(Method):
         if not self.units or set(self.units) - set(UNIT_KINDS) or len(set(self.units)) != len(self.units):
             raise ValueError(f"units={list(self.units)} must be one or more of {', '.join(UNIT_KINDS)}, each once")
         if self.score not in OF_UNITS:
-            raise ValueError(f"score={self.score!r} is none of {', '.join(OF_UNITS)}")
+            raise ValueError(f"score={self.score!r} is not one of {', '.join(OF_UNITS)}")
         if self.round_to is not None and self.round_to < 1:
             raise ValueError(f"round_to={self.round_to} must be at least 1")
 

@@ -17,7 +17,7 @@ class Unstructured(WeightMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.score not in OF_WEIGHTS:
-            raise ValueError(f"score={self.score!r} is none of {', '.join(OF_WEIGHTS)}")
+            raise ValueError(f"score={self.score!r} is not one of {', '.join(OF_WEIGHTS)}")
 
     @property
     def ranked_by(self) -> str:

@@ -47,9 +47,9 @@ class WeightMethod(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scope not in self.scopes:
-            raise ValueError(f"scope={self.scope!r} is none of {', '.join(self.scopes)}")
+            raise ValueError(f"scope={self.scope!r} is not one of {', '.join(self.scopes)}")
         if self.allocation not in ALLOCATIONS:
-            raise ValueError(f"allocation={self.allocation!r} is none of {', '.join(ALLOCATIONS)}")
+            raise ValueError(f"allocation={self.allocation!r} is not one of {', '.join(ALLOCATIONS)}")
         if self.scope == "global" and self.allocation not in ("uniform", "global"):
             raise ValueError(
                 f"allocation={self.allocation!r} with scope=global: one ranking over all blocks is itself an "
@@ -103,7 +103,7 @@ class WeightMethod(Method):
         if self.allocation == "sensitivity":
             return "method.allocation=sensitivity takes the model's loss again and again; give uniform or owl"
         if of := self.statistics_needed & frozenset(GRADIENTS):
-            return f"the score goes by {', '.join(sorted(of))}, gradients of the whole model; give another score"
+            return f"the score uses {', '.join(sorted(of))}, gradients of the whole model; give another score"
         return None
 
     def importance(self, weight: Tensor, statistics: LinearStatistics) -> Tensor:

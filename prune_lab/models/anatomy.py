@@ -84,18 +84,18 @@ class Family:
 
 
 def _divisors(config: Any, present: int) -> list[int]:
-    """Of a config with a head_dim of its own whose query heads must divide hidden_size."""
+    """Counts for a config with a head_dim of its own whose query heads must divide hidden_size."""
     heads = config.num_attention_heads
     return [n for n in range(1, present + 1) if config.hidden_size % (n * heads // present) == 0]
 
 
 def _present_alone(config: Any, present: int) -> list[int]:
-    """Of a config whose head_dim is always hidden_size / heads: fewer heads would be other heads."""
+    """Present count alone, for a config whose head_dim is hidden_size / heads: fewer heads would be other heads."""
     return [present]
 
 
 def _by_rope_factors(config: Any, present: int) -> list[int]:
-    """Of a config with a head_dim of its own, but lists of a factor for each pair of a head's dimensions (longrope).
+    """Counts for a config with a head_dim of its own, but lists of a factor for each pair of dimensions (longrope).
 
     They must be as long as hidden_size / heads says.
     """
@@ -132,7 +132,7 @@ _LLAMA_GROUPS = UnitKind(
 
 
 def _heads(*slots: Slot) -> UnitKind:
-    """Of a family in which every query head has its own key and value, and fewer would be other heads."""
+    """KV groups of a family in which every query head has its own key and value, and fewer would be other heads."""
     return UnitKind("KV groups", slots, ("num_attention_heads",), possible=_present_alone)
 
 
@@ -239,7 +239,7 @@ class UnitLinear:
 class Anatomy:
     """A loaded causal language model with its parts named: the view of it that pruning works on.
 
-    dense: facts about the model that it was copied from.
+    dense: results about the model that it was copied from.
     """
 
     def __init__(self, model: Any, dense: DenseCache | None = None) -> None:
@@ -249,7 +249,7 @@ class Anatomy:
 
     @property
     def dense_cache(self) -> DenseCache | None:
-        """What is known of this model: only while it is as the dense one, and in memory to be compared with it."""
+        """Results about the dense model, while this one equals it and is in memory to be compared; else None."""
         if self.is_on_disk:
             return None
         return self._dense if self._dense is not None and self._dense.are_of(self.model) else None
@@ -261,13 +261,13 @@ class Anatomy:
 
     @property
     def is_on_disk(self) -> bool:
-        """Whether the blocks' weights rest on disk: then they are there within `at_hand` only."""
+        """True where the blocks' weights are on disk: then they are in memory within `at_hand` only."""
         from prune_lab.models.offload.on_disk import weights_on_disk
 
         return weights_on_disk(self.model) is not None
 
     def at_hand(self, index: int) -> AbstractContextManager[None]:
-        """Within it a block has its weights, wherever they rest; what was changed rests there afterwards."""
+        """Context in which a block has its weights in memory; changes are written back where they are kept."""
         from prune_lab.models.offload.on_disk import at_hand
 
         return at_hand(self.model, f"{self.family.blocks}.{index}")
@@ -292,7 +292,7 @@ class Anatomy:
         ]
 
     def unit_linears(self, kind: str) -> list[list[UnitLinear]]:
-        """For each block, the Linears that make up its units of a kind."""
+        """Linears that make up the units of a kind, for each block."""
         return [
             [
                 UnitLinear(
@@ -307,7 +307,7 @@ class Anatomy:
         ]
 
     def unit_count(self, kind: str) -> int:
-        """How many units of a kind each block has; as built, where the config leaves it to a default."""
+        """Number of units of a kind in each block; as built, where the config leaves it to a default."""
         said = getattr(self.config, self.family.units[kind].counts[0], None)
         if said is not None:
             return int(said)

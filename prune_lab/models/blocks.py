@@ -14,7 +14,7 @@ from prune_lab.models.offload.states import StateList, States
 
 
 class ReachedError(Exception):
-    """Raised where what was wanted of a forward pass is at hand: the rest of it need not run."""
+    """Signal that all that was wanted of a forward pass is there: the rest of it need not run."""
 
 
 class BlockStream:
@@ -60,7 +60,7 @@ class BlockStream:
 
     @torch.no_grad()
     def output(self, block: int, number: int) -> Tensor:
-        """What a block makes of the states of one batch."""
+        """Output of a block for the states of one batch."""
         states = self.states[number]
         args, kwargs = self._calls[len(states)][block]
         out = self._blocks[block](states, *args, **kwargs)
@@ -82,14 +82,14 @@ class BlockStream:
 
     @contextmanager
     def replayed(self, number: int) -> Iterator[None]:
-        """Within it, a forward pass of the model on one batch takes its states from here after the last block."""
+        """Context in which a forward pass on one batch takes its states from here after the last block."""
         with _instead_of(self._blocks, lambda *args, **kwargs: self.states[number]):
             yield
 
 
 @contextmanager
 def _instead_of(blocks: list[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Within it, `forward(hidden_states, ...)` is called in the place of each block, whose weights are not needed."""
+    """Context in which `forward(hidden_states, ...)` is called in place of each block; no weights are needed."""
 
     def named(*args: Any, hidden_states: Tensor | None = None, **kwargs: Any) -> Tensor:
         return forward(*(args if hidden_states is None else (hidden_states, *args)), **kwargs)
@@ -105,7 +105,7 @@ def _instead_of(blocks: list[nn.Module], forward: Callable[..., Tensor]) -> Iter
 
 @contextmanager
 def bypassed(anatomy: Anatomy, blocks: Collection[int]) -> Iterator[None]:
-    """Within it, the states pass these blocks unchanged, as if they were not there (without a key-value cache)."""
+    """Context in which the states pass these blocks unchanged, as if removed (without a key-value cache)."""
 
     def undo(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         states = args[0] if args else kwargs["hidden_states"]

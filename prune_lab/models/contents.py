@@ -25,7 +25,7 @@ def count_weights(model: Any) -> int:
 
 
 def count_nonzero(model: Any) -> int:
-    """How many of a model's weights are not zero, counted as `count_weights` does."""
+    """Number of a model's weights that are not zero, counted as `count_weights` does."""
     codes = [module.codes() for module in model.modules() if isinstance(module, LowBitLinear)]
     weights = (value(model, name, weight) for name, weight in model.named_parameters())
     return sum(int(torch.count_nonzero(weight)) for weight in chain(weights, codes))

@@ -1,4 +1,4 @@
-"""What can be told of a model's folder and config before anything of it is loaded, and why it may not be."""
+"""Checks of a model's folder and config before anything of it is loaded."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class Sign:
 
 
 def _few_bits(pattern: str, how: str) -> Sign:
-    return Sign(pattern, f": its weights are in few bits ({how})", _GIVE_DENSE)
+    return Sign(pattern, f": its weights are quantized ({how})", _GIVE_DENSE)
 
 
 # The first that is found in any name explains a checkpoint: what says more stands before what says less.
@@ -77,7 +77,7 @@ SIGNS = (
     _few_bits(r"\.(weight_packed|weight_zero_point|weight_g_idx|weight_shape)$", "compressed-tensors"),
     Sign(
         r"[._](scales?|scale_inv|scale_2)$",
-        ", but its config.json has no quantization_config: weights in few bits (such as 8-bit floats) cannot be read "
+        ", but its config.json has no quantization_config: quantized weights (such as 8-bit floats) cannot be read "
         "without it",
         _GIVE_DENSE,
     ),

@@ -47,7 +47,7 @@ class Loaded:
 
     @property
     def is_low_bit(self) -> bool:
-        """Whether its weights are integers already: an export of a post-compression."""
+        """True where its weights are integers already: an export of a post-compression."""
         return getattr(self.model.config, "quantization_config", None) is not None
 
     def fingerprint(self) -> dict[str, str]:
@@ -83,7 +83,7 @@ class ModelSource:
 
     def __post_init__(self) -> None:
         if self.weights not in WEIGHTS:
-            raise ValueError(f"weights={self.weights!r} is none of {', '.join(WEIGHTS)}")
+            raise ValueError(f"weights={self.weights!r} is not one of {', '.join(WEIGHTS)}")
         if self.stream and self.weights == "random":
             raise ValueError(
                 "stream=true reads weights from disk, and weights=random has none there; give stream=false"
@@ -119,7 +119,7 @@ class HubModel(ModelSource):
             )
 
     def files(self) -> list[Path]:
-        """Those of the folder."""
+        """Files of the folder."""
         folder = as_folder(self.name)
         return [] if folder is None else [path for path in folder.iterdir() if path.is_file()]
 

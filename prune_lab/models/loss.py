@@ -1,4 +1,4 @@
-"""How well a model predicts the next token, window by window: what perplexity, calibration and scans measure."""
+"""Next-token loss of each window, for perplexity, calibration and sensitivity analysis."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def window_losses(model: Any, batch: Tensor, prefix: int = 0) -> Tensor:
     hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state[:, prefix:-1]
     head, targets = model.get_output_embeddings(), batch[:, prefix + 1 :].reshape(-1)
     rows = max(1, LOGITS_AT_ONCE * (TIMES_ON_GPU if hidden.is_cuda else 1) // head.weight.shape[0])
-    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2 bends its logits after the head
+    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2 soft-caps its logits
     losses = []
     for states, wanted in zip(hidden.reshape(-1, hidden.shape[-1]).split(rows), targets.split(rows), strict=True):
         logits = head(states).float()

@@ -17,7 +17,7 @@ _PER_BLOCK = ("layer_types",)  # settings with one entry for each block, in the 
 
 @dataclass(frozen=True)
 class Shape:
-    """How much of a model there is: units of each kind in a block, and which of the dense model's blocks."""
+    """Shape of a model: units of each kind in a block, and which of the dense model's blocks it has."""
 
     units: dict[str, int]
     blocks: list[int]
@@ -29,13 +29,13 @@ def shape_of(anatomy: Anatomy) -> Shape:
 
 
 def dense_count(anatomy: Anatomy, kind: str) -> int:
-    """How many units of a kind each block had, or how many "blocks" there were, before anything was removed."""
+    """Number of units of a kind in each block, or of "blocks", before anything was removed."""
     counts = anatomy.model.__dict__.get(_DENSE, {})
     return int(counts.get(kind, len(anatomy.blocks) if kind == "blocks" else anatomy.unit_count(kind)))
 
 
 def original_blocks(anatomy: Anatomy) -> list[int]:
-    """Which of the dense model's blocks are still there, in order."""
+    """Indices in the dense model of the blocks that are still there, in order."""
     return list(anatomy.model.__dict__.get(_BLOCKS, range(len(anatomy.blocks))))
 
 

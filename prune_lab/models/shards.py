@@ -31,7 +31,7 @@ _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
 @dataclass(frozen=True)
 class Span:
-    """Where a tensor's bytes are."""
+    """Span of a file that holds a tensor's bytes."""
 
     file: Path
     offset: int
@@ -85,7 +85,7 @@ class Shards:
 
 
 def open_shards(folder: Path) -> Shards:
-    """Those of a folder in the Hub's layout. Raises ValueError where a file is damaged."""
+    """Tensors of a folder in the Hub's layout. Raises ValueError where a file is damaged."""
     index, names = folder / INDEX, [WHOLE]
     if not (folder / WHOLE).is_file():
         if not index.is_file():
@@ -140,7 +140,7 @@ def write_tensor(file: RawIOBase, offset: int, tensor: Tensor) -> None:
 
 
 def _comparable(tensor: Tensor) -> Tensor:
-    """As it is, or in float32, which holds every number of the shorter types."""
+    """Tensor as it is, or in float32, which holds every number of the shorter types."""
     return tensor.float() if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 

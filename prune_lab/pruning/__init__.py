@@ -1,1 +1,1 @@
-"""What pruning methods are made of: scores, selection, surgery, masks."""
+"""Parts of pruning methods: calibration, scores, selection, allocation, surgery, masks. The methods are in methods/."""

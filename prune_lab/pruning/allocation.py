@@ -1,4 +1,4 @@
-"""How an amount is spread over blocks, so that the mean over all weights stays what was asked for. Pure functions."""
+"""Allocation of an amount over blocks, so that the mean over all weights stays as asked. Pure functions."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def block_statistics(
     behind_dense: bool = False,
     saliency: Callable[[int], dict[str, Tensor]] | None = None,
 ) -> Iterator[dict[str, LinearStatistics]]:
-    """For each decoder block in order, the statistics of each of its Linears by full name: the way through a model.
+    """Statistics of each Linear by full name, for one decoder block after the other: the one way through the blocks.
 
     needs: the statistics that are wanted, by Linear; without any, no calibrator is needed. Statistics of one block are
     held at a time. The block's weights are in memory, and may be changed before the next block is asked for: with

@@ -20,7 +20,7 @@ Observe = Callable[[Needs], Iterator[dict[str, LinearStatistics]]]
 def dense_statistics(
     cache: DenseCache, of: dict[str, Any], blocks: int, linears: list[str], needs: Needs, observe: Observe
 ) -> Iterator[dict[str, LinearStatistics]]:
-    """For each block, the statistics of its Linears that `needs` names, as `observe(needs)` would yield them.
+    """Statistics that `needs` names, block by block, as `observe(needs)` would yield them.
 
     linears: the names of all Linears. Each field is kept by itself, for the Linears that it was asked for: a method
     that needs fewer fields finds its own, and one that needs fewer Linears finds what was kept for all of them. Those
@@ -62,7 +62,7 @@ def dense_statistics(
 
 
 def _needs(linears: dict[str, frozenset[str]]) -> Needs:
-    """What to observe, by Linear, from the Linears by field."""
+    """Needs by Linear, from the Linears by field."""
     names = frozenset().union(*linears.values())
     return {name: frozenset(field for field, of_field in linears.items() if name in of_field) for name in names}
 

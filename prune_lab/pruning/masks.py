@@ -1,4 +1,4 @@
-"""Which weights are pruned, held at zero while a model trains."""
+"""Masks: the pruned weights of a model, held at zero while it trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pruning method answers with."""
+"""Result of a pruning method: per-layer table, masks, warnings, files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LayerRow:
 
 @dataclass
 class Pruned:
-    """What a method did: the table of its scope, masks to hold, notes worth telling, files to keep, tensors it cut."""
+    """Result of a method: the table of its scope, masks to hold, warnings, files to keep, parameters it replaced."""
 
     rows: list[LayerRow] = field(default_factory=list)
     masks: Masks = field(default_factory=_no_masks)
@@ -36,7 +36,7 @@ class Pruned:
     cuts: list[Cut] = field(default_factory=list)
 
     def after(self, earlier: Pruned) -> Pruned:
-        """This pruning as one that followed an earlier one of the same model: with the notes of both."""
+        """This pruning as one that followed an earlier one of the same model: with the warnings of both."""
         self.warnings = list(dict.fromkeys(earlier.warnings + self.warnings))
         return self
 

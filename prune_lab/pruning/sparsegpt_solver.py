@@ -1,4 +1,4 @@
-"""SparseGPT's solver: prune a weight column by column and let the columns to come make up for the error.
+"""SparseGPT's solver: prunes a weight column by column and updates the later columns to make up for the error.
 
 The paper's code applies every error to all later columns through U, the upper factor of the inverse gram G^-1 = U^T U.
 Here G = R R^T is factored instead, R upper and R = U^-1. The errors E of all columns and the change D = W - Q of the
@@ -78,7 +78,7 @@ def solve(weight: Tensor, gram: Tensor, amount: float, pattern: Pattern | None =
 
 
 def _chosen(columns: Tensor, zero: Tensor, inverse: Tensor, amount: float) -> Tensor:
-    """Which weights of a window stay where there is no pattern, shape (columns, out)."""
+    """Keep-mask of a window where there is no pattern, shape (columns, out)."""
     scores = _scores(columns, zero, inverse.diagonal()[:, None])
     remove = count_to_remove(scores.numel(), amount)
     # A GPU is not waited for: while it sweeps through a window, the next one's work is handed to it.
@@ -87,7 +87,7 @@ def _chosen(columns: Tensor, zero: Tensor, inverse: Tensor, amount: float) -> Te
 
 
 def _scores(columns: Tensor, zero: Tensor, scale: Tensor) -> Tensor:
-    """What removing each weight costs, shape (out, columns): ties by that order."""
+    """Error that removing each weight makes, shape (out, columns): ties by that order."""
     return (columns / scale).square().masked_fill_(zero, -1).T.contiguous()
 
 

@@ -141,7 +141,7 @@ class BlockObserver:
 
     @contextmanager
     def watch(self, block: nn.Module) -> Iterator[None]:
-        """Within it, each call of `block` is observed."""
+        """Context in which each call of `block` is observed."""
         hooks = [block.register_forward_pre_hook(self._begin)]
         for name, linear in self._linears:
             if (key := (name, False)) in self._needs:
@@ -156,7 +156,7 @@ class BlockObserver:
                 hook.remove()
 
     def statistics(self) -> dict[str, LinearStatistics]:
-        """What was gathered, by full name of Linear; those that were given one input share its tensors."""
+        """Statistics that were gathered, by full name of Linear; those that were given one input share its tensors."""
         results = {id(running): running.result() for running in self._gathered.values()}
         fields: dict[str, dict[str, Any]] = {name: {} for name, _ in self._linears}
         for (name, is_output), running in self._gathered.items():

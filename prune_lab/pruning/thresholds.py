@@ -131,7 +131,7 @@ def _has_half(scores: Tensor, half: int) -> Tensor:
 
 
 def _number_of_each(scores: Sequence[Tensor]) -> Tensor:
-    """How many scores have each upper half, in the order of the numbers that they are."""
+    """Number of scores with each upper half, in the order of the numbers that they are."""
     counts = torch.zeros(2 * _HALF, dtype=torch.int64, device=scores[0].device)
     for values in scores:
         for chunk in values.reshape(-1).split(at_once(values)):

@@ -1,1 +1,1 @@
-"""Winning quality back by training."""
+"""Recovery: training that restores quality after pruning."""

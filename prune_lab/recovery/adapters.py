@@ -61,7 +61,7 @@ def _update(linear: Any, keep: Tensor | None, scale: float) -> Tensor:
 
 
 def _forward(linear: Any, keep: Tensor | None, scale: float, inputs: Tensor) -> Tensor:
-    """What a Linear with an adapter computes."""
+    """Forward pass of a Linear with an adapter."""
     weight, a, b = out_in(linear, linear.weight), getattr(linear, _A), getattr(linear, _B)
     if keep is None:
         low = apply_linear(apply_linear(inputs, a), b)

@@ -1,4 +1,4 @@
-"""What every recovery option has in common."""
+"""Base class of the recovery options."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Recovery:
 
     @property
     def training_steps(self) -> int:
-        """How many steps it trains."""
+        """Number of steps that it trains."""
         return self.steps
 
     def hashes(self, dense: Loaded, device: Device) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a recovery works with, beside the model."""
+"""Context of a training: everything that a recovery needs beside the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prune_lab.text.tokens import Tokens
 
 @dataclass
 class TrainingContext:
-    """What a recovery works with, beside the model; `pruned` is what pruning has done so far."""
+    """Data, schedule and device of a training; `pruned` is the result of pruning so far."""
 
     dense: Loaded
     tokens: Tokens
@@ -30,13 +30,13 @@ class TrainingContext:
     console: Console
     checkpoint: Path  # where to put a checkpoint, and to go on from if it is there
     log: Callable[[int, dict[str, float]], None]  # figures of a step
-    rewind: Rewind | None = None  # what goes back after each pruning
+    rewind: Rewind | None = None  # what is rewound after each pruning
     bos: Bos = NO_BOS  # what stands before each window
     world: World = field(default_factory=World)  # the processes that train together
     pruned: Pruned = field(default_factory=Pruned)
 
     def is_due(self, step: int) -> bool:
-        """Whether there is something to prune before a step."""
+        """True where the schedule prunes before a step."""
         return any(event.step == step for event in self.events)
 
     @property

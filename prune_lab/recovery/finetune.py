@@ -17,7 +17,7 @@ class Finetune(TrainingRecipe):
     """Training of all weights on the mean cross-entropy of the next token."""
 
     def loss(self, training: TrainingContext) -> Loss:
-        """That cross-entropy."""
+        """Cross-entropy of the next token."""
         from prune_lab.recovery.losses import next_token_loss
 
         return next_token_loss(training.bos.length)

@@ -1,4 +1,4 @@
-"""Losses of training: of the next token, and of distillation from a teacher."""
+"""Training losses: next-token cross-entropy and distillation."""
 
 from __future__ import annotations
 

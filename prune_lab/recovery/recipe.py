@@ -1,4 +1,4 @@
-"""What the training loop goes by: the keys of every option that trains, and the hooks that make it that option."""
+"""Training recipe: the keys of every option that trains, and the hooks in which options differ."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingRecipe(Recovery):
-    """How a training goes: AdamW with warm-up and cosine decay (Loshchilov & Hutter, 1711.05101 and 1608.03983).
+    """Settings of a training: AdamW with warm-up and cosine decay (Loshchilov & Hutter, 1711.05101 and 1608.03983).
 
     validate_every: steps between measurements of the perplexity on `validate_windows` windows of validation text; 0:
     none. keep_best: ends with the weights of the lowest one. patience: ends the training when that many measurements
@@ -80,5 +80,5 @@ class TrainingRecipe(Recovery):
         return dict(model.named_parameters())
 
     def loss(self, training: TrainingContext) -> Loss:
-        """What the training brings down: a function of the model and a batch of windows, (windows, seq_len)."""
+        """Training loss: a function of the model and a batch of windows, (windows, seq_len)."""
         raise NotImplementedError

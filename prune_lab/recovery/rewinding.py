@@ -26,11 +26,11 @@ class Rewinder:
 
     @property
     def moves_weights(self) -> bool:
-        """Whether weights are replaced after a pruning, so that an optimizer must begin anew."""
+        """True where weights are replaced after a pruning, so that an optimizer must begin anew."""
         return self._rewind is not None and self._rewind.what != "lr"
 
     def looks_at(self, step: int) -> bool:
-        """Whether this is the step to go back to, whose weights are kept."""
+        """True at the step to go back to, whose weights are kept."""
         return self._rewind is not None and self._rewind.what == "weights" and step == self._rewind.step
 
     def look(self, weights: Callable[[], dict[str, Tensor]], step: int) -> None:
@@ -62,7 +62,7 @@ class Rewinder:
             weight.copy_(drawn[name])
 
     def lr_position(self, step: int) -> tuple[int, int]:
-        """Where a step stands in its learning-rate schedule, and how many steps that has.
+        """Position of a step in its learning-rate schedule, and the number of steps of that schedule.
 
         Without rewinding it is one schedule over the whole training. With it every round has one of its own, which
         goes on from the step that was gone back to: (that step + steps since the pruning, that step + the round's).

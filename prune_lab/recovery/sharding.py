@@ -1,4 +1,4 @@
-"""What the steps of a training work on: a whole model, or one of which every process has a part (FSDP)."""
+"""Models in training: unsharded, or sharded over the processes (FSDP)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Unsharded:
 
 
 class Sharded(Unsharded):
-    """The same with an equal part in each process: rows of every weight, of its state and of its mask.
+    """Model sharded over the processes: each has rows of every weight, of its optimizer state and of its mask.
 
     Fully sharded data parallel (ZeRO: Rajbhandari et al., 1910.02054; FSDP: Zhao et al., 2304.11277), by torch's
     fully_shard: a block's weights are put together while it computes, the gradients' means are spread as the weights
@@ -62,7 +62,7 @@ class Sharded(Unsharded):
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Fills the model and the optimizer that this was made from, in every process; this one is done with."""
+        """Fills the model and the optimizer that this was made from, in every process; do not use this one again."""
         for hollow, shard in self._pairs():
             hollow.data = full(shard)
             state = self.optimizer.state.pop(shard, {})
@@ -70,7 +70,7 @@ class Sharded(Unsharded):
                 self._whole.optimizer.state[hollow] = {key: full(value) for key, value in state.items()}
 
     def window_losses(self, batch: Tensor, prefix: int) -> Tensor:
-        """As of a whole model."""
+        """Losses as of an unsharded model."""
         losses: Tensor = self.model.window_losses(batch, prefix)
         return losses
 
@@ -105,7 +105,7 @@ def _masks_of(model: Any, masks: Masks) -> Masks:
 
 
 def _part(tensor: Tensor, like: Any) -> Tensor:
-    """Of a tensor that every process has, the rows that this one has of the sharded tensor `like`."""
+    """Rows of a tensor that belong to this process, as it has them of the sharded tensor `like`."""
     from torch.distributed.tensor import DTensor
 
     mesh = like.device_mesh

@@ -88,7 +88,7 @@ class _Loop:
         return start
 
     def _spread(self) -> Unsharded:
-        """What the next steps work on: the model and its optimizer, or this process's part of them."""
+        """Model and optimizer of the next steps, or this process's shard of them."""
         training = self.training
         whole = Unsharded(self.model, self.optimizer, training.pruned.masks)
         return Sharded(whole, self.recipe, training.world, self.bfloat16) if training.world.sharded else whole

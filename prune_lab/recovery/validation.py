@@ -1,4 +1,4 @@
-"""Watching a training: perplexity on the validation text as it goes, the best weights, and when to stop."""
+"""Validation during training: perplexity on the validation text, the best weights, and early stopping."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Validation:
         return training.bos.before(windows[: self._recipe.validate_windows])
 
     def is_due(self, step: int) -> bool:
-        """Whether to measure after `step` steps."""
+        """True where validation is due after `step` steps."""
         return self.every > 0 and (step % self.every == 0 or step == self._recipe.steps)
 
     @torch.no_grad()
@@ -65,7 +65,7 @@ class Validation:
 
     @property
     def remembered(self) -> dict[str, float | None]:
-        """What a checkpoint needs of it, beside the best weights."""
+        """State for a checkpoint, beside the best weights."""
         best = self.best if self.kept else None  # JSON has no infinity
         return {"best": best, "best_step": self.best_step, "worse": self.worse}
 
@@ -83,7 +83,7 @@ class Validation:
 
     @property
     def says_stop(self) -> bool:
-        """Whether it has not improved for `patience` measurements."""
+        """True where it has not improved for `patience` measurements."""
         return 0 < self._patience <= self.worse
 
     @torch.no_grad()

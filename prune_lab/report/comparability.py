@@ -1,4 +1,4 @@
-"""Whether runs were measured alike: those of other text, windows, precision or device must not be compared."""
+"""Comparability of runs: those with other text, windows, precision or device must not be compared."""
 
 from __future__ import annotations
 

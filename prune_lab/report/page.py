@@ -41,7 +41,7 @@ def write(report: Report, path: Path, x: str | None = None, y: str | None = None
 
 
 def about(report: Report) -> str:
-    """What the runs are and how they were measured, in a line or two."""
+    """Summary of the runs and of how they were measured, in a line or two."""
     count = len(report.points)
     said = f"{count} finished run{'s' * (count != 1)} of {', '.join(report.sources)}"
     if report.unfinished:
@@ -79,7 +79,7 @@ def _json(value: Any) -> str:
 
 
 def _data(report: Report) -> dict[str, Any]:
-    """What the page's script draws.
+    """Data that the page's script draws.
 
     Points are told by their place in one list, runs first and then the dense models. `values` holds a metric's
     value of each point (null where it has none) in the unit of its axis; `fronts` holds for each pair of metrics,

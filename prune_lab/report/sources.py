@@ -1,4 +1,4 @@
-"""Where a report's runs come from: a sweep's folder, or an MLflow experiment."""
+"""Sources of a report: sweep folders and MLflow experiments."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a run found: figures by name, its record, and what a person sees of it."""
+"""Results of runs: metrics by name, summaries, warnings, tables and plots."""

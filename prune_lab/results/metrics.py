@@ -188,7 +188,7 @@ def check_known(names: Iterable[str]) -> None:
     for name in names:
         entry = _entry(without_dense(name))
         if entry is None or (is_dense(name) and entry.dense != MEASURED):
-            raise ValueError(f"{name!r} is no metric: METRICS in prune_lab/results/metrics.py has no entry of it")
+            raise ValueError(f"{name!r} is not a metric: METRICS in prune_lab/results/metrics.py has no entry of it")
 
 
 # Names of the dense model's figures.

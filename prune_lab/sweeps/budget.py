@@ -1,4 +1,4 @@
-"""What fits a budget: bisection of the amount for each of several candidates. Pure; hydra/sweeper=budget runs it."""
+"""Search under a bound: bisection of the amount for each candidate. Pure; hydra/sweeper=budget runs it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Budget:
         for name in self.at_most:
             if axis(name).better != "lower" or "/" not in name:
                 raise ValueError(
-                    f"hydra.sweeper.at_most: {name!r} is no metric that is better when lower, such as "
+                    f"hydra.sweeper.at_most: {name!r} is not a metric that is better when lower, such as "
                     "quality/perplexity_ratio, size/disk_mb, latency/decode_ms_per_token_p50"
                 )
         if len({name.startswith("quality/") for name in self.at_most}) > 1:
@@ -40,15 +40,17 @@ class Budget:
                 "and name the other in hydra.sweeper.best"
             )
         if axis(self.best).better is None or "/" not in self.best:
-            raise ValueError(f"hydra.sweeper.best={self.best!r} is no metric with a better end, such as size/disk_mb")
+            raise ValueError(
+                f"hydra.sweeper.best={self.best!r} is not a metric with a better end, such as size/disk_mb"
+            )
 
     @property
     def on_quality(self) -> bool:
-        """Whether quality is bounded (and the largest amount wanted) rather than cost (the smallest)."""
+        """True where quality is bounded (and the largest amount wanted) rather than cost (the smallest)."""
         return next(iter(self.at_most)).startswith("quality/")
 
     def holds(self, metrics: Mapping[str, float]) -> bool:
-        """Whether a run keeps to it; a metric that it lacks (it diverged, or was not measured) does not."""
+        """True where a run keeps to it; a metric that it lacks (it diverged, or was not measured) does not."""
         return all(metrics.get(name, float("inf")) <= bound for name, bound in self.at_most.items())
 
     def rank(self, metrics: Mapping[str, float]) -> float:

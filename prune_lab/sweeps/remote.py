@@ -23,7 +23,7 @@ _OURS = ("MLFLOW_", "PRUNE_LAB_", "HF_")
 
 
 class _Luggage(metaclass=Singleton):
-    """What a job takes along; empty where it inherits everything."""
+    """Files and settings that a job takes along; empty where it inherits everything."""
 
     def __init__(self) -> None:
         self.environment: dict[str, str] = {}

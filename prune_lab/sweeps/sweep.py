@@ -102,7 +102,7 @@ def close_broken_sweep() -> bool:
 
 
 def any_job_failed() -> bool:
-    """Whether a job of the sweep did not finish."""
+    """True where a job of the sweep did not finish."""
     return _current is not None and _current.failed
 
 

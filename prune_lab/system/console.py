@@ -1,4 +1,4 @@
-"""What a run says while it works: header, progress, notes. Quiet when nobody is watching."""
+"""Console of a run: header, progress bars, notes. Quiet when it is no terminal."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Console:
 
 
 class _Bar(tqdm):
-    """What takes long tells it here, step by step; so here it also pauses while another job of the machine is timed."""
+    """Progress bar whose updates also pause this job while another job of the machine is timed."""
 
     def update(self, n: float | None = 1) -> bool | None:
         """Moves the bar on by n."""

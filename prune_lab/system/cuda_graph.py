@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def captured(work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-    """What `work` gives, and what does it again, on the current GPU.
+    """Result of `work`, and a function that repeats it, on the current GPU.
 
     It must be the same kernels on the same tensors each time: those that it reads are written to before it is done
     again, those that it gave hold the new result after it. Nothing is computed before that is asked for the first time.

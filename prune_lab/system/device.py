@@ -1,4 +1,4 @@
-"""Where a run computes: device, number type, seeds, and waiting for the device."""
+"""Devices: the device of a run, its number type, seeds, and synchronisation."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class Device:
 
     @property
     def name(self) -> str:
-        """What a person calls it."""
+        """Name of the device for people."""
         return torch.cuda.get_device_name(self.torch_device) if self.is_cuda else "a CPU"
 
     @property
     def is_cuda(self) -> bool:
-        """Whether this is a GPU."""
+        """True for a GPU."""
         return self.torch_device.type == "cuda"
 
     @property
     def compute_capability(self) -> tuple[int, int]:
-        """That of a GPU; (0, 0) for what is none."""
+        """Compute capability of a GPU; (0, 0) for other devices."""
         return torch.cuda.get_device_capability(self.torch_device) if self.is_cuda else (0, 0)
 
     def synchronize(self) -> None:
@@ -57,7 +57,7 @@ def resolve(device: str, dtype: str) -> Device:
     except RuntimeError:
         place = None
     if place is None or place.type not in ("cpu", "cuda"):
-        raise Refused(f"device={device!r} is none of auto, cpu, cuda, cuda:N")
+        raise Refused(f"device={device!r} is not one of auto, cpu, cuda, cuda:N")
     if place.type == "cuda":
         if place.index >= (count := torch.cuda.device_count()):
             raise Refused(f"device={device!r}: this machine has {count} CUDA devices; use device=auto")
@@ -78,19 +78,19 @@ def _resolve_dtype(dtype: str, place: torch.device) -> torch.dtype:
             return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if dtype not in DTYPES:
-        raise Refused(f"dtype={dtype!r} is none of auto, {', '.join(DTYPES)}")
+        raise Refused(f"dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
 
 
 def native_bfloat16(place: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware."""
+    """True where the device multiplies bfloat16 matrices in hardware."""
     if place.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def uses_bfloat16(autocast: str, place: torch.device) -> bool:
-    """Whether a setting of a key `autocast` has the device multiply in bfloat16; "auto": where that is native."""
+    """True where a setting of a key `autocast` has the device multiply in bfloat16; "auto": where that is native."""
     return native_bfloat16(place) if autocast == "auto" else autocast == "bfloat16"
 
 

@@ -1,4 +1,4 @@
-"""What a run ran on."""
+"""Environment of a run: hardware and versions."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def gpu_clocks(uuid: str, command: str = "nvidia-smi") -> dict[str, int] | None:
 
 
 def _uuid(device: Device) -> str:
-    """As nvidia-smi has it: its numbers are not CUDA's where CUDA_VISIBLE_DEVICES hides some."""
+    """Identifier of the GPU for nvidia-smi, whose numbers are not CUDA's where CUDA_VISIBLE_DEVICES hides some."""
     return f"GPU-{torch.cuda.get_device_properties(device.torch_device).uuid}"
 
 

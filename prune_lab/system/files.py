@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and what a killed process left in their place: the next start removes it."""
+"""Atomic writes, and the temporary files that killed processes left: the next start removes them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _FORGOTTEN = 7 * 24 * 3600  # seconds after which a temporary of another machine
 
 
 def owner_suffix() -> str:
-    """The end of a temporary file's or folder's name: it says whose it is."""
+    """Suffix of a temporary file's or folder's name that says whose it is."""
     return f".{_host()}-{os.getpid()}.tmp"
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path` for what is to take its place when it is whole."""
+    """Name beside `path` for a file that will replace it when it is complete."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{owner_suffix()}")
 
 
@@ -51,7 +51,7 @@ def matching(pattern: Path) -> list[Path]:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Where to write: it takes the place of `path` at the end, and is gone where the writing failed."""
+    """Temporary path to write to: it replaces `path` at the end, and is removed where the writing failed."""
     half = temporary_name(path)
     try:
         yield half
@@ -81,7 +81,7 @@ def state_of(files: Iterable[Path]) -> tuple[FileState, ...]:
 
 
 def remove_stale_files(folder: Path, deep: bool = True) -> list[Path]:
-    """Removes what ended processes left half-written in `folder` and, if deep, below it; returns what went."""
+    """Removes temporary files that ended processes left in `folder` and, if deep, below it; returns their paths."""
     removed: list[Path] = []
     for place, folders, names in os.walk(folder):
         found = [name for name in (*folders, *names) if _is_leftover(Path(place, name))]

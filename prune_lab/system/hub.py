@@ -23,7 +23,7 @@ def as_folder(name: str) -> Path | None:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a repository on the Hub could have that name."""
+    """True where a repository on the Hub could have that name."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
@@ -34,7 +34,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def cached_file(name: str, file: str, revision: str | None, repo_type: str = "model") -> Path | None:
-    """Where a file of a repository lies in the Hub's cache on this machine, if it does."""
+    """Path of a repository's file in the Hub's cache on this machine, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(name, file, revision=revision, repo_type=repo_type)
@@ -113,7 +113,7 @@ def _why_not_through(proxy: str, address: str) -> str | None:
 
 
 def why_not(name: str, error: BaseException) -> str:
-    """What went wrong with a repository, short, with what to do where the Hub itself refused."""
+    """Reason that a repository could not be read, short, with what to do where the Hub itself refused."""
     chain = [error]
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
         chain.append(inner)

@@ -1,4 +1,4 @@
-"""What a launcher of several processes (accelerate launch, torchrun) says in the environment. Imports nothing heavy."""
+"""Environment variables of a launcher of several processes (accelerate launch, torchrun). Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prune_lab.system.files import owner_suffix
 
 
 def size() -> int:
-    """How many processes there are; 1 without a launcher."""
+    """Number of processes; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -18,7 +18,7 @@ def rank() -> int:
 
 
 def is_sharded() -> bool:
-    """Whether each is to have a part of the model that trains, as `accelerate launch --use_fsdp` asks."""
+    """True where the model is sharded in training, as `accelerate launch --use_fsdp` asks."""
     return size() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
 
 

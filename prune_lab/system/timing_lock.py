@@ -1,4 +1,4 @@
-"""Jobs of one machine that run side by side: while one of them is timed, the others pause.
+"""Timing lock: jobs of one machine run side by side, and while one of them is timed the others pause.
 
 Two locked files stand for it, and the kernel frees them when a process ends, however it ends. Whoever computes shares
 `work`; whoever times holds it alone. Everybody comes in through `door`, which the one that waits to time keeps shut:
@@ -30,13 +30,13 @@ _GLANCE = 0.02
 
 @dataclass
 class Load:
-    """What else the machine did, in cores: known when the timed section is over."""
+    """Load of other processes, in cores: known when the timed section is over."""
 
     cores: float = 0.0
 
 
 class TimingLock:
-    """This process among the others that use the same `folder`; None: that of the machine, found when it is needed."""
+    """Lock among the processes that use the same `folder`; None: that of the machine, found when it is needed."""
 
     def __init__(self, folder: Path | None = None, patience: float = PATIENCE) -> None:
         self._folder = folder
@@ -110,7 +110,7 @@ class TimingLock:
         self._shares = True
 
     def _wait(self, name: str, alone: bool) -> bool:
-        """Whether the lock was got before patience ended."""
+        """True where the lock was acquired before patience ended."""
         began = time.monotonic()
         while not (got := self._try(name, alone)) and time.monotonic() - began < self._patience:
             time.sleep(_GLANCE)
@@ -158,7 +158,7 @@ def _busy() -> float:
 
 
 def common_folder() -> Path:
-    """The same for every job of the machine: TMPDIR may be another one for each of them.
+    """Folder that is the same for every job of the machine, though each may have a TMPDIR of its own.
 
     PRUNE_LAB_TURNS names another: one that containers share, or one of their own for jobs that need not wait. Raises
     Refused where it cannot be made.

@@ -36,7 +36,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that measures, tracks and writes."""
+        """True in the process that measures, tracks and writes."""
         return self.rank == 0
 
     def share(self, batch: Tensor) -> Tensor:

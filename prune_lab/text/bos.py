@@ -38,7 +38,7 @@ class Bos:
 
     @property
     def length(self) -> int:
-        """How many tokens stand before the text of a window: 1 or 0."""
+        """Number of tokens before the text of a window: 1 or 0."""
         return int(self.id is not None)
 
     @property

@@ -39,7 +39,7 @@ class Corpus(ABC):
         return self
 
     def is_one_document(self, name: str) -> bool:
-        """Whether what `split` gives are pieces of one document, which follow each other without a gap."""
+        """True where the pieces of `split` are of one document and follow each other without a gap."""
         return False
 
     def as_one(self) -> Iterator[str]:
@@ -86,7 +86,7 @@ class Corpus(ABC):
 
     @property
     def n_documents(self) -> int:
-        """How many documents it has, whatever becomes of them."""
+        """Number of documents, whatever their split."""
         found = self.survey.rows
         if self.is_cut:
             return 1 + (found["test"] if self.read_test is not None else 0)
@@ -129,7 +129,7 @@ class Documents(Corpus):
     def split(self, name: str) -> tuple[str, ...]:
         """The documents of one split."""
         if name not in SPLITS:
-            raise ValueError(f"split={name!r} is none of {', '.join(SPLITS)}")
+            raise ValueError(f"split={name!r} is not one of {', '.join(SPLITS)}")
         documents: tuple[str, ...] = getattr(self, name)
         return documents
 
@@ -150,7 +150,7 @@ class Stream(Corpus):
     tokenizer: Any = None
 
     def for_tokenizer(self, tokenizer: Any) -> Stream:
-        """The same documents, their conversations rendered by this tokenizer."""
+        """Copy whose conversations are rendered by this tokenizer."""
         return replace(self, tokenizer=tokenizer)
 
     def split(self, name: str) -> Iterator[str]:
@@ -197,7 +197,7 @@ class LongDocument(Corpus):
     is_cut: bool = True
 
     def for_tokenizer(self, tokenizer: Any) -> LongDocument:
-        """The same; conversations of the test text are rendered by this tokenizer."""
+        """Copy in which conversations of the test text are rendered by this tokenizer."""
         return replace(self, tokenizer=tokenizer)
 
     def as_one(self) -> Iterator[str]:
@@ -256,7 +256,7 @@ class LongDocument(Corpus):
 
 
 def _whole_part(block: bytes) -> int:
-    """How much of a block is whole lines, or whole characters where it has no line's end."""
+    """Length of the complete lines of a block, or of its complete characters where no line ends in it."""
     line_end = block.rfind(b"\n") + 1
     if line_end:
         return line_end

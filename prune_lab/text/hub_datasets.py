@@ -33,7 +33,7 @@ class HubText(TextSource):
     revision: str | None = None
 
     def files(self) -> list[Path]:
-        """Those of a local folder; what comes from the Hub is named by its commit."""
+        """Files of a local folder; those from the Hub are identified by their commit."""
         folder = as_folder(self.name)
         return [] if folder is None else [path for path in folder.rglob("*") if path.is_file()]
 

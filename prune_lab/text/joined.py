@@ -63,7 +63,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text of its own accord."""
+    """Special tokens that the tokenizer puts before and after a text."""
     bare = _ids(tokenizer, "a")
     whole = encode(tokenizer, ["a"], special=True)[0]
     for start in range(len(whole) - len(bare) + 1):

@@ -108,7 +108,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
                 yield place, json.loads(text, parse_int=float)
             except (ValueError, RecursionError) as error:
                 raise ValueError(
-                    f"{place} is no whole JSON object ({_why(error)}): each line must be one, or the file one array"
+                    f"{place} is not a complete JSON object ({_why(error)}): give one object a line, or one array"
                 ) from error
 
 
@@ -164,7 +164,7 @@ class _Array:
                 return value
             except (ValueError, RecursionError) as error:
                 if isinstance(error, RecursionError) or not self._more():
-                    raise ValueError(f"{place} of its array is no whole JSON value ({_why(error)})") from error
+                    raise ValueError(f"{place} of its array is not a complete JSON value ({_why(error)})") from error
 
 
 def _array(path: Path) -> Iterator[tuple[str, Any]]:

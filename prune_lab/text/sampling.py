@@ -74,7 +74,7 @@ def in_turn(lengths: Tensor, seq_len: int, n_samples: int, seed: int) -> list[Pl
 
 
 def _shared(holds: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
-    """How many windows each document gives, shape (documents,): as equal as what each holds allows."""
+    """Number of windows from each document, shape (documents,): as equal as their lengths allow."""
     wanted = min(wanted, int(holds.sum()))
     low, high = 0, int(holds.max())  # whole rounds that can be asked for
     while low < high:
@@ -88,7 +88,7 @@ def _shared(holds: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
 
 
 def covered(firsts: list[int], seq_len: int) -> tuple[int, int]:
-    """Of windows that begin at these places of one text: how many tokens they cover, and the most that share one."""
+    """Number of tokens that windows at these offsets of one text cover, and the most windows that share one."""
     starts = sorted(firsts)
     distinct = sum(min(seq_len, b - a) for a, b in zip(starts, [*starts[1:], starts[-1] + seq_len], strict=True))
     steps = sorted([(first + seq_len, -1) for first in starts] + [(first, 1) for first in starts])
@@ -96,7 +96,7 @@ def covered(firsts: list[int], seq_len: int) -> tuple[int, int]:
 
 
 def holding(windows: Tensor, text: Tensor, length: int) -> int:
-    """How many windows, shape (windows, tokens), hold `length` tokens in a row that are in `text`, shape (tokens,)."""
+    """Number of windows, shape (windows, tokens), with `length` tokens in a row that are in `text`, shape (tokens,)."""
     return int(torch.isin(_runs(windows, length), _runs(text, length)).any(dim=1).sum())
 
 

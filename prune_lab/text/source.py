@@ -1,4 +1,4 @@
-"""What every dataset option has in common."""
+"""Base class of the dataset options, and the calibration part of their keys."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ADD_BOS = ("auto", "true", "false")
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibrated methods look at: n_samples windows of seq_len tokens.
+    """Calibration text: n_samples windows of seq_len tokens.
 
     source: "own", the dataset's own calibration split (apart from its training text); or the name of another dataset,
     which is used whole, less what the run trains, validates or tests on. name: where that one lies: a Hub repository or
@@ -42,7 +42,7 @@ class Calibration:
         if self.seq_len < 2:
             raise ValueError(f"seq_len={self.seq_len} must be at least 2 tokens")
         if self.source not in SOURCES:
-            raise ValueError(f"source={self.source!r} is none of {', '.join(SOURCES)}")
+            raise ValueError(f"source={self.source!r} is not one of {', '.join(SOURCES)}")
         if self.name is not None and self.source in ("own", "stdlib"):
             raise ValueError(
                 f"name={self.name!r} with source={self.source}: it has no name; give source=text, wikitext2 or c4"
@@ -55,7 +55,7 @@ class Calibration:
                 "dataset itself have dataset.column"
             )
         if self.propagate not in PROPAGATE:
-            raise ValueError(f"propagate={self.propagate!r} is none of {', '.join(PROPAGATE)}")
+            raise ValueError(f"propagate={self.propagate!r} is not one of {', '.join(PROPAGATE)}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
         check_autocast(self.autocast)
@@ -77,7 +77,7 @@ class TextSource:
             raise ValueError(f"seq_len={self.seq_len} must be at least 2 tokens")
         object.__setattr__(self, "add_bos", str(self.add_bos).lower())  # YAML's true is no text
         if self.add_bos not in ADD_BOS:
-            raise ValueError(f"add_bos={self.add_bos!r} is none of {', '.join(ADD_BOS)}")
+            raise ValueError(f"add_bos={self.add_bos!r} is not one of {', '.join(ADD_BOS)}")
 
     def files(self) -> list[Path]:
         """The files on this machine that it reads, as far as they may be edited while a process runs."""

@@ -1,4 +1,4 @@
-"""Which document belongs to which split: train, calibration, validation or test.
+"""Splits of documents: train, calibration, validation and test.
 
 The split of a document depends on the document alone, so it never moves when others come or go, and the four
 never overlap. Twenty buckets: 0 is test, 1 is validation, the rest is training; of the training part, bucket 2

@@ -36,7 +36,7 @@ class TextFiles(TextSource):
     column: str = "text"
 
     def files(self) -> list[Path]:
-        """Those that are named."""
+        """Files that are named."""
         named = {"dataset.path": self.path, "dataset.test_path": self.test_path}
         return [file for key, path in named.items() if path is not None for file in _files(path, key)]
 
@@ -81,7 +81,7 @@ class _Files:
 
     @classmethod
     def named(cls, path: str, key: str, column: str, column_key: str) -> _Files:
-        """Those that `path`, the value of `key`, names."""
+        """Files that `path`, the value of `key`, names."""
         return cls(tuple(_files(path, key)), f"{key}={path}", column, column_key)
 
     @property
@@ -183,5 +183,5 @@ def _files(path: str, key: str) -> list[Path]:
     wrong = [file.name for file in found if ending(file) not in NAMED_KINDS]
     if wrong:
         more = ", ".join(sorted(NAMED_KINDS.keys() - KINDS.keys()))
-        raise Refused(f"{key}={path!r}: {wrong[0]} is none of {kinds} (or, named as a file, {more})")
+        raise Refused(f"{key}={path!r}: {wrong[0]} is not one of {kinds} (or, named as a file, {more})")
     return sorted(found)

@@ -1,4 +1,4 @@
-"""Another corpus used whole as calibration text, less the documents that the run has elsewhere."""
+"""Unsplit corpus: another corpus used whole as calibration text, less the documents that the run has elsewhere."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class UnsplitCorpus(Corpus):
 
     @property
     def n_documents(self) -> int:
-        """Those of the other corpus."""
+        """Number of documents of the other corpus."""
         return self.documents or super().n_documents
 
     def for_tokenizer(self, tokenizer: Any) -> UnsplitCorpus:
-        """The same, its conversations rendered by this tokenizer."""
+        """Copy whose conversations are rendered by this tokenizer."""
         return replace(self, base=self.base.for_tokenizer(tokenizer))
 
     @property
@@ -45,15 +45,15 @@ class UnsplitCorpus(Corpus):
         return found | {"rows_without_text": self.survey.rows[BLANK]}
 
     def is_one_document(self, name: str) -> bool:
-        """As the other corpus is."""
+        """True where the other corpus is one document."""
         return self.base.is_cut and name == "calibration"
 
     def split(self, name: str) -> Iterator[str]:
-        """Everything that is left, as calibration text."""
+        """Documents that are left, all as calibration text."""
         return (text for split, text in self.rows() if split == name)
 
     def everything(self) -> Iterator[tuple[str, str]]:
-        """The same, in one pass."""
+        """Documents that are left, in one pass."""
         return ((name, text) for name, text in self.rows() if name in SPLITS)
 
     def rows(self) -> Iterator[tuple[str | None, str]]:

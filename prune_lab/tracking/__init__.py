@@ -1,1 +1,1 @@
-"""Where results go: MLflow, or nowhere but the run's own folder."""
+"""Tracking of results: in MLflow, or in the run's own folder alone."""

@@ -1,4 +1,4 @@
-"""What a tracker does for a run and for a sweep."""
+"""Tracker: the interface for runs and sweeps."""
 
 from __future__ import annotations
 

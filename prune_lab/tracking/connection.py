@@ -67,7 +67,7 @@ def client_class() -> Any:
 
 @contextmanager
 def reaching() -> Iterator[None]:
-    """What fails inside is the store: raises Unreachable with its address. Each kind of store has its own errors."""
+    """Context in which an error of the store, of whatever kind, becomes Unreachable with its address."""
     try:
         yield
     except Refused:

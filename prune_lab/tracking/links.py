@@ -1,4 +1,4 @@
-"""Where the store is, and how to look at a sweep in the MLflow UI, which does not open on the runs by itself."""
+"""Address of the store, and links to a sweep in the MLflow UI, which does not open on the runs by itself."""
 
 from __future__ import annotations
 

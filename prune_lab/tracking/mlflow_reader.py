@@ -94,7 +94,7 @@ def _summary(client: Any, run: Any) -> Summary:
 
 
 def _protocol(run: Any) -> dict[str, str]:
-    """What is left of the stamp: the text and its hash from the run's input, and two parameters."""
+    """Protocol stamp as far as MLflow has it: the text and its hash from the run's input, and two parameters."""
     stamp = {key: run.data.params[key] for key in ("dtype", "device") if key in run.data.params}
     for found in run.inputs.dataset_inputs if run.inputs else []:
         stamp |= {"dataset": found.dataset.name, "test_tokens_sha256": found.dataset.digest}

@@ -77,7 +77,7 @@ class Mlflow(Tracker):
         return None
 
     def enter_again(self, name: str, summary: Summary, context: JobContext) -> None:
-        """In a sweep: a child with the earlier run's figures, tagged with its id instead of a fingerprint."""
+        """Child of a sweep with the earlier run's figures, tagged with its id instead of a fingerprint."""
         if context.sweep is None:
             return
         try:

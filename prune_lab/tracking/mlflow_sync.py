@@ -52,7 +52,7 @@ class Syncing:
         return outcome
 
     def lacks_comparison(self, sweep: Path) -> bool:
-        """Whether the sweep's parent was never closed, though its process is gone or it never was there."""
+        """True where the sweep's parent was never closed, though its process is gone or it never was there."""
         parent = find_parent(self._client, self._experiment, sweep)
         if parent is None:
             return True

@@ -18,15 +18,15 @@ class _Silent:
     """A RunLog that keeps nothing."""
 
     def figures(self, step: int, values: dict[str, float]) -> None:
-        """Forgets them."""
+        """No-op."""
 
     def result(self, summary: Summary, files: list[Path]) -> None:
-        """Nothing to do: the files stand in the run's folder."""
+        """No-op: the files stand in the run's folder."""
 
 
 @dataclass(frozen=True)
 class NoTracking(Tracker):
-    """A tracker that tracks nothing; finished runs are found by their fingerprint all the same."""
+    """Tracker that does nothing, for tracking=none; finished runs are found by their fingerprint all the same."""
 
     def _entry(self, name: str, fingerprint: str) -> Path:
         # The experiment's name is the user's text: its hash is safe as a file name.
@@ -54,14 +54,14 @@ class NoTracking(Tracker):
         return summary
 
     def enter_again(self, name: str, summary: Summary, context: JobContext) -> None:
-        """Nothing to do: the summary in the job's folder is the entry."""
+        """No-op: the summary in the job's folder is the entry."""
 
     def open_sweep(self, name: str, folder: Path) -> None:
-        """Nothing to open."""
+        """No-op."""
 
     def close_sweep(self, name: str, folder: Path, status: str, summaries: list[Summary]) -> list[str]:
-        """Nothing to close."""
+        """No-op."""
         return []
 
     def discard_sweep(self, name: str, folder: Path) -> None:
-        """Nothing to take back."""
+        """No-op."""

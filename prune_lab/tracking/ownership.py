@@ -1,4 +1,4 @@
-"""Which process a run belongs to, so that a run left RUNNING by a killed process can be told from a live one."""
+"""Ownership of runs by processes: tells a run that a killed process left RUNNING from a live one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def owner_tags() -> dict[str, str]:
 
 
 def is_alive(tags: dict[str, str]) -> bool:
-    """Whether the process that `tags` name may still be at work: gone for certain only on this host."""
+    """True where the process that `tags` name may still be at work: gone for certain only on this host."""
     if tags.get(HOST) != socket.gethostname():
         return True
     try:

@@ -10,7 +10,7 @@ _GROUPS = ("method", "schedule", "recovery", "post")
 
 
 def run_name(summary: Summary) -> str:
-    """What was done, short: structured 0.4 + finetune, or magnitude 2:4."""
+    """Name of a run: what was done, such as structured 0.4 + finetune, or magnitude 2:4."""
     how_much = summary.config["method"].get("pattern") or f"{_amount(summary.config):g}"
     extra = [summary.choices[group] for group in ("recovery", "post") if summary.choices.get(group) != "none"]
     return " + ".join([f"{summary.choices.get('method')} {how_much}", *map(str, extra)])
@@ -38,7 +38,7 @@ def _amount(config: dict[str, Any]) -> float:
 
 
 def tags_of(summary: Summary) -> dict[str, str]:
-    """What is known at its end: the metrics that diverged, and what else the machine did while it was timed."""
+    """Tags of a finished run: the metrics that diverged, and the load of other processes while it was timed."""
     tags = {"diverged": ", ".join(summary.diverged)} if summary.diverged else {}
     busy = summary.environment.get("cores_used_by_others")
     return tags if busy is None else {**tags, "cores_used_by_others": str(busy)}

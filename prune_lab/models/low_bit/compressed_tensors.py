@@ -61,7 +61,7 @@ class Scheme:
 
 
 def read_config(config: dict[str, Any]) -> tuple[Scheme, list[str]]:
-    """The scheme and the untouched Linears of a quantization_config; raises Refused where it is none of ours."""
+    """The scheme and the untouched Linears of a quantization_config; raises Refused where it is not one of ours."""
     try:
         (group,) = config["config_groups"].values()
         weights, inputs = group["weights"], group.get("input_activations")
@@ -129,7 +129,7 @@ def replace_linear(model: Any, name: str, scheme: Scheme, dtype: torch.dtype) ->
 
 
 def replace_linears(model: Any, stored: dict[str, Any], dtype: torch.dtype) -> None:
-    """Puts empty Linears in the places that a quantization_config names; raises Refused where it is none of ours."""
+    """Puts empty Linears in the places that a quantization_config names; raises Refused where it is not one of ours."""
     scheme, untouched = read_config(stored)
     for name in linear_names(model):
         if name not in untouched:
@@ -166,7 +166,7 @@ def _register() -> None:
         quantization_config: _Config
 
         def is_serializable(self) -> bool:
-            """It is saved as it is."""
+            """True: it is saved as it is."""
             return True
 
         def _process_model_before_weight_loading(self, model: Any, dtype: Any = None, **kwargs: Any) -> Any:

@@ -35,7 +35,7 @@ class LowBitLinear(nn.Module):
 
     @property
     def has_product(self) -> bool:
-        """Whether the device that the weights are on multiplies codes of these widths."""
+        """True where the device that the weights are on multiplies codes of these widths."""
         return False
 
     def store(self, weight: Tensor) -> None:
@@ -55,7 +55,7 @@ class LowBitLinear(nn.Module):
         return linear(inputs, self.expand().to(inputs.dtype), self.bias)
 
     def extra_repr(self) -> str:
-        """What is printed of it."""
+        """Text that PyTorch prints of it."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
 
 
@@ -103,7 +103,7 @@ class Int8Linear(LowBitLinear):
 
     @property
     def has_product(self) -> bool:
-        """Whether inputs are rounded too, and torch._int_mm takes these widths (of one input it makes garbage)."""
+        """True where inputs are rounded too, and torch._int_mm takes these widths (one input gives garbage)."""
         fits = self.in_features % 8 == 0 == self.out_features % 8 if self.weight.is_cuda else self.in_features > 1
         return self.dynamic and fits
 
@@ -114,7 +114,7 @@ class Int8Linear(LowBitLinear):
         return narrow and not self.dynamic and self.in_features % KERNEL_WIDTH == 0
 
     def _has_kernel(self, rows: Tensor) -> bool:
-        """Whether the weight-only kernel takes these rows and is worth it."""
+        """True where the weight-only kernel takes these rows and is worth it."""
         few = rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and len(rows) <= KERNEL_ROWS
         return few and self.in_features % KERNEL_WIDTH == 0
 
@@ -164,7 +164,7 @@ class Fp8Linear(LowBitLinear):
 
     @property
     def has_product(self) -> bool:
-        """Whether the weights are on a GPU, which multiplies widths that 16 divides."""
+        """True where the weights are on a GPU, which multiplies widths that 16 divides."""
         return self.weight.is_cuda and self.in_features % 16 == 0 and self.out_features % 16 == 0
 
     def forward(self, inputs: Tensor) -> Tensor:

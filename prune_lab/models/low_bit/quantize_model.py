@@ -40,7 +40,7 @@ def quantize(anatomy: Anatomy, scheme: Scheme) -> list[str]:
     notes = [] if strange is None else [OWN_EXPORT.format(type(strange).__name__)]
     if scheme.dynamic and without_product:
         notes.append(
-            f"{without_product} of {len(linears)} layers have widths that the device has no product for: {EXPANDED}"
+            f"{without_product} of {len(linears)} layers have widths for which the device has no product: {EXPANDED}"
         )
     return notes if scheme.dynamic else [_speed(model, scheme), *notes]
 
@@ -56,7 +56,7 @@ def _check_groups(linears: list[tuple[str, Any]], group_size: int | None) -> Non
 
 
 def _speed(model: Any, scheme: Scheme) -> str:
-    """What becomes of products whose inputs keep their type."""
+    """Warning about products whose inputs keep their type."""
     option = f"int{scheme.bits}_weight_only"
     linears = [module for module in model.modules() if isinstance(module, LowBitLinear)]
     with_kernel = sum(isinstance(linear, Int8Linear) and linear.has_weight_kernel for linear in linears)

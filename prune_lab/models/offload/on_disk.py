@@ -1,4 +1,4 @@
-"""Models whose blocks' weights rest on disk: each block has them while it is at hand, and none otherwise.
+"""Disk offloading: a block's weights are loaded on entry and written back on exit.
 
 What is not in a block (embeddings, the last norm, the head) and all buffers are always there. For every other model
 the functions here do nothing, so that those who use them read the same for both.
@@ -30,13 +30,13 @@ _WEIGHTS = "_weights_on_disk"  # where a model keeps them
 
 
 def weights_on_disk(model: Any) -> DiskWeights | None:
-    """Those of a model, or None where it is in memory."""
+    """Offloaded weights of a model, or None where it is in memory."""
     found: DiskWeights | None = model.__dict__.get(_WEIGHTS)
     return found
 
 
 def at_hand(model: Any, block: str) -> AbstractContextManager[None]:
-    """Within it the block of that name has its weights; what was changed is written when it ends."""
+    """Context in which the block of that name has its weights; changes are written when it ends."""
     weights = weights_on_disk(model)
     return nullcontext() if weights is None else weights.at_hand(model, block)
 
@@ -62,7 +62,7 @@ def own_copy(model: Any, folder: Path) -> Any:
 
 
 def stored_tensors(model: Any) -> dict[str, Tensor]:
-    """What is saved of a model by name, those on disk without their values; a tied matrix by its first name."""
+    """Tensors that are saved of a model by name, those on disk without values; a tied matrix by its first name."""
     seen, found = set[int](), dict[str, Tensor]()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:

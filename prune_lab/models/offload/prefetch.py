@@ -1,4 +1,4 @@
-"""Bringing the tensors of the next block while the present one is at work."""
+"""Prefetching: the tensors of the next block are read while the present one computes."""
 
 from __future__ import annotations
 

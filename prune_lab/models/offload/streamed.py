@@ -25,7 +25,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 def check(folder: Path, config: Any, name: str) -> None:
     """Raises Refused where weights are not dense; `name` is what a person calls the folder."""
     if getattr(config, "quantization_config", None) is not None:
-        raise Refused(f"model.name={name!r} has its weights in few bits: model.stream=true reads dense weights only")
+        raise Refused(f"model.name={name!r} has quantized weights: model.stream=true reads dense weights only")
     if (folder / bitmask.FILE).is_file():
         raise Refused(f"model.name={name!r} holds {bitmask.FILE}: model.stream=true reads dense weights only")
 
@@ -70,7 +70,7 @@ def _give_freed_memory_back() -> None:
 
 @contextmanager
 def _weights_on_meta() -> Iterator[None]:
-    """Within it modules are made without memory for their parameters; buffers, which no file holds, are computed."""
+    """Context in which modules are made without memory for parameters; buffers, which no file holds, are computed."""
 
     def move(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         if parameter is None or parameter.is_meta:
