@@ -24,6 +24,8 @@ MEMORY = 2**30  # bytes of facts that a process holds; what is beyond is read fr
 # An edit of any of these makes every fact anew, whichever of them it comes from.
 SOURCE = (
     "dense_cache.py",
+    "export/base.py",
+    "export/hf.py",
     "measure",
     "models",
     "pruning",

@@ -33,6 +33,7 @@ LAYERS = (
     ("results", "dense_cache"),
     ("text",),
     ("models",),
+    ("export",),
     ("measure",),
     ("pruning",),
     ("methods", "post"),
