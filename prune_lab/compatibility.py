@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from prune_lab.config.parts import Parts
 from prune_lab.errors import Refused
 from prune_lab.post.none import NoPost
@@ -9,10 +11,29 @@ from prune_lab.schedules import Event, Rewind
 from prune_lab.system import launch
 
 
-def check_parts(parts: Parts) -> None:
-    """Raises Refused for parts that do not fit together."""
+def check_parts(parts: Parts, choices: Mapping[str, str]) -> None:
+    """Raises Refused for parts that do not fit together; `choices` are the names of the options chosen by group."""
     pruning_events(parts)
-    _check_streaming(parts)
+    _check_streaming(parts, choices)
+    if parts.post.is_low_bit and not parts.export.takes_low_bits:
+        raise Refused(
+            f"export={choices.get('export')} cannot hold quantized weights, which post={choices.get('post')} makes: "
+            "give export=hf, or post=none"
+        )
+
+
+def check_low_bit_model(parts: Parts, choices: Mapping[str, str], name: str) -> None:
+    """Raises Refused for what cannot be done to a model, called `name`, whose weights are quantized already."""
+    if any(choices.get(group) != "none" for group in ("method", "recovery", "post")):
+        raise Refused(
+            f"model.name={name!r} has quantized weights already: it can be measured (method=none recovery=none "
+            "post=none); to compress it further, give the model that it was made from"
+        )
+    if not parts.export.takes_low_bits:
+        raise Refused(
+            f"export={choices.get('export')} cannot hold quantized weights, which model.name={name!r} has: give "
+            "export=hf or export=none"
+        )
 
 
 def pruning_events(parts: Parts) -> tuple[list[Event], Rewind | None]:
@@ -28,7 +49,7 @@ def pruning_events(parts: Parts) -> tuple[list[Event], Rewind | None]:
     return events, parts.schedule.rewinding(steps)
 
 
-def _check_streaming(parts: Parts) -> None:
+def _check_streaming(parts: Parts, choices: Mapping[str, str]) -> None:
     """Refuses what needs a whole model in memory, where model.stream=true says that it need not fit."""
     if not parts.model.stream:
         return
@@ -39,6 +60,10 @@ def _check_streaming(parts: Parts) -> None:
         (measure.latency, "a model that is read while it runs cannot be timed; give measure=quality_only"),
         (measure.memory, "peak memory is that of a model in memory; give measure.memory=false"),
         (bool(measure.tasks), "tasks put short texts through the model one batch at a time; give measure.tasks=[]"),
+        (
+            not parts.export.takes_streamed,
+            f"export={choices.get('export')} is made of a model in memory; give export=hf or export=none",
+        ),
         (launch.size() > 1, "several processes share a training, and there is none; start one"),
     ):
         if is_wanted:

@@ -14,6 +14,8 @@ from torch import Tensor
 from prune_lab.cache import cache_folder
 from prune_lab.dense_cache import DenseCache
 from prune_lab.errors import Refused
+from prune_lab.export.base import Export
+from prune_lab.export.hf import HuggingFace
 from prune_lab.fingerprint import baseline_key
 from prune_lab.measure.macs import Macs, count_macs
 from prune_lab.measure.measurements import Measurements
@@ -170,23 +172,23 @@ class Evaluator:
         """A model's multiply-accumulates per token; it must not be post-compressed yet."""
         return count_macs(Anatomy(loaded.model), self.prompt.shape[1])
 
-    def figures(self, loaded: Loaded, folder: Path, console: Console) -> Measurements:
-        """Quality, size, memory and task scores of a model that is saved in `folder`."""
-        figures = self._lasting_figures(loaded, folder, console)
-        return replace(figures, memory_mb=self._memory(loaded, folder, console))
+    def figures(self, loaded: Loaded, folder: Path, export: Export, console: Console) -> Measurements:
+        """Quality, size, memory and task scores of a model that `export` wrote into `folder`."""
+        figures = self._lasting_figures(loaded, folder, export, console)
+        return replace(figures, memory_mb=self._memory(loaded, folder, export, console))
 
-    def _lasting_figures(self, loaded: Loaded, folder: Path, console: Console) -> Measurements:
+    def _lasting_figures(self, loaded: Loaded, folder: Path, export: Export, console: Console) -> Measurements:
         """Measurements that are the same each time: quality, size and task scores."""
         per_token, batch_size = self.tokens.bytes_per_token("test"), self.measure.batch_size
         quality = measure_quality(loaded.model, self.windows, per_token, batch_size, self.device, console, self.bos)
         tasks = measure_tasks(loaded.model, loaded.tokenizer, self._tasks, batch_size, console, self.bos)
-        return Measurements(quality, measure_size(loaded.model, folder), None, tasks)
+        return Measurements(quality, measure_size(loaded.model, export.files(folder)), None, tasks)
 
-    def _memory(self, loaded: Loaded, folder: Path, console: Console) -> float | None:
+    def _memory(self, loaded: Loaded, folder: Path, export: Export, console: Console) -> float | None:
         if not self.measure.memory:
             return None
         console.note("measuring memory in a fresh process" if not self.device.is_cuda else "measuring memory")
-        return measure_memory(loaded.model, folder, self.prompt, self.measure, self.device)
+        return measure_memory(loaded.model, folder, export, self.prompt, self.measure, self.device)
 
     def baseline(self, sweep_folder: Path | None, console: Console) -> Measurements:
         """The dense model's figures, once in a process, and once in a sweep whoever runs its jobs.
@@ -209,13 +211,13 @@ class Evaluator:
 
     def _measure_dense(self, console: Console) -> Measurements:
         with tempfile.TemporaryDirectory(suffix=owner_suffix()) as place:
-            folder = Path(place) / "dense"
+            folder, export = Path(place) / "dense", HuggingFace()
             save_dense(self.dense, folder)
 
             def lasting() -> dict[str, Any]:
                 """Measurements that earlier sweeps may have made."""
                 console.note("measuring the dense model")
-                return asdict(self._lasting_figures(self.dense, folder, console))
+                return asdict(self._lasting_figures(self.dense, folder, export, console))
 
             of = {
                 name: self.protocol[name]
@@ -223,7 +225,7 @@ class Evaluator:
             }
             of["bytes_per_token"] = self.tokens.bytes_per_token("test")
             figures = Measurements.from_dict(self.dense_cache.value("baseline", of, lasting))
-            return replace(figures, memory_mb=self._memory(self.dense, folder, console))
+            return replace(figures, memory_mb=self._memory(self.dense, folder, export, console))
 
 
 _open: dict[tuple[Any, ...], Evaluator] = {}

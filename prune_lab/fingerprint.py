@@ -7,7 +7,8 @@
 | facts about a dense model (statistics, gradients, losses, scans, quality) | cache | `DenseCache.key` | W M T H S L |
 | tokens of a text | cache | `tokens_key` | X T S L |
 
-C: configuration, every key but those that say where results go (NO_FIGURE) and where parts lie (_PLACES).
+C: configuration, every key but those that say where results go (NO_FIGURE) and where parts lie (_PLACES); of the
+   export its identity (export/base.py), which is the same for none and hf.
 P: protocol, what `Evaluator.protocol` stamps: token ids and sizes of windows, BOS, calibration, dtype, device, tasks.
 M: model, sha256 of all its tensors and of config.json as it is used (models/contents.py): rope, eps, activation ...
 T: tokenizer, sha256 of all by which it turns text into ids (text/encode.py).
@@ -33,7 +34,7 @@ from typing import Any
 PACKAGE = Path(__file__).parent
 LIBRARIES = ("torch", "transformers", "tokenizers")  # those whose new versions have changed figures
 # Keys that change where a result goes and what is done with it, not what it is.
-NO_FIGURE = ("tracking", "name", "resume", "quiet", "objectives", "export")
+NO_FIGURE = ("tracking", "name", "resume", "quiet", "objectives")
 _NOT_PART = (*NO_FIGURE, "device", "dtype")  # these two as they were decided: in the protocol
 _DECIDED = {"dataset": ("add_bos",)}
 # Where text, weights and tasks lie is not what they are: their hashes stand for them. Streamed, a model is the same.

@@ -36,7 +36,7 @@ def run(build: Callable[[], Parts], config: dict[str, Any], context: JobContext)
     _warn_once(why_not_kept())
     try:
         parts = build()  # what is refused here and in the next line need not wait for what a run imports
-        compatibility.check_parts(parts)
+        compatibility.check_parts(parts, context.choices)
         from prune_lab import runner
         from prune_lab.results import outcome
 

@@ -1,4 +1,4 @@
-"""One run from beginning to end: the story of the whole project, top to bottom."""
+"""One run from beginning to end."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.compare import compare, compute_figures
-from prune_lab.compatibility import pruning_events
+from prune_lab.compatibility import check_low_bit_model, pruning_events
 from prune_lab.compress import Compressed, checkpoints, compress, stopwatch
 from prune_lab.config.parts import Parts
-from prune_lab.errors import Refused
 from prune_lab.evaluator import Evaluator, open_evaluator
+from prune_lab.export.base import Export
 from prune_lab.fingerprint import fingerprint
 from prune_lab.job_context import JobContext
 from prune_lab.measure.accelerate import check_acceleration
 from prune_lab.measure.measurements import Measurements
 from prune_lab.measure.timing import Timings, measure_timings
-from prune_lab.models.export import check_reload, save_model
 from prune_lab.models.load import Loaded
 from prune_lab.models.offload.on_disk import weights_on_disk
 from prune_lab.out_of_memory import explained
@@ -35,7 +34,7 @@ from prune_lab.system import device as devices
 from prune_lab.system.console import Console
 from prune_lab.system.device import Device
 from prune_lab.system.environment import describe_environment
-from prune_lab.system.files import atomic_write, owner_suffix, write_text
+from prune_lab.system.files import atomic_folder, atomic_write, owner_suffix, write_text
 from prune_lab.system.timing_lock import timing_lock
 from prune_lab.system.world import join
 from prune_lab.tracking.base import Unreachable
@@ -70,11 +69,13 @@ def run(parts: Parts, config: dict[str, Any], context: JobContext, console: Cons
         metrics |= compute_figures(evaluator.macs, compressed.macs) | compressed.seconds
         summary.set_metrics(metrics)
         told = [*evaluator.dense.warnings, *evaluator.bos.warnings, *compressed.pruned.warnings]
+        told += [parts.export.note] if parts.export.note is not None else []
         summary.warnings += told + run_warnings.of_run(summary)
         summary.status = "FINISHED"
-        if parts.settings.export:
-            card = model_card(summary, evaluator.dense.name, context.command, parts.post.reading)
-            write_text(context.folder / "export" / "README.md", card)
+        if parts.export.is_kept:
+            reading = parts.export.reading(compressed.loaded)
+            card = model_card(summary, evaluator.dense.name, context.command, reading)
+            write_text(_export_of(context.folder) / "README.md", card)
         files = _write_files(context.folder, compressed.pruned)
         log.result(summary, [summary.write(context.folder), *files])  # it is safe before it is tracked
     if summary.unlogged is not None:
@@ -98,13 +99,8 @@ def _open(parts: Parts, context: JobContext, device: Device, console: Console) -
     console.note("loading model and text")
     seed_of_weights = parts.settings.seed if parts.model.weights == "random" else 0
     evaluator = open_evaluator(parts.model, parts.dataset, parts.measure, device, seed_of_weights, console)
-    if evaluator.dense.is_low_bit and any(
-        context.choices.get(group) != "none" for group in ("method", "recovery", "post")
-    ):
-        raise Refused(
-            f"model.name={evaluator.dense.name!r} has quantized weights already: it can be measured (method=none "
-            "recovery=none post=none); to compress it further, give the model that it was made from"
-        )
+    if evaluator.dense.is_low_bit:
+        check_low_bit_model(parts, context.choices, evaluator.dense.name)
     return evaluator
 
 
@@ -131,20 +127,20 @@ def _begin(
         environment=describe_environment(evaluator.device),
         protocol=protocol,
         not_applicable=_not_applicable(parts, context),
-        fingerprint=fingerprint(config, protocol=protocol, hashes=hashes),
+        fingerprint=fingerprint(config | {"export": parts.export.identity}, protocol=protocol, hashes=hashes),
     )
     return summary, calibrator
 
 
 def _not_applicable(parts: Parts, context: JobContext) -> dict[str, list[str]]:
     """Keys of each group that its option does not use, or lacks where another option of the sweep has them."""
-    unused = {group: getattr(parts, group).not_applicable for group in ("method", "recovery", "post")}
+    unused = {group: getattr(parts, group).not_applicable for group in ("method", "recovery", "post", "export")}
     groups = dict.fromkeys([*unused, *context.not_applicable])
     return {group: [*unused.get(group, ()), *context.not_applicable.get(group, ())] for group in groups}
 
 
 def _find_finished(parts: Parts, summary: Summary, context: JobContext) -> Summary | None:
-    """The same run, finished earlier and with its export if one is asked for."""
+    """Summary of the same run, finished earlier and with its export if one is asked for."""
     settings = parts.settings
     try:
         found = parts.tracking.find_finished(settings.name, summary.fingerprint) if settings.resume else None
@@ -152,13 +148,17 @@ def _find_finished(parts: Parts, summary: Summary, context: JobContext) -> Summa
         if context.sweep is None:
             raise
         return None  # the store was there when the sweep began: its jobs go on without it
-    return None if found is None or (settings.export and not _has_export(found)) else found
+    return None if found is None or (parts.export.is_kept and not _has_export(found, parts.export)) else found
 
 
-def _has_export(finished: Summary) -> bool:
+def _has_export(finished: Summary, export: Export) -> bool:
     """True where a finished run's export is still its own: another run may have used its folder since."""
-    export = Path(finished.folder) / "export"
-    return (export / "config.json").is_file() and is_card_of(export / "README.md", finished)
+    folder = _export_of(Path(finished.folder))
+    return bool(export.files(folder)) and is_card_of(folder / "README.md", finished)
+
+
+def _export_of(run_folder: Path) -> Path:
+    return run_folder / "export"
 
 
 def _enter_again(parts: Parts, finished: Summary, asked: Summary, context: JobContext) -> Summary:
@@ -177,7 +177,7 @@ def _remove_checkpoints(finished: Summary) -> None:
 
 
 def _helped(summary: Summary, context: JobContext) -> Summary:
-    """What a process leaves that only helped to train: the main one measures and records."""
+    """Summary of a process that only helped to train: the main one measures and records."""
     summary.status = "FINISHED"
     summary.write(context.folder)
     return summary
@@ -186,13 +186,13 @@ def _helped(summary: Summary, context: JobContext) -> Summary:
 def _measure(
     parts: Parts, evaluator: Evaluator, compressed: Compressed, summary: Summary, folder: Path, console: Console
 ) -> tuple[Measurements, Timings | None]:
-    """What is measured of the compressed model; the timings beside the dense one."""
+    """Measurements of the compressed model, and timings beside the dense one."""
     loaded, timings = compressed.loaded, None
     with (
-        _saved(loaded, folder, parts.settings.export, parts.post.storage) as saved,
+        _saved(loaded, folder, parts.export) as saved,
         stopwatch(compressed.seconds, "time/measure_s"),
     ):
-        figures = evaluator.figures(loaded, saved, console)
+        figures = evaluator.figures(loaded, saved, parts.export, console)
         if parts.measure.latency:
             models = evaluator.dense.model, loaded.model
             with timing_lock.exclusive(console.note) as load:
@@ -200,17 +200,18 @@ def _measure(
                     *models, evaluator.prompt, evaluator.grid, parts.measure, evaluator.device, console
                 )
             summary.environment["cores_used_by_others"] = round(load.cores, 2)
-        check_reload(loaded.model, saved, evaluator.windows[:1].long(), parts.post.exact)
+        parts.export.check(loaded.model, saved, evaluator.windows[:1].long(), parts.post.own_kernels)
     return figures, timings
 
 
 @contextmanager
-def _saved(loaded: Loaded, run_folder: Path, keep: bool, storage: str) -> Iterator[Path]:
-    """The model saved as a Hugging Face folder: the run's export, or a temporary one."""
+def _saved(loaded: Loaded, run_folder: Path, export: Export) -> Iterator[Path]:
+    """The folder into which the model is exported: the run's, or a temporary one."""
     beside = run_folder if weights_on_disk(loaded.model) else None  # on the same disk: its files are linked
     with tempfile.TemporaryDirectory(suffix=owner_suffix(), dir=beside) as temporary:
-        folder = run_folder / "export" if keep else Path(temporary) / "model"
-        save_model(loaded, folder, storage=storage)
+        folder = _export_of(run_folder) if export.is_kept else Path(temporary) / "model"
+        with atomic_folder(folder) as half:
+            export.write(loaded, half)
         yield folder
 
 

@@ -79,7 +79,28 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
     ("seed=1.5", ("seed", "1.5", "Integer")),
     ("seed=null", ("seed",)),
     ("objectives=[size/dsk_mb]", ("objectives=['size/dsk_mb']", "size/disk_mb")),
-    ("export=perhaps", ("export", "perhaps", "bool")),
+    ("export=perhaps", ("export", "perhaps", "bitmask", "hf", "none")),
+    ("export=true", ("export=true", "give export=hf")),
+    ("export=True", ("export=True", "give export=hf")),
+    ("export=yes", ("export=yes", "give export=hf")),
+    ("export=1", ("export=1", "give export=hf")),
+    ("+export=on", ("+export=on", "give export=hf")),
+    ("export=false", ("export=false", "give export=none")),
+    ("export=0", ("export=0", "give export=none")),
+    ("export=none,true", ("export=none,true", "give export=hf")),
+    ("export.keep=1", ("export.keep", "it has none")),
+    ("~export", ("export is required",)),
+    ("post=sparse_bitmask", ("post=sparse_bitmask", "give export=bitmask")),
+    ("post='sparse_bitmask'", ("post='sparse_bitmask'", "give export=bitmask")),
+    (
+        "export=bitmask post=int8_weight_only",
+        ("export=bitmask", "post=int8_weight_only", "give export=hf, or post=none"),
+    ),
+    ("export=bitmask post=fp8", ("export=bitmask", "post=fp8", "give export=hf, or post=none")),
+    (
+        "model.stream=true measure=quality_only method=wanda export=bitmask",
+        ("model.stream=true", "export=bitmask", "give export=hf or export=none"),
+    ),
     ("name=''", ("name=''", "1 to 250")),
     (f"name={LONG}", ("name='xxx", "1 to 250")),
     ("name='a\tb'", ("name='a\\tb'", "control")),
@@ -157,6 +178,14 @@ _TYPED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a flag that is none": (["--multrun"], ("--multrun: no such flag", "--multirun")),
     "a dash before an override": (["-amount=0.5"], ("-amount=0.5", "an override has no dash: amount=0.5")),
     "a flag without its value": (["-cn"], ("--config-name", "expected one argument")),
+    "options of an earlier version in a sweep": (
+        ["-m", "export=false,true,bitmask"],
+        ("export=false,true,bitmask", "give export=none or export=hf"),
+    ),
+    "an option of an earlier version among others": (
+        ["-m", "post=none,sparse_bitmask"],
+        ("post=none,sparse_bitmask", "give export=bitmask"),
+    ),
     "a key of another option": (["recovery=none", "recovery.temperature=2"], ("recovery.temperature", "steps, lr")),
     "a key of no option of a sweep": (
         ["-m", "recovery=none,lora", "recovery.temperature=2"],
@@ -167,7 +196,7 @@ _TYPED: dict[str, tuple[list[str], tuple[str, ...]]] = {
 _TARGETS = [
     "os.system", "subprocess.Popen", "builtins.eval", "Magnitude", "", "null", "prune_lab.methods.nope.Nope",
     "prune_lab.config.parts.os.system", "prune_lab.runner.shutil.rmtree", "prune_lab.runner.shutil",
-    "prune_lab.runner.save_model", "prune_lab.sweeps.sweep.SweepCallback",
+    "prune_lab.runner.atomic_folder", "prune_lab.sweeps.sweep.SweepCallback",
 ]  # fmt: skip
 
 CONFIG = [Bad("config", overrides[:70], overrides.split(" "), says) for overrides, says in _CONFIG]
@@ -255,7 +284,24 @@ _RECIPES: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
         "hydra: {sweeper: {params: {seed: 'range(0,1,0)'}}}",
         ("hydra.sweeper.params", "10000 jobs"),
     ),
-    "a part that is no mapping": ("method: magnitude", ("method",)),
+    "a part that is no mapping": ("method: magnitude", ("method", "'override method: OPTION'")),
+    "a switch in place of an export": ("export: true", ("recipe x", "export: True", "'override export: hf'")),
+    "a switch that is off": ("export: off", ("recipe x", "export: ", "'override export: none'")),
+    "an export as a value": ("export: hf", ("export='hf'", "'override export: OPTION'")),
+    "a switch in its defaults": ("", ("recipe x", "'override export': True", "'override export: hf'")),
+    "an earlier option in its defaults": ("", ("recipe x", "sparse_bitmask", "'override export: bitmask'")),
+    "a switch in a sweep": (
+        "hydra: {mode: MULTIRUN, sweeper: {params: {export: 'false,true'}}}",
+        ("recipe x", "hydra.sweeper.params.export='false,true'", "give export=none or export=hf"),
+    ),
+    "a switch that is on in a sweep": (
+        "hydra: {mode: MULTIRUN, sweeper: {params: {export: true}}}",
+        ("recipe x", "hydra.sweeper.params.export=True", "give export=hf"),
+    ),
+    "an earlier option in a grid": (
+        "hydra: {mode: MULTIRUN, sweeper: {grids: [{method: magnitude, post: 'none,sparse_bitmask'}]}}",
+        ("recipe x", "hydra.sweeper.grids.0.post='none,sparse_bitmask'", "give export=bitmask"),
+    ),
     "defaults that are no list": ("", ("recipe x", "defaults=5", "list")),
     "a default elsewhere": ("", ("defaults", "/etc/passwd")),
     "a default of Hydra": ("", ("defaults", "job_logging", "not allowed")),
@@ -266,6 +312,9 @@ _HEADS = {
     "a text's path with a NUL": "defaults: [config, override dataset: text, _self_]",
     "defaults that are no list": "defaults: 5",
     "a default elsewhere": "defaults: [config, /etc/passwd, _self_]",
+    "a switch in its defaults": "defaults: [config, override export: true, _self_]",
+    "an earlier option in its defaults": "defaults: [config, override post: sparse_bitmask, _self_]",
+    "an earlier option in a grid": "defaults: [config, override hydra/sweeper: grids, _self_]",
     "a default of Hydra": "defaults: [config, override hydra/job_logging: none, _self_]",
 }
 # Options beside a recipe that are chosen on the command line, after the recipe itself was read.

@@ -13,12 +13,18 @@ from conftest import ALL_FAMILIES, CPU, Cli, make_folder
 from safetensors.torch import load_file, save_file
 
 from prune_lab.errors import Refused
+from prune_lab.export.bitmask import Bitmask
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.export import check_reload, save_model
-from prune_lab.models.load import HubModel
+from prune_lab.models.load import HubModel, Loaded
 from prune_lab.models.low_bit.bitmask import FILE, compress, compress_folder, expand
 
 TOKENS = torch.arange(24)[None]
+
+
+def write(loaded: Loaded, folder: Path) -> None:
+    folder.mkdir()
+    Bitmask().write(loaded, folder)
 
 
 def test_the_layout_by_hand() -> None:
@@ -75,7 +81,7 @@ def test_a_folder_reads_back_as_the_model(tmp_path: Path, family: str) -> None:
         for _, linear in Anatomy(loaded.model).linears():
             linear.weight[torch.rand_like(linear.weight) < 0.7] = 0
     save_model(loaded, tmp_path / "dense")
-    save_model(loaded, tmp_path / "export", storage="bitmask")
+    write(loaded, tmp_path / "export")
     check_reload(loaded.model, tmp_path / "export", TOKENS)
     again = HubModel(name=str(tmp_path / "export")).load(CPU, seed=0).model.state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in loaded.model.state_dict().items())
@@ -99,7 +105,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, folder: Path) -> None:
     with torch.no_grad():
         for _, linear in Anatomy(loaded.model).linears():
             linear.weight[:, ::2] = 0
-    save_model(loaded, tmp_path / "export", storage="bitmask")
+    write(loaded, tmp_path / "export")
     stored = load_file(tmp_path / "export" / FILE)
     lost = next(name for name in stored if name.endswith(".values"))
     del stored[lost]
@@ -109,7 +115,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, folder: Path) -> None:
 
 
 def test_stock_transformers_finds_no_weights_rather_than_wrong_ones(tmp_path: Path, folder: Path) -> None:
-    save_model(HubModel(name=str(folder)).load(CPU, seed=0), tmp_path / "export", storage="bitmask")
+    write(HubModel(name=str(folder)).load(CPU, seed=0), tmp_path / "export")
     code = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "export"], capture_output=True, text=True, check=False
@@ -119,14 +125,14 @@ def test_stock_transformers_finds_no_weights_rather_than_wrong_ones(tmp_path: Pa
 
 
 def test_the_run_counts_the_bytes_of_the_file(cli: Cli, small: list[str], tmp_path: Path) -> None:
-    run = ["method=magnitude", "amount=0.7", "export=true", "measure=quality_only", "tracking=none"]
+    run = ["method=magnitude", "amount=0.7", "measure=quality_only", "tracking=none"]
     figures = {}
-    for post in ("none", "sparse_bitmask"):
-        done = cli(*small, *run, f"post={post}", f"hydra.run.dir={post}")
+    for export in ("none", "bitmask"):
+        done = cli(*small, *run, f"export={export}", f"hydra.run.dir={export}")
         assert done.returncode == 0, done.stderr
-        figures[post] = json.loads((tmp_path / post / "summary.json").read_text())["metrics"]
-    files = (tmp_path / "sparse_bitmask" / "export").glob("*.safetensors")
-    assert figures["sparse_bitmask"]["size/disk_mb"] * 1e6 == pytest.approx(sum(f.stat().st_size for f in files))
-    assert figures["sparse_bitmask"]["size/disk_mb"] < figures["none"]["size/disk_mb"]
-    for name in ("quality/perplexity", "params/nonzero", "memory/weights_mb"):
-        assert figures["sparse_bitmask"][name] == figures["none"][name]
+        figures[export] = json.loads((tmp_path / export / "summary.json").read_text())["metrics"]
+    file = tmp_path / "bitmask" / "export" / FILE
+    assert figures["bitmask"]["size/disk_mb"] * 1e6 == pytest.approx(file.stat().st_size)
+    assert figures["bitmask"]["size/disk_mb"] < figures["none"]["size/disk_mb"]
+    for name in ("quality/perplexity", "params/nonzero", "memory/weights_mb", "size/dense_disk_mb"):
+        assert figures["bitmask"][name] == figures["none"][name]

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from prune_lab.errors import Refused
+from prune_lab.export.bitmask import Bitmask
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import BlockStream
 from prune_lab.models.contents import count_nonzero, count_weights
@@ -225,7 +226,8 @@ def test_bitmask_folders_are_looked_through_too(own: Path, tmp_path: Path) -> No
     with torch.no_grad():
         for _, linear in Anatomy(loaded.model).linears():
             linear.weight[:, ::2] = 0
-    save_model(loaded, tmp_path / "bits", storage="bitmask")
+    (tmp_path / "bits").mkdir()
+    Bitmask().write(loaded, tmp_path / "bits")
     again = load(tmp_path / "bits")
     assert again.warnings == []
     assert torch.equal(logits(again.model), logits(loaded.model))
@@ -271,7 +273,7 @@ def test_a_head_of_its_own_is_the_models_whatever_the_config_says(folder: Path, 
 def test_it_is_exported_as_what_it_is(own: Path, cli: Cli, small: list[str], tmp_path: Path) -> None:
     """By the command line, streamed and in memory: the same figures, and a config that does not say tied."""
     change(own, with_head)
-    run = [*small, f"model.name={own}", "measure=quality_only", "tracking=none", "export=true", "resume=false"]
+    run = [*small, f"model.name={own}", "measure=quality_only", "tracking=none", "export=hf", "resume=false"]
     found = []
     for place, stream in (("memory", "false"), ("disk", "true")):
         done = cli(*run, f"model.stream={stream}", f"hydra.run.dir={place}")

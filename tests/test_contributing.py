@@ -1,4 +1,4 @@
-"""The worked examples of CONTRIBUTING.md: a method of one Python file and one YAML, a metric of three edits."""
+"""The worked examples of CONTRIBUTING.md: a method and an exporter of one Python file and one YAML each, a metric."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def edited(text: str, diff: str) -> str:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package with the two examples."""
+    """The package with the three examples."""
     place = tmp_path_factory.mktemp("copy")
     for part in ("prune_lab", "conf", "docs"):
         shutil.copytree(ROOT / part, place / part, ignore=shutil.ignore_patterns("__pycache__"))
-    for name, text in blocks("A new method"):
+    for name, text in blocks("A new method") + blocks("A new exporter"):
         assert not (place / name).exists()
         (place / name).write_text(text, encoding="utf-8")
     for name, diff in blocks("A new metric"):
@@ -65,6 +65,7 @@ def test_the_examples_are_of_these_files() -> None:
         "prune_lab/methods/deviation.py",
         "conf/method/deviation.yaml",
     ]
+    assert [name for name, _ in blocks("A new exporter")] == ["prune_lab/export/gz.py", "conf/export/gz.yaml"]
     edits = ["measure/perplexity.py", "measure/perplexity.py", "results/metrics.py"]
     assert [name for name, _ in blocks("A new metric")] == [f"prune_lab/{name}" for name in edits]
 
@@ -83,6 +84,17 @@ def test_a_run_with_the_new_method_and_the_new_metric(copy: Path, small: list[st
     assert dense != pytest.approx(compressed, rel=1e-3)
     row = next(line.split() for line in shown.splitlines() if "perplexity of the 95th percentile" in line)
     assert row[-3:-1] == [f"{dense:.3f}", f"{compressed:.3f}"]
+
+
+def test_a_run_with_the_new_exporter(copy: Path, small: list[str]) -> None:
+    """Its file is the size on disk; a run that read something else back would not finish."""
+    keys = ["method=magnitude", "amount=0.9", "export=gz", "export.level=9", "tracking=none", "hydra.run.dir=run"]
+    python(copy, "-m", "prune_lab", *small, *keys, "measure=quality_only", "device=cpu")
+    figures = json.loads(Path("run", "summary.json").read_text(encoding="utf-8"))["metrics"]
+    assert not list(Path("run", "export").glob("*.safetensors"))
+    assert figures["size/disk_mb"] * 1e6 == Path("run", "export", "model.safetensors.gz").stat().st_size
+    assert figures["size/disk_mb"] < 0.9 * figures["size/dense_disk_mb"]
+    assert "- Loads with: `gunzip *.gz`, then" in Path("run", "export", "README.md").read_text(encoding="utf-8")
 
 
 def p95_by_hand(folder: Path, corpus: Path) -> float:

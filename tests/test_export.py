@@ -407,7 +407,7 @@ def test_anyone_finds_the_perplexity_that_a_run_reports(
 ) -> None:
     """The export of a real command line, in stock transformers, by a loop of its own over the text itself."""
     (tmp_path / "test.txt").write_text("\n\n".join(story(seed) for seed in range(200, 206)))
-    run = [*small, "dataset.test_path=test.txt", f"method={method}", "amount=0.25", "export=true", "tracking=none"]
+    run = [*small, "dataset.test_path=test.txt", f"method={method}", "amount=0.25", "export=hf", "tracking=none"]
     done = cli(*run, "hydra.run.dir=run", "measure.latency=false")
     assert done.returncode == 0, done.stderr
     command = [sys.executable, "-I", "-c", STOCK_PERPLEXITY, str(tmp_path / "run" / "export"), "test.txt"]

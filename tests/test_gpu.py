@@ -267,7 +267,7 @@ def test_training_lowers_the_loss_and_holds_the_zeros(folder: Path, tmp_path: Pa
 
 def test_a_whole_run(cli: Cli, small: list[str], tmp_path: Path) -> None:
     """Its memory is the GPU's, its latency is timed there, and anyone loads the export on a CPU."""
-    keys = ["tracking=none", "method=structured", "amount=0.25", "export=true", "dtype=float32", "measure.memory=true"]
+    keys = ["tracking=none", "method=structured", "amount=0.25", "export=hf", "dtype=float32", "measure.memory=true"]
     args = [*small, *keys]
     summaries = {}
     for device in ("cpu", "cuda"):

@@ -175,12 +175,10 @@ def test_a_sweep_over_equal_weights_with_other_configs(
 def test_an_export_is_that_of_the_run(run: Run, tmp_path: Path) -> None:
     """A folder that another run has used since holds another model: the export is made again."""
     place = tmp_path / "kept"
-    words = [f"hydra.run.dir={place}", "export=true"]
+    words = [f"hydra.run.dir={place}", "export=hf"]
     assert run_in(run, place, *words, "amount=0.2")["computed"]
     assert run_in(run, place, *words, "amount=0.4")["computed"]
-    assert run_in(run, tmp_path / "again", f"hydra.run.dir={tmp_path / 'again'}", "export=true", "amount=0.2")[
-        "computed"
-    ]
+    assert run_in(run, tmp_path / "again", f"hydra.run.dir={tmp_path / 'again'}", "export=hf", "amount=0.2")["computed"]
 
 
 def run_in(run: Run, place: Path, *words: str) -> Figures:

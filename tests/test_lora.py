@@ -349,7 +349,7 @@ def test_a_wrong_setting_is_refused_by_its_name(key: str, value: Any) -> None:
 
 def test_the_command_line_exports_a_plain_pruned_model(small: list[str], cli: Cli, tmp_path: Path) -> None:
     done = cli(
-        *small, "measure=quality_only", "tracking=none", "export=true", "hydra.run.dir=run", "recovery=lora",
+        *small, "measure=quality_only", "tracking=none", "export=hf", "hydra.run.dir=run", "recovery=lora",
         "recovery.steps=10", "recovery.batch_size=4", "recovery.rank=2", "schedule=iterative", "amount=0.5",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

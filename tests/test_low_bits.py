@@ -1,4 +1,4 @@
-"""Linears of few bits: codes and steps by hand, and products against plain loops in float64."""
+"""Quantized Linears: codes and steps by hand, and products against plain loops in float64."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from prune_lab import __main__ as program
 from prune_lab.commands import cache as cache_command
 from prune_lab.commands import sync
 from prune_lab.config import parts as config
+from prune_lab.export.hf import HuggingFace
 from prune_lab.measure.batch_size import Trial, suggest
 from prune_lab.measure.memory import measure_memory
 from prune_lab.measure.perplexity import Quality, measure_quality
@@ -213,7 +214,7 @@ def test_sizes_by_hand(tmp_path: Path, tied: bool) -> None:
             parameter.view(-1)[: number + 1] = 0
     tensors = len(list(model.parameters()))
     save_model(loaded, tmp_path / "saved")
-    size = measure_size(model, tmp_path / "saved")
+    size = measure_size(model, HuggingFace().files(tmp_path / "saved"))
     total = (300 * 32 if tied else 2 * 300 * 32) + 2 * BLOCK + 32
     assert size.params == total
     assert size.nonzero == total - sum(range(1, tensors + 1))
@@ -228,10 +229,10 @@ def test_sizes_by_hand(tmp_path: Path, tied: bool) -> None:
 
 def test_sizes_halve_in_16_bits(loaded: Loaded, tmp_path: Path) -> None:
     save_model(loaded, tmp_path / "32")
-    wide = measure_size(loaded.model, tmp_path / "32")
+    wide = measure_size(loaded.model, HuggingFace().files(tmp_path / "32"))
     loaded.model.to(torch.bfloat16)
     save_model(loaded, tmp_path / "16")
-    narrow = measure_size(loaded.model, tmp_path / "16")
+    narrow = measure_size(loaded.model, HuggingFace().files(tmp_path / "16"))
     assert narrow.params == wide.params
     assert narrow.weights_mb == pytest.approx(wide.weights_mb / 2, rel=1e-3)
     assert narrow.disk_mb == pytest.approx(wide.disk_mb / 2, rel=0.05)
@@ -356,7 +357,7 @@ def test_memory_counts_the_weights_and_grows_with_them(tmp_path: Path) -> None:
         made = make_folder(tmp_path / str(vocab), vocab_size=vocab, hidden_size=64)
         loaded = HubModel(name=str(made)).load(CPU, seed=0)
         weights_mb = sum(p.numel() * 4 for p in loaded.model.parameters()) / 1e6
-        found.append((weights_mb, measure_memory(loaded.model, made, windows_of(1, 32), settings, CPU)))
+        found.append((weights_mb, measure_memory(loaded.model, made, HuggingFace(), windows_of(1, 32), settings, CPU)))
     (small, small_peak), (large, large_peak) = found
     assert large - small == pytest.approx(40.96)
     assert small_peak >= small
@@ -369,9 +370,9 @@ def test_memory_of_configs_that_list_their_layers_or_name_them_otherwise(tmp_pat
     """The process warms up on a model of one layer, made from the same config."""
     made = make_folder(tmp_path / family, family)
     model = HubModel(name=str(made)).load(CPU, seed=0).model
-    assert 0 < measure_memory(model, made, windows_of(1, 16), Measure(decode_tokens=2), CPU) < 100
+    assert 0 < measure_memory(model, made, HuggingFace(), windows_of(1, 16), Measure(decode_tokens=2), CPU) < 100
 
 
 def test_a_memory_process_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the process that measures memory failed"):
-        measure_memory(None, tmp_path / "nothing", windows_of(1, 8), Measure(), CPU)
+        measure_memory(None, tmp_path / "nothing", HuggingFace(), windows_of(1, 8), Measure(), CPU)

@@ -144,7 +144,7 @@ def test_a_full_disk_ends_a_run_in_a_message_and_the_same_command_completes_it(
     here: Here, disk: Path, tmp_path: Path
 ) -> None:
     """Room for its small files, not for its export. Then there is room."""
-    command = ["export=true", "amount=0.3", "recovery=finetune", "recovery.steps=2", "recovery.checkpoint_every=1"]
+    command = ["export=hf", "amount=0.3", "recovery=finetune", "recovery.steps=2", "recovery.checkpoint_every=1"]
     filler = fill(disk, 60_000)
     full = here(*command, folder=disk / "run")
     assert full.code == 1

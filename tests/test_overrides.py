@@ -156,7 +156,7 @@ def test_a_recipe_may_give_what_only_one_of_its_options_takes(cli: Cli, small: l
         "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params: {recovery.steps: 1, recovery: 'none,distill'}\n"
         "    grids: [{method: 'magnitude,structured', method.pattern: '\"2:4\",\"4:8\"', recovery.alpha: 0.4}]\n"
     )
-    done = cli("-cd", "recipes", *small, *FAST, "export=true", "-cn", "mine")
+    done = cli("-cd", "recipes", *small, *FAST, "export=hf", "-cn", "mine")
     assert (done.returncode, done.stderr) == (0, "")
     found = jobs(tmp_path)
     # A structured run has no pattern, so that two of its jobs are one.

@@ -34,6 +34,7 @@ LAYERS = (
     ("results", "dense_cache"),
     ("text",),
     ("models",),
+    ("export",),
     ("measure",),
     ("pruning",),
     ("methods", "post"),

@@ -62,7 +62,7 @@ def test_a_sweep_a_run_resume_sync_and_a_report_in_the_worst_of_folders(
     place = JobContext(sweeps[0] / "0", sweeps[0], "0", overrides=summary["overrides"])
     pasted = subprocess.run(["sh", "-c", f"printf '%s\\0' {place.command}"], capture_output=True, check=True).stdout
     command = pasted.decode().split("\0")[:-1]
-    single = run_module("prune_lab", [*command[3:], "export=true"], here, **cache)
+    single = run_module("prune_lab", [*command[3:], "export=hf"], here, **cache)
     assert (single.returncode, single.stderr) == (0, "")
     (alone,) = here.glob("outputs/*/*/summary.json")
     assert json.loads(alone.read_text())["fingerprint"] == summary["fingerprint"]

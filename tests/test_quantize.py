@@ -1,4 +1,4 @@
-"""Models of few bits: every family, their exports here and in stock software, and whole runs by command line."""
+"""Quantized models: every family, their exports here and in stock software, and whole runs by command line."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def summary_of(done: subprocess.CompletedProcess[str], tmp_path: Path) -> tuple[
 
 def test_a_whole_run(cli: Cli, small: list[str], tmp_path: Path) -> None:
     """Pruned and quantized, against pruned alone: counts, bytes, card, config; and the export is measured again."""
-    args = [*small, "tracking=none", "method=structured", "amount=0.25", "export=true"]
+    args = [*small, "tracking=none", "method=structured", "amount=0.25", "export=hf"]
     cut, _ = summary_of(cli(*args), tmp_path)
     low, place = summary_of(cli(*args, "post=int8_dynamic"), tmp_path)
     ours, others = low["metrics"], cut["metrics"]

@@ -138,8 +138,9 @@ def build_jobs(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 def check(composed: DictConfig) -> None:
     """Raises Refused where a job's parts cannot be built, or do not fit together."""
     OmegaConf.set_struct(composed, False)
+    choices = {str(group): str(option) for group, option in composed.hydra.runtime.choices.items()}
     del composed["hydra"]  # as Hydra does before it calls the job
-    check_parts(config.build_parts(composed))
+    check_parts(config.build_parts(composed), choices)
 
 
 def first_of_interval(override: Override) -> Override:

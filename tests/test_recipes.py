@@ -116,8 +116,8 @@ defaults:
   - config
   - override tracking: none
   - override measure: quality_only
+  - override export: hf
   - _self_
-export: true
 hydra:
   mode: MULTIRUN
   sweep:

@@ -171,13 +171,13 @@ def test_a_moved_text_is_the_same_text_and_a_changed_word_is_not(
 def test_an_export_that_is_not_there_is_made(run_here: RunHere) -> None:
     """Of a run that was finished without one, or whose export is gone; a run that has one serves both commands."""
     run_here()
-    first = run_here("export=true")
+    first = run_here("export=hf")
     assert first.computed
     assert (first.folder / "export" / "model.safetensors").exists()
-    assert not run_here("export=true").computed
+    assert not run_here("export=hf").computed
     assert not run_here().computed
     shutil.rmtree(first.folder / "export")
-    second = run_here("export=true")
+    second = run_here("export=hf")
     assert second.computed
     assert (second.folder / "export" / "model.safetensors").exists()
 
@@ -185,15 +185,15 @@ def test_an_export_that_is_not_there_is_made(run_here: RunHere) -> None:
 def test_an_export_in_a_folder_that_other_runs_used_is_not_served_for_theirs(run_here: RunHere, tmp_path: Path) -> None:
     """Nor when the folder's summary says so again, since the first run was asked for once more."""
     place = f"hydra.run.dir={tmp_path / 'fixed'}"
-    run_here(place, "amount=0.2", "export=true")
+    run_here(place, "amount=0.2", "export=hf")
     weights = tmp_path / "fixed" / "export" / "model.safetensors"
     first = weights.read_bytes()
-    run_here(place, "amount=0.4", "export=true")
+    run_here(place, "amount=0.4", "export=hf")
     second = weights.read_bytes()
     assert second != first
     run_here(place, "amount=0.2")
     assert weights.read_bytes() == second
-    run_here(place, "amount=0.2", "export=true")
+    run_here(place, "amount=0.2", "export=hf")
     assert weights.read_bytes() == first
 
 
@@ -357,7 +357,7 @@ def test_resume_false_is_recorded_again(story: Story) -> None:
 
 CONFIG: dict[str, Any] = {
     "amount": 0.5, "seed": 0, "device": "auto", "dtype": "auto", "name": "prune_lab", "resume": True, "quiet": False,
-    "objectives": ["quality/perplexity"], "export": False,
+    "objectives": ["quality/perplexity"], "export": None,
     "model": {"name": "here", "weights": "pretrained"}, "dataset": {"path": "there", "test_path": None, "seq_len": 32},
     "method": {"_target_": "prune_lab.methods.magnitude.Magnitude", "amount": 0.5}, "measure": {"pairs": 10},
     "tracking": {"_target_": "prune_lab.tracking.none.NoTracking"},
@@ -379,7 +379,7 @@ def changed(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     ("key", "value"),
     [
         ("amount", 0.4), ("seed", 1), ("model.weights", "random"), ("dataset.seq_len", 64), ("method.amount", 0.4),
-        ("method._target_", "prune_lab.methods.random.Random"), ("measure.pairs", 11),
+        ("method._target_", "prune_lab.methods.random.Random"), ("measure.pairs", 11), ("export", {"class": "X"}),
     ],
 )  # fmt: skip
 def test_what_a_result_depends_on_changes_the_fingerprint(key: str, value: Any) -> None:
@@ -401,7 +401,7 @@ def test_what_was_found_out_changes_the_fingerprint(key: str, value: Any) -> Non
     ("key", "value"),
     [
         ("name", "other"), ("quiet", True), ("resume", False), ("tracking._target_", "prune_lab.tracking.mlflow_store"),
-        ("objectives", ["size/disk_mb"]), ("export", True),
+        ("objectives", ["size/disk_mb"]),
         ("device", "cpu"), ("dtype", "float32"), ("model.name", "elsewhere"), ("dataset.path", "elsewhere"),
     ],
 )  # fmt: skip

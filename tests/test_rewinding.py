@@ -476,7 +476,7 @@ def test_the_command_line_rewinds_and_refuses_it_without_training(small: list[st
     refused = cli(*arguments)
     assert refused.returncode == 2
     assert "schedule.rewind=weights goes back in a training, and recovery=none trains nothing" in refused.stderr
-    done = cli(*arguments, "recovery=finetune", "recovery.steps=10", "recovery.batch_size=4", "export=true")
+    done = cli(*arguments, "recovery=finetune", "recovery.steps=10", "recovery.batch_size=4", "export=hf")
     assert done.returncode == 0, done.stderr
     stored = load_file(tmp_path / "run/export/model.safetensors")
     pruned = {name: weight for name, weight in stored.items() if name.endswith("_proj.weight")}

@@ -304,10 +304,10 @@ def test_a_sweep_from_the_cache_equals_cold_runs(run: Run, monkeypatch: pytest.M
 
     monkeypatch.setattr(evaluator, "measure_quality", measure)
     methods = ("magnitude", "wanda", "sparsegpt")
-    swept = run(f"method={','.join(methods)}", "amount=0.3,0.6", "export=true", "-m")
+    swept = run(f"method={','.join(methods)}", "amount=0.3,0.6", "export=hf", "-m")
     assert len(passes) == 2  # one for wanda, one for sparsegpt
     assert len(dense_measured) == 1 + 2 * len(methods)
-    again = run("method=wanda", "amount=0.6", "export=true")  # another process, another day
+    again = run("method=wanda", "amount=0.6", "export=hf")  # another process, another day
     assert len(passes) == 2
     assert len(dense_measured) == 2 + 2 * len(methods)
 
@@ -319,7 +319,7 @@ def test_a_sweep_from_the_cache_equals_cold_runs(run: Run, monkeypatch: pytest.M
     assert outcome(again) == outcome(swept / "3")
     for number, method in enumerate(methods):
         monkeypatch.setenv("PRUNE_LAB_CACHE", str(swept / f"cold {method}"))
-        cold = run(f"method={method}", "amount=0.6", "export=true")
+        cold = run(f"method={method}", "amount=0.6", "export=hf")
         assert outcome(cold) == outcome(swept / str(2 * number + 1))
 
 

@@ -19,6 +19,8 @@ from prune_lab import __main__ as program
 from prune_lab import compatibility
 from prune_lab.config.parts import Parts, Settings
 from prune_lab.errors import Refused
+from prune_lab.export.bitmask import Bitmask
+from prune_lab.export.hf import HuggingFace
 from prune_lab.measure.macs import count_macs
 from prune_lab.measure.perplexity import measure_quality
 from prune_lab.measure.settings import Measure
@@ -84,7 +86,10 @@ def compressed(folder: Path, method: Method, place: Path, stream: bool, propagat
     quality = [measure_quality(m, WINDOWS, 3.0, 2, device, Console(quiet=True)) for m in (dense.model, loaded.model)]
     save_model(loaded, place / "export")
     check_reload(loaded.model, place / "export", WINDOWS[:1])
-    size, macs = measure_size(loaded.model, place / "export"), count_macs(Anatomy(loaded.model), 16)
+    size, macs = (
+        measure_size(loaded.model, HuggingFace().files(place / "export")),
+        count_macs(Anatomy(loaded.model), 16),
+    )
     hashes = dense.fingerprint(), loaded.fingerprint()
     return (quality, size, macs, pruned.rows, pruned.warnings, hashes, dense.facts()), place / "export"
 
@@ -216,7 +221,7 @@ def test_a_streamed_run_is_the_run_in_memory(tmp_path: Path, folders: Folders, c
     shared = [
         "model=hf", f"model.name={folders['untied']}", "dataset=text", f"dataset.path={corpus}", "dataset.seq_len=32",
         "measure=quality_only", "measure.max_windows=8", "method=wanda", "dataset.calibration.n_samples=20",
-        "tracking=none", "quiet=true", "export=true",
+        "tracking=none", "quiet=true", "export=hf",
     ]  # fmt: skip
     for name, stream in (("disk", "true"), ("memory", "false")):
         run = [f"model.stream={stream}", f"hydra.run.dir={tmp_path / name}", "resume=false"]
@@ -242,7 +247,8 @@ def test_a_streamed_run_is_the_run_in_memory(tmp_path: Path, folders: Folders, c
 
 def parts(folder: Path, **changes: Any) -> Parts:
     chosen: dict[str, Any] = {
-        "method": Wanda(), "recovery": NoRecovery(), "post": NoPost(), "measure": Measure(latency=False, memory=False)
+        "method": Wanda(), "recovery": NoRecovery(), "post": NoPost(), "export": HuggingFace(),
+        "measure": Measure(latency=False, memory=False),
     }  # fmt: skip
     model = HubModel(name=str(folder), stream=True)
     return Parts(Settings(), model, dataset=None, schedule=OneShot(), tracking=None, **{**chosen, **changes})
@@ -253,6 +259,7 @@ def parts(folder: Path, **changes: Any) -> Parts:
     [
         ({"recovery": Finetune()}, "training needs the whole model in memory; give recovery=none"),
         ({"post": Int8WeightOnly()}, "post-compression works on a model in memory; give post=none"),
+        ({"export": Bitmask()}, "export=bitmask is made of a model in memory; give export=hf or export=none"),
         ({"measure": Measure(memory=False)}, "cannot be timed; give measure=quality_only"),
         ({"measure": Measure(latency=False)}, "give measure.memory=false"),
         ({"measure": Measure(latency=False, memory=False, tasks=("piqa",))}, "give measure.tasks=[]"),
@@ -265,9 +272,9 @@ def parts(folder: Path, **changes: Any) -> Parts:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_needs_a_whole_model_is_refused(folder: Path, changes: dict[str, Any], reason: str) -> None:
-    compatibility.check_parts(parts(folder))
+    compatibility.check_parts(parts(folder), {})
     with pytest.raises(Refused) as refusal:
-        compatibility.check_parts(parts(folder, **changes))
+        compatibility.check_parts(parts(folder, **changes), {"export": "bitmask"})
     assert str(refusal.value).startswith("model.stream=true: ")
     assert reason in str(refusal.value)
 

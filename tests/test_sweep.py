@@ -164,7 +164,7 @@ def test_parameters_fall_in_order(sweep: Sweep) -> None:
 def test_the_params_are_flat_and_few(sweep: Sweep) -> None:
     expected = {
         "model": "hf", "dataset": "text", "method": "structured", "schedule": "one_shot", "recovery": "none",
-        "post": "none", "amount": "0.2", "seed": "0", "dtype": "float32", "device": "cpu",
+        "post": "none", "export": "none", "amount": "0.2", "seed": "0", "dtype": "float32", "device": "cpu",
         "method.units": "['mlp']", "method.score": "l2", "method.round_to": "None", "method.physical": "True",
         "method.compensate": "False", "schedule.start": "0",
         "recovery.steps": "n/a", "recovery.lr": "n/a", "recovery.batch_size": "n/a", "post.group_size": "n/a",

@@ -238,7 +238,7 @@ def test_dense_and_compressed_side_by_side_and_nobody_is_asked(
 ) -> None:
     """A Hub could be reached, and is not."""
     write(tasks, "arc_easy", arc_rows(40))
-    asked = ["measure.tasks=[arc_easy,piqa]", f"measure.task_path={tasks}", "method=structured", "export=true"]
+    asked = ["measure.tasks=[arc_easy,piqa]", f"measure.task_path={tasks}", "method=structured", "export=hf"]
     away = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
     done = cli(*small, "tracking=none", *asked, "hydra.run.dir=here", **away)
     assert (done.returncode, done.stderr) == (0, "")

@@ -180,7 +180,7 @@ def test_a_run_that_fails_says_why(small: list[str], tmp_path: Path, cli: Cli) -
     """Its export cannot be written, for a file is in the way."""
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "export").write_text("in the way")
-    done = cli(*small, "measure=quality_only", "export=true", "hydra.run.dir=here")
+    done = cli(*small, "measure=quality_only", "export=hf", "hydra.run.dir=here")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert "NotADirectoryError" in done.stderr

@@ -172,7 +172,7 @@ def seen_steps(process: Running, cache: Path) -> Iterator[int]:
 def test_a_killed_process_goes_on_and_exports_the_same_model(small: list[str], tmp_path: Path) -> None:
     """SIGKILL in the middle of training, then the same command again."""
     arguments = [
-        *small, "measure=quality_only", "tracking=none", "export=true", "recovery=finetune", "recovery.steps=100",
+        *small, "measure=quality_only", "tracking=none", "export=hf", "recovery=finetune", "recovery.steps=100",
         "recovery.batch_size=4", "recovery.lr=0.003", "recovery.checkpoint_every=5", "recovery.autocast=none",
     ]  # fmt: skip
 

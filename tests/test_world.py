@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy i
 
 TRAINING = [
     "measure=quality_only", "recovery.steps=8", "recovery.batch_size=4", "recovery.lr=0.003", "recovery.autocast=none",
-    "recovery.validate_every=4", "export=true",
+    "recovery.validate_every=4", "export=hf",
 ]  # fmt: skip
 
 
@@ -116,5 +116,5 @@ def test_helping_processes_write_nowhere_and_track_nothing(monkeypatch: pytest.M
     helping = launch.for_this_process(given)
     assert helping[:2] == given[:2]
     assert helping[-1] == "-m"
-    assert {"tracking=none", "quiet=true", "export=false"} < set(helping[2:-1])
+    assert {"tracking=none", "quiet=true"} < set(helping[2:-1])
     assert launch.for_this_process(["-cd", "experiments", "-cn", "x"])[:4] == ["-cd", "experiments", "-cn", "x"]

@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from prune_lab.config import moved
 from prune_lab.errors import Refused
 from prune_lab.system.files import as_path
 
@@ -38,6 +39,8 @@ def check(words: Iterable[str], sweeps: bool) -> None:
             override = parse(word)
         except HydraException as error:
             raise Refused(unreadable(word, str(error))) from error
+        if (now := moved.instead_of(override)) is not None:
+            raise Refused(f"{_shown(word)}: there is no such option any more; {now}")
         key, text = _split(word)
         if key in PATHS and _exists(text) and not all(map(_exists, _paths(override))):
             is_sweep = override.is_sweep_override()

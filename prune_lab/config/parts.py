@@ -26,6 +26,7 @@ from prune_lab.explain import no_such_key
 from prune_lab.results.metrics import axis
 
 if TYPE_CHECKING:  # importing them takes seconds
+    from prune_lab.export.base import Export
     from prune_lab.measure.settings import Measure
     from prune_lab.methods.base import Method
     from prune_lab.models.load import ModelSource
@@ -47,6 +48,7 @@ _KINDS = {
     "post": "prune_lab.post.base.Post",
     "measure": "prune_lab.measure.settings.Measure",
     "tracking": "prune_lab.tracking.base.Tracker",
+    "export": "prune_lab.export.base.Export",
 }
 GROUPS = tuple(_KINDS)
 # Packages beside prune_lab whose classes `_target_` may name, separated by commas. Read once, here: a recipe
@@ -64,7 +66,6 @@ class Settings:
     dtype: str = "auto"
     name: str = "prune_lab"
     resume: bool = True
-    export: bool = False
     quiet: bool = False
     objectives: tuple[str, ...] = ("quality/perplexity",)
 
@@ -101,6 +102,7 @@ class Parts:
     post: Post
     measure: Measure
     tracking: Tracker
+    export: Export
 
 
 def build_parts(cfg: DictConfig) -> Parts:
@@ -122,7 +124,10 @@ def build_parts(cfg: DictConfig) -> Parts:
 def build(node: Any, group: str) -> Any:
     """Builds the object that a group's node describes; raises Refused with the full key."""
     if not isinstance(node, DictConfig):
-        raise Refused(f"{group}={node!r} is not an option of the group {group}: see --help for its options")
+        raise Refused(
+            f"{group}={node!r} is not an option of the group {group}: see --help for its options; a recipe chooses one "
+            f"in its defaults, as 'override {group}: OPTION'"
+        )
     try:
         values = OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:

@@ -14,7 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
+from hydra.errors import HydraException
 
+from prune_lab.config import moved
+from prune_lab.config.overrides import parse
 from prune_lab.config.parts import GROUPS
 from prune_lab.config.recipe_files import check_grid, read
 from prune_lab.errors import Refused
@@ -95,10 +98,16 @@ def _check_recipe(path: Path, tree: dict[str, Any], together: list[dict[str, Any
                 f"{where}: defaults: {entry} is not allowed: name other recipes, or choose options of our groups "
                 "such as 'override method: structured'"
             )
+        _refuse_earlier(f"{where}: defaults: {entry}", str(choice[0]).removeprefix("override "), choice[1])
     for key, value in _leaves(tree.get("hydra", {})):
         _check_hydra(key, value, where, together)
     for name, grid in _grids(tree):
         check_grid(grid, f"{where}: hydra.sweeper.{name}")
+        for key, value in grid.items():
+            _refuse_earlier_in_grid(f"{where}: hydra.sweeper.{name}.{key}={value!r}", f"{key}={value}")
+    for group in GROUPS:
+        if not isinstance(value := tree.get(group), dict):
+            _refuse_earlier(f"{where}: {group}: {value}", group, value)
     for key, value in _leaves({key: value for key, value in tree.items() if key not in ("defaults", "hydra")}):
         _refuse_resolvers(f"{where}: {key}", value)
 
@@ -159,6 +168,21 @@ def _grids(tree: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         if found := _GRID.match(key):
             grids.setdefault(found[1], {})[key[found.end() :]] = value
     return list(grids.items())
+
+
+def _refuse_earlier(where: str, group: str, option: Any) -> None:
+    """Raises Refused for an option of an earlier version."""
+    if (now := moved.instead(group, [option], moved.IN_DEFAULTS)) is not None:
+        raise Refused(f"{where}: there is no such option any more; {now}")
+
+
+def _refuse_earlier_in_grid(where: str, word: str) -> None:
+    try:
+        now = moved.instead_of(parse(word))
+    except HydraException:  # Hydra will say what is wrong with it
+        return
+    if now is not None:
+        raise Refused(f"{where}: there is no such option any more; {now}")
 
 
 def _refuse_resolvers(where: str, value: Any) -> None:

@@ -1,21 +1,26 @@
 """Peak memory of inference.
 
-On a GPU: the allocator's peak. On a CPU: the peak resident memory of a fresh process that loads the saved model
+On a GPU: the allocator's peak. On a CPU: the peak resident memory of a fresh process that reads the export
 and runs a prefill and a decode, less what the same process held before loading (run as
-`python -m prune_lab.measure.memory FOLDER PROMPT_TOKENS DECODE_TOKENS THREADS`, which prints bytes).
+`python -m prune_lab.measure.memory FOLDER PROMPT_TOKENS DECODE_TOKENS THREADS MODULE CLASS KEYS`, the last three those
+of the export that reads FOLDER; it prints bytes).
 """
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prune_lab.export.base import Export
 from prune_lab.measure.inference import decode, prefill
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.size import MB, held_bytes
@@ -26,11 +31,14 @@ from prune_lab.system.device import Device
 _EXACT_ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
-def measure_memory(model: Any, folder: Path, prompt: Tensor, settings: Measure, device: Device) -> float:
-    """Peak memory in mb of loading and running `model`, which is saved in `folder`."""
+def measure_memory(
+    model: Any, folder: Path, export: Export, prompt: Tensor, settings: Measure, device: Device
+) -> float:
+    """Peak memory in mb of loading and running `model`, which `export` wrote into `folder`."""
     if device.is_cuda:
         return _peak_of_allocator(model, prompt.to(device.torch_device), settings.decode_tokens, device) / MB
     arguments = [folder, prompt.shape[1], settings.decode_tokens, torch.get_num_threads()]
+    arguments += [type(export).__module__, type(export).__qualname__, json.dumps(asdict(export))]
     command = [sys.executable, "-m", __name__, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | _EXACT_ALLOCATOR)
     if done.returncode:
@@ -49,12 +57,12 @@ def _peak_of_allocator(model: Any, prompt: Tensor, decode_tokens: int, device: D
     return weights + torch.cuda.max_memory_allocated(device.torch_device) - before
 
 
-def _peak_of_this_process(folder: str, prompt_tokens: int, decode_tokens: int) -> int:
-    """Bytes by which loading and running the model of `folder` raised this process's peak resident memory."""
+def _peak_of_this_process(folder: str, export: Export, prompt_tokens: int, decode_tokens: int) -> int:
+    """Bytes by which reading and running what `export` wrote raised this process's peak resident memory."""
     import psutil
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from prune_lab.models.folder import load
+    importlib.import_module("prune_lab.models.export")  # the code that reads is not what is measured
 
     config = AutoConfig.from_pretrained(folder)
     # A first, tiny model brings in the code, the thread pool and the kernels that every model needs.
@@ -65,7 +73,7 @@ def _peak_of_this_process(folder: str, prompt_tokens: int, decode_tokens: int) -
     del small
     before = psutil.Process().memory_info().rss
     _reset_peak()
-    model = load(folder, config, dtype=config.dtype).eval()
+    model = export.read(Path(folder))
     decode(model, prefill(model, prompt), decode_tokens)
     return _peak() - before
 
@@ -89,6 +97,12 @@ def _peak() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def _main(folder: str, numbers: list[int], module: str, name: str, keys: str) -> None:
+    prompt_tokens, decode_tokens, threads = numbers
+    torch.set_num_threads(threads)
+    export = getattr(importlib.import_module(module), name)(**json.loads(keys))
+    sys.stdout.write(f"{_peak_of_this_process(folder, export, prompt_tokens, decode_tokens)}\n")
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[4]))
-    sys.stdout.write(f"{_peak_of_this_process(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))}\n")
+    _main(sys.argv[1], [int(number) for number in sys.argv[2:5]], *sys.argv[5:])

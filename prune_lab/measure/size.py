@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,12 @@ def held_bytes(tensor: Any) -> int:
     return int(tensor.numel() * tensor.element_size())
 
 
-def measure_size(model: Any, folder: Path) -> Size:
-    """Sizes of `model` and of the safetensors it was saved as in `folder`."""
+def measure_size(model: Any, files: Iterable[Path]) -> Size:
+    """Sizes of `model` and of the files that hold its weights."""
     held = [*model.parameters(), *model.buffers()]  # a tied matrix once
     return Size(
         params=count_weights(model),
         nonzero=count_nonzero(model),
         weights_mb=sum(held_bytes(t) for t in held) / MB,
-        disk_mb=sum(file.stat().st_size for file in folder.glob("*.safetensors")) / MB,
+        disk_mb=sum(file.stat().st_size for file in files) / MB,
     )

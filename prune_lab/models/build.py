@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from prune_lab.errors import Refused
-from prune_lab.models import folder as folders
+from prune_lab.models import formats
 from prune_lab.models.anatomy import check_matrices, family_of
 from prune_lab.models.checkpoint import read_checkpoint
 from prune_lab.models.contents import check_finite
@@ -118,7 +118,7 @@ def _is_there(module: str) -> bool:
 
 
 def _load_weights(source: str, config: Any, name: str, device: Device) -> Any:
-    model, report = folders.load(source, config, dtype=device.dtype, output_loading_info=True)
+    model, report = formats.load(Path(source), config, dtype=device.dtype, output_loading_info=True)
     if report["missing_keys"]:  # what transformers does not find it starts at random
         raise Refused(f"model.name={name!r} lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}")
     model._weight_conversions = None  # it is saved under the usual names of its family, whatever those here were

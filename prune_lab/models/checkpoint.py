@@ -26,8 +26,9 @@ from torch import Tensor
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import family_of
 from prune_lab.models.foreign import common_prefix, explained
-from prune_lab.models.low_bit import bitmask, compressed_tensors
-from prune_lab.models.shards import Shards, Span, open_shards
+from prune_lab.models.formats import format_of
+from prune_lab.models.low_bit import compressed_tensors
+from prune_lab.models.shards import Shards, Span
 
 _SHOWN = 3  # names in a message
 # Buffers that older versions of transformers wrote: computed, not read. Masks are no vectors, as biases are.
@@ -49,7 +50,7 @@ def read_checkpoint(folder: Path, config: Any, name: str) -> Checkpoint:
     Writes tie_word_embeddings=false into `config` where the files hold a head of its own. Raises Refused where they are
     not the weights of this model, ValueError where a file is damaged.
     """
-    stored = bitmask.open_bitmask(folder) if (folder / bitmask.FILE).is_file() else open_shards(folder)
+    stored = format_of(folder, config).open(folder)
     comparison = _Comparison(stored, config, name)
     if (head := comparison.own_head()) is None:
         return comparison.checkpoint()

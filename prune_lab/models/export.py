@@ -1,9 +1,7 @@
-"""A model as a Hugging Face folder that stock transformers loads, written whole or not at all."""
+"""A model as a Hugging Face folder that stock transformers loads: written, read again and compared."""
 
 from __future__ import annotations
 
-import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +12,24 @@ from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import BlockStream
 from prune_lab.models.checkpoint import read_checkpoint
 from prune_lab.models.export_config import rewrite_configs
-from prune_lab.models.folder import load
+from prune_lab.models.formats import load
 from prune_lab.models.load import Loaded
-from prune_lab.models.low_bit import bitmask
 from prune_lab.models.offload import streamed
 from prune_lab.models.offload.on_disk import lay_out_model, weights_on_disk
-from prune_lab.system.files import temporary_name
+from prune_lab.system.files import atomic_folder
 
 
-def save_model(loaded: Loaded, folder: Path, storage: str = "dense") -> None:
-    """Writes safetensors, config and tokenizer; `folder` appears when all is there.
+def write_folder(loaded: Loaded, folder: Path) -> None:
+    """Writes safetensors, config and tokenizer into an empty folder."""
+    save_weights(loaded.model, folder)
+    loaded.tokenizer.save_pretrained(folder)
+    rewrite_configs(folder, loaded.tokenizer_config)
 
-    `storage` is that of a post-compression (prune_lab/post/base.py).
-    """
-    half = temporary_name(folder)
-    try:
-        save_weights(loaded.model, half)
-        if storage == "bitmask":
-            bitmask.compress_folder(half)
-        loaded.tokenizer.save_pretrained(half)
-        rewrite_configs(half, loaded.tokenizer_config)
-        if folder.exists():
-            shutil.rmtree(folder)
-        half.rename(folder)
-    finally:
-        with suppress(FileNotFoundError):
-            shutil.rmtree(half)
+
+def save_model(loaded: Loaded, folder: Path) -> None:
+    """Writes safetensors, config and tokenizer; `folder` appears when all is there."""
+    with atomic_folder(folder) as half:
+        write_folder(loaded, half)
 
 
 def save_dense(loaded: Loaded, folder: Path) -> None:
@@ -57,28 +47,44 @@ def save_weights(model: Any, folder: Path) -> None:
     if weights is None:
         model.save_pretrained(folder)
         return
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     model.config.dtype, model.config.architectures = weights.device.dtype_name, [type(model).__name__]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     weights.save(model, folder)
 
 
-@torch.no_grad()
-def check_reload(model: Any, folder: Path, tokens: Tensor, exact: bool = True) -> None:
-    """Loads `folder` with stock transformers (few bits, bitmask: with our reader) and compares the logits.
+def read_folder(folder: Path, like: Any = None) -> Any:
+    """The model of a folder, read with stock transformers (quantized, bitmask: with our reader), in eval mode.
 
-    Of a model whose weights rest on disk, they are read again block by block, with our reader too. `tokens` has shape
-    (1, tokens). Unless `exact`, the logits may differ as another order of additions in the model's number type makes
-    them. Raises RuntimeError where they differ: such an export must not be used.
+    like: a model whose number type and device it gets; if that model's weights rest on disk, they are read block by
+    block, with our reader too. Without one it is read as it is stored.
     """
     from transformers import AutoConfig
 
-    config, weights = AutoConfig.from_pretrained(folder), weights_on_disk(model)
-    if weights is None:
-        again = load(str(folder), config, dtype=model.dtype).to(model.device).eval()
-    else:
-        again = streamed.build(folder, config, read_checkpoint(folder, config, str(folder)), weights.device).eval()
+    config = AutoConfig.from_pretrained(folder)
+    if like is None:
+        return load(folder, config, dtype=config.dtype).eval()
+    if (weights := weights_on_disk(like)) is not None:
+        return streamed.build(folder, config, read_checkpoint(folder, config, str(folder)), weights.device).eval()
+    return load(folder, config, dtype=like.dtype).to(like.device).eval()
+
+
+def check_reload(model: Any, folder: Path, tokens: Tensor) -> None:
+    """Reads `folder` and compares the logits of `tokens`, shape (1, tokens), with the model's.
+
+    Raises RuntimeError where they differ: such an export must not be used.
+    """
+    check_logits(model, read_folder(folder, model), folder, tokens)
+
+
+@torch.no_grad()
+def check_logits(model: Any, again: Any, folder: Path, tokens: Tensor, exact: bool = True) -> None:
+    """Compares the logits of a model and of the one that was read back from `folder`; `tokens`: (1, tokens).
+
+    Unless `exact`, they may differ as another order of additions in the model's number type makes them. Raises
+    RuntimeError where they differ.
+    """
     tokens = tokens.to(model.device)
     expected, found = (_logits(m, tokens) for m in (model, again))
     difference = float((expected - found).abs().max())
@@ -88,7 +94,7 @@ def check_reload(model: Any, folder: Path, tokens: Tensor, exact: bool = True) -
 
 
 def _logits(model: Any, tokens: Tensor) -> Tensor:
-    """Of one window, float32, wherever the model's weights rest."""
+    """Logits of one window, float32, wherever the model's weights are."""
     if weights_on_disk(model) is None:
         return model(input_ids=tokens, use_cache=False).logits.float()
     stream = BlockStream(Anatomy(model), tokens, 1)

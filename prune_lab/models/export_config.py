@@ -72,7 +72,7 @@ def older_tokenizer_config(written: dict[str, Any], original: dict[str, Any]) ->
 
 
 def without_code(config: dict[str, Any]) -> dict[str, Any]:
-    """Without the entries that name code, at any depth."""
+    """Config without the entries that name code, at any depth."""
     return {
         key: without_code(value) if isinstance(value, dict) else value
         for key, value in config.items()

@@ -1,1 +1,1 @@
-"""What may follow pruning: lower precision, special kernels."""
+"""Post-compression after pruning: quantization, 2:4 kernels."""

@@ -1,4 +1,4 @@
-"""What every post-compression option has in common."""
+"""Base class of the post-compression options."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ class Post:
     All options share `group_size` (inputs that share a step of a 4-bit weight), so that sweeps over them compose;
     `not_applicable` names it where it is not used.
 
-    `exact`: whether its export, reloaded, computes the same logits; otherwise they are compared as other kernels are.
-    `storage`: how its weights are written, `dense` (tensors as they are) or `bitmask`.
-    `reading`: what it takes to load its export, for the model card.
+    `is_low_bit`: it quantizes the weights, which not every export can hold.
+    `own_kernels`: its model computes with kernels that no file holds, so that what is read back from an export adds in
+    another order.
     """
 
     group_size: int = 32
 
     not_applicable: ClassVar[tuple[str, ...]] = ("group_size",)
-    exact: ClassVar[bool] = True
-    storage: ClassVar[str] = "dense"
-    reading: ClassVar[str] = "`AutoModelForCausalLM.from_pretrained(folder)` of stock transformers"
+    is_low_bit: ClassVar[bool] = False
+    own_kernels: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.group_size < 8 or self.group_size % 8:
@@ -37,5 +36,5 @@ class Post:
         """Raises Refused where the device has no backend for it, before anything is loaded."""
 
     def compress(self, anatomy: Anatomy) -> list[str]:
-        """Changes the model in place and returns notes worth telling; raises Refused where a layer does not fit."""
+        """Changes the model in place and returns warnings; raises Refused where a layer does not fit."""
         raise NotImplementedError

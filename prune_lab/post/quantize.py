@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 class LowBitPost(Post):
     """An option whose export is in the layout of the compressed-tensors library."""
 
-    reading: ClassVar[str] = (
-        "prune_lab, or stock transformers with the package compressed-tensors: `from_pretrained(folder, "
-        "quantization_config=CompressedTensorsConfig(run_compressed=False))`, unless a note here says otherwise"
-    )
+    is_low_bit: ClassVar[bool] = True
 
     def scheme(self) -> dict[str, Any]:
         """The fields of its Scheme (models/low_bit/compressed_tensors.py)."""

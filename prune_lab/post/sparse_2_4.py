@@ -28,7 +28,7 @@ class Sparse24(Post):
 
     kernel_search: bool = False
 
-    exact: ClassVar[bool] = False  # the export is dense: other kernels add in another order
+    own_kernels: ClassVar[bool] = True  # an export of it is dense
 
     def check(self, device: Device) -> None:
         """Raises Refused where the GPU has no 2:4 kernels, or none for the number type."""

@@ -12,7 +12,8 @@ def model_card(summary: Summary, base_model: str, command: str, reading: str) ->
     """Markdown with the base model, what was done and measured, the command that repeats it, and what loads it."""
     dense = set(dense_figures(summary.metrics))
     rows = [f"| {name} | {value:.6g} |" for name, value in sorted(summary.metrics.items()) if name not in dense]
-    choices = ", ".join(f"{group} {summary.choices.get(group)}" for group in ("method", "schedule", "recovery", "post"))
+    groups = ("method", "schedule", "recovery", "post", "export")
+    choices = ", ".join(f"{group} {summary.choices.get(group)}" for group in groups)
     licence, revision = summary.model.get("licence"), summary.model.get("revision")
     terms = f"its licence, {licence}, applies" if licence else "its licence applies"
     lines = [

@@ -33,8 +33,8 @@ def header(summary: Summary, console: Console) -> None:
         console.note(f"calibration  {windows}: {text}, behind {seen['propagate']} blocks{products}")
     if (training := protocol["training"]) is not None:
         console.note(f"training  {training['tokens']:,} tokens of text, {training['passes']:.2g} passes over it")
-    chosen = summary.choices
-    console.note("run       " + ", ".join(f"{g} {chosen.get(g)}" for g in ("method", "schedule", "recovery", "post")))
+    groups = ("method", "schedule", "recovery", "post", "export")
+    console.note("run       " + ", ".join(f"{group} {summary.choices.get(group)}" for group in groups))
 
 
 def show(summary: Summary, console: Console) -> None:

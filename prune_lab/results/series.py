@@ -13,6 +13,7 @@ from prune_lab.results.summary import Summary
 _STEPS = ("amount", "method.amount", "method.pattern")
 _UNUSED = ("null", "None", "n/a")
 _NOT_SERIES = (*_STEPS, "seed", *NO_FIGURE)
+_PLAIN = {"export": ("none", "hf")}  # options of a group that give the same figures
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,11 @@ class Position:
 def position(summary: Summary, shared: Iterable[str]) -> Position:
     """Position of a job, from its overrides without those that all jobs share."""
     asked, common = keys(summary.overrides), keys(shared)
-    own = {key: value for key, value in asked.items() if key not in (*common, *_NOT_SERIES, "method")}
+    own = {
+        key: value
+        for key, value in asked.items()
+        if key not in (*common, *_NOT_SERIES, "method") and value not in _PLAIN.get(key, ())
+    }
     parts = [summary.choices.get("method", ""), *(f"{key.removeprefix('method.')}={own[key]}" for key in own)]
     pattern = asked.get("method.pattern", "null")
     amount = summary.metrics.get("amount/requested")

@@ -60,6 +60,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
         half.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Empty temporary folder to write to: it replaces `folder` at the end, and is removed where that failed."""
+    half = temporary_name(folder)
+    half.mkdir(parents=True)
+    try:
+        yield half
+        if folder.exists():
+            shutil.rmtree(folder)
+        half.rename(folder)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> Path:
     """Writes a text file whole or not at all and returns its path."""
     with atomic_write(path) as half:

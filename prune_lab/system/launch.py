@@ -28,13 +28,16 @@ def local_rank() -> int:
 
 
 def for_this_process(arguments: list[str]) -> list[str]:
-    """The command line as this process is to run it: the first records the run, the others only help to train."""
+    """The command line as this process is to run it: the first records the run, the others only help to train.
+
+    They export nothing whatever they are told, and keep the group `export`: of a sweep over it all run the same jobs.
+    """
     if rank() == 0:
         return arguments
     import tempfile
 
     folder = tempfile.mkdtemp(prefix="prune_lab-", suffix=owner_suffix())
-    helping = ["tracking=none", "quiet=true", "export=false", f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
+    helping = ["tracking=none", "quiet=true", f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
     given = [number for number, word in enumerate(arguments) if "=" in word and not word.startswith("-")]
     end = given[-1] + 1 if given else len(arguments)  # overrides must stand together, and the last one counts
     return [*arguments[:end], *helping, *arguments[end:]]

@@ -6,23 +6,26 @@ from typing import Any
 
 from prune_lab.results.summary import Summary, flatten
 
-_GROUPS = ("method", "schedule", "recovery", "post")
+_GROUPS = ("method", "schedule", "recovery", "post", "export")
+_UNTOLD = ("none", "hf")  # options of the later groups that change nothing of what is measured
 
 
 def run_name(summary: Summary) -> str:
     """Name of a run: what was done, such as structured 0.4 + finetune, or magnitude 2:4."""
     how_much = summary.config["method"].get("pattern") or f"{_amount(summary.config):g}"
-    extra = [summary.choices[group] for group in ("recovery", "post") if summary.choices.get(group) != "none"]
-    return " + ".join([f"{summary.choices.get('method')} {how_much}", *map(str, extra)])
+    later = (summary.choices.get(group, "none") for group in ("recovery", "post", "export"))
+    extra = [option for option in later if option not in _UNTOLD]
+    return " + ".join([f"{summary.choices.get('method')} {how_much}", *extra])
 
 
 def params_of(summary: Summary) -> dict[str, Any]:
     """The few, telling parameters: chosen options, amount, seed, device, and the chosen options' own keys."""
     config = summary.config
-    params: dict[str, Any] = {group: summary.choices.get(group) for group in ("model", "dataset", *_GROUPS)}
+    chosen = summary.choices
+    params: dict[str, Any] = {group: chosen[group] for group in ("model", "dataset", *_GROUPS) if group in chosen}
     params |= {"amount": _amount(config), "seed": config["seed"]}
     params |= {"dtype": summary.protocol["dtype"], "device": summary.protocol["device"]}
-    for group in _GROUPS:
+    for group in (group for group in _GROUPS if isinstance(config.get(group), dict)):
         unused = summary.not_applicable.get(group, [])
         for key, value in flatten(config[group], f"{group}.").items():
             if key != "method.amount":

@@ -55,7 +55,7 @@ def run(place: Path, name: str, model: Path, options: list[str]) -> tuple[float,
     shutil.rmtree(place / name, ignore_errors=True)
     command = [
         sys.executable, "-m", "prune_lab", "model=hf", f"model.name={model}", "dtype=bfloat16", "device=cpu",
-        "measure=quality_only", "tracking=none", "export=true", "resume=false", f"hydra.run.dir={place / name}",
+        "measure=quality_only", "tracking=none", "export=hf", "resume=false", f"hydra.run.dir={place / name}",
         *options,
     ]  # fmt: skip
     began, peak = time.perf_counter(), 0

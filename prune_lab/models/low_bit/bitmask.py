@@ -89,7 +89,7 @@ class BitmaskShards(Shards):
 
 
 def open_bitmask(folder: Path) -> BitmaskShards:
-    """Those of a folder. Raises ValueError where its file is damaged."""
+    """Tensors of a folder. Raises ValueError where its file is damaged."""
     return BitmaskShards(open_file(folder / FILE))
 
 

@@ -82,7 +82,7 @@ def read_config(config: dict[str, Any]) -> tuple[Scheme, list[str]]:
 def leave_out_compression(config: Any, whatever_it_is: bool) -> None:
     """Takes out of a config what a library left there beside dense weights: that nothing is compressed.
 
-    whatever_it_is: also what says that the weights are in few bits, where they are not read.
+    whatever_it_is: also what says that the weights are quantized, where they are not read.
     """
     if hasattr(config, "compression_config"):  # an older name, which transformers does not read: the tensors tell
         del config.compression_config

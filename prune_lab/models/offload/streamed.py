@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import family_of
 from prune_lab.models.checkpoint import Checkpoint
-from prune_lab.models.low_bit import bitmask
+from prune_lab.models.formats import format_of
 from prune_lab.models.offload.on_disk import DiskWeights, stored_tensors
 from prune_lab.models.shards import Shards
 from prune_lab.system.device import Device
@@ -24,10 +24,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 def check(folder: Path, config: Any, name: str) -> None:
     """Raises Refused where weights are not dense; `name` is what a person calls the folder."""
-    if getattr(config, "quantization_config", None) is not None:
-        raise Refused(f"model.name={name!r} has quantized weights: model.stream=true reads dense weights only")
-    if (folder / bitmask.FILE).is_file():
-        raise Refused(f"model.name={name!r} holds {bitmask.FILE}: model.stream=true reads dense weights only")
+    if (reason := format_of(folder, config).not_streamed) is not None:
+        raise Refused(f"model.name={name!r} {reason}: model.stream=true reads dense weights only")
 
 
 def build(folder: Path, config: Any, checkpoint: Checkpoint, device: Device) -> Any:
