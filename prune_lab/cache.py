@@ -24,7 +24,7 @@ from typing import Any
 
 from prune_lab.errors import Refused
 from prune_lab.fingerprint import digest_of
-from prune_lab.system.files import as_path, half_of, mark
+from prune_lab.system.files import as_path, owner_suffix, temporary_name
 from prune_lab.system.lock import locked
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def cache_folder() -> Path:
 
 @functools.cache
 def _of_process() -> Path:
-    return Path(tempfile.mkdtemp(prefix="prune_lab-", suffix=mark()))
+    return Path(tempfile.mkdtemp(prefix="prune_lab-", suffix=owner_suffix()))
 
 
 def why_not_kept() -> str | None:
@@ -176,7 +176,7 @@ def _bound(spare: Path) -> None:
 
 def _make(folder: Path, make: Make, held: bool) -> Entry | None:
     """Makes an entry and returns it if it cannot be kept: then it lies in a temporary folder's folder."""
-    half = half_of(folder)
+    half = temporary_name(folder)
     if held:  # whoever was writing there has died
         for left in folder.parent.glob(f".{folder.name}.*.tmp"):
             shutil.rmtree(left, ignore_errors=True)
@@ -203,7 +203,7 @@ def _make(folder: Path, make: Make, held: bool) -> Entry | None:
 
 
 def _temporary() -> Path:
-    return Path(tempfile.mkdtemp(prefix="prune_lab-", suffix=mark())) / "entry"
+    return Path(tempfile.mkdtemp(prefix="prune_lab-", suffix=owner_suffix())) / "entry"
 
 
 def _write(folder: Path, make: Make) -> None:
@@ -234,7 +234,7 @@ def _read(folder: Path, and_remove: bool = False) -> Entry | None:
 
 def _throw_out(folder: Path) -> None:
     """Removes an entry: it is gone at once, also for who looks meanwhile."""
-    gone = half_of(folder)
+    gone = temporary_name(folder)
     with suppress(OSError):
         folder.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)

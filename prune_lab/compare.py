@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from prune_lab.measure.figures import Figures
 from prune_lab.measure.macs import Macs
+from prune_lab.measure.measurements import Measurements
 from prune_lab.measure.speed import Paired
 from prune_lab.measure.timing import Timings
 from prune_lab.methods.base import Method
@@ -14,7 +14,7 @@ from prune_lab.results.metrics import dense_name
 
 
 def compare(
-    method: Method, dense: Figures, compressed: Figures, timings: Timings | None, pruned: Pruned
+    method: Method, dense: Measurements, compressed: Measurements, timings: Timings | None, pruned: Pruned
 ) -> dict[str, float]:
     """Metrics by name, each an entry of METRICS in results/metrics.py; MLflow opens on the first.
 

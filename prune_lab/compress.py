@@ -8,18 +8,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from prune_lab.bench import Bench
 from prune_lab.cache import cache_folder
+from prune_lab.compatibility import pruning_events
 from prune_lab.config.parts import Parts
+from prune_lab.evaluator import Evaluator
 from prune_lab.measure.macs import Macs
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import Loaded
-from prune_lab.plan import plan
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.pruned import Pruned
-from prune_lab.recovery.training import Training
+from prune_lab.recovery.context import TrainingContext
 from prune_lab.system.console import Console
-from prune_lab.system.turns import machine
+from prune_lab.system.timing_lock import timing_lock
 from prune_lab.system.world import World
 from prune_lab.tracking.base import RunLog
 
@@ -36,7 +36,7 @@ class Compressed:
 
 def compress(
     parts: Parts,
-    bench: Bench,
+    evaluator: Evaluator,
     calibrator: Calibrator | None,
     run_id: str,
     world: World,
@@ -46,22 +46,22 @@ def compress(
 ) -> Compressed:
     """Prunes a copy of the dense model as the schedule says while recovery trains it, then post-compresses."""
     seconds = {"time/prune_s": 0.0, "time/recover_s": 0.0, "time/post_s": 0.0}
-    loaded, seed = bench.copy_of_dense(folder / ".weights"), parts.settings.seed
-    events, rewind = plan(parts)
+    loaded, seed = evaluator.copy_of_dense(folder / ".weights"), parts.settings.seed
+    events, rewind = pruning_events(parts)
 
     def prune(amount: float) -> Pruned:
         with stopwatch(seconds, "time/prune_s"):
-            return parts.method.prune(Anatomy(loaded.model, bench.facts), amount, seed, calibrator)
+            return parts.method.prune(Anatomy(loaded.model, evaluator.dense_cache), amount, seed, calibrator)
 
-    training = Training(
-        dense=bench.dense,
-        tokens=bench.tokens,
-        seq_len=bench.seq_len,
+    training = TrainingContext(
+        dense=evaluator.dense,
+        tokens=evaluator.tokens,
+        seq_len=evaluator.seq_len,
         events=events,
         prune=prune,
-        device=bench.device,
+        device=evaluator.device,
         seed=seed,
-        bos=bench.bos,
+        bos=evaluator.bos,
         console=console,
         checkpoint=checkpoints(run_id) / "training.safetensors",
         log=log.figures if log is not None else lambda step, values: None,
@@ -71,9 +71,9 @@ def compress(
     with stopwatch(seconds, "time/recover_s"):
         parts.recovery.recover(loaded.model, training)
     seconds["time/recover_s"] -= seconds["time/prune_s"]
-    macs = bench.count_macs(loaded)  # here, since post-compression may pack the weights away
+    macs = evaluator.count_macs(loaded)  # here, since post-compression may pack the weights away
     with stopwatch(seconds, "time/post_s"):
-        training.pruned.notes += parts.post.compress(Anatomy(loaded.model))
+        training.pruned.warnings += parts.post.compress(Anatomy(loaded.model))
     return Compressed(loaded, training.pruned, macs, seconds)
 
 
@@ -85,6 +85,6 @@ def checkpoints(run_id: str) -> Path:
 @contextmanager
 def stopwatch(seconds: dict[str, float], name: str) -> Iterator[None]:
     """Adds the seconds that the work inside takes, without those in which it waited for other jobs."""
-    began, waited = time.perf_counter(), machine.waited
+    began, waited = time.perf_counter(), timing_lock.waited
     yield
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began - (machine.waited - waited)
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began - (timing_lock.waited - waited)

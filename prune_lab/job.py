@@ -8,44 +8,44 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from typing import Any
 
-from prune_lab import explain, leftovers, out_of_memory, plan
+from prune_lab import cleanup, compatibility, explain, out_of_memory
 from prune_lab.cache import why_not_kept
 from prune_lab.config.parts import Parts
 from prune_lab.errors import FAILED, REFUSED, Refused
+from prune_lab.job_context import JobContext
 from prune_lab.out_of_memory import OutOfMemory
-from prune_lab.place import Place
 from prune_lab.results.summary import Summary, read_summary
 from prune_lab.system import interrupt, launch
 from prune_lab.system.console import Console
-from prune_lab.system.turns import machine
+from prune_lab.system.timing_lock import timing_lock
 
 log = logging.getLogger(__name__)
 _ASKED = 160  # characters of a job's overrides in a message
 _EXTRAS = {"accelerate": "distributed", "compressed_tensors": "low-bits", "lm_eval": "tasks", "pynvml": "energy"}
 
 
-def run(build: Callable[[], Parts], config: dict[str, Any], place: Place) -> float | tuple[float, ...] | None:
+def run(build: Callable[[], Parts], config: dict[str, Any], context: JobContext) -> float | tuple[float, ...] | None:
     """Runs a job and returns its `objectives`, for sweepers that search: one figure, or a tuple of several.
 
     In a sweep a job that is refused or fails leaves its summary and returns None, so that the others go on; a
     single run ends the program with exit code 2 or 1. So does one that finished and whose tracker does not have it.
     """
     interrupt.end_on_signals()
-    leftovers.remove(place)
-    record = _Record(place, config)
+    cleanup.remove(context)
+    record = _Record(context, config)
     _warn_once(why_not_kept())
     try:
         parts = build()  # what is refused here and in the next line need not wait for what a run imports
-        plan.check(parts)
+        compatibility.check_parts(parts)
         from prune_lab import runner
         from prune_lab.results import outcome
 
         console = Console(parts.settings.quiet)
-        if place.sweep is not None:
-            console.note(f"\njob {place.job}: {' '.join(place.overrides)}")
+        if context.sweep is not None:
+            console.note(f"\njob {context.job}: {' '.join(context.overrides)}")
         # Processes that train one model together wait for each other: one of them must not pause alone.
-        with machine.sharing() if launch.size() == 1 else nullcontext(), out_of_memory.explained(config):
-            summary = runner.run(parts, config, place, console)
+        with timing_lock.shared() if launch.size() == 1 else nullcontext(), out_of_memory.explained(config):
+            summary = runner.run(parts, config, context, console)
     except Refused as error:
         record.failed(str(error), REFUSED)
         return None
@@ -94,9 +94,9 @@ def _warn_once(what: str | None) -> None:
 class _Record:
     """What a job leaves where it does not finish."""
 
-    def __init__(self, place: Place, config: dict[str, Any]) -> None:
-        self._place, self._config = place, config
-        self._earlier = read_summary(place.folder)  # of another run: the folder may have been used before
+    def __init__(self, context: JobContext, config: dict[str, Any]) -> None:
+        self._context, self._config = context, config
+        self._earlier = read_summary(context.folder)  # of another run: the folder may have been used before
 
     def failed(self, reason: str, exit_code: int) -> None:
         """Writes the reason, says it, and ends a single run."""
@@ -106,19 +106,21 @@ class _Record:
 
     def say(self, message: str, exit_code: int) -> None:
         """Says what is wrong with the job, and ends a single run."""
-        sweep = self._place.sweep is not None
-        asked = " ".join(self._place.overrides)
+        sweep = self._context.sweep is not None
+        asked = " ".join(self._context.overrides)
         asked = asked if len(asked) <= _ASKED else f"{asked[:_ASKED]}..."  # the message itself must not be cut short
-        explain.to_stderr((f"job {self._place.job} ({asked}): " if sweep else "") + message)
+        explain.to_stderr((f"job {self._context.job} ({asked}): " if sweep else "") + message)
         if not sweep:
             raise SystemExit(exit_code)
 
     def write(self, status: str, reason: str) -> None:
         """Writes the summary, unless the result was written already when something else went wrong."""
-        found = read_summary(self._place.folder)
+        found = read_summary(self._context.folder)
         if found is not None and found.status == "FINISHED" and found != self._earlier:
             return
-        place = self._place
-        summary = Summary(status, choices=place.choices, overrides=place.overrides, config=self._config, reason=reason)
+        context = self._context
+        summary = Summary(
+            status, choices=context.choices, overrides=context.overrides, config=self._config, reason=reason
+        )
         with suppress(OSError):  # a full or read-only disk must not hide the reason itself
-            summary.write(place.folder)
+            summary.write(context.folder)

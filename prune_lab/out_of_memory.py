@@ -25,7 +25,7 @@ _WORK = {
     **dict.fromkeys((f"measure/{name}.py" for name in ("inference", "memory", "speed", "replayed")), _TIMING),
     "measure": ("measuring", ("measure.batch_size", "dataset.seq_len")),
     "models/load.py": ("loading the model", ()),
-    "bench.py": ("copying the model", ()),
+    "evaluator.py": ("copying the model", ()),
     "post": ("post-compressing", ()),
 }
 _TRAINING = "raise recovery.accumulate, set recovery.gradient_checkpointing=true, or "

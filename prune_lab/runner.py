@@ -11,75 +11,75 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from prune_lab.bench import Bench, open_bench
 from prune_lab.compare import compare, compute_figures
+from prune_lab.compatibility import pruning_events
 from prune_lab.compress import Compressed, checkpoints, compress, stopwatch
 from prune_lab.config.parts import Parts
 from prune_lab.errors import Refused
+from prune_lab.evaluator import Evaluator, open_evaluator
 from prune_lab.fingerprint import fingerprint
+from prune_lab.job_context import JobContext
 from prune_lab.measure.accelerate import check_acceleration
-from prune_lab.measure.figures import Figures
+from prune_lab.measure.measurements import Measurements
 from prune_lab.measure.timing import Timings, measure_timings
 from prune_lab.models.export import check_reload, save_model
 from prune_lab.models.load import Loaded
-from prune_lab.models.on_disk import weights_on_disk
+from prune_lab.models.offload.on_disk import weights_on_disk
 from prune_lab.out_of_memory import explained
-from prune_lab.place import Place
-from prune_lab.plan import plan
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.pruned import Pruned
-from prune_lab.results import notes, outcome
+from prune_lab.results import outcome, run_warnings
 from prune_lab.results.card import is_card_of, model_card
 from prune_lab.results.summary import Summary
 from prune_lab.system import device as devices
 from prune_lab.system.console import Console
 from prune_lab.system.device import Device
 from prune_lab.system.environment import describe_environment
-from prune_lab.system.files import mark, whole_file, write_text
-from prune_lab.system.turns import machine
+from prune_lab.system.files import atomic_write, owner_suffix, write_text
+from prune_lab.system.timing_lock import timing_lock
 from prune_lab.system.world import join
 from prune_lab.tracking.base import Unreachable
 
 
-def run(parts: Parts, config: dict[str, Any], place: Place, console: Console) -> Summary:
+def run(parts: Parts, config: dict[str, Any], context: JobContext, console: Console) -> Summary:
     """Runs one experiment, or finds it finished, and returns its summary, written and tracked."""
     device = _resolve_device(parts)
     devices.seed_all(parts.settings.seed)
     world = join(device)
-    bench = _open(parts, place, device, console)
-    summary, calibrator = _begin(parts, config, place, bench, console)
+    evaluator = _open(parts, context, device, console)
+    summary, calibrator = _begin(parts, config, context, evaluator, console)
     outcome.header(summary, console)
     id_of_main = world.from_main(summary.fingerprint)
-    finished = _find_finished(parts, summary, place) if world.is_main else None
+    finished = _find_finished(parts, summary, context) if world.is_main else None
     is_finished = world.from_main(finished is not None)
     if not world.is_main:
         if not is_finished:
-            compress(parts, bench, calibrator, id_of_main, world, place.folder, console)
-        return _helped(summary, place)
+            compress(parts, evaluator, calibrator, id_of_main, world, context.folder, console)
+        return _helped(summary, context)
     if finished is not None:
-        return _enter_again(parts, finished, summary, place)
+        return _enter_again(parts, finished, summary, context)
 
     with (
-        parts.tracking.start_run(parts.settings.name, summary, place) as log,
+        parts.tracking.start_run(parts.settings.name, summary, context) as log,
         explained(config),  # here too, so that the tracker is told the reason that the job is
     ):
-        dense = bench.baseline(place.sweep, console)
-        compressed = compress(parts, bench, calibrator, id_of_main, world, place.folder, console, log)
-        figures, timings = _measure(parts, bench, compressed, summary, place.folder, console)
+        dense = evaluator.baseline(context.sweep, console)
+        compressed = compress(parts, evaluator, calibrator, id_of_main, world, context.folder, console, log)
+        figures, timings = _measure(parts, evaluator, compressed, summary, context.folder, console)
         metrics = compare(parts.method, dense, figures, timings, compressed.pruned)
-        metrics |= compute_figures(bench.macs, compressed.macs) | compressed.seconds
+        metrics |= compute_figures(evaluator.macs, compressed.macs) | compressed.seconds
         summary.set_metrics(metrics)
-        told = [*bench.dense.notes, *bench.bos.notes, *compressed.pruned.notes]
-        summary.warnings += told + notes.of_run(summary)
+        told = [*evaluator.dense.warnings, *evaluator.bos.warnings, *compressed.pruned.warnings]
+        summary.warnings += told + run_warnings.of_run(summary)
         summary.status = "FINISHED"
         if parts.settings.export:
-            card = model_card(summary, bench.dense.name, place.command, parts.post.reading)
-            write_text(place.folder / "export" / "README.md", card)
-        files = _write_files(place.folder, compressed.pruned)
-        log.result(summary, [summary.write(place.folder), *files])  # it is safe before it is tracked
+            card = model_card(summary, evaluator.dense.name, context.command, parts.post.reading)
+            write_text(context.folder / "export" / "README.md", card)
+        files = _write_files(context.folder, compressed.pruned)
+        log.result(summary, [summary.write(context.folder), *files])  # it is safe before it is tracked
     if summary.unlogged is not None:
         summary.warnings.append(summary.unlogged)
-        summary.write(place.folder)
+        summary.write(context.folder)
     _remove_checkpoints(summary)
     return summary
 
@@ -92,62 +92,64 @@ def _resolve_device(parts: Parts) -> Device:
     return device
 
 
-def _open(parts: Parts, place: Place, device: Device, console: Console) -> Bench:
+def _open(parts: Parts, context: JobContext, device: Device, console: Console) -> Evaluator:
     """The dense model and its text."""
-    parts.method.check(parts.model.config(), [event.amount for event in plan(parts)[0]])
+    parts.method.check(parts.model.config(), [event.amount for event in pruning_events(parts)[0]])
     console.note("loading model and text")
     seed_of_weights = parts.settings.seed if parts.model.weights == "random" else 0
-    bench = open_bench(parts.model, parts.dataset, parts.measure, device, seed_of_weights, console)
-    if bench.dense.is_low_bit and any(place.choices.get(group) != "none" for group in ("method", "recovery", "post")):
+    evaluator = open_evaluator(parts.model, parts.dataset, parts.measure, device, seed_of_weights, console)
+    if evaluator.dense.is_low_bit and any(
+        context.choices.get(group) != "none" for group in ("method", "recovery", "post")
+    ):
         raise Refused(
-            f"model.name={bench.dense.name!r} has its weights in few bits already: it can be measured (method=none "
+            f"model.name={evaluator.dense.name!r} has its weights in few bits already: it can be measured (method=none "
             "recovery=none post=none); to compress it further, give the model that it was made from"
         )
-    return bench
+    return evaluator
 
 
 def _begin(
-    parts: Parts, config: dict[str, Any], place: Place, bench: Bench, console: Console
+    parts: Parts, config: dict[str, Any], context: JobContext, evaluator: Evaluator, console: Console
 ) -> tuple[Summary, Calibrator | None]:
     """The record of the run, with all that makes it what it is; and what its method sees of the calibration text."""
-    calibrator, protocol = None, bench.protocol
+    calibrator, protocol = None, evaluator.protocol
     if parts.method.calibrated:
-        calibrator, stamp = bench.calibrator(parts.settings.seed, console)
+        calibrator, stamp = evaluator.calibrator(parts.settings.seed, console)
         protocol = protocol | {
-            "calibration": stamp | {"solved_width": bench.widest_input if parts.method.solves else None}
+            "calibration": stamp | {"solved_width": evaluator.widest_input if parts.method.solves else None}
         }
     if steps := parts.recovery.training_steps:
-        protocol = protocol | {"training": bench.training_text(steps, parts.recovery.batch_size)}
-    hashes = bench.hashes | parts.recovery.hashes(bench.dense, bench.device)
+        protocol = protocol | {"training": evaluator.training_text(steps, parts.recovery.batch_size)}
+    hashes = evaluator.hashes | parts.recovery.hashes(evaluator.dense, evaluator.device)
     summary = Summary(
         status="RUNNING",
-        choices=place.choices,
-        overrides=place.overrides,
+        choices=context.choices,
+        overrides=context.overrides,
         config=config,
-        folder=str(place.folder),
-        model=bench.dense.facts(),
-        environment=describe_environment(bench.device),
+        folder=str(context.folder),
+        model=evaluator.dense.facts(),
+        environment=describe_environment(evaluator.device),
         protocol=protocol,
-        not_applicable=_not_applicable(parts, place),
+        not_applicable=_not_applicable(parts, context),
         fingerprint=fingerprint(config, protocol=protocol, hashes=hashes),
     )
     return summary, calibrator
 
 
-def _not_applicable(parts: Parts, place: Place) -> dict[str, list[str]]:
+def _not_applicable(parts: Parts, context: JobContext) -> dict[str, list[str]]:
     """Keys of each group that its option does not use, or lacks where another option of the sweep has them."""
     unused = {group: getattr(parts, group).not_applicable for group in ("method", "recovery", "post")}
-    groups = dict.fromkeys([*unused, *place.not_applicable])
-    return {group: [*unused.get(group, ()), *place.not_applicable.get(group, ())] for group in groups}
+    groups = dict.fromkeys([*unused, *context.not_applicable])
+    return {group: [*unused.get(group, ()), *context.not_applicable.get(group, ())] for group in groups}
 
 
-def _find_finished(parts: Parts, summary: Summary, place: Place) -> Summary | None:
+def _find_finished(parts: Parts, summary: Summary, context: JobContext) -> Summary | None:
     """The same run, finished earlier and with its export if one is asked for."""
     settings = parts.settings
     try:
         found = parts.tracking.find_finished(settings.name, summary.fingerprint) if settings.resume else None
     except Unreachable:
-        if place.sweep is None:
+        if context.sweep is None:
             raise
         return None  # the store was there when the sweep began: its jobs go on without it
     return None if found is None or (settings.export and not _has_export(found)) else found
@@ -159,13 +161,13 @@ def _has_export(finished: Summary) -> bool:
     return (export / "config.json").is_file() and is_card_of(export / "README.md", finished)
 
 
-def _enter_again(parts: Parts, finished: Summary, asked: Summary, place: Place) -> Summary:
+def _enter_again(parts: Parts, finished: Summary, asked: Summary, context: JobContext) -> Summary:
     """Records that the run was asked for again, perhaps in other words, here."""
     finished.overrides, finished.not_applicable = asked.overrides, asked.not_applicable
-    parts.tracking.enter_again(parts.settings.name, finished, place)
+    parts.tracking.enter_again(parts.settings.name, finished, context)
     finished.warnings += [finished.unlogged] if finished.unlogged is not None else []
-    finished.warnings += notes.of_elsewhere(finished, asked.environment)
-    finished.write(place.folder)
+    finished.warnings += run_warnings.of_elsewhere(finished, asked.environment)
+    finished.write(context.folder)
     _remove_checkpoints(finished)  # it may have been killed before it came to that
     return finished
 
@@ -174,29 +176,31 @@ def _remove_checkpoints(finished: Summary) -> None:
     shutil.rmtree(checkpoints(finished.fingerprint), ignore_errors=True)
 
 
-def _helped(summary: Summary, place: Place) -> Summary:
+def _helped(summary: Summary, context: JobContext) -> Summary:
     """What a process leaves that only helped to train: the main one measures and records."""
     summary.status = "FINISHED"
-    summary.write(place.folder)
+    summary.write(context.folder)
     return summary
 
 
 def _measure(
-    parts: Parts, bench: Bench, compressed: Compressed, summary: Summary, folder: Path, console: Console
-) -> tuple[Figures, Timings | None]:
+    parts: Parts, evaluator: Evaluator, compressed: Compressed, summary: Summary, folder: Path, console: Console
+) -> tuple[Measurements, Timings | None]:
     """What is measured of the compressed model; the timings beside the dense one."""
     loaded, timings = compressed.loaded, None
     with (
         _saved(loaded, folder, parts.settings.export, parts.post.storage) as saved,
         stopwatch(compressed.seconds, "time/measure_s"),
     ):
-        figures = bench.figures(loaded, saved, console)
+        figures = evaluator.figures(loaded, saved, console)
         if parts.measure.latency:
-            models = bench.dense.model, loaded.model
-            with machine.alone(console.note) as load:
-                timings = measure_timings(*models, bench.prompt, bench.grid, parts.measure, bench.device, console)
+            models = evaluator.dense.model, loaded.model
+            with timing_lock.exclusive(console.note) as load:
+                timings = measure_timings(
+                    *models, evaluator.prompt, evaluator.grid, parts.measure, evaluator.device, console
+                )
             summary.environment["cores_used_by_others"] = round(load.cores, 2)
-        check_reload(loaded.model, saved, bench.windows[:1].long(), parts.post.exact)
+        check_reload(loaded.model, saved, evaluator.windows[:1].long(), parts.post.exact)
     return figures, timings
 
 
@@ -204,7 +208,7 @@ def _measure(
 def _saved(loaded: Loaded, run_folder: Path, keep: bool, storage: str) -> Iterator[Path]:
     """The model saved as a Hugging Face folder: the run's export, or a temporary one."""
     beside = run_folder if weights_on_disk(loaded.model) else None  # on the same disk: its files are linked
-    with tempfile.TemporaryDirectory(suffix=mark(), dir=beside) as temporary:
+    with tempfile.TemporaryDirectory(suffix=owner_suffix(), dir=beside) as temporary:
         folder = run_folder / "export" if keep else Path(temporary) / "model"
         save_model(loaded, folder, storage=storage)
         yield folder
@@ -213,11 +217,11 @@ def _saved(loaded: Loaded, run_folder: Path, keep: bool, storage: str) -> Iterat
 def _write_files(folder: Path, pruned: Pruned) -> list[Path]:
     """layers.csv, what was removed from each Linear; and the files that the method leaves."""
     path = folder / "layers.csv"
-    with whole_file(path) as half, half.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as half, half.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, ["layer", "before", "removed"])
         table.writeheader()
         table.writerows(asdict(row) for row in pruned.rows)
     for name, content in pruned.files.items():
-        with whole_file(folder / name) as half:
+        with atomic_write(folder / name) as half:
             half.write_bytes(content)
     return [path, *(folder / name for name in pruned.files)]

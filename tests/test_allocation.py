@@ -184,7 +184,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def note_amounts(pruned: Pruned, allocation: str) -> list[float]:
     """The amounts of the blocks, as the run's note lists them."""
-    (note,) = (note for note in pruned.notes if note.startswith(f"{allocation} gives the blocks "))
+    (note,) = (note for note in pruned.warnings if note.startswith(f"{allocation} gives the blocks "))
     return [float(part) for part in note.removeprefix(f"{allocation} gives the blocks ").split(", ")]
 
 
@@ -285,5 +285,5 @@ def test_solvers_are_spread_too(models: dict[str, Any], allocation: str) -> None
 def test_uniform_says_nothing_and_treats_blocks_alike(models: dict[str, Any]) -> None:
     model = copy.deepcopy(models["llama"])
     pruned = Wanda(amount=0.5).prune(Anatomy(model), 0.5, 0, Calibrator(WINDOWS))
-    assert not any("gives the blocks" in note for note in pruned.notes)
+    assert not any("gives the blocks" in note for note in pruned.warnings)
     assert zeros_by_block(model) == [0.5] * 4

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import Anatomy
-from prune_lab.models.bitmask import FILE, compress, compress_folder, expand
 from prune_lab.models.export import check_reload, save_model
 from prune_lab.models.load import HubModel
+from prune_lab.models.low_bit.bitmask import FILE, compress, compress_folder, expand
 
 TOKENS = torch.arange(24)[None]
 

@@ -14,20 +14,20 @@ from test_tasks import arc_rows, settings, write
 from torch.nn.functional import cross_entropy
 from trainings import training_of
 
-from prune_lab.bench import Bench
 from prune_lab.errors import Refused
+from prune_lab.evaluator import Evaluator
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.task_setup import prepare_tasks
 from prune_lab.measure.tasks import measure_tasks
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel
 from prune_lab.recovery.finetune import Finetune
-from prune_lab.report.alike import warnings
+from prune_lab.report.comparability import warnings
 from prune_lab.results.summary import Summary
 from prune_lab.system.console import Console
 from prune_lab.text.bos import Bos, begin_with_bos, resolve_bos
-from prune_lab.text.files import TextFiles
 from prune_lab.text.source import Calibration
+from prune_lab.text.text_files import TextFiles
 
 SEQ_LEN = 24
 QUIET = Console(quiet=True)
@@ -45,12 +45,12 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_bos(make_folder(tmp_path_factory.mktemp("gemma") / "m", "gemma3_text"))
 
 
-def bench_of(model: Path, corpus: Path, add_bos: str = "auto", **changes: Any) -> Bench:
+def bench_of(model: Path, corpus: Path, add_bos: str = "auto", **changes: Any) -> Evaluator:
     text = TextFiles(
         path=str(corpus), seq_len=SEQ_LEN, add_bos=add_bos, calibration=Calibration(n_samples=8, seq_len=20)
     )
     measure = Measure(latency=False, memory=False, max_windows=6, prompt_tokens=9, **changes)
-    return Bench(HubModel(name=str(model)), text, measure, CPU, 0, QUIET)
+    return Evaluator(HubModel(name=str(model)), text, measure, CPU, 0, QUIET)
 
 
 @torch.no_grad()
@@ -70,35 +70,35 @@ def naive_loss(model: Any, windows: torch.Tensor, bos: int | None) -> float:
 def test_perplexity_is_that_of_a_naive_loop(family: str, add_bos: str, corpus: Path, tmp_path: Path) -> None:
     """Gemma needs the token, Llama is measured as in the papers; windows and targets are the same either way."""
     model = with_bos(make_folder(tmp_path / "m", family))
-    bench, plain = bench_of(model, corpus, add_bos), bench_of(model, corpus, "false")
-    assert torch.equal(bench.windows, plain.windows)
-    assert bench.protocol["test_tokens_sha256"] == plain.protocol["test_tokens_sha256"]
+    evaluator, plain = bench_of(model, corpus, add_bos), bench_of(model, corpus, "false")
+    assert torch.equal(evaluator.windows, plain.windows)
+    assert evaluator.protocol["test_tokens_sha256"] == plain.protocol["test_tokens_sha256"]
     expected_bos = 0 if add_bos == "true" or (add_bos == "auto" and family == "gemma3_text") else None
-    assert bench.protocol["bos"] == ("none" if expected_bos is None else 0)
-    figures = bench.figures(bench.dense, tmp_path, QUIET)
-    expected = naive_loss(bench.dense.model, bench.windows, expected_bos)
+    assert evaluator.protocol["bos"] == ("none" if expected_bos is None else 0)
+    figures = evaluator.figures(evaluator.dense, tmp_path, QUIET)
+    expected = naive_loss(evaluator.dense.model, evaluator.windows, expected_bos)
     assert math.log(figures.quality.perplexity) == pytest.approx(expected, abs=1e-5)
-    with_it = naive_loss(bench.dense.model, bench.windows, 0)
-    assert abs(with_it - naive_loss(bench.dense.model, bench.windows, None)) > 1e-3
-    assert (family == "gemma3_text" and add_bos == "false") == bool(bench.bos.notes)
+    with_it = naive_loss(evaluator.dense.model, evaluator.windows, 0)
+    assert abs(with_it - naive_loss(evaluator.dense.model, evaluator.windows, None)) > 1e-3
+    assert (family == "gemma3_text" and add_bos == "false") == bool(evaluator.bos.warnings)
 
 
 def test_streamed_it_is_the_same(gemma: Path, corpus: Path, tmp_path: Path) -> None:
-    bench = bench_of(gemma, corpus)
+    evaluator = bench_of(gemma, corpus)
     text = TextFiles(path=str(corpus), seq_len=SEQ_LEN)
-    streamed = Bench(HubModel(name=str(gemma), stream=True), text, bench.measure, CPU, 0, QUIET)
-    here, there = (b.figures(b.dense, tmp_path, QUIET).quality for b in (bench, streamed))
+    streamed = Evaluator(HubModel(name=str(gemma), stream=True), text, evaluator.measure, CPU, 0, QUIET)
+    here, there = (b.figures(b.dense, tmp_path, QUIET).quality for b in (evaluator, streamed))
     assert here.perplexity == pytest.approx(there.perplexity, rel=1e-6)
 
 
 def test_calibration_sees_the_token_and_predicts_the_text_alone(gemma: Path, corpus: Path) -> None:
-    bench = bench_of(gemma, corpus)
-    calibrator, stamp = bench.calibrator(0, QUIET)
+    evaluator = bench_of(gemma, corpus)
+    calibrator, stamp = evaluator.calibrator(0, QUIET)
     plain, same = bench_of(gemma, corpus, "false").calibrator(0, QUIET)
     assert stamp["tokens_sha256"] == same["tokens_sha256"]
     assert torch.equal(calibrator.windows[:, 1:], plain.windows)
     assert (calibrator.windows[:, 0] == 0).all()
-    model = bench.dense.model
+    model = evaluator.dense.model
     assert calibrator.loss(model) == pytest.approx(naive_loss(model, plain.windows, 0), abs=1e-5)
     name, linear = next(Anatomy(model).linears())
     seen = next(iter(calibrator.walk(Anatomy(model), frozenset({"input_norm"}))))[name]
@@ -141,9 +141,9 @@ def test_training_and_validation_see_it(gemma: Path, tmp_path: Path) -> None:
 
 
 def test_timed_prompts_begin_with_it(gemma: Path, corpus: Path) -> None:
-    bench, plain = (bench_of(gemma, corpus, add_bos) for add_bos in ("auto", "false"))
-    assert bench.prompt.tolist() == [[0, *plain.prompt[0].tolist()]]
-    assert bench.protocol["prompt_tokens"] == plain.protocol["prompt_tokens"] == 9
+    evaluator, plain = (bench_of(gemma, corpus, add_bos) for add_bos in ("auto", "false"))
+    assert evaluator.prompt.tolist() == [[0, *plain.prompt[0].tolist()]]
+    assert evaluator.protocol["prompt_tokens"] == plain.protocol["prompt_tokens"] == 9
 
 
 def test_a_window_and_its_token_must_fit_the_context(gemma: Path, corpus: Path) -> None:
@@ -151,12 +151,12 @@ def test_a_window_and_its_token_must_fit_the_context(gemma: Path, corpus: Path) 
     text = TextFiles(path=str(corpus), seq_len=128)
     measure = Measure(latency=False, memory=False)
     with pytest.raises(Refused, match=r"dataset.seq_len=128 with the BOS token .* context of 128"):
-        Bench(HubModel(name=str(gemma)), text, measure, CPU, 0, QUIET)
-    Bench(HubModel(name=str(gemma)), TextFiles(path=str(corpus), seq_len=127), measure, CPU, 0, QUIET)
-    bench = bench_of(gemma, corpus)
-    bench._calibration = Calibration(n_samples=1, seq_len=128)
+        Evaluator(HubModel(name=str(gemma)), text, measure, CPU, 0, QUIET)
+    Evaluator(HubModel(name=str(gemma)), TextFiles(path=str(corpus), seq_len=127), measure, CPU, 0, QUIET)
+    evaluator = bench_of(gemma, corpus)
+    evaluator._calibration = Calibration(n_samples=1, seq_len=128)
     with pytest.raises(Refused, match=r"dataset.calibration.seq_len=128 with the BOS"):
-        bench.calibrator(0, QUIET)
+        evaluator.calibrator(0, QUIET)
 
 
 class Tokenizer:
@@ -193,8 +193,8 @@ def test_what_auto_means(
 ) -> None:
     found = resolve_bos(add_bos, "a family", needed, Tokenizer(bos, adds))
     assert found.id == expected
-    assert all(note is not None and note in said for said in found.notes)
-    assert bool(found.notes) == (note is not None)
+    assert all(note is not None and note in said for said in found.warnings)
+    assert bool(found.warnings) == (note is not None)
 
 
 def test_a_token_that_is_not_there_is_refused() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from prune_lab import __main__ as program
-from prune_lab.bench import Bench
+from prune_lab.evaluator import Evaluator
 from prune_lab.fingerprint import fingerprint
 from prune_lab.measure.settings import Measure
 from prune_lab.models.anatomy import Anatomy
@@ -30,9 +30,9 @@ from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.influence import block_influence, influence
 from prune_lab.pruning.seen import Seen
 from prune_lab.system.console import Console
-from prune_lab.text.files import TextFiles
 from prune_lab.text.source import Calibration
 from prune_lab.text.splits import split_of
+from prune_lab.text.text_files import TextFiles
 
 NEEDS = frozenset({"input_norm", "variance", "gram"})
 WINDOWS = torch.randint(1, 300, (5, 24), generator=torch.Generator().manual_seed(4))  # 0 is padding
@@ -270,13 +270,13 @@ def test_block_influence_is_that_of_the_stock_hidden_states(
 # Windows.
 
 
-def bench(folder: Path, corpus: Path, **calibration: Any) -> Bench:
+def evaluator(folder: Path, corpus: Path, **calibration: Any) -> Evaluator:
     text = TextFiles(path=str(corpus), seq_len=32, calibration=Calibration(**calibration))
     measure = Measure(max_windows=4, latency=False, memory=False, prompt_tokens=16, decode_tokens=2)
-    return Bench(HubModel(name=str(folder)), text, measure, CPU, 0, Console(quiet=True))
+    return Evaluator(HubModel(name=str(folder)), text, measure, CPU, 0, Console(quiet=True))
 
 
-def places_by_hand(made: Bench, corpus: Path, stamp: dict[str, Any]) -> Tensor:
+def places_by_hand(made: Evaluator, corpus: Path, stamp: dict[str, Any]) -> Tensor:
     """The windows that the stamp names, cut out of the documents of the calibration split."""
     files = sorted(corpus.glob("*.txt"))
     texts = [text for text in (file.read_text() for file in files) if split_of(text) == "calibration"]
@@ -285,7 +285,7 @@ def places_by_hand(made: Bench, corpus: Path, stamp: dict[str, Any]) -> Tensor:
 
 
 def test_windows_lie_where_their_stamp_says(folder: Path, corpus: Path) -> None:
-    made = bench(folder, corpus, n_samples=12, seq_len=20, propagate="dense")
+    made = evaluator(folder, corpus, n_samples=12, seq_len=20, propagate="dense")
     calibrator, stamp = made.calibrator(7, Console(quiet=True))
     assert torch.equal(calibrator.windows, places_by_hand(made, corpus, stamp))
     assert calibrator.windows.shape == (12, 20)
@@ -297,8 +297,8 @@ def test_windows_lie_where_their_stamp_says(folder: Path, corpus: Path) -> None:
 
 
 def test_a_seed_names_its_windows(folder: Path, corpus: Path) -> None:
-    """The same in another process's bench, others for another seed."""
-    first, second = (bench(folder, corpus, n_samples=12, seq_len=20) for _ in range(2))
+    """The same in another process's evaluator, others for another seed."""
+    first, second = (evaluator(folder, corpus, n_samples=12, seq_len=20) for _ in range(2))
     quiet = Console(quiet=True)
     of_0, of_1 = first.calibrator(0, quiet), first.calibrator(1, quiet)
     assert torch.equal(of_0[0].windows, second.calibrator(0, quiet)[0].windows)
@@ -402,8 +402,8 @@ def test_calibration_that_cannot_be_is_refused(
 # What makes two calibrated runs the same.
 
 
-def print_of(made: Bench, **calibration: Any) -> str:
-    """The fingerprint of a run that calibrates as this bench does."""
+def print_of(made: Evaluator, **calibration: Any) -> str:
+    """The fingerprint of a run that calibrates as this evaluator does."""
     _, stamp = made.calibrator(0, Console(quiet=True))
     config = {
         "seed": 0,
@@ -425,7 +425,7 @@ def test_a_fingerprint_is_of_the_calibration_text_not_of_its_place(folder: Path,
 
     def of(**changes: Any) -> str:
         calibration = keys | {"name": str(first)} | changes
-        return print_of(bench(folder, corpus, **calibration), **calibration)
+        return print_of(evaluator(folder, corpus, **calibration), **calibration)
 
     there = of()
     assert of(name=str(moved)) == there

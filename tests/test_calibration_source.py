@@ -17,19 +17,19 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prune_lab.bench import Bench
 from prune_lab.errors import Refused
+from prune_lab.evaluator import Evaluator
 from prune_lab.measure.settings import Measure
 from prune_lab.models.load import HubModel, Loaded
-from prune_lab.results import notes
+from prune_lab.results import run_warnings
 from prune_lab.system.console import Console
-from prune_lab.text.calibration import calibration_corpus
+from prune_lab.text.calibration_corpus import calibration_corpus
 from prune_lab.text.corpus import Corpus, Documents
-from prune_lab.text.files import TextFiles
 from prune_lab.text.sampling import covered, in_turn
 from prune_lab.text.source import Calibration
 from prune_lab.text.splits import SPLITS
 from prune_lab.text.stdlib import Stdlib
+from prune_lab.text.text_files import TextFiles
 from prune_lab.text.tokens import Tokens
 
 # Windows, each document in turn.
@@ -174,13 +174,13 @@ def test_the_column_of_a_named_text(corpus: Path, tmp_path: Path) -> None:
         Calibration(column="body")
 
 
-# Windows of it, by the bench.
+# Windows of it, by the evaluator.
 
 
-def bench(folder: Path, corpus: Path, **calibration: Any) -> Bench:
+def evaluator(folder: Path, corpus: Path, **calibration: Any) -> Evaluator:
     text = TextFiles(path=str(corpus), seq_len=32, calibration=Calibration(**calibration))
     measure = Measure(max_windows=4, latency=False, memory=False, prompt_tokens=16, decode_tokens=2)
-    return Bench(HubModel(name=str(folder)), text, measure, CPU, 0, Console(quiet=True))
+    return Evaluator(HubModel(name=str(folder)), text, measure, CPU, 0, Console(quiet=True))
 
 
 @pytest.mark.parametrize("join", [False, True])
@@ -190,7 +190,7 @@ def test_windows_of_a_named_text_are_spread_over_its_documents(
     """40 windows of 20 tokens: one of each of 40 documents; joined, of short ones too. Each lies where it says."""
     texts = [story(seed, sentences=n) for seed, n in zip(range(500, 600), [1] * 60 + [12] * 40, strict=True)]
     name = jsonl(tmp_path / "a.jsonl", texts)
-    made = bench(folder, corpus, source="text", name=str(name), n_samples=40, seq_len=24, join=join)
+    made = evaluator(folder, corpus, source="text", name=str(name), n_samples=40, seq_len=24, join=join)
     calibrator, stamp = made.calibrator(7, Console(quiet=True))
     rows = [made.dense.tokenizer(text + "\n\n" * join)["input_ids"] for text in texts]
     for window, (document, first) in zip(calibrator.windows.tolist(), stamp["windows"], strict=True):
@@ -227,7 +227,7 @@ def test_text_that_is_tested_on_is_found_however_it_is_cut(
     apart = str(test) if "own" in form else None
     text = TextFiles(path=str(corpus), test_path=apart, seq_len=32, calibration=calibration)
     measure = Measure(max_windows=100, latency=False, memory=False, prompt_tokens=16, decode_tokens=2)
-    made = Bench(HubModel(name=str(folder)), text, measure, CPU, 0, Console(quiet=True))
+    made = Evaluator(HubModel(name=str(folder)), text, measure, CPU, 0, Console(quiet=True))
     calibrator, stamp = made.calibrator(0, Console(quiet=True))
     tested = " ".join(map(str, ["", *made.windows.flatten().tolist(), ""]))
     held = [
@@ -242,11 +242,11 @@ def test_too_few_long_documents_are_refused_with_the_way_out(folder: Path, corpu
     name = jsonl(tmp_path / "a.jsonl", [story(seed, sentences=2) for seed in range(500, 600)])
     keys: dict[str, Any] = {"source": "text", "name": str(name), "n_samples": 8, "seq_len": 100}
     with pytest.raises(Refused, match=r"dataset\.calibration\.name=.* 0 windows .*dataset\.calibration\.join=true"):
-        bench(folder, corpus, **keys).calibrator(0, Console(quiet=True))
-    _, stamp = bench(folder, corpus, **keys, join=True).calibrator(0, Console(quiet=True))
+        evaluator(folder, corpus, **keys).calibrator(0, Console(quiet=True))
+    _, stamp = evaluator(folder, corpus, **keys, join=True).calibrator(0, Console(quiet=True))
     assert stamp["documents"] > 8
     with pytest.raises(Refused, match=r"lower dataset\.calibration\.seq_len or \.n_samples$"):
-        bench(folder, corpus, **keys | {"n_samples": 10**6}).calibrator(0, Console(quiet=True))
+        evaluator(folder, corpus, **keys | {"n_samples": 10**6}).calibrator(0, Console(quiet=True))
 
 
 def test_own_windows_are_drawn_as_they_were(loaded: Loaded) -> None:
@@ -314,12 +314,12 @@ STAMP = {
 
 
 def said_of(**changes: Any) -> list[str]:
-    return notes.of_calibration_windows({"calibration": STAMP | changes})
+    return run_warnings.of_calibration_windows({"calibration": STAMP | changes})
 
 
 def test_notes_of_calibration_windows() -> None:
     """Both sides of each limit."""
-    assert notes.of_calibration_windows({"calibration": None}) == []
+    assert run_warnings.of_calibration_windows({"calibration": None}) == []
     assert said_of() == []
     (note,) = said_of(distinct_tokens=479)
     assert "48 inputs, and 479 distinct tokens of 3 documents are fewer than 10 for each" in note
@@ -335,9 +335,9 @@ def test_notes_of_calibration_windows() -> None:
 
 @pytest.mark.parametrize(("passes", "is_much"), [(4.0, False), (4.01, True)])
 def test_notes_of_passes_over_training_text(passes: float, is_much: bool) -> None:
-    found = notes.of_training({"training": {"tokens": 420_000, "passes": passes}})
+    found = run_warnings.of_training({"training": {"tokens": 420_000, "passes": passes}})
     assert len(found) == is_much
-    assert notes.of_training({"training": None}) == []
+    assert run_warnings.of_training({"training": None}) == []
     assert all("over its 420,000 tokens" in note for note in found)
 
 

@@ -22,7 +22,7 @@ from prune_lab.models.contents import count_nonzero, count_weights
 from prune_lab.models.export import check_reload, save_model
 from prune_lab.models.foreign import SIGNS, explained
 from prune_lab.models.load import HubModel, Loaded
-from prune_lab.models.low_bit_format import Scheme, linear_names, replace_linear
+from prune_lab.models.low_bit.compressed_tensors import Scheme, linear_names, replace_linear
 
 Tensors = dict[str, Tensor]
 TOKENS = torch.randint(300, (2, 24), generator=torch.Generator().manual_seed(3))
@@ -108,7 +108,7 @@ def test_of_every_family(tmp_path: Path, family: str) -> None:
 def test_nothing_is_said_of_what_save_pretrained_writes(tmp_path: Path, family: str, tied: bool, way: str) -> None:
     own = make_folder(tmp_path / family, family, tie_word_embeddings=tied)
     loaded = load(change(own, lambda tensors: tensors, way), way)
-    assert loaded.notes == []
+    assert loaded.warnings == []
     stock = AutoModelForCausalLM.from_pretrained(own, dtype=torch.float32).eval()
     torch.testing.assert_close(logits_of(loaded), stock(input_ids=TOKENS, use_cache=False).logits, rtol=0, atol=1e-5)
 
@@ -135,7 +135,7 @@ def test_biases_of_all_blocks_are_counted(own: Path) -> None:
     change(own, with_biases)
     assert refused(own).startswith("holds 14 tensors that the model of config.json has no place for (model.layers.0.")
     edit_config(own, attention_bias=True, mlp_bias=True)
-    assert load(own).notes == []
+    assert load(own).warnings == []
 
 
 ONES = torch.ones(3, 32)
@@ -168,8 +168,8 @@ def test_what_stands_beside_the_model_is_named(folder: Path, own: Path, kind: st
     extra, says = BESIDE[kind]
     change(own, lambda tensors: tensors | {name: tensor.clone() for name, tensor in extra.items()}, way)
     loaded = load(own, way)
-    assert len(loaded.notes) == 1
-    assert loaded.notes[0].startswith(says)
+    assert len(loaded.warnings) == 1
+    assert loaded.warnings[0].startswith(says)
     assert torch.equal(logits_of(loaded), logits_of(load(folder, way)))
 
 
@@ -188,7 +188,7 @@ def test_what_stands_beside_the_model_is_named(folder: Path, own: Path, kind: st
 def test_buffers_are_not_spoken_of(tmp_path: Path, family: str, extra: Tensors, way: str) -> None:
     own = make_folder(tmp_path / family, family)
     change(own, lambda tensors: tensors | {name: tensor.clone() for name, tensor in extra.items()}, way)
-    assert load(own, way).notes == []
+    assert load(own, way).warnings == []
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -200,7 +200,7 @@ def test_names_without_the_base_models_prefix_are_looked_through_too(tmp_path: P
         return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
 
     change(own, lambda tensors: short(tensors) | {"h.0.attn.bias": torch.ones(1, 1, 8, 8), "cls.weight": ONES}, way)
-    assert load(own, way).notes[0].startswith("1 of the 42 tensors of the checkpoint are not used: cls.weight")
+    assert load(own, way).warnings[0].startswith("1 of the 42 tensors of the checkpoint are not used: cls.weight")
     edit_config(own, n_layer=2)
     assert refused(own, way).startswith("holds 1 more blocks (2) than config.json says")
 
@@ -213,9 +213,9 @@ def test_exports_of_post_compression_are_looked_through_too(own: Path, tmp_path:
             replace_linear(loaded.model, name, Scheme(8, "int", True), torch.float32).store(weight)
     loaded.model.config.quantization_config = Scheme(8, "int", True).to_config(["lm_head"])
     save_model(loaded, tmp_path / "low")
-    assert load(tmp_path / "low").notes == []
+    assert load(tmp_path / "low").warnings == []
     change(tmp_path / "low", lambda tensors: tensors | {"score.weight": ONES.clone()})
-    assert "not used: score.weight" in load(tmp_path / "low").notes[0]
+    assert "not used: score.weight" in load(tmp_path / "low").warnings[0]
     edit_config(tmp_path / "low", num_hidden_layers=1, layer_types="gone")
     assert refused(tmp_path / "low").startswith("holds 1 more blocks")
 
@@ -227,7 +227,7 @@ def test_bitmask_folders_are_looked_through_too(own: Path, tmp_path: Path) -> No
             linear.weight[:, ::2] = 0
     save_model(loaded, tmp_path / "bits", storage="bitmask")
     again = load(tmp_path / "bits")
-    assert again.notes == []
+    assert again.warnings == []
     assert torch.equal(logits(again.model), logits(loaded.model))
     edit_config(tmp_path / "bits", num_hidden_layers=1, layer_types="gone")
     assert refused(tmp_path / "bits").startswith("holds 1 more blocks")
@@ -256,7 +256,7 @@ def with_head(tensors: Tensors) -> Tensors:
 def test_a_head_of_its_own_is_the_models_whatever_the_config_says(folder: Path, own: Path, way: str) -> None:
     change(own, with_head, way)
     loaded = load(own, way)
-    assert "config.json says that the head is the embedding" in loaded.notes[0]
+    assert "config.json says that the head is the embedding" in loaded.warnings[0]
     assert loaded.model.config.tie_word_embeddings is False
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     stock.config.tie_word_embeddings = False
@@ -282,7 +282,7 @@ def test_it_is_exported_as_what_it_is(own: Path, cli: Cli, small: list[str], tmp
         tensors = load_file(export / "model.safetensors")
         assert torch.equal(tensors["lm_head.weight"], load_file(own / "model.safetensors")["lm_head.weight"])
         assert any("tie_word_embeddings=false" in note for note in found[-1]["warnings"])
-        assert load(export).notes == []
+        assert load(export).warnings == []
     quality = [{key: value for key, value in of["metrics"].items() if "time/" not in key} for of in found]
     assert quality[0] == quality[1]
 
@@ -293,7 +293,7 @@ def test_an_equal_copy_stays_tied(folder: Path, own: Path, way: str, dtype: torc
     """Also one of another type."""
     change(own, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].to(dtype)}, way)
     loaded = load(own, way)
-    assert (loaded.notes, loaded.model.config.tie_word_embeddings) == ([], True)
+    assert (loaded.warnings, loaded.model.config.tie_word_embeddings) == ([], True)
     assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
     assert count_weights(loaded.model) == count_weights(load(folder).model)
 

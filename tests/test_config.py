@@ -136,7 +136,7 @@ def test_what_can_be_refused_is_known_without_torch() -> None:
     assert len(targets) > 30
     program = (
         "import importlib, sys\n"
-        "for target in ['prune_lab.job.run', 'prune_lab.plan.check', *sys.argv[1:]]:\n"
+        "for target in ['prune_lab.job.run', 'prune_lab.compatibility.check_parts', *sys.argv[1:]]:\n"
         "    module, _, name = target.rpartition('.')\n"
         "    getattr(importlib.import_module(module), name)\n"
         "    assert 'torch' not in sys.modules, target\n"
@@ -219,8 +219,8 @@ def test_a_node_without_a_target_is_refused() -> None:
         ("method", "prune_lab.config.parts.Settings"),
         ("method", "prune_lab.text.stdlib.Stdlib"),
         ("recovery", "prune_lab.methods.magnitude.Magnitude"),
-        ("recovery", "prune_lab.recovery.training.Training"),
-        ("tracking", "prune_lab.place.Place"),
+        ("recovery", "prune_lab.recovery.context.Training"),
+        ("tracking", "prune_lab.job_context.JobContext"),
     ],
 )
 def test_a_dataclass_of_another_kind_is_no_option_of_the_group(group: str, target: str) -> None:
@@ -327,7 +327,7 @@ def test_what_is_wrong_is_refused_by_its_full_key(overrides: list[str], says: st
 
 
 def test_parts_are_hashable_whatever_their_values() -> None:
-    """The bench of a sweep is found again by its parts."""
+    """The evaluator of a sweep is found again by its parts."""
     one = config.build(composed("method=structured", "method.units=[heads,mlp]").method, "method")
     two = Structured(units=("heads", "mlp"))
     assert one == two

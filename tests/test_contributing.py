@@ -16,7 +16,7 @@ from conftest import CPU, ROOT
 from torch.nn.functional import cross_entropy
 
 from prune_lab.models.load import HubModel
-from prune_lab.text.files import TextFiles
+from prune_lab.text.text_files import TextFiles
 from prune_lab.text.tokens import Tokens
 
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -101,7 +101,7 @@ def naive_loss(model: Any) -> float:
 
 def said(pruned: Pruned) -> list[int]:
     """The blocks that the run's note names."""
-    (note,) = pruned.notes
+    (note,) = pruned.warnings
     assert note.startswith(f"blocks removed of {BLOCKS}, counted from 0: ")
     return [int(part) for part in note.rpartition(": ")[2].split(", ")]
 
@@ -165,7 +165,7 @@ def test_less_than_half_a_block_changes_nothing(models: dict[str, Loaded], by: s
     before = model.config.to_dict()
     pruned = prune(model, amount, by)
     assert pruned.realized == 0
-    assert pruned.notes == []
+    assert pruned.warnings == []
     assert torch.equal(logits(model), logits(models["gemma2"].model))
     assert model.config.to_dict() == before
 

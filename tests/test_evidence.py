@@ -15,9 +15,9 @@ from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel, Loaded, ModelSource, Tiny
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.system.console import Console
-from prune_lab.text.files import TextFiles
 from prune_lab.text.source import TextSource
 from prune_lab.text.stdlib import Stdlib
+from prune_lab.text.text_files import TextFiles
 from prune_lab.text.tokens import Tokens
 
 QUIET = Console(quiet=True)

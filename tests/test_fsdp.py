@@ -93,7 +93,7 @@ def train(name: str, model: Path, folder: Path, world: World) -> dict[str, Any]:
         "weights": {key: weight.detach() for key, weight in loaded.model.named_parameters()},
         "figures": figures,
         "held": held,
-        "notes": training.pruned.notes,
+        "notes": training.pruned.warnings,
     }
 
 

@@ -34,10 +34,10 @@ from prune_lab.methods.unstructured import Unstructured
 from prune_lab.methods.wanda import Wanda
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel
-from prune_lab.models.semi_structured import SparseLinear
+from prune_lab.models.low_bit.semi_structured import SparseLinear
 from prune_lab.post.quantize import Int4WeightOnly, Int8Dynamic, Int8WeightOnly
 from prune_lab.post.sparse_2_4 import Sparse24
-from prune_lab.pruning import cuts
+from prune_lab.pruning import thresholds
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.pattern import Pattern
 from prune_lab.pruning.selection import count_to_remove, keep_global, keep_layer, keep_pattern, keep_rows
@@ -77,7 +77,7 @@ def test_selection_with_ties_is_exact(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_selection_is_that_of_a_cpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of more scores than are looked at together."""
-    monkeypatch.setattr(cuts, "AT_ONCE", 2**14)
+    monkeypatch.setattr(thresholds, "AT_ONCE", 2**14)
     drawn = torch.Generator().manual_seed(3)
     scores = [torch.randn(300, 700, generator=drawn).to(dtype), torch.randn(500, 400, generator=drawn).abs().to(dtype)]
     there = [values.to(GPU) for values in scores]
@@ -90,8 +90,10 @@ def test_selection_is_that_of_a_cpu(dtype: torch.dtype, monkeypatch: pytest.Monk
     for pattern in ("2:4", "4:8", "5:20"):
         found, expected = (keep_pattern(values, Pattern.parse(pattern)) for values in (there[0], scores[0]))
         assert torch.equal(found.cpu(), expected)
-    several, counts = [1, 1000, 150_000], cuts.Counts()
-    assert cuts.cuts(there, several) == cuts.cuts(scores, several) == [counts.cut(there, n) for n in several]
+    several, counts = [1, 1000, 150_000], thresholds.Counts()
+    assert (
+        thresholds.cuts(there, several) == thresholds.cuts(scores, several) == [counts.cut(there, n) for n in several]
+    )
 
 
 @pytest.mark.parametrize(

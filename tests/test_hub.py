@@ -21,7 +21,7 @@ from hub_server import COMMIT, Hub
 from prune_lab.errors import Refused
 from prune_lab.models.load import HubModel
 from prune_lab.text.corpus import Documents
-from prune_lab.text.hub import C4, Wikitext2
+from prune_lab.text.hub_datasets import C4, Wikitext2
 from prune_lab.text.splits import SPLITS
 from prune_lab.text.tokens import Tokens
 
@@ -124,7 +124,7 @@ def ask(code: str, tmp_path: Path, **environment: str) -> Any:
     env |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "HF_HOME": str(tmp_path / "home"), **environment}
     prelude = (
         "import json\nfrom conftest import CPU\nfrom prune_lab.models.load import HubModel\n"
-        "from prune_lab.text.hub import C4, Wikitext2\n"
+        "from prune_lab.text.hub_datasets import C4, Wikitext2\n"
         "def outcome(work):\n"
         "    try:\n        return work()\n    except ValueError as error:\n        return str(error)\n"
     )

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 from prune_lab.system import interrupt
-from prune_lab.system.interrupt import whole
+from prune_lab.system.interrupt import signals_deferred
 from prune_lab.tracking.connection import Uninterrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -49,8 +49,8 @@ def test_what_is_whole_is_done_before_the_signal_counts() -> None:
     done = []
 
     def work() -> None:
-        with whole():
-            with whole():
+        with signals_deferred():
+            with signals_deferred():
                 signal.raise_signal(signal.SIGINT)
                 done.append("inner")
             done.append("outer")
@@ -58,7 +58,7 @@ def test_what_is_whole_is_done_before_the_signal_counts() -> None:
     with pytest.raises(KeyboardInterrupt):
         work()
     assert done == ["inner", "outer"]
-    with whole():  # it counts once
+    with signals_deferred():  # it counts once
         pass
 
 
@@ -66,7 +66,7 @@ def test_a_second_signal_waits_for_nothing() -> None:
     done = []
 
     def work() -> None:
-        with whole():
+        with signals_deferred():
             signal.raise_signal(signal.SIGINT)
             done.append("first")
             signal.raise_signal(signal.SIGTERM)
@@ -75,12 +75,12 @@ def test_a_second_signal_waits_for_nothing() -> None:
     with pytest.raises(SystemExit):
         work()
     assert done == ["first"]
-    with whole():
+    with signals_deferred():
         pass
 
 
 def test_a_signal_counts_though_what_is_whole_fails() -> None:
-    @whole()
+    @signals_deferred()
     def work() -> None:
         signal.raise_signal(signal.SIGINT)
         raise ValueError
@@ -93,7 +93,7 @@ def test_another_thread_holds_nothing_back() -> None:
     inside, leave = threading.Event(), threading.Event()
 
     def work() -> None:
-        with whole():
+        with signals_deferred():
             inside.set()
             leave.wait(10)
 

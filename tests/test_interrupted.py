@@ -66,7 +66,7 @@ def check(whole: Ended, cut: Ended, again: Ended, at: int) -> None:
     assert again.loaded.model.config.to_dict() == whole.loaded.model.config.to_dict()
     assert same(again.training.pruned.masks.keep, whole.training.pruned.masks.keep)
     assert again.training.pruned.rows == whole.training.pruned.rows
-    assert again.training.pruned.notes == whole.training.pruned.notes
+    assert again.training.pruned.warnings == whole.training.pruned.warnings
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prune_lab.errors import Refused
 from prune_lab.models.contents import count_nonzero, count_weights
-from prune_lab.models.low_bits import (
+from prune_lab.models.low_bit.linears import (
     Fp8Linear,
     Int4Linear,
     Int8Linear,
@@ -17,7 +17,7 @@ from prune_lab.models.low_bits import (
     pack,
     unpack,
 )
-from prune_lab.models.semi_structured import check_pattern
+from prune_lab.models.low_bit.semi_structured import check_pattern
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 WIDTHS = [2, 3, 7, 8, 24, 32, 36, 40, 64]  # 36 and 40 crash the weight-only kernel

@@ -510,7 +510,7 @@ def test_an_allocation_gives_blocks_amounts_of_their_own(make: Make, option: str
         groups = comparison_groups(method(option, **keys), {str(i): z for i, z in enumerate(of_block)})
         assert all(abs(int(group.sum()) - shares[-1] * len(group)) <= 1 for group in groups)
     assert abs(shares[0] - shares[1]) > 0.01
-    assert any(note.startswith(f"{keys['allocation']} gives the blocks") for note in pruned.notes)
+    assert any(note.startswith(f"{keys['allocation']} gives the blocks") for note in pruned.warnings)
 
 
 # Patterns.
@@ -525,7 +525,7 @@ def test_a_pattern_keeps_n_of_each_m(dense: Dense, family: str, option: str, pat
     pruned = prune(method(option, amount=0.3, pattern=pattern), model, propagate="pruned")
     assert all(((weight != 0).reshape(-1, m).sum(1) == n).all() for weight in matrices(model).values())
     assert pruned.realized == 1 - n / m
-    assert pruned.notes == [f"method.pattern={pattern} fixes the amount at {1 - n / m:g}; amount=0.3 was not used"]
+    assert pruned.warnings == [f"method.pattern={pattern} fixes the amount at {1 - n / m:g}; amount=0.3 was not used"]
     assert all(torch.equal(keep, linears(model)[name].weight != 0) for name, keep in pruned.masks.keep.items())
 
 
@@ -549,7 +549,7 @@ def test_a_pattern_keeps_the_largest(dense: Dense) -> None:
 
 @pytest.mark.parametrize("option", WEIGHT_OPTIONS)
 def test_a_pattern_that_is_the_requested_amount_needs_no_note(dense: Dense, option: str) -> None:
-    assert prune(method(option, amount=0.5, pattern="2:4"), copy.deepcopy(dense("llama"))).notes == []
+    assert prune(method(option, amount=0.5, pattern="2:4"), copy.deepcopy(dense("llama"))).warnings == []
 
 
 @pytest.mark.parametrize("option", WEIGHT_OPTIONS)

@@ -27,7 +27,7 @@ from prune_lab import __main__ as program
 from prune_lab.commands import sync
 from prune_lab.out_of_memory import OutOfMemory, explained
 from prune_lab.sweeps import sweep as sweeps
-from prune_lab.system.files import half_of, mark, remove_leftovers, write_text
+from prune_lab.system.files import owner_suffix, remove_stale_files, temporary_name, write_text
 from prune_lab.tracking import connection
 
 # MLflow 3's own models use a deprecated part of SQLAlchemy, which says so when a store is first opened.
@@ -211,7 +211,7 @@ def test_a_read_only_folder_is_named(
 def test_what_a_killed_process_left_half_written_is_removed_and_nothing_else(tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    mine, host = half_of(tmp_path / "a.json"), mark().split("-")[0]
+    mine, host = temporary_name(tmp_path / "a.json"), owner_suffix().split("-")[0]
     dead = tmp_path / "deep" / f".model.0011aabb{host}-{gone.pid}.tmp"
     elsewhere, other = tmp_path / f".b.json.0011aabb.00000000-{gone.pid}.tmp", tmp_path / "notes.tmp"
     old = tmp_path / f".c.json.0011aabb.00000000-{gone.pid}.tmp"
@@ -220,7 +220,7 @@ def test_what_a_killed_process_left_half_written_is_removed_and_nothing_else(tmp
     for path in (mine, elsewhere, other, old):
         path.write_text("half")
     os.utime(old, (0, 0))
-    assert sorted(remove_leftovers(tmp_path)) == sorted([dead, old])
+    assert sorted(remove_stale_files(tmp_path)) == sorted([dead, old])
     assert all(path.exists() for path in (mine, elsewhere, other))
     assert not dead.exists()
 

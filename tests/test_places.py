@@ -19,7 +19,7 @@ from warm import give_store, run_module
 
 from prune_lab.config.overrides import as_override
 from prune_lab.config.parts import Settings
-from prune_lab.place import Place
+from prune_lab.job_context import JobContext
 from prune_lab.system.files import as_path, matching
 from prune_lab.system.hub import proxy_for, shown_proxy
 from prune_lab.tracking.links import sqlite_file, store_uri
@@ -59,7 +59,7 @@ def test_a_sweep_a_run_resume_sync_and_a_report_in_the_worst_of_folders(
     summary = json.loads((sweeps[1] / "0" / "summary.json").read_text())
     assert summary["reused_from"] is not None  # resumed
     # A job's own command, pasted into a shell, is the same run.
-    place = Place(sweeps[0] / "0", sweeps[0], "0", overrides=summary["overrides"])
+    place = JobContext(sweeps[0] / "0", sweeps[0], "0", overrides=summary["overrides"])
     pasted = subprocess.run(["sh", "-c", f"printf '%s\\0' {place.command}"], capture_output=True, check=True).stdout
     command = pasted.decode().split("\0")[:-1]
     single = run_module("prune_lab", [*command[3:], "export=true"], here, **cache)

@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from warm import give_store, run_module
 
 from prune_lab.errors import Refused
-from prune_lab.place import Place
+from prune_lab.job_context import JobContext
 from prune_lab.report import page, runs
 from prune_lab.report.runs import Report
 from prune_lab.report.sources import read
@@ -383,7 +383,7 @@ def test_calibration_text_is_no_part_of_the_comparison(tmp_path: Path) -> None:
 def track(name: str, summary: Summary, folder: Path, sweep: Path | None = None) -> None:
     """Puts a run into the store as a job does."""
     folder.mkdir(parents=True, exist_ok=True)
-    with Mlflow().start_run(name, summary, Place(folder, sweep)) as log:
+    with Mlflow().start_run(name, summary, JobContext(folder, sweep)) as log:
         if summary.status != "FINISHED":
             raise ValueError(summary.reason)
         log.result(summary, [summary.write(folder)])
@@ -419,7 +419,7 @@ def experiment(tmp_path: Path, own_store: str) -> str:
     again = Mlflow().find_finished(name, RUNS[0].fingerprint)
     assert again is not None
     Mlflow().open_sweep(name, tmp_path / "second")
-    Mlflow().enter_again(name, again, Place(tmp_path / "second" / "0", tmp_path / "second"))
+    Mlflow().enter_again(name, again, JobContext(tmp_path / "second" / "0", tmp_path / "second"))
     return name
 
 

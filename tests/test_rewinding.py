@@ -23,10 +23,10 @@ from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.pruning.pruned import Pruned
 from prune_lab.recovery import train as loop
+from prune_lab.recovery.context import TrainingContext
 from prune_lab.recovery.finetune import Finetune
 from prune_lab.recovery.lora import Lora
 from prune_lab.recovery.order import WindowOrder
-from prune_lab.recovery.training import Training
 from prune_lab.schedules import Gradual, Iterative, OneShot, Rewind, Schedule
 
 RECIPE = Finetune(
@@ -40,7 +40,7 @@ BACK_TO_4 = Iterative(rounds=2, start=8, rewind="weights", rewind_to=4)  # prune
 class Watcher:
     """Keeps the weights that each step begins with, as its forward pass finds them, and those around each pruning."""
 
-    def __init__(self, model: Any, training: Training) -> None:
+    def __init__(self, model: Any, training: TrainingContext) -> None:
         self.model, self._prune = model, training.prune
         self.begins: list[Weights] = []  # by step
         self.before: list[Weights] = []  # each pruning
@@ -66,7 +66,7 @@ class Watcher:
 
 def watched(
     loaded: Loaded, place: Path, method: Method, schedule: Schedule, recipe: Finetune = RECIPE
-) -> tuple[Watcher, Training]:
+) -> tuple[Watcher, TrainingContext]:
     """What a whole training looked like."""
     training = training_of(loaded, place, None, method, schedule, steps=recipe.steps)
     watcher = Watcher(loaded.model, training)

@@ -7,8 +7,7 @@ import itertools
 import pytest
 import torch
 
-from prune_lab.pruning import cuts as cutting
-from prune_lab.pruning.cuts import Counts, cuts
+from prune_lab.pruning import thresholds as cutting
 from prune_lab.pruning.masks import clear
 from prune_lab.pruning.selection import (
     Pattern,
@@ -20,6 +19,7 @@ from prune_lab.pruning.selection import (
     keep_rows,
     keep_unwaited,
 )
+from prune_lab.pruning.thresholds import Counts, cuts
 
 
 def naive_keep(scores: torch.Tensor, remove: int) -> torch.Tensor:

@@ -192,7 +192,7 @@ def test_three_files_say_it(models: dict[str, Any]) -> None:
     table = check_files(pruned.files, blocks=2, columns=3 * len(AMOUNTS) + 1)
     assert table["columns"] == [*(f"{part} {a:g}" for part in PARTS[:3] for a in AMOUNTS), "block"]
     assert table["score"] == "wanda"
-    assert any("nothing was removed" in note for note in pruned.notes)
+    assert any("nothing was removed" in note for note in pruned.warnings)
 
 
 def test_a_ruined_model_is_still_told(models: dict[str, Any]) -> None:

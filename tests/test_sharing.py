@@ -23,17 +23,16 @@ from test_package import MODULES, imports
 from torch import Tensor
 
 from prune_lab import __main__ as program
-from prune_lab import bench, fingerprint
 from prune_lab import cache as store
+from prune_lab import dense_cache, evaluator, fingerprint
 from prune_lab.commands import cache as cache_command
+from prune_lab.dense_cache import DenseCache
 from prune_lab.errors import Refused
 from prune_lab.methods.depth import Depth
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.unstructured import Unstructured
 from prune_lab.methods.wanda import Wanda
-from prune_lab.models import dense_facts
 from prune_lab.models.anatomy import Anatomy
-from prune_lab.models.dense_facts import DenseFacts
 from prune_lab.models.load import Loaded
 from prune_lab.pruning import calibration
 from prune_lab.pruning.calibration import Calibrator
@@ -47,12 +46,12 @@ ALL = frozenset(NEEDS)
 Seens = list[dict[str, Seen]]
 
 
-def facts_of(loaded: Loaded, **changes: str) -> DenseFacts:
+def facts_of(loaded: Loaded, **changes: str) -> DenseCache:
     """Facts of a model as another process would have them: with nothing in memory."""
-    return DenseFacts(loaded.model, HASHES | changes, CPU)
+    return DenseCache(loaded.model, HASHES | changes, CPU)
 
 
-def walked(loaded: Loaded, facts: DenseFacts | None, needs: frozenset[str] = ALL) -> Seens:
+def walked(loaded: Loaded, facts: DenseCache | None, needs: frozenset[str] = ALL) -> Seens:
     return list(Calibrator(WINDOWS, "dense", 4).walk(Anatomy(loaded.model, facts), needs))
 
 
@@ -89,7 +88,7 @@ def test_statistics_are_those_of_a_cold_pass(
     """Held in memory, read from disk each time, in memory alone, and neither: then each asking is a pass."""
     cold = walked(loaded, None)
     monkeypatch.setenv("PRUNE_LAB_CACHE_GB", gigabytes)
-    monkeypatch.setattr(dense_facts, "MEMORY", memory)
+    monkeypatch.setattr(dense_cache, "MEMORY", memory)
     facts = facts_of(loaded)
     passes.clear()
     assert_equal(walked(loaded, facts), cold)
@@ -135,13 +134,13 @@ def test_each_field_of_the_key_misses(
         windows[0, 0] = (windows[0, 0] + 1) % 300
     windows = windows[: value if field == "n_samples" else None, : value if field == "seq_len" else None]
     if field == "code":
-        monkeypatch.setattr(dense_facts, "SOURCE", (*dense_facts.SOURCE, value))
-    real = dense_facts.describe_environment
+        monkeypatch.setattr(dense_cache, "SOURCE", (*dense_cache.SOURCE, value))
+    real = dense_cache.describe_environment
     if field in ("threads", *fingerprint.LIBRARIES):
-        monkeypatch.setattr(dense_facts, "describe_environment", lambda device: real(device) | {field: value})
+        monkeypatch.setattr(dense_cache, "describe_environment", lambda device: real(device) | {field: value})
     facts = facts_of(loaded, **({field: value} if field in HASHES else {}))
     if field == "dtype":
-        facts = DenseFacts(loaded.model, HASHES, replace(CPU, dtype=value))
+        facts = DenseCache(loaded.model, HASHES, replace(CPU, dtype=value))
     calibrator = Calibrator(windows, "dense", size, prefix=int(field == "prefix"))
     list(calibrator.walk(Anatomy(loaded.model, facts), needs))
     assert len(passes) == (1 if field == "nothing" else 2)
@@ -157,8 +156,8 @@ def test_behind_pruned_blocks_nothing_is_served(loaded: Loaded, passes: list[int
 @pytest.mark.parametrize(
     ("edited", "is_another"),
     [
-        ("models/contents.py", True), ("pruning/cuts.py", True), ("measure/task_names.py", True),
-        ("text/tokens.py", True), ("bench.py", True), ("report/page.py", False), ("tracking/params.py", False),
+        ("models/contents.py", True), ("pruning/thresholds.py", True), ("measure/task_names.py", True),
+        ("text/tokens.py", True), ("evaluator.py", True), ("report/page.py", False), ("tracking/params.py", False),
     ],
 )  # fmt: skip
 def test_edited_source_is_another_key(
@@ -179,16 +178,16 @@ def test_edited_source_is_another_key(
 
 # What the modules of a key's source import and cannot change a figure by: where things are kept, said, locked, awaited.
 HARMLESS = {
-    "cache", "checks", "errors", "fingerprint", "results.metrics", "results.notes", "results.summary",
+    "cache", "checks", "errors", "fingerprint", "results.metrics", "results.run_warnings", "results.summary",
     "system.console", "system.environment", "system.files", "system.hub", "system.launch", "system.lock",
-    "system.turns",
+    "system.timing_lock",
 }  # fmt: skip
 
 
 def test_the_source_of_a_key_holds_all_that_it_imports() -> None:
     package = ROOT / "prune_lab"
     modules = {path.relative_to(package): ".".join(path.relative_to(package).with_suffix("").parts) for path in MODULES}
-    inside = {name for path, name in modules.items() if any(path.is_relative_to(part) for part in dense_facts.SOURCE)}
+    inside = {name for path, name in modules.items() if any(path.is_relative_to(part) for part in dense_cache.SOURCE)}
     known: set[str] = set()
     for path, name in modules.items():
         if name in inside | HARMLESS:
@@ -201,19 +200,19 @@ def test_an_edited_method_is_another_scan(tmp_path: Path, monkeypatch: pytest.Mo
     found = set()
     for number in range(2):
         (tmp_path / "statistic_of_a_test.py").write_text(f"# {number}\n")
-        dense_facts.source_of.cache_clear()
-        found.add(dense_facts.source_of(("statistic_of_a_test",)))
+        dense_cache.source_of.cache_clear()
+        found.add(dense_cache.source_of(("statistic_of_a_test",)))
     assert len(found) == 2
 
 
 def test_a_changed_model_has_no_facts(loaded: Loaded) -> None:
     facts, changed = facts_of(loaded), copy.deepcopy(loaded.model)
-    assert Anatomy(changed, facts).facts is facts
-    assert Anatomy(changed.train(), facts).facts is None
+    assert Anatomy(changed, facts).dense_cache is facts
+    assert Anatomy(changed.train(), facts).dense_cache is None
     changed.eval()
     with torch.no_grad():
         Anatomy(changed).linears_by_block()[1][0][1].weight[0, 0] += 1e-3
-    assert Anatomy(changed, facts).facts is None
+    assert Anatomy(changed, facts).dense_cache is None
 
 
 # Gradients, scans, block influence, counts: of the dense model, whatever is propagated.
@@ -229,7 +228,7 @@ def test_a_changed_model_has_no_facts(loaded: Loaded) -> None:
     if hasattr(method, "score") else type(method).__name__,
 )  # fmt: skip
 def test_pruned_with_known_facts_as_without(loaded: Loaded, method: Any) -> None:
-    def prune(amount: float, facts: DenseFacts | None) -> dict[str, Tensor]:
+    def prune(amount: float, facts: DenseCache | None) -> dict[str, Tensor]:
         model = copy.deepcopy(loaded.model)
         method.prune(Anatomy(model, facts), amount, 0, Calibrator(WINDOWS, "pruned", 4))
         state: dict[str, Tensor] = model.state_dict()
@@ -287,7 +286,7 @@ def run(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         calibration = ["dataset.calibration.n_samples=8", "dataset.calibration.propagate=dense"]
         arguments = [*small, "measure=quality_only", "tracking=none", *places, *calibration, *overrides]
         monkeypatch.setattr(sys, "argv", ["prune_lab", *arguments])
-        bench._open.clear()
+        evaluator._open.clear()
         assert program._run(arguments) == 0
         return folder
 
@@ -298,13 +297,13 @@ def run(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 def test_a_sweep_from_the_cache_equals_cold_runs(run: Run, monkeypatch: pytest.MonkeyPatch, passes: list[int]) -> None:
     """Metrics but for times, and exported weights, of the amounts that others went before."""
     dense_measured: list[int] = []
-    real = bench.measure_quality
+    real = evaluator.measure_quality
 
     def measure(*arguments: Any) -> Any:
         dense_measured.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr(bench, "measure_quality", measure)
+    monkeypatch.setattr(evaluator, "measure_quality", measure)
     methods = ("magnitude", "wanda", "sparsegpt")
     swept = run(f"method={','.join(methods)}", "amount=0.3,0.6", "export=true", "-m")
     assert len(passes) == 2  # one for wanda, one for sparsegpt

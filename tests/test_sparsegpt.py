@@ -300,7 +300,7 @@ def test_damping_grows_tenfold_until_the_gram_has_a_factor_and_is_reported() -> 
     pruned, module = Pruned(), nn.Linear(4, 2, bias=False).requires_grad_(False)
     module.weight.copy_(WEIGHT)
     SparseGPT().prune_linear("model.layers.0.x", module, 0.5, Seen(gram=INDEFINITE), pruned)
-    assert pruned.notes == ["model.layers.0.x: its inputs' gram needed damping 1 instead of 0.01"]
+    assert pruned.warnings == ["model.layers.0.x: its inputs' gram needed damping 1 instead of 0.01"]
     assert torch.equal(module.weight, solved.weight)
 
 
@@ -336,7 +336,7 @@ def test_the_method_prunes_a_linear_and_its_transpose_alike(keys: dict[str, Any]
         assert torch.equal(keep, torch.tensor(HALF) != 0)
     assert torch.equal(straight.bias, biases[0])
     assert torch.equal(transposed.bias, biases[1])
-    assert pruned.notes == []
+    assert pruned.warnings == []
 
 
 def test_an_amount_of_zero_changes_no_bit() -> None:

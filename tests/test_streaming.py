@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from prune_lab import __main__ as program
-from prune_lab import plan
+from prune_lab import compatibility
 from prune_lab.config.parts import Parts, Settings
 from prune_lab.errors import Refused
 from prune_lab.measure.macs import count_macs
@@ -33,12 +33,12 @@ from prune_lab.methods.sparsegpt import SparseGPT
 from prune_lab.methods.structured import Structured
 from prune_lab.methods.unstructured import Unstructured
 from prune_lab.methods.wanda import Wanda
-from prune_lab.models import states
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.export import check_reload, save_model
 from prune_lab.models.load import HubModel, Loaded
-from prune_lab.models.on_disk import own_copy
-from prune_lab.models.prefetch import Prefetch
+from prune_lab.models.offload import states
+from prune_lab.models.offload.on_disk import own_copy
+from prune_lab.models.offload.prefetch import Prefetch
 from prune_lab.models.shards import lay_out, open_shards
 from prune_lab.post.none import NoPost
 from prune_lab.post.quantize import Int8WeightOnly
@@ -86,7 +86,7 @@ def compressed(folder: Path, method: Method, place: Path, stream: bool, propagat
     check_reload(loaded.model, place / "export", WINDOWS[:1])
     size, macs = measure_size(loaded.model, place / "export"), count_macs(Anatomy(loaded.model), 16)
     hashes = dense.fingerprint(), loaded.fingerprint()
-    return (quality, size, macs, pruned.rows, pruned.notes, hashes, dense.facts()), place / "export"
+    return (quality, size, macs, pruned.rows, pruned.warnings, hashes, dense.facts()), place / "export"
 
 
 def check_alike(folder: Path, place: Path, method: Method, propagate: str = "pruned", device: Device = CPU) -> None:
@@ -265,9 +265,9 @@ def parts(folder: Path, **changes: Any) -> Parts:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_needs_a_whole_model_is_refused(folder: Path, changes: dict[str, Any], reason: str) -> None:
-    plan.check(parts(folder))
+    compatibility.check_parts(parts(folder))
     with pytest.raises(Refused) as refusal:
-        plan.check(parts(folder, **changes))
+        compatibility.check_parts(parts(folder, **changes))
     assert str(refusal.value).startswith("model.stream=true: ")
     assert reason in str(refusal.value)
 
@@ -328,7 +328,7 @@ from prune_lab.measure.perplexity import measure_quality
 from prune_lab.methods.wanda import Wanda
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel
-from prune_lab.models.on_disk import own_copy
+from prune_lab.models.offload.on_disk import own_copy
 from prune_lab.pruning.calibration import Calibrator
 
 device = Device(torch.device("cpu"), torch.float32)

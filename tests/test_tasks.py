@@ -18,8 +18,8 @@ from conftest import CPU, Cli
 from datasets import Dataset
 from hub_server import Hub
 
-from prune_lab.bench import open_bench
 from prune_lab.errors import Refused
+from prune_lab.evaluator import open_evaluator
 from prune_lab.fingerprint import fingerprint
 from prune_lab.measure import task_names
 from prune_lab.measure.settings import Measure
@@ -28,9 +28,9 @@ from prune_lab.measure.task_setup import prepare_tasks
 from prune_lab.measure.tasks import measure_tasks
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.results.metrics import dense_figures
-from prune_lab.results.notes import of_figures
+from prune_lab.results.run_warnings import of_figures
 from prune_lab.system.console import Console
-from prune_lab.text.files import TextFiles
+from prune_lab.text.text_files import TextFiles
 
 QUIET = Console(quiet=True)
 Row = dict[str, Any]
@@ -291,14 +291,14 @@ def test_a_sweep_measures_the_dense_tasks_once(
     """What stands in the sweep's folder is what later jobs take, also those in another process."""
     measure = settings(tasks, max_windows=4, memory=False, prompt_tokens=16, decode_tokens=2)
     parts = HubModel(name=str(folder)), TextFiles(path=str(corpus), seq_len=32), measure, CPU, 0, QUIET
-    first = open_bench(*parts).baseline(tmp_path, QUIET)
+    first = open_evaluator(*parts).baseline(tmp_path, QUIET)
     (stored,) = tmp_path.glob("baseline-*.json")
     values = json.loads(stored.read_text())
     assert values["tasks"] == first.tasks
     values["tasks"]["arc_easy"]["acc"] = 0.123
     stored.write_text(json.dumps(values))
-    monkeypatch.setattr("prune_lab.bench._open", {})  # as in another process
-    assert open_bench(*parts).baseline(tmp_path, QUIET).tasks["arc_easy"]["acc"] == 0.123
+    monkeypatch.setattr("prune_lab.evaluator._open", {})  # as in another process
+    assert open_evaluator(*parts).baseline(tmp_path, QUIET).tasks["arc_easy"]["acc"] == 0.123
 
 
 def test_a_run_with_other_tasks_is_another_run(tasks: Path, tmp_path: Path) -> None:

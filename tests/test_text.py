@@ -30,10 +30,10 @@ from prune_lab.text import corpus as corpora
 from prune_lab.text import joined
 from prune_lab.text import rows as row_files
 from prune_lab.text.corpus import Corpus, Documents, LongDocument
-from prune_lab.text.files import TextFiles
 from prune_lab.text.source import Calibration
 from prune_lab.text.splits import SPLITS, by_position
 from prune_lab.text.stdlib import Stdlib
+from prune_lab.text.text_files import TextFiles
 from prune_lab.text.tokens import Tokens, sha256
 
 LEFT_OUT = [
@@ -670,7 +670,8 @@ def test_damaged_tokens_are_made_again(
 def peak_mb(code: str, *arguments: str) -> float:
     """Peak memory that a fresh process reports of itself after `code`, less what it held before."""
     program = (
-        "import resource, sys\nfrom prune_lab.models.load import TINY\nfrom prune_lab.text.files import TextFiles\n"
+        "import resource, sys\nfrom prune_lab.models.load import TINY\n"
+        "from prune_lab.text.text_files import TextFiles\n"
         "from prune_lab.text.tokens import Tokens\nfrom transformers import AutoTokenizer\nimport datasets\n"
         "tokenizer = AutoTokenizer.from_pretrained(TINY)\ntokenizer(['warm up'] * 100)\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3\nbefore = peak()\n"

@@ -157,7 +157,7 @@ def test_keep_best_ends_with_the_weights_of_the_lowest_perplexity(
     torch.testing.assert_close(logits_of(loaded.model), watcher.logits[best], rtol=1e-5, atol=1e-5)
     if not isinstance(recipe, Lora):
         assert same(weights_of(loaded.model), watcher.weights[best])
-    (note,) = training.pruned.notes
+    (note,) = training.pruned.warnings
     assert note.startswith(f"trained 24 of 24 steps; kept are the weights of step {best}, where")
     assert note.endswith(f"{watcher.perplexity[best]:.4g}")
 
@@ -168,7 +168,7 @@ def test_without_keep_best_the_last_weights_stay(loaded: Loaded, tmp_path: Path)
     FORGETFUL.recover(loaded.model, training)
     assert watcher.best() < 24
     assert same(weights_of(loaded.model), watcher.weights[24])
-    assert training.pruned.notes == []
+    assert training.pruned.warnings == []
 
 
 def test_where_the_last_weights_are_the_best_nothing_is_said(folder: Path, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_where_the_last_weights_are_the_best_nothing_is_said(folder: Path, tmp_p
     replace(RECIPE, keep_best=True, patience=3).recover(kept.model, training)
     assert watcher.best() == 24
     assert same(weights_of(kept.model), weights_of(plain.model))
-    assert training.pruned.notes == []
+    assert training.pruned.warnings == []
 
 
 @pytest.mark.parametrize("patience", [1, 3])
@@ -201,7 +201,7 @@ def test_patience_ends_a_training_that_no_longer_improves(loaded: Loaded, tmp_pa
     assert max(watcher.steps, default=0) <= last
     assert same(weights_of(loaded.model), watcher.weights[best])
     assert not loaded.model.training
-    (note,) = training.pruned.notes
+    (note,) = training.pruned.warnings
     assert note.startswith(f"trained {last} of 60 steps; kept are the weights of step {best}, where")
 
 
@@ -267,7 +267,7 @@ def test_without_validation_text_the_training_goes_on_and_says_so(
     replace(RECIPE, validate_every=0).recover(plain.model, training_of(plain, tmp_path / "plain"))
     assert watcher.perplexity == {}
     assert watcher.steps == [10, 20, 24]
-    (note,) = training.pruned.notes
+    (note,) = training.pruned.warnings
     assert note.startswith("no validation perplexity while it trained: ")
     assert "the validation split of stories" in note
     assert same(weights_of(unwatched.model), weights_of(plain.model))
@@ -277,7 +277,7 @@ def test_that_there_is_no_validation_text_is_still_said_after_a_pruning(loaded: 
     """Each round answers with notes of its own."""
     training = training_of(loaded, tmp_path, None, Magnitude(amount=0.5), Iterative(rounds=3), validation=())
     RECIPE.recover(loaded.model, training)
-    assert [note for note in training.pruned.notes if note.startswith("no validation perplexity")]
+    assert [note for note in training.pruned.warnings if note.startswith("no validation perplexity")]
 
 
 @pytest.mark.parametrize("keys", [{"keep_best": True}, {"patience": 2}], ids=str)
@@ -316,8 +316,8 @@ def test_interrupted_after_its_best_step_it_still_ends_in_the_best_weights(
     assert later.steps == list(range(5, last + 1))  # the checkpoint is that of step 4
     assert later.perplexity == {step: value for step, value in calm.perplexity.items() if step > 4}
     assert same(weights_of(resumed.loaded.model), weights_of(whole.loaded.model))
-    assert resumed.training.pruned.notes == whole.training.pruned.notes
-    assert f"kept are the weights of step {best}, where" in resumed.training.pruned.notes[-1]
+    assert resumed.training.pruned.warnings == whole.training.pruned.warnings
+    assert f"kept are the weights of step {best}, where" in resumed.training.pruned.warnings[-1]
 
 
 @pytest.mark.parametrize(

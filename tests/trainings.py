@@ -20,8 +20,8 @@ from prune_lab.models.load import HubModel, Loaded
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.masks import Masks
 from prune_lab.pruning.pruned import Pruned
+from prune_lab.recovery.context import TrainingContext
 from prune_lab.recovery.finetune import Finetune
-from prune_lab.recovery.training import Training
 from prune_lab.schedules import Schedule
 from prune_lab.system.console import Console
 from prune_lab.text.corpus import Documents
@@ -37,7 +37,7 @@ def training_of(
     loaded: Loaded, place: Path, log: Log | None = None, method: Method | None = None,
     schedule: Schedule | None = None, *, steps: int = 24, masks: Masks | None = None,
     text: tuple[str, ...] = STORIES, validation: tuple[str, ...] = (), **changes: Any,
-) -> Training:  # fmt: skip
+) -> TrainingContext:  # fmt: skip
     """A training in windows of 32 tokens of a model that `masks` have pruned, or that `method` prunes by `schedule`."""
     calibrator = Calibrator(IDS, propagate="dense")
 
@@ -45,7 +45,7 @@ def training_of(
         assert method is not None, "no schedule asked for it"
         return method.prune(Anatomy(loaded.model), amount, 0, calibrator)
 
-    training = Training(
+    training = TrainingContext(
         dense=loaded,
         tokens=Tokens(Documents("stories", text, (), validation, ()), loaded.tokenizer),
         seq_len=32,
@@ -99,7 +99,7 @@ class Ended:
     """
 
     loaded: Loaded
-    training: Training
+    training: TrainingContext
     steps: list[int]
     saved: int
 

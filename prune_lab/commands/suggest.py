@@ -36,15 +36,15 @@ def main(arguments: list[str]) -> int:
 
 
 def _try(parts: config.Parts) -> None:
-    from prune_lab.bench import open_bench
+    from prune_lab.evaluator import open_evaluator
     from prune_lab.measure.batch_size import suggest, try_batch_sizes
     from prune_lab.system import device as devices
     from prune_lab.system.console import Console
 
     settings, console = parts.settings, Console()
     device = devices.resolve(settings.device, settings.dtype)
-    bench = open_bench(parts.model, parts.dataset, parts.measure, device, settings.seed, console)
-    trials = try_batch_sizes(bench.dense.model, bench.bos.before(bench.windows), device)
+    evaluator = open_evaluator(parts.model, parts.dataset, parts.measure, device, settings.seed, console)
+    trials = try_batch_sizes(evaluator.dense.model, evaluator.bos.before(evaluator.windows), device)
     for trial in trials:
         console.result(f"batch of {trial.batch_size:3}: {trial.tokens_per_s:10,.0f} tokens/s")
     chosen = suggest(trials)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prune_lab import explain
 from prune_lab.errors import FAILED, OK, REFUSED, Refused
-from prune_lab.place import Place
+from prune_lab.job_context import JobContext
 from prune_lab.results.summary import FILE, RESULTS, Summary, read_summary
 from prune_lab.sweeps.comparison import read_job, write
 from prune_lab.tracking.mlflow_sync import AT_WORK, HELD, Syncing
@@ -38,8 +38,8 @@ def _sync(folders: list[Path]) -> int:
         if not folder.is_dir():
             raise Refused(f"{folder}: no such folder; name one that runs wrote to, such as outputs or multirun")
     places, failed, counts = _find(folders), False, {"logged": 0, HELD: 0, AT_WORK: 0}
-    for sweep in dict.fromkeys(place.sweep for place, _ in places):
-        jobs = [(place, summary) for place, summary in places if place.sweep == sweep]
+    for sweep in dict.fromkeys(context.sweep for context, _ in places):
+        jobs = [(context, summary) for context, summary in places if context.sweep == sweep]
         try:
             for said, outcome in _log(sweep, jobs):
                 if outcome in counts:
@@ -55,8 +55,8 @@ def _sync(folders: list[Path]) -> int:
     return FAILED if failed else OK
 
 
-def _find(folders: list[Path]) -> list[tuple[Place, Summary]]:
-    """The finished runs below folders, oldest first, each once; each by its place."""
+def _find(folders: list[Path]) -> list[tuple[JobContext, Summary]]:
+    """The finished runs below folders, oldest first, each once; each by its context."""
     files = {Path(os.path.abspath(path)) for folder in folders for path in folder.rglob(FILE)}  # noqa: PTH100 (no links followed)
     found = []
     for path in sorted(files, key=lambda path: (path.stat().st_mtime, path)):
@@ -64,16 +64,18 @@ def _find(folders: list[Path]) -> list[tuple[Place, Summary]]:
         if summary is not None and summary.status == "FINISHED" and summary.fingerprint and summary.config:
             sweep = path.parent.parent
             is_job = path.parent.name.isdigit() and any((sweep / name).is_file() for name in ("multirun.yaml", RESULTS))
-            found.append((Place(path.parent, sweep if is_job else None, path.parent.name if is_job else ""), summary))
+            found.append(
+                (JobContext(path.parent, sweep if is_job else None, path.parent.name if is_job else ""), summary)
+            )
     return found
 
 
-def _log(sweep: Path | None, jobs: list[tuple[Place, Summary]]) -> Iterable[tuple[str, str]]:
+def _log(sweep: Path | None, jobs: list[tuple[JobContext, Summary]]) -> Iterable[tuple[str, str]]:
     """Logs the runs of a sweep, or single ones, and completes the sweep's record; what was done, and its outcome."""
     syncing = {name: Syncing(name) for name in dict.fromkeys(_experiment(summary) for _, summary in jobs)}
-    for place, summary in jobs:
-        outcome = syncing[_experiment(summary)].ensure(place, summary, _files(place.folder))
-        yield (f"{place.folder}: {outcome}" if outcome != HELD else ""), outcome
+    for context, summary in jobs:
+        outcome = syncing[_experiment(summary)].ensure(context, summary, _files(context.folder))
+        yield (f"{context.folder}: {outcome}" if outcome != HELD else ""), outcome
     if sweep is not None and len(syncing) == 1 and (sweep / RESULTS).is_file():
         (store,) = syncing.values()
         rows = [read_job(path) for path in sorted(sweep.iterdir()) if path.name.isdigit()]

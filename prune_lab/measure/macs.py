@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.models.anatomy import Anatomy, out_in
-from prune_lab.models.low_bits import LowBitLinear
+from prune_lab.models.low_bit.linears import LowBitLinear
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Measure:
     task_shots: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_sizes", "lengths", "tasks"):  # tuples: the bench of a sweep is found again by its parts
+        for name in ("batch_sizes", "lengths", "tasks"):  # tuples: the evaluator of a sweep is found again by its parts
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, least in (
             ("batch_size", 1), ("max_windows", 1), ("pairs", MIN_PAIRS), ("warmup", 1), ("prompt_tokens", 1),

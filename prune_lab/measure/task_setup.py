@@ -20,9 +20,9 @@ from prune_lab.errors import Refused
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.task_files import TaskFile, read_task_file
 from prune_lab.measure.task_names import find_definitions
-from prune_lab.system.files import as_path, mark
+from prune_lab.system.files import as_path, owner_suffix
 from prune_lab.system.hub import why_not, why_unreachable
-from prune_lab.text.hub import tell_nobody
+from prune_lab.text.hub_datasets import tell_nobody
 
 SEED = 1234  # of few-shot examples and of whatever a task draws, as in lm-eval
 
@@ -74,7 +74,7 @@ def by_itself() -> Iterator[None]:
 
 
 def _prepare(name: str, definition: Path, file: TaskFile | None, settings: Measure) -> ReadyTask:
-    with tempfile.TemporaryDirectory(suffix=mark()) as place:
+    with tempfile.TemporaryDirectory(suffix=owner_suffix()) as place:
         config = _read_config(name, definition, Path(place))
         _check_safe(name, config)
         changes: dict[str, Any] = {"dataset_kwargs": _without_code(config.get("dataset_kwargs"))}

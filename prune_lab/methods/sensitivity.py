@@ -72,4 +72,4 @@ class Sensitivity(Method):
                 of_block += more
         files = sensitivity_files.files_of(columns, rises, self.score, min(WINDOWS, len(calibrator.windows)), dense)
         notes = ["nothing was removed: sensitivity.md and .png in the run's folder say what each block would cost"]
-        return Pruned(notes=notes, files=files)
+        return Pruned(warnings=notes, files=files)

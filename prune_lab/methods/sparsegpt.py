@@ -54,7 +54,7 @@ class SparseGPT(WeightMethod):
         pattern = None if self.pattern is None else Pattern.parse(self.pattern)
         solved = sparsegpt.prune_linear(linear, seen.gram, amount, pattern)
         if solved.damping > sparsegpt.DAMPING:
-            pruned.notes.append(
+            pruned.warnings.append(
                 f"{name}: its inputs' gram needed damping {solved.damping:g} instead of {sparsegpt.DAMPING:g}"
             )
         return solved.keep

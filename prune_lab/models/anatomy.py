@@ -15,7 +15,7 @@ from prune_lab.errors import Refused
 if TYPE_CHECKING:  # checking a configuration asks for the family alone, and has no torch
     from torch import Tensor, nn
 
-    from prune_lab.models.dense_facts import DenseFacts
+    from prune_lab.dense_cache import DenseCache
 
 UNIT_KINDS = ("mlp", "heads")  # of any family, as method.units names them; which ones it has, a family says
 HEADS_OF_RUN = {"kv": 1, "qkv": 3}  # a run named "query" has all query heads of a KV group
@@ -242,13 +242,13 @@ class Anatomy:
     dense: facts about the model that it was copied from.
     """
 
-    def __init__(self, model: Any, dense: DenseFacts | None = None) -> None:
+    def __init__(self, model: Any, dense: DenseCache | None = None) -> None:
         self.model, self._dense = model, dense
         self.config = model.config
         self.family = family_of(model.config.model_type)
 
     @property
-    def facts(self) -> DenseFacts | None:
+    def dense_cache(self) -> DenseCache | None:
         """What is known of this model: only while it is as the dense one, and in memory to be compared with it."""
         if self.is_on_disk:
             return None
@@ -262,13 +262,13 @@ class Anatomy:
     @property
     def is_on_disk(self) -> bool:
         """Whether the blocks' weights rest on disk: then they are there within `at_hand` only."""
-        from prune_lab.models.on_disk import weights_on_disk
+        from prune_lab.models.offload.on_disk import weights_on_disk
 
         return weights_on_disk(self.model) is not None
 
     def at_hand(self, index: int) -> AbstractContextManager[None]:
         """Within it a block has its weights, wherever they rest; what was changed rests there afterwards."""
-        from prune_lab.models.on_disk import at_hand
+        from prune_lab.models.offload.on_disk import at_hand
 
         return at_hand(self.model, f"{self.family.blocks}.{index}")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.models.anatomy import Anatomy
-from prune_lab.models.states import StateList, States
+from prune_lab.models.offload.states import StateList, States
 
 
 class ReachedError(Exception):

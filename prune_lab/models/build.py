@@ -10,12 +10,12 @@ import torch
 
 from prune_lab.errors import Refused
 from prune_lab.models import folder as folders
-from prune_lab.models import streamed
 from prune_lab.models.anatomy import check_matrices, family_of
 from prune_lab.models.checkpoint import read_checkpoint
 from prune_lab.models.contents import check_finite
 from prune_lab.models.folder_check import check_config
-from prune_lab.models.low_bit_format import leave_out_compression
+from prune_lab.models.low_bit.compressed_tensors import leave_out_compression
+from prune_lab.models.offload import streamed
 from prune_lab.system.device import Device
 from prune_lab.system.hub import why_not
 
@@ -61,7 +61,7 @@ def build(
             if stream:
                 streamed.check(folder, config, name)
             checkpoint = read_checkpoint(folder, config, name)
-            notes = checkpoint.notes
+            notes = checkpoint.warnings
             if stream:
                 model = streamed.build(folder, config, checkpoint, device)
             else:

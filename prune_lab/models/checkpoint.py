@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from prune_lab.errors import Refused
-from prune_lab.models import bitmask, low_bit_format
 from prune_lab.models.anatomy import family_of
 from prune_lab.models.foreign import common_prefix, explained
+from prune_lab.models.low_bit import bitmask, compressed_tensors
 from prune_lab.models.shards import Shards, Span, open_shards
 
 _SHOWN = 3  # names in a message
@@ -40,7 +40,7 @@ class Checkpoint:
     """Files and offsets of a model's tensors, by the model's names, and notes on tensors that are not used."""
 
     places: dict[str, Span]
-    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def read_checkpoint(folder: Path, config: Any, name: str) -> Checkpoint:
@@ -55,7 +55,7 @@ def read_checkpoint(folder: Path, config: Any, name: str) -> Checkpoint:
         return comparison.checkpoint()
     config.tie_word_embeddings = False
     checkpoint = _Comparison(stored, config, name).checkpoint()
-    checkpoint.notes.append(
+    checkpoint.warnings.append(
         f"config.json says that the head is the embedding (tie_word_embeddings), but the files hold another, {head}: "
         "it is what was measured, and an export says tie_word_embeddings=false"
     )
@@ -223,7 +223,7 @@ def _skeleton(config: Any) -> Any:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         if quantized is not None:
-            low_bit_format.replace_linears(model, quantized, torch.float32)
+            compressed_tensors.replace_linears(model, quantized, torch.float32)
     model.tie_weights()
     return model
 

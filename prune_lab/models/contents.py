@@ -10,8 +10,8 @@ import torch
 
 from prune_lab.errors import Refused
 from prune_lab.fingerprint import digest_of
-from prune_lab.models.low_bits import LowBitLinear
-from prune_lab.models.on_disk import value
+from prune_lab.models.low_bit.linears import LowBitLinear
+from prune_lab.models.offload.on_disk import value
 
 _NO_COMPUTE = frozenset(
     {"_name_or_path", "name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"}

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_lab.models import bitmask, streamed
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import BlockStream
 from prune_lab.models.checkpoint import read_checkpoint
 from prune_lab.models.export_config import rewrite_configs
 from prune_lab.models.folder import load
 from prune_lab.models.load import Loaded
-from prune_lab.models.on_disk import lay_out_model, weights_on_disk
-from prune_lab.system.files import half_of
+from prune_lab.models.low_bit import bitmask
+from prune_lab.models.offload import streamed
+from prune_lab.models.offload.on_disk import lay_out_model, weights_on_disk
+from prune_lab.system.files import temporary_name
 
 
 def save_model(loaded: Loaded, folder: Path, storage: str = "dense") -> None:
@@ -26,7 +27,7 @@ def save_model(loaded: Loaded, folder: Path, storage: str = "dense") -> None:
 
     `storage` is that of a post-compression (prune_lab/post/base.py).
     """
-    half = half_of(folder)
+    half = temporary_name(folder)
     try:
         save_weights(loaded.model, half)
         if storage == "bitmask":

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prune_lab.models import bitmask, low_bit_format
+from prune_lab.models.low_bit import bitmask, compressed_tensors
 from prune_lab.models.shards import INDEX, WHOLE
-from prune_lab.system.files import mark
+from prune_lab.system.files import owner_suffix
 
 
 def load(source: str, config: Any, **keywords: Any) -> Any:
@@ -23,7 +23,7 @@ def load(source: str, config: Any, **keywords: Any) -> Any:
     if (Path(source) / bitmask.FILE).is_file():
         return bitmask.load(Path(source), config, **keywords)
     with _indexed(Path(source)) as folder:
-        return low_bit_format.load(str(folder), config, **keywords)
+        return compressed_tensors.load(str(folder), config, **keywords)
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def _indexed(folder: Path) -> Iterator[Path]:
     if not index or isinstance(index.get("metadata"), dict):
         yield folder
         return
-    with tempfile.TemporaryDirectory(suffix=mark()) as place:
+    with tempfile.TemporaryDirectory(suffix=owner_suffix()) as place:
         for file in folder.iterdir():
             if file.name != INDEX:
                 (Path(place) / file.name).symlink_to(file.resolve())

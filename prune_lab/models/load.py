@@ -30,7 +30,7 @@ class Loaded:
     family: str
     revision: str | None = None  # the Hub's commit, where it comes from there
     licence: str | None = None  # by its model card, where that is here and names one
-    notes: list[str] = field(default_factory=list)  # what a run must say of what was loaded
+    warnings: list[str] = field(default_factory=list)  # what a run must say of what was loaded
     tokenizer_config: dict[str, Any] = field(default_factory=dict)  # the file of this name that it came with
 
     def facts(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Loaded:
 class ModelSource:
     """A model option: where a model comes from, with its weights or with random ones.
 
-    stream: the blocks' weights rest on disk, for models larger than memory (prune_lab/models/on_disk.py).
+    stream: the blocks' weights rest on disk, for models larger than memory (prune_lab/models/offload/on_disk.py).
     """
 
     weights: str = "pretrained"
@@ -194,7 +194,7 @@ def _load(source: str, revision: str | None, option: ModelSource, name: str, dev
         tokenizer,
         name,
         model.config.model_type,
-        notes=notes,
+        warnings=notes,
         tokenizer_config=_tokenizer_config(source, revision),
     )
 

@@ -26,13 +26,13 @@ class LowBitPost(Post):
     )
 
     def scheme(self) -> dict[str, Any]:
-        """The fields of its Scheme (models/low_bit_format.py)."""
+        """The fields of its Scheme (models/low_bit/compressed_tensors.py)."""
         raise NotImplementedError
 
     def compress(self, anatomy: Anatomy) -> list[str]:
         """Replaces every prunable Linear; raises Refused where its inputs are no multiple of the group."""
-        from prune_lab.models.low_bit_format import Scheme
-        from prune_lab.models.quantize import quantize
+        from prune_lab.models.low_bit.compressed_tensors import Scheme
+        from prune_lab.models.low_bit.quantize_model import quantize
 
         return quantize(anatomy, Scheme(**self.scheme()))
 

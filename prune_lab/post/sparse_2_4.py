@@ -42,7 +42,7 @@ class Sparse24(Post):
 
     def compress(self, anatomy: Anatomy) -> list[str]:
         """Replaces every prunable Linear; raises Refused where one does not keep 2 of every 4 inputs."""
-        from prune_lab.models import semi_structured
+        from prune_lab.models.low_bit import semi_structured
 
         semi_structured.replace_linears(anatomy, self.kernel_search)
         if self.kernel_search:

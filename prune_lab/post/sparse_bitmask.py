@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SparseBitmask(Post):
-    """The layout of prune_lab/models/bitmask.py, which prune_lab reads and stock transformers does not."""
+    """The layout of prune_lab/models/low_bit/bitmask.py, which prune_lab reads and stock transformers does not."""
 
     storage: ClassVar[str] = "bitmask"
     reading: ClassVar[str] = "prune_lab alone (`model=hf model.name=FOLDER`)"

@@ -29,7 +29,7 @@ class Calibrator:
     target of a loss.
     propagate: what the blocks after a pruned one see: its outputs as "pruned", or those of the "dense" block, which
     costs half and makes the statistics independent of the amount: they are computed once, as are gradients, block
-    influence and scans, which are of the dense model either way (see models/dense_facts.py).
+    influence and scans, which are of the dense model either way (see dense_cache.py).
     bfloat16: whether blocks multiply in bfloat16 as the windows pass; sums over inputs are float32 either way.
     """
 
@@ -51,7 +51,7 @@ class Calibrator:
             yield from unseen(anatomy)
             return
         propagate_pruned = not dense and self.propagate == "pruned"
-        facts = None if propagate_pruned else anatomy.facts
+        facts = None if propagate_pruned else anatomy.dense_cache
         if facts is None:
             yield from self._observe(anatomy, propagate_pruned, wanted)
             return
@@ -104,7 +104,7 @@ class Calibrator:
         of: what it depends on beside the model and the windows; modules: full names of those outside of
         models.dense.SOURCE that compute it.
         """
-        facts = anatomy.facts
+        facts = anatomy.dense_cache
         return compute() if facts is None else facts.value(kind, {**self._of, **of}, compute, modules)
 
     def saliency(
@@ -120,7 +120,7 @@ class Calibrator:
         def compute() -> Iterator[dict[str, Tensor]]:
             yield gradients.saliency(anatomy, self.windows, order, self.console, reduce, only, self.prefix)
 
-        facts, kind = anatomy.facts, GRADIENTS[order - 1]
+        facts, kind = anatomy.dense_cache, GRADIENTS[order - 1]
         if facts is None:
             return next(compute())
         of = {key: value for key, value in self._of.items() if key != "batch_size"} | {"parts": parts}

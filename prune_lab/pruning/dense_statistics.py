@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from prune_lab.models.dense_facts import DenseFacts, Part
+from prune_lab.dense_cache import DenseCache, Part
 from prune_lab.pruning.seen import Seen
 
 FIELDS = {"input_norm": ("input_norm",), "variance": ("mean", "variance"), "gram": ("gram",)}  # of Seen, by need
@@ -15,7 +15,7 @@ Observe = Callable[[frozenset[str]], Iterator[dict[str, Seen]]]
 
 
 def dense_statistics(
-    facts: DenseFacts, of: dict[str, Any], blocks: int, needs: frozenset[str], observe: Observe
+    facts: DenseCache, of: dict[str, Any], blocks: int, needs: frozenset[str], observe: Observe
 ) -> Iterator[dict[str, Seen]]:
     """For each block, what was seen at each of its Linears, by full name, as `observe(needs)` would yield it.
 

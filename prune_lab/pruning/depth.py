@@ -24,7 +24,7 @@ def prune(anatomy: Anatomy, amount: float, by: str, calibrator: Calibrator) -> P
         keep_blocks(anatomy, [index for index in range(count) if index not in dropped])
     gone = [index for index in range(total) if index not in original_blocks(anatomy)]
     notes = [f"blocks removed of {total}, counted from 0: {', '.join(map(str, gone))}"] if gone else []
-    return Pruned(_rows(anatomy, total, gone), notes=notes)
+    return Pruned(_rows(anatomy, total, gone), warnings=notes)
 
 
 def scan(anatomy: Anatomy, calibrator: Calibrator, dense: float) -> list[list[float]]:

@@ -31,13 +31,13 @@ class Pruned:
 
     rows: list[LayerRow] = field(default_factory=list)
     masks: Masks = field(default_factory=_no_masks)
-    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
     cuts: list[Cut] = field(default_factory=list)
 
     def after(self, earlier: Pruned) -> Pruned:
         """This pruning as one that followed an earlier one of the same model: with the notes of both."""
-        self.notes = list(dict.fromkeys(earlier.notes + self.notes))
+        self.warnings = list(dict.fromkeys(earlier.warnings + self.warnings))
         return self
 
     @property

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from prune_lab.pruning.cuts import Counts
+    from prune_lab.pruning.thresholds import Counts
 
 NEEDS = ("input_norm", "variance", "gram")  # of a Linear's inputs: prune_lab/pruning/statistics.py
 GRADIENTS = ("saliency", "saliency2")  # of the whole model's loss: prune_lab/pruning/gradients.py

@@ -8,8 +8,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from prune_lab.pruning.cuts import Counts, Threshold, at_once, cuts, kth_lowest, row_cuts
 from prune_lab.pruning.pattern import Pattern
+from prune_lab.pruning.thresholds import Counts, Threshold, at_once, cuts, kth_lowest, row_thresholds
 
 RANKED_BY_PAIRS = 8  # entries at most whose pairs are fewer than the steps of a selection
 
@@ -29,7 +29,7 @@ def keep_rows(scores: Tensor, remove: int) -> Tensor:
         return keep
     rows = max(1, at_once(scores) // scores.shape[1])
     for part, kept in zip(scores.split(rows), keep.split(rows), strict=True):
-        threshold, ties = row_cuts(part, remove)
+        threshold, ties = row_thresholds(part, remove)
         torch.gt(part, threshold, out=kept)
         row, column = (part == threshold).nonzero(as_tuple=True)  # in the order of rows, then columns
         first = torch.searchsorted(row, torch.arange(len(part), device=row.device))

@@ -69,7 +69,7 @@ def prune(rule: UnitRule, anatomy: Anatomy, amount: float, seed: int, calibrator
         else:
             for parts, mask in zip(parts_of[kind], keep[kind], strict=True):
                 pruned.masks.keep.update(unit_masks(parts, mask))
-    pruned.notes = list(dict.fromkeys(pruned.notes))
+    pruned.warnings = list(dict.fromkeys(pruned.warnings))
     return pruned
 
 
@@ -116,7 +116,7 @@ def _zero(rule: UnitRule, parts: list[UnitLinear], keep: Tensor, seen: dict[str,
         if reader.linear.bias is not None and mean is not None:
             compensate(reader, keep, mean)
         else:
-            pruned.notes.append(f"nothing compensated: {reader.name.rpartition('.')[2]} has no bias in this model")
+            pruned.warnings.append(f"nothing compensated: {reader.name.rpartition('.')[2]} has no bias in this model")
     zero_units(parts, keep)
 
 

@@ -9,17 +9,17 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from prune_lab.dense_cache import DenseCache
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import Anatomy, out_in
-from prune_lab.models.dense_facts import DenseFacts
 from prune_lab.pruning import allocation, scores, sensitivity
 from prune_lab.pruning.calibration import Calibrator
-from prune_lab.pruning.cuts import Counts
 from prune_lab.pruning.masks import Masks, clear
 from prune_lab.pruning.pattern import Pattern
 from prune_lab.pruning.pruned import LayerRow, Pruned
 from prune_lab.pruning.seen import Seen
 from prune_lab.pruning.selection import count_to_remove, keep_global, keep_layer, keep_pattern, keep_rows
+from prune_lab.pruning.thresholds import Counts
 from prune_lab.pruning.walk import walk
 
 
@@ -73,7 +73,7 @@ def prune(rule: WeightRule, anatomy: Anatomy, amount: float, seed: int, calibrat
         keep = dict(zip(values, keep_global(list(values.values()), amount, counts), strict=True))
         pruned.rows = [_row(name, mask) for name, mask in keep.items()]
         if calibrator is not None and calibrator.propagate == "pruned":
-            pruned.notes.append(
+            pruned.warnings.append(
                 "one ranking over all blocks: all were calibrated before any was pruned to this amount, whatever "
                 "dataset.calibration.propagate"
             )
@@ -88,7 +88,7 @@ def prune(rule: WeightRule, anatomy: Anatomy, amount: float, seed: int, calibrat
     pruned.masks = Masks({name: out_in(linear, keep[name]) for _, name, linear in _each(linears) if name in keep})
     pruned.masks.hold(anatomy.model)
     if rule.pattern is not None and abs(pruned.realized - amount) > 1e-6:
-        pruned.notes.append(
+        pruned.warnings.append(
             f"method.pattern={rule.pattern} fixes the amount at {pruned.realized:g}; amount={amount:g} was not used"
         )
     return pruned
@@ -136,10 +136,10 @@ def _walk(
             yield {name: replace(seen, counts=counts[name]) for name, seen in of_block.items()}
 
 
-def _facts_of_counts(rule: WeightRule, anatomy: Anatomy) -> DenseFacts | None:
+def _facts_of_counts(rule: WeightRule, anatomy: Anatomy) -> DenseCache | None:
     """Where scores are counted once and cut for all amounts: those that go by the weight alone, of the dense model."""
     named = rule.named_score
-    return anatomy.facts if named is not None and named.by_weight_alone else None
+    return anatomy.dense_cache if named is not None and named.by_weight_alone else None
 
 
 def _allocate(
@@ -161,7 +161,7 @@ def _allocate(
         amounts = allocation.by_sensitivity(rises, sensitivity.AMOUNTS, amount, sizes)
     else:
         return [amount] * len(linears)
-    pruned.notes.append(f"{rule.allocation} gives the blocks " + ", ".join(f"{a:.3f}" for a in amounts))
+    pruned.warnings.append(f"{rule.allocation} gives the blocks " + ", ".join(f"{a:.3f}" for a in amounts))
     return amounts
 
 

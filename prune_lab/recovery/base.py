@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from prune_lab.models.load import Loaded
-    from prune_lab.recovery.training import Training
+    from prune_lab.recovery.context import TrainingContext
     from prune_lab.system.device import Device
 
 
@@ -38,6 +38,6 @@ class Recovery:
         """sha256 of what it brings to a run beside its keys; raises Refused where that does not fit the dense model."""
         return {}
 
-    def recover(self, model: Any, training: Training) -> None:
+    def recover(self, model: Any, training: TrainingContext) -> None:
         """Trains `model` in place and prunes it as `training.events` say; pruned weights stay exactly zero."""
         raise NotImplementedError

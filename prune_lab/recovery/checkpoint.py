@@ -19,7 +19,7 @@ from prune_lab.pruning.masks import Masks
 from prune_lab.pruning.pruned import LayerRow, Pruned
 from prune_lab.pruning.surgery import take_shape
 from prune_lab.recovery.sharding import full
-from prune_lab.system.files import whole_file
+from prune_lab.system.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ def save(
         "best": best,
         "shape": asdict(shape_of(Anatomy(model))),
         "rows": [asdict(row) for row in pruned.rows],
-        "notes": pruned.notes,
+        "notes": pruned.warnings,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as half:
+    with atomic_write(path) as half:
         save_file(tensors, half, metadata={"training": json.dumps(facts)})
 
 

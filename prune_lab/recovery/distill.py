@@ -12,8 +12,8 @@ from prune_lab.system.files import state_of
 from prune_lab.text.encode import tokenizer_sha256
 
 if TYPE_CHECKING:
+    from prune_lab.recovery.context import TrainingContext
     from prune_lab.recovery.losses import Loss
-    from prune_lab.recovery.training import Training
     from prune_lab.system.device import Device
 
 
@@ -58,7 +58,7 @@ class Distill(Finetune):
             _fingerprints[teacher.name] = teacher.fingerprint()
         return {f"teacher_{key}": value for key, value in _fingerprints[teacher.name].items()}
 
-    def loss(self, training: Training) -> Loss:
+    def loss(self, training: TrainingContext) -> Loss:
         """The mixed loss; the teacher is in eval mode, has no gradients and is not changed."""
         from prune_lab.recovery.losses import distillation_loss
 

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 from prune_lab.recovery.recipe import TrainingRecipe
 
 if TYPE_CHECKING:
+    from prune_lab.recovery.context import TrainingContext
     from prune_lab.recovery.losses import Loss
-    from prune_lab.recovery.training import Training
 
 
 @dataclass(frozen=True)
 class Finetune(TrainingRecipe):
     """Training of all weights on the mean cross-entropy of the next token."""
 
-    def loss(self, training: Training) -> Loss:
+    def loss(self, training: TrainingContext) -> Loss:
         """That cross-entropy."""
         from prune_lab.recovery.losses import next_token_loss
 
         return next_token_loss(training.bos.length)
 
-    def recover(self, model: Any, training: Training) -> None:
+    def recover(self, model: Any, training: TrainingContext) -> None:
         """Trains on its loss."""
         from prune_lab.recovery.train import train
 

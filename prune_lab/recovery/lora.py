@@ -11,7 +11,7 @@ from prune_lab.recovery.finetune import Finetune
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prune_lab.recovery.training import Training
+    from prune_lab.recovery.context import TrainingContext
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,19 @@ class Lora(Finetune):
         if not self.scale > 0:
             raise ValueError(f"scale={self.scale} must be above 0")
 
-    def begin(self, model: Any, training: Training, step: int) -> None:
+    def begin(self, model: Any, training: TrainingContext, step: int) -> None:
         """Attaches new adapters and freezes the weights."""
         from prune_lab.recovery import adapters
 
         adapters.attach(Anatomy(model), training.pruned.masks, self.rank, self.scale, training.seed + step)
 
-    def end(self, model: Any, training: Training) -> None:
+    def end(self, model: Any, training: TrainingContext) -> None:
         """Merges them."""
         from prune_lab.recovery import adapters
 
         adapters.merge(Anatomy(model), training.pruned.masks, self.scale)
 
-    def weights(self, model: Any, training: Training) -> dict[str, Tensor]:
+    def weights(self, model: Any, training: TrainingContext) -> dict[str, Tensor]:
         """The frozen weights with the updates added, through the masks."""
         from prune_lab.recovery import adapters
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from prune_lab.recovery.base import Recovery
 
 if TYPE_CHECKING:
-    from prune_lab.recovery.training import Training
+    from prune_lab.recovery.context import TrainingContext
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,6 @@ class NoRecovery(Recovery):
         """None."""
         return 0
 
-    def recover(self, model: Any, training: Training) -> None:
+    def recover(self, model: Any, training: TrainingContext) -> None:
         """Prunes as the schedule says."""
         training.prune_before(0)

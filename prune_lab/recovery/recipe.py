@@ -11,8 +11,8 @@ from prune_lab.recovery.base import Recovery
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from prune_lab.recovery.context import TrainingContext
     from prune_lab.recovery.losses import Loss
-    from prune_lab.recovery.training import Training
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,17 @@ class TrainingRecipe(Recovery):
                 "go by: give a number of steps"
             )
 
-    def begin(self, model: Any, training: Training, step: int) -> None:
+    def begin(self, model: Any, training: TrainingContext, step: int) -> None:
         """Says what is trained from `step` on: here all parameters."""
         model.requires_grad_(True)
 
-    def end(self, model: Any, training: Training) -> None:
+    def end(self, model: Any, training: TrainingContext) -> None:
         """Leaves a model of plain weights, before a pruning and when the training is over."""
 
-    def weights(self, model: Any, training: Training) -> dict[str, Tensor]:
+    def weights(self, model: Any, training: TrainingContext) -> dict[str, Tensor]:
         """The plain weights that `end` would leave now, by name."""
         return dict(model.named_parameters())
 
-    def loss(self, training: Training) -> Loss:
+    def loss(self, training: TrainingContext) -> Loss:
         """What the training brings down: a function of the model and a batch of windows, (windows, seq_len)."""
         raise NotImplementedError

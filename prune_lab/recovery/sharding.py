@@ -18,7 +18,7 @@ from prune_lab.recovery.recipe import TrainingRecipe
 from prune_lab.system.world import World
 
 
-class Whole:
+class Unsharded:
     """A model, its optimizer and its masks, all of them in this process."""
 
     def __init__(self, model: Any, optimizer: Optimizer, masks: Masks) -> None:
@@ -32,7 +32,7 @@ class Whole:
         return window_losses(self.model, batch, prefix)
 
 
-class Sharded(Whole):
+class Sharded(Unsharded):
     """The same with an equal part in each process: rows of every weight, of its state and of its mask.
 
     Fully sharded data parallel (ZeRO: Rajbhandari et al., 1910.02054; FSDP: Zhao et al., 2304.11277), by torch's
@@ -43,7 +43,7 @@ class Sharded(Whole):
     bfloat16: the training computes in it, so blocks are put together in it.
     """
 
-    def __init__(self, whole: Whole, recipe: TrainingRecipe, world: World, bfloat16: bool) -> None:
+    def __init__(self, whole: Unsharded, recipe: TrainingRecipe, world: World, bfloat16: bool) -> None:
         from torch.distributed.fsdp import register_fsdp_forward_method
 
         self._whole = whole

@@ -12,21 +12,21 @@ from torch import Tensor
 
 from prune_lab.errors import Refused
 from prune_lab.recovery import checkpoint
+from prune_lab.recovery.context import TrainingContext
 from prune_lab.recovery.dropout import residual_dropout
 from prune_lab.recovery.losses import Loss
 from prune_lab.recovery.optimizer import adamw, follow, lr_factor
 from prune_lab.recovery.order import WindowOrder
 from prune_lab.recovery.recipe import TrainingRecipe
 from prune_lab.recovery.rewinding import Rewinder
-from prune_lab.recovery.sharding import Sharded, Whole
-from prune_lab.recovery.training import Training
+from prune_lab.recovery.sharding import Sharded, Unsharded
 from prune_lab.recovery.validation import Validation
 from prune_lab.system.device import uses_bfloat16
 
 LOG_EVERY = 10  # steps
 
 
-def train(model: Any, recipe: TrainingRecipe, training: Training) -> None:
+def train(model: Any, recipe: TrainingRecipe, training: TrainingContext) -> None:
     """Trains `model` in place for recipe.steps steps, pruning as the schedule says, and leaves it in eval mode.
 
     The weights are float32 while they train, whatever the run's number type: small updates vanish in 16 bits.
@@ -42,7 +42,7 @@ def train(model: Any, recipe: TrainingRecipe, training: Training) -> None:
 class _Loop:
     """One training under way."""
 
-    def __init__(self, model: Any, recipe: TrainingRecipe, training: Training, loss_of: Loss) -> None:
+    def __init__(self, model: Any, recipe: TrainingRecipe, training: TrainingContext, loss_of: Loss) -> None:
         self.model, self.recipe, self.training, self.loss_of = model, recipe, training, loss_of
         stream = training.tokens.enough("train", training.seq_len)
         batch_size, world = recipe.batch_size, training.world
@@ -87,10 +87,10 @@ class _Loop:
         self.validation.go_on(saved.best, saved.kept("best"))
         return start
 
-    def _spread(self) -> Whole:
+    def _spread(self) -> Unsharded:
         """What the next steps work on: the model and its optimizer, or this process's part of them."""
         training = self.training
-        whole = Whole(self.model, self.optimizer, training.pruned.masks)
+        whole = Unsharded(self.model, self.optimizer, training.pruned.masks)
         return Sharded(whole, self.recipe, training.world, self.bfloat16) if training.world.sharded else whole
 
     def run(self) -> None:
@@ -181,7 +181,7 @@ class _Loop:
         try:
             checkpoint.save(self.training.checkpoint, step, *state, kept=kept, best=best, writes=writes)
         except (OSError, SafetensorError) as error:  # a full disk, say: the training itself does not need it
-            self.training.say(f"no checkpoint at step {step}: {error}")
+            self.training.warn(f"no checkpoint at step {step}: {error}")
 
 
 @contextmanager

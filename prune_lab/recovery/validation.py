@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from prune_lab.errors import Refused
+from prune_lab.recovery.context import TrainingContext
 from prune_lab.recovery.recipe import TrainingRecipe
-from prune_lab.recovery.sharding import Whole, full
-from prune_lab.recovery.training import Training
+from prune_lab.recovery.sharding import Unsharded, full
 
 
 class Validation:
@@ -21,7 +21,7 @@ class Validation:
     The best counts from the last pruning on: before it the model is not yet what was asked for.
     """
 
-    def __init__(self, recipe: TrainingRecipe, training: Training) -> None:
+    def __init__(self, recipe: TrainingRecipe, training: TrainingContext) -> None:
         self.every, self._recipe, self._training = recipe.validate_every, recipe, training
         self._patience, self._keeps = recipe.patience, recipe.keep_best or recipe.patience > 0
         self.best, self.best_step, self.worse = math.inf, -1, 0  # worse: measurements since the best
@@ -36,7 +36,7 @@ class Validation:
             if self._keeps:
                 raise
             self.every = 0
-            training.say(f"no validation perplexity while it trained: {error}")
+            training.warn(f"no validation perplexity while it trained: {error}")
             return torch.empty(0, 0)
         return training.bos.before(windows[: self._recipe.validate_windows])
 
@@ -45,7 +45,7 @@ class Validation:
         return self.every > 0 and (step % self.every == 0 or step == self._recipe.steps)
 
     @torch.no_grad()
-    def measure(self, trained: Whole, step: int, autocast: Any, share: Callable[[float], float]) -> None:
+    def measure(self, trained: Unsharded, step: int, autocast: Any, share: Callable[[float], float]) -> None:
         """Perplexity after `step` steps, logged; the weights are kept if it is the best so far.
 
         The model is in eval mode meanwhile. `share` has every process of a training go by the same figure.
@@ -93,7 +93,7 @@ class Validation:
             return
         for name, weight in model.named_parameters():
             weight.copy_(full(self.kept[name]))
-        self._training.say(
+        self._training.warn(
             f"trained {step} of {self._recipe.steps} steps; kept are the weights of step {self.best_step}, where the "
             f"validation perplexity was lowest: {self.best:.4g}"
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from prune_lab.errors import Refused
-from prune_lab.report.alike import warnings
+from prune_lab.report.comparability import warnings
 from prune_lab.results.metrics import is_dense
 from prune_lab.results.pareto import Point, dense_points
 from prune_lab.results.series import keys, position, shared, telling

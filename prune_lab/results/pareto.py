@@ -11,7 +11,7 @@ from typing import Any
 
 from prune_lab.results.metrics import Axis, axis, dense_figures, of_dense
 from prune_lab.results.series import Position, place_on_line
-from prune_lab.system.files import whole_file
+from prune_lab.system.files import atomic_write
 
 QUALITY = "quality/perplexity"
 SIZES = ("params/nonzero", "size/disk_mb")
@@ -117,7 +117,7 @@ def draw(
         figure.legend(legend.values(), legend.keys(), loc="outside right upper", fontsize="small")
     if caption:
         figure.supxlabel(_plain(fill(caption, int(width * 14))), fontsize="small", color="0.3")
-    with whole_file(path) as half:
+    with atomic_write(path) as half:
         figure.savefig(half, dpi=130, format="png")
     pyplot.close(figure)
 

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from prune_lab import explain
 from prune_lab.config.parts import build
 from prune_lab.errors import REFUSED, Refused
-from prune_lab.place import Place
+from prune_lab.job_context import JobContext
 from prune_lab.results.summary import FILE
 from prune_lab.sweeps import remote
 from prune_lab.system import interrupt, launch
@@ -71,13 +71,13 @@ class SweepCallback(Callback):
         _close()
 
 
-def place_of_job(hydra_config: Any) -> Place:
+def place_of_job(hydra_config: Any) -> JobContext:
     """The place of the job that Hydra is running."""
     in_sweep = hydra_config.mode == RunMode.MULTIRUN
     overrides: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)  # as typed, ${...} and all
     runtime = hydra_config.runtime
     recipes = [source.path for source in runtime.config_sources if source.provider == "command-line"]
-    return Place(
+    return JobContext(
         folder=Path(runtime.output_dir),
         sweep=Path(hydra_config.sweep.dir).absolute() if in_sweep else None,
         job=str(hydra_config.job.num) if in_sweep else "",
@@ -112,7 +112,7 @@ def _close(ended: str | None = None) -> None:
     if sweep is None or sweep.closed:
         return
     sweep.closed = True
-    with interrupt.whole():
+    with interrupt.signals_deferred():
         remote.clear()
         _complete(sweep, ended)
 

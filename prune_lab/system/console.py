@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console as RichConsole
 from tqdm import tqdm
 
-from prune_lab.system.turns import machine
+from prune_lab.system.timing_lock import timing_lock
 
 
 class Console:
@@ -56,5 +56,5 @@ class _Bar(tqdm):
 
     def update(self, n: float | None = 1) -> bool | None:
         """Moves the bar on by n."""
-        machine.pause()
+        timing_lock.pause()
         return super().update(n)

@@ -20,14 +20,14 @@ _MARK = re.compile(r"\.([0-9a-f]{8})-(\d+)\.tmp$")
 _FORGOTTEN = 7 * 24 * 3600  # seconds after which a temporary of another machine is nobody's
 
 
-def mark() -> str:
+def owner_suffix() -> str:
     """The end of a temporary file's or folder's name: it says whose it is."""
     return f".{_host()}-{os.getpid()}.tmp"
 
 
-def half_of(path: Path) -> Path:
+def temporary_name(path: Path) -> Path:
     """A name beside `path` for what is to take its place when it is whole."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{mark()}")
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{owner_suffix()}")
 
 
 def as_path(name: str) -> Path:
@@ -50,9 +50,9 @@ def matching(pattern: Path) -> list[Path]:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Where to write: it takes the place of `path` at the end, and is gone where the writing failed."""
-    half = half_of(path)
+    half = temporary_name(path)
     try:
         yield half
         half.replace(path)
@@ -62,7 +62,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> Path:
     """Writes a text file whole or not at all and returns its path."""
-    with whole_file(path) as half:
+    with atomic_write(path) as half:
         half.write_text(text, encoding="utf-8")
     return path
 
@@ -80,7 +80,7 @@ def state_of(files: Iterable[Path]) -> tuple[FileState, ...]:
     return tuple(found)
 
 
-def remove_leftovers(folder: Path, deep: bool = True) -> list[Path]:
+def remove_stale_files(folder: Path, deep: bool = True) -> list[Path]:
     """Removes what ended processes left half-written in `folder` and, if deep, below it; returns what went."""
     removed: list[Path] = []
     for place, folders, names in os.walk(folder):

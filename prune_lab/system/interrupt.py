@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_depth = 0  # how many `whole` blocks the main thread is in
+_depth = 0  # how many `signals_deferred` blocks the main thread is in
 _held: int | None = None  # the signal that came while it was
 
 
@@ -39,7 +39,7 @@ def _on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handle
 
 
 @contextmanager
-def whole() -> Iterator[None]:
+def signals_deferred() -> Iterator[None]:
     """A signal that comes inside takes effect at the end; a second one at once, for whoever cannot wait."""
     global _depth, _held
     if not _in_main_thread():  # where Python delivers no signals

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from prune_lab.system.files import mark
+from prune_lab.system.files import owner_suffix
 
 
 def size() -> int:
@@ -33,7 +33,7 @@ def for_this_process(arguments: list[str]) -> list[str]:
         return arguments
     import tempfile
 
-    folder = tempfile.mkdtemp(prefix="prune_lab-", suffix=mark())
+    folder = tempfile.mkdtemp(prefix="prune_lab-", suffix=owner_suffix())
     helping = ["tracking=none", "quiet=true", "export=false", f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
     given = [number for number, word in enumerate(arguments) if "=" in word and not word.startswith("-")]
     end = given[-1] + 1 if given else len(arguments)  # overrides must stand together, and the last one counts

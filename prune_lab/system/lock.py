@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-from prune_lab.system.turns import machine
+from prune_lab.system.timing_lock import timing_lock
 
 try:
     import fcntl
@@ -34,7 +34,7 @@ def locked(path: Path, how: How) -> Iterator[bool | None]:
             if how == "now":
                 fcntl.flock(file, flags | fcntl.LOCK_NB)
             else:
-                with machine.resting():  # its holder may pause for a job that is timed, which waits for this one
+                with timing_lock.released():  # its holder may pause for a job that is timed, which waits for this one
                     fcntl.flock(file, flags)
             with suppress(FileNotFoundError):  # removed, and perhaps made again, while we waited: not that one
                 held = True if path.stat().st_ino == os.fstat(file.fileno()).st_ino else None

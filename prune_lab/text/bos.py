@@ -34,7 +34,7 @@ class Bos:
     """The token that stands before every window: its id, or None for no such token; and what must be said of it."""
 
     id: int | None = None
-    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:
@@ -76,7 +76,7 @@ def resolve_bos(add_bos: str, family: str, needed: bool | None, tokenizer: Any) 
     """
     token = tokenizer.bos_token_id
     if add_bos == "false":
-        return Bos(notes=(_WITHOUT.format(family=family),) if needed else ())
+        return Bos(warnings=(_WITHOUT.format(family=family),) if needed else ())
     if add_bos == "true":
         if token is None:
             raise Refused(
@@ -85,9 +85,9 @@ def resolve_bos(add_bos: str, family: str, needed: bool | None, tokenizer: Any) 
             )
         return Bos(token)
     if needed and token is None:
-        return Bos(notes=(_NO_TOKEN.format(family=family),))
+        return Bos(warnings=(_NO_TOKEN.format(family=family),))
     if needed:
         return Bos(token)
     if needed is None and token is not None and encode(tokenizer, ["a"], special=True)[0][:1] == [token]:
-        return Bos(notes=(_NOT_KNOWN.format(family=family),))
+        return Bos(warnings=(_NOT_KNOWN.format(family=family),))
     return Bos()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prune_lab.checks import check_autocast
 from prune_lab.text.corpus import Corpus
-from prune_lab.text.whole import Whole
+from prune_lab.text.unsplit import UnsplitCorpus
 
 SOURCES = ("own", "stdlib", "text", "wikitext2", "c4")
 PROPAGATE = ("pruned", "dense")
@@ -87,6 +87,6 @@ class TextSource:
         """Reads the corpus; raises Refused where there is none."""
         raise NotImplementedError
 
-    def whole(self) -> Whole:
+    def unsplit(self) -> UnsplitCorpus:
         """All of it that may calibrate another dataset, as calibration text; refusals speak of dataset.calibration."""
         raise NotImplementedError

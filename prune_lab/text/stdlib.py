@@ -12,7 +12,7 @@ from prune_lab.errors import Refused
 from prune_lab.text.corpus import Documents
 from prune_lab.text.source import TextSource
 from prune_lab.text.splits import SPLITS, split_of
-from prune_lab.text.whole import Whole
+from prune_lab.text.unsplit import UnsplitCorpus
 
 _LEFT_OUT = {
     "site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "ensurepip",
@@ -35,10 +35,10 @@ class Stdlib(TextSource):
         )
         return Documents("stdlib", train, calibration, validation, test, {"python": platform.python_version()})
 
-    def whole(self) -> Whole:
+    def unsplit(self) -> UnsplitCorpus:
         """All modules."""
         corpus = self.corpus()
-        return Whole(corpus.name, corpus, corpus.facts)
+        return UnsplitCorpus(corpus.name, corpus, corpus.facts)
 
 
 def _modules(library: Path) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from prune_lab.errors import Refused
-from prune_lab.place import Place
+from prune_lab.job_context import JobContext
 from prune_lab.results.summary import Summary
 
 
@@ -30,7 +30,7 @@ class Tracker(ABC):
     """A tracking option. `name` is the experiment throughout."""
 
     @abstractmethod
-    def start_run(self, name: str, summary: Summary, place: Place) -> AbstractContextManager[RunLog]:
+    def start_run(self, name: str, summary: Summary, context: JobContext) -> AbstractContextManager[RunLog]:
         """Opens the record of a run; it ends FINISHED, FAILED or KILLED, whatever happens inside.
 
         A record that the store did not take is said in summary.unlogged; it does not end the run.
@@ -41,7 +41,7 @@ class Tracker(ABC):
         """The summary of the finished run with this fingerprint, or None. Raises Unreachable."""
 
     @abstractmethod
-    def enter_again(self, name: str, summary: Summary, place: Place) -> None:
+    def enter_again(self, name: str, summary: Summary, context: JobContext) -> None:
         """Enters a finished run's result into the comparison of the sweep that asked for it again."""
 
     @abstractmethod

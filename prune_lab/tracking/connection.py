@@ -15,8 +15,8 @@ from urllib.parse import unquote
 
 from prune_lab.errors import Refused
 from prune_lab.explain import one_line
-from prune_lab.system.files import half_of, remove_leftovers
-from prune_lab.system.interrupt import whole
+from prune_lab.system.files import remove_stale_files, temporary_name
+from prune_lab.system.interrupt import signals_deferred
 from prune_lab.tracking import links
 from prune_lab.tracking.base import Unreachable
 
@@ -38,7 +38,7 @@ class Uninterrupted:
         self._client = client
 
     def __getattr__(self, name: str) -> Any:
-        return _patient(whole()(getattr(self._client, name)))
+        return _patient(signals_deferred()(getattr(self._client, name)))
 
 
 def connect(name: str) -> tuple[Any, str]:
@@ -50,7 +50,7 @@ def connect(name: str) -> tuple[Any, str]:
         if unquote(str(Path.cwd())) != str(Path.cwd()):  # MLflow would take a%20b for the folder `a b`
             os.environ.setdefault("_MLFLOW_SERVER_ARTIFACT_ROOT", Path("mlruns").absolute().as_uri())
         _make_file(links.store_uri(), client_of)
-        client = Uninterrupted(_patient(whole()(client_of))(tracking_uri=links.store_uri()))
+        client = Uninterrupted(_patient(signals_deferred()(client_of))(tracking_uri=links.store_uri()))
         return client, _experiment(client, name)
 
 
@@ -95,8 +95,8 @@ def _make_file(uri: str, client: Any) -> None:
         return
     from sqlalchemy.engine import make_url
 
-    remove_leftovers(path.absolute().parent, deep=False)
-    half = half_of(path)
+    remove_stale_files(path.absolute().parent, deep=False)
+    half = temporary_name(path)
     try:
         _touch(half)  # where no file can be made MLflow would try for minutes
         new = make_url(uri).set(database=str(half)).render_as_string(hide_password=False)

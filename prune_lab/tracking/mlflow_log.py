@@ -8,7 +8,7 @@ from typing import Any
 
 from prune_lab import explain
 from prune_lab.results.summary import Summary
-from prune_lab.system.interrupt import whole
+from prune_lab.system.interrupt import signals_deferred
 from prune_lab.tracking.params import tags_of
 
 AGAIN = 60.0  # seconds after which figures of the training are sent once more to a store that was away
@@ -85,7 +85,7 @@ def log_metrics(client: Any, run_id: str, values: dict[str, float]) -> None:
 
 def end(client: Any, run_id: str, status: str, reason: str | None) -> None:
     """Ends a run with a status, and the reason where it is not FINISHED."""
-    with whole():
+    with signals_deferred():
         if reason is not None:
             client.set_tag(run_id, "status_reason", reason[:1000])
         client.set_terminated(run_id, status)

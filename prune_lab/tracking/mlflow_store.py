@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.explain import one_line
-from prune_lab.place import Place
+from prune_lab.job_context import JobContext
 from prune_lab.results.summary import Summary, from_dict
-from prune_lab.system.files import mark
-from prune_lab.system.interrupt import whole
+from prune_lab.system.files import owner_suffix
+from prune_lab.system.interrupt import signals_deferred
 from prune_lab.tracking import links
 from prune_lab.tracking.base import Tracker
 from prune_lab.tracking.connection import connect, reaching
@@ -39,7 +39,7 @@ class Mlflow(Tracker):
     """Tracks in the store that MLFLOW_TRACKING_URI names, or in mlflow.db in the working folder."""
 
     @contextmanager
-    def start_run(self, name: str, summary: Summary, place: Place) -> Iterator[MlflowLog]:
+    def start_run(self, name: str, summary: Summary, context: JobContext) -> Iterator[MlflowLog]:
         """A run under its sweep's parent, if it has one; what ends it decides its status.
 
         A job of a sweep, whose store was there when the sweep began, goes on where it is not there any more.
@@ -49,11 +49,11 @@ class Mlflow(Tracker):
             try:
                 client, experiment = connect(name)
                 reconcile(client, experiment)
-                with whole():
+                with signals_deferred():
                     tags = {FINGERPRINT: summary.fingerprint}
-                    log.begin(client, create_run(client, experiment, summary, place, tags))
+                    log.begin(client, create_run(client, experiment, summary, context, tags))
             except Exception as error:
-                if place.sweep is None:
+                if context.sweep is None:
                     raise
                 log.lost = one_line(error)[:200]
             yield log
@@ -65,7 +65,7 @@ class Mlflow(Tracker):
             raise
         log.end("FINISHED")
         if log.lost is not None:
-            summary.unlogged = _unlogged(log.lost, place)
+            summary.unlogged = _unlogged(log.lost, context)
 
     def find_finished(self, name: str, fingerprint: str) -> Summary | None:
         """Reads summary.json back from the finished run with this fingerprint. Raises Unreachable."""
@@ -76,18 +76,18 @@ class Mlflow(Tracker):
                 return stored_summary(client, run.info.run_id)
         return None
 
-    def enter_again(self, name: str, summary: Summary, place: Place) -> None:
+    def enter_again(self, name: str, summary: Summary, context: JobContext) -> None:
         """In a sweep: a child with the earlier run's figures, tagged with its id instead of a fingerprint."""
-        if place.sweep is None:
+        if context.sweep is None:
             return
         try:
             client, experiment = connect(name)
-            with whole():
-                run_id = create_run(client, experiment, summary, place, {REUSED: summary.reused_from or ""})
+            with signals_deferred():
+                run_id = create_run(client, experiment, summary, context, {REUSED: summary.reused_from or ""})
                 log_metrics(client, run_id, summary.metrics)
                 end(client, run_id, "FINISHED", None)
         except Exception as error:  # the result itself stands in the store already
-            summary.unlogged = _unlogged(one_line(error)[:200], place)
+            summary.unlogged = _unlogged(one_line(error)[:200], context)
 
     def open_sweep(self, name: str, folder: Path) -> None:
         """Opens the parent run; its jobs find it by the tag that names the sweep's folder."""
@@ -123,14 +123,14 @@ class Mlflow(Tracker):
             client.delete_run(parent)
 
 
-def create_run(client: Any, experiment: str, summary: Summary, place: Place, tags: dict[str, str]) -> str:
+def create_run(client: Any, experiment: str, summary: Summary, context: JobContext, tags: dict[str, str]) -> str:
     """Makes a run with its parameters and the text that it was measured on, and returns its id."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
     from prune_lab import __version__
 
     tags = {"prune_lab.version": __version__, "device": summary.protocol["device"], **tags, **owner_tags()}
-    if place.sweep is not None and (parent := find_parent(client, experiment, place.sweep)):
+    if context.sweep is not None and (parent := find_parent(client, experiment, context.sweep)):
         tags[PARENT] = parent
     run = client.create_run(experiment, run_name=run_name(summary), tags=tags)
     params = [Param(key, str(value)) for key, value in params_of(summary).items()]
@@ -168,9 +168,9 @@ def stored_summary(client: Any, run_id: str) -> Summary | None:
 
     from mlflow.exceptions import MlflowException
 
-    with tempfile.TemporaryDirectory(suffix=mark()) as place:
+    with tempfile.TemporaryDirectory(suffix=owner_suffix()) as folder:
         try:
-            path = client.download_artifacts(run_id, "summary.json", place)
+            path = client.download_artifacts(run_id, "summary.json", folder)
             summary = from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError, MlflowException):
             return None  # its files are gone: it is computed again
@@ -178,8 +178,8 @@ def stored_summary(client: Any, run_id: str) -> Summary | None:
     return summary
 
 
-def _unlogged(reason: str, place: Place) -> str:
-    return f"not in the MLflow store ({reason}); prune-lab sync {shlex.quote(str(place.folder))} logs it"
+def _unlogged(reason: str, context: JobContext) -> str:
+    return f"not in the MLflow store ({reason}); prune-lab sync {shlex.quote(str(context.folder))} logs it"
 
 
 def _shared_dense_figures(summaries: list[Summary]) -> dict[str, float]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prune_lab.place import Place
+from prune_lab.job_context import JobContext
 from prune_lab.results.summary import FILE, Summary
 from prune_lab.tracking.connection import connect
 from prune_lab.tracking.mlflow_log import MlflowLog
@@ -34,21 +34,21 @@ class Syncing:
         self._client, self._experiment = connect(name)
         reconcile(self._client, self._experiment)
 
-    def ensure(self, place: Place, summary: Summary, files: list[Path]) -> str:
+    def ensure(self, context: JobContext, summary: Summary, files: list[Path]) -> str:
         """Logs a finished run that the store does not have; LOGGED, HELD or AT_WORK. Its file then says no more."""
-        if summary.reused_from and place.sweep is None:
+        if summary.reused_from and context.sweep is None:
             return HELD
         tags = {REUSED: summary.reused_from} if summary.reused_from else {FINGERPRINT: summary.fingerprint}
-        runs = self._runs(tags, place)
+        runs = self._runs(tags, context)
         if any(run.info.status == "FINISHED" for run in runs):
             outcome = HELD
         elif any(run.info.status == "RUNNING" and is_alive(run.data.tags) for run in runs):
             return AT_WORK
         else:
-            self._log(place, summary, files, tags)
+            self._log(context, summary, files, tags)
             outcome = LOGGED
         if summary.unlogged is not None:
-            _as_logged(summary).write(place.folder)
+            _as_logged(summary).write(context.folder)
         return outcome
 
     def lacks_comparison(self, sweep: Path) -> bool:
@@ -67,28 +67,28 @@ class Syncing:
         finished = all(summary.status == "FINISHED" for summary in summaries)
         tracker.close_sweep(self._name, sweep, "FINISHED" if finished else "FAILED", summaries)
 
-    def _runs(self, tags: dict[str, str], place: Place) -> list[Any]:
+    def _runs(self, tags: dict[str, str], context: JobContext) -> list[Any]:
         """The runs with these tags; those of a result that was reused, among the children of its sweep alone."""
         key, value = next(iter(tags.items()))
         if key == REUSED:  # it may name a folder, which a search would have to quote
-            assert place.sweep is not None
-            parent = find_parent(self._client, self._experiment, place.sweep) or "none"
+            assert context.sweep is not None
+            parent = find_parent(self._client, self._experiment, context.sweep) or "none"
             children = self._client.search_runs([self._experiment], f"tags.`{PARENT}` = '{parent}'")
             return [run for run in children if run.data.tags.get(REUSED) == value]
         found: list[Any] = list(self._client.search_runs([self._experiment], f"tags.`{key}` = '{value}'"))
         return found
 
-    def _log(self, place: Place, summary: Summary, files: list[Path], tags: dict[str, str]) -> None:
-        if place.sweep is not None and find_parent(self._client, self._experiment, place.sweep) is None:
-            Mlflow().open_sweep(self._name, place.sweep)
+    def _log(self, context: JobContext, summary: Summary, files: list[Path], tags: dict[str, str]) -> None:
+        if context.sweep is not None and find_parent(self._client, self._experiment, context.sweep) is None:
+            Mlflow().open_sweep(self._name, context.sweep)
         log, logged = MlflowLog(), _as_logged(summary)
-        log.begin(self._client, create_run(self._client, self._experiment, logged, place, {**tags, SYNCED: "true"}))
+        log.begin(self._client, create_run(self._client, self._experiment, logged, context, {**tags, SYNCED: "true"}))
         if summary.unlogged is not None:
-            logged.write(place.folder)
-        log.result(logged, [place.folder / FILE, *files])
+            logged.write(context.folder)
+        log.result(logged, [context.folder / FILE, *files])
         log.end("FINISHED")
         if log.lost is not None:
-            summary.write(place.folder)
+            summary.write(context.folder)
             raise RuntimeError(f"the store did not take it: {log.lost}")
 
 

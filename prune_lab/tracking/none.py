@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prune_lab.cache import cache_folder, why_not_kept
 from prune_lab.fingerprint import text_sha256
-from prune_lab.place import Place
+from prune_lab.job_context import JobContext
 from prune_lab.results.summary import Summary, read_summary
 from prune_lab.tracking.base import Tracker
 
@@ -33,7 +33,7 @@ class NoTracking(Tracker):
         return cache_folder() / "finished" / text_sha256(name)[:16] / fingerprint
 
     @contextmanager
-    def start_run(self, name: str, summary: Summary, place: Place) -> Iterator[_Silent]:
+    def start_run(self, name: str, summary: Summary, context: JobContext) -> Iterator[_Silent]:
         """Keeps a copy of the summary in the cache folder when the run finishes."""
         yield _Silent()
         if summary.status == "FINISHED":
@@ -53,7 +53,7 @@ class NoTracking(Tracker):
             summary.reused_from = str(entry)
         return summary
 
-    def enter_again(self, name: str, summary: Summary, place: Place) -> None:
+    def enter_again(self, name: str, summary: Summary, context: JobContext) -> None:
         """Nothing to do: the summary in the job's folder is the entry."""
 
     def open_sweep(self, name: str, folder: Path) -> None:

@@ -42,10 +42,10 @@ from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.sparsegpt import SparseGPT
 from prune_lab.methods.structured import Structured
 from prune_lab.methods.wanda import Wanda
-from prune_lab.models import streamed
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.checkpoint import read_checkpoint
-from prune_lab.models.on_disk import own_copy
+from prune_lab.models.offload import streamed
+from prune_lab.models.offload.on_disk import own_copy
 from prune_lab.post.sparse_2_4 import Sparse24
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.system.console import Console

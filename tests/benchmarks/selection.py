@@ -19,8 +19,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from prune_lab.pruning.cuts import cuts
 from prune_lab.pruning.selection import Pattern, count_to_remove, keep_global, keep_layer, keep_pattern, keep_rows
+from prune_lab.pruning.thresholds import cuts
 
 SIZE, AMOUNT, AMOUNTS = 4096, 0.5, [i / 10 for i in range(1, 10)]
 Timed = Callable[[], object]

@@ -21,7 +21,7 @@ import torch
 from prune_lab.measure.inference import prefill
 from prune_lab.models.load import Tiny
 from prune_lab.system.device import Device
-from prune_lab.system.turns import Turns
+from prune_lab.system.timing_lock import TimingLock
 
 ROUNDS, REPEATS = 15, 15
 
@@ -29,10 +29,10 @@ ROUNDS, REPEATS = 15, 15
 JOB = """
 import sys, time, torch
 from pathlib import Path
-from prune_lab.system.turns import Turns
+from prune_lab.system.timing_lock import TimingLock
 
 torch.set_num_threads(1)
-turns, rest, a = Turns(Path(sys.argv[1])), Path(sys.argv[1]) / "rest", torch.randn(512, 512)
+turns, rest, a = TimingLock(Path(sys.argv[1])), Path(sys.argv[1]) / "rest", torch.randn(512, 512)
 with turns.sharing():
     while True:
         if rest.exists():
@@ -58,7 +58,7 @@ def main(jobs: int) -> None:
     found: dict[str, list[float]] = {"alone": [], "beside, pausing": [], "beside, not pausing": []}
     load: dict[str, list[float]] = {name: [] for name in found}
     with tempfile.TemporaryDirectory() as place:
-        folder, turns = Path(place), Turns(Path(place))
+        folder, turns = Path(place), TimingLock(Path(place))
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         started = [subprocess.Popen([sys.executable, "-c", JOB, place], env=env) for _ in range(jobs)]
         try:
@@ -69,7 +69,7 @@ def main(jobs: int) -> None:
                     rests.touch() if name == "alone" else rests.unlink(missing_ok=True)
                     time.sleep(0.2)
                     # One that times without its turn uses locks of its own, which nobody else knows.
-                    own = turns if name != "beside, not pausing" else Turns(Path(tempfile.mkdtemp(dir=place)))
+                    own = turns if name != "beside, not pausing" else TimingLock(Path(tempfile.mkdtemp(dir=place)))
                     with own.sharing(), own.alone() as seen:
                         median_ms(model, prompt)
                         found[name].append(median_ms(model, prompt))

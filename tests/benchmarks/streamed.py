@@ -24,7 +24,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prune_lab.models.load import TINY
-from prune_lab.models.on_disk import stored_tensors
+from prune_lab.models.offload.on_disk import stored_tensors
 from prune_lab.models.shards import lay_out
 
 MB = 1e6

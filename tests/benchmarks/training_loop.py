@@ -18,10 +18,10 @@ from prune_lab.methods.magnitude import Magnitude
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import Tiny
 from prune_lab.pruning.pruned import Pruned
+from prune_lab.recovery.context import TrainingContext
 from prune_lab.recovery.finetune import Finetune
 from prune_lab.recovery.losses import next_token_loss
 from prune_lab.recovery.order import WindowOrder
-from prune_lab.recovery.training import Training
 from prune_lab.schedules import Event
 from prune_lab.system import device as devices
 from prune_lab.system.console import Console
@@ -64,7 +64,7 @@ if __name__ == "__main__":
                 if name == "bare":
                     bare(loaded.model, tokens)
                 else:
-                    training = Training(
+                    training = TrainingContext(
                         dense=loaded,
                         tokens=tokens,
                         seq_len=SEQ_LEN,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Place:
-    """A job's place; `sweep` is the sweep's folder, None for a single run."""
+class JobContext:
+    """A job's context; `sweep` is the sweep's folder, None for a single run."""
 
     folder: Path
     sweep: Path | None = None

@@ -11,7 +11,7 @@ from prune_lab.measure.tasks import Scores
 
 
 @dataclass(frozen=True)
-class Figures:
+class Measurements:
     """Quality, size, memory and task scores.
 
     memory_mb: peak memory in MB (10^6 bytes), None where it was not asked for. tasks: the scores of each task by name.
@@ -23,7 +23,7 @@ class Figures:
     tasks: dict[str, Scores] = field(default_factory=dict)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Figures:
+    def from_dict(cls, values: dict[str, Any]) -> Measurements:
         """From what `asdict` made of them and JSON kept."""
         quality = {name: float(value) for name, value in values["quality"].items()}  # a diverged one stands as "inf"
         return cls(Quality(**quality), Size(**values["size"]), values["memory_mb"], values["tasks"])

@@ -7,14 +7,14 @@ from typing import Any
 
 from prune_lab.errors import Refused
 from prune_lab.text.corpus import Corpus
-from prune_lab.text.files import TextFiles
-from prune_lab.text.hub import C4, Wikitext2
+from prune_lab.text.hub_datasets import C4, Wikitext2
 from prune_lab.text.source import Calibration, TextSource
 from prune_lab.text.stdlib import Stdlib
-from prune_lab.text.whole import Whole
+from prune_lab.text.text_files import TextFiles
+from prune_lab.text.unsplit import UnsplitCorpus
 
 
-def calibration_corpus(calibration: Calibration, run: Corpus, tokenizer: Any) -> Whole | None:
+def calibration_corpus(calibration: Calibration, run: Corpus, tokenizer: Any) -> UnsplitCorpus | None:
     """The text that `calibration` names, or None where it is the dataset's own calibration split.
 
     A text that is named is named for this: it is used whole, less the documents that are also in the training,
@@ -23,7 +23,7 @@ def calibration_corpus(calibration: Calibration, run: Corpus, tokenizer: Any) ->
     if calibration.source == "own":
         return None
     try:
-        whole = _source(calibration).whole()
+        whole = _source(calibration).unsplit()
     except Refused as error:  # a corpus of the Hub speaks of its own keys
         raise Refused(str(error).replace("dataset.name", "dataset.calibration.name")) from error
     return whole.for_tokenizer(tokenizer).apart_from(run)

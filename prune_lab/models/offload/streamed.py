@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from prune_lab.errors import Refused
-from prune_lab.models import bitmask
 from prune_lab.models.anatomy import family_of
 from prune_lab.models.checkpoint import Checkpoint
-from prune_lab.models.on_disk import DiskWeights, stored_tensors
+from prune_lab.models.low_bit import bitmask
+from prune_lab.models.offload.on_disk import DiskWeights, stored_tensors
 from prune_lab.models.shards import Shards
 from prune_lab.system.device import Device
 

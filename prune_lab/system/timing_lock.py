@@ -35,7 +35,7 @@ class Load:
     cores: float = 0.0
 
 
-class Turns:
+class TimingLock:
     """This process among the others that use the same `folder`; None: that of the machine, found when it is needed."""
 
     def __init__(self, folder: Path | None = None, patience: float = PATIENCE) -> None:
@@ -46,7 +46,7 @@ class Turns:
         self.waited = 0.0  # seconds, in all
 
     @contextmanager
-    def sharing(self) -> Iterator[None]:
+    def shared(self) -> Iterator[None]:
         """Computes beside others that do so too."""
         if self._shares:
             yield
@@ -70,7 +70,7 @@ class Turns:
         self._enter()
 
     @contextmanager
-    def alone(self, note: Callable[[str], None] = lambda text: None) -> Iterator[Load]:
+    def exclusive(self, note: Callable[[str], None] = lambda text: None) -> Iterator[Load]:
         """Times something while the others pause; `note` is told when that takes waiting. Yields the load."""
         shared, self._shares, load = self._shares, False, Load()
         self._unlock("work")
@@ -89,7 +89,7 @@ class Turns:
             self._enter()
 
     @contextmanager
-    def resting(self) -> Iterator[None]:
+    def released(self) -> Iterator[None]:
         """Waits for something else: who times need not wait for this job, or for whom it waits, meanwhile."""
         shared, self._shares = self._shares, False
         if shared:
@@ -175,4 +175,4 @@ def common_folder() -> Path:
     return Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())
 
 
-machine = Turns()
+timing_lock = TimingLock()

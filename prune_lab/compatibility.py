@@ -9,13 +9,13 @@ from prune_lab.schedules import Event, Rewind
 from prune_lab.system import launch
 
 
-def check(parts: Parts) -> None:
+def check_parts(parts: Parts) -> None:
     """Raises Refused for parts that do not fit together."""
-    plan(parts)
+    pruning_events(parts)
     _check_streaming(parts)
 
 
-def plan(parts: Parts) -> tuple[list[Event], Rewind | None]:
+def pruning_events(parts: Parts) -> tuple[list[Event], Rewind | None]:
     """When to prune how much, and what to go back to, in the training that recovery does."""
     method, steps = parts.method, parts.recovery.training_steps
     events = parts.schedule.events(method.amount, steps)

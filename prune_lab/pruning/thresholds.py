@@ -76,7 +76,7 @@ class Counts:
         return _by_selection(inside, [left])[0]
 
 
-def row_cuts(scores: Tensor, remove: int) -> tuple[Tensor, Tensor]:
+def row_thresholds(scores: Tensor, remove: int) -> tuple[Tensor, Tensor]:
     """The cut of every row of `scores`, (rows, columns), `remove` at least 1: thresholds and ties, both (rows, 1)."""
     if scores.device.type != "cpu":
         threshold = scores.kthvalue(remove, dim=1, keepdim=True).values

@@ -14,7 +14,7 @@ from prune_lab.text.corpus import Corpus, Document, Documents, LongDocument, Str
 from prune_lab.text.rows import KINDS, NAMED_KINDS, ending, mended, read_rows, what
 from prune_lab.text.source import TextSource
 from prune_lab.text.splits import by_position
-from prune_lab.text.whole import Whole
+from prune_lab.text.unsplit import UnsplitCorpus
 
 _INSTEAD = {
     "bytes": "write it as strings",
@@ -60,14 +60,14 @@ class TextFiles(TextSource):
             return Documents(read.name, **parts, facts=facts, is_cut=True, blank_rows=rows - 1)
         return Stream(read.name, read, facts, read_test)
 
-    def whole(self) -> Whole:
+    def unsplit(self) -> UnsplitCorpus:
         """All of the files' text, as another dataset's calibration names it."""
         read = _Files.named(self.path, "dataset.calibration.name", self.column, "dataset.calibration.column")
         facts = {"path": self.path}
         if read.is_one_txt:
-            return Whole(read.name, read.as_long_document(facts), facts)
+            return UnsplitCorpus(read.name, read.as_long_document(facts), facts)
         read.first(1)
-        return Whole(read.name, Stream(read.name, read, facts), facts)
+        return UnsplitCorpus(read.name, Stream(read.name, read, facts), facts)
 
 
 @dataclass(frozen=True)

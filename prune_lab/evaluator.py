@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from prune_lab.cache import cache_folder
+from prune_lab.dense_cache import DenseCache
 from prune_lab.errors import Refused
 from prune_lab.fingerprint import baseline_key
-from prune_lab.measure.figures import Figures
 from prune_lab.measure.macs import Macs, count_macs
+from prune_lab.measure.measurements import Measurements
 from prune_lab.measure.memory import measure_memory
 from prune_lab.measure.perplexity import measure_quality
 from prune_lab.measure.prompts import PromptShape, cut_grid, cut_headline
@@ -24,32 +25,31 @@ from prune_lab.measure.size import measure_size
 from prune_lab.measure.task_setup import ReadyTask, prepare_tasks
 from prune_lab.measure.tasks import measure_tasks
 from prune_lab.models.anatomy import Anatomy, family_of, out_in
-from prune_lab.models.dense_facts import DenseFacts
 from prune_lab.models.export import save_dense
 from prune_lab.models.load import Loaded, ModelSource
-from prune_lab.models.on_disk import own_copy
+from prune_lab.models.offload.on_disk import own_copy
 from prune_lab.pruning.calibration import Calibrator
-from prune_lab.results.notes import SAME_TEXT
+from prune_lab.results.run_warnings import SAME_TEXT
 from prune_lab.results.summary import write_json
 from prune_lab.system.console import Console
 from prune_lab.system.device import Device, uses_bfloat16
-from prune_lab.system.files import mark, state_of
+from prune_lab.system.files import owner_suffix, state_of
 from prune_lab.system.lock import locked
 from prune_lab.text.bos import Bos, resolve_bos
-from prune_lab.text.calibration import calibration_corpus, calibration_files
+from prune_lab.text.calibration_corpus import calibration_corpus, calibration_files
 from prune_lab.text.sampling import holding
 from prune_lab.text.source import Calibration, TextSource
 from prune_lab.text.tokens import JOIN, Tokens, sha256
 
 
-class Bench:
+class Evaluator:
     """The dense model on its device and the tokenised text; measures models by one protocol."""
 
     def __init__(
         self, model: ModelSource, text: TextSource, measure: Measure, device: Device, seed: int, console: Console
     ) -> None:
         self.device, self.measure, self.seq_len = device, measure, text.seq_len
-        self._baseline: Figures | None = None
+        self._baseline: Measurements | None = None
         self._calibration: Calibration = text.calibration
         self._calibrators: dict[int, tuple[Calibrator, dict[str, Any]]] = {}
         self._tasks: tuple[ReadyTask, ...] = prepare_tasks(measure)
@@ -102,9 +102,9 @@ class Bench:
         }
 
     @cached_property
-    def facts(self) -> DenseFacts:
+    def dense_cache(self) -> DenseCache:
         """What is found out about the dense model once, for all its copies."""
-        return DenseFacts(self.dense.model, self.hashes, self.device)
+        return DenseCache(self.dense.model, self.hashes, self.device)
 
     def calibrator(self, seed: int, console: Console) -> tuple[Calibrator, dict[str, Any]]:
         """The calibration windows of a seed, and their stamp: source, sizes, propagation, where each window begins.
@@ -170,17 +170,17 @@ class Bench:
         """A model's multiply-accumulates per token; it must not be post-compressed yet."""
         return count_macs(Anatomy(loaded.model), self.prompt.shape[1])
 
-    def figures(self, loaded: Loaded, folder: Path, console: Console) -> Figures:
+    def figures(self, loaded: Loaded, folder: Path, console: Console) -> Measurements:
         """Quality, size, memory and task scores of a model that is saved in `folder`."""
         figures = self._lasting_figures(loaded, folder, console)
         return replace(figures, memory_mb=self._memory(loaded, folder, console))
 
-    def _lasting_figures(self, loaded: Loaded, folder: Path, console: Console) -> Figures:
+    def _lasting_figures(self, loaded: Loaded, folder: Path, console: Console) -> Measurements:
         """Those that are the same each time: quality, size and task scores."""
         per_token, batch_size = self.tokens.bytes_per_token("test"), self.measure.batch_size
         quality = measure_quality(loaded.model, self.windows, per_token, batch_size, self.device, console, self.bos)
         tasks = measure_tasks(loaded.model, loaded.tokenizer, self._tasks, batch_size, console, self.bos)
-        return Figures(quality, measure_size(loaded.model, folder), None, tasks)
+        return Measurements(quality, measure_size(loaded.model, folder), None, tasks)
 
     def _memory(self, loaded: Loaded, folder: Path, console: Console) -> float | None:
         if not self.measure.memory:
@@ -188,7 +188,7 @@ class Bench:
         console.note("measuring memory in a fresh process" if not self.device.is_cuda else "measuring memory")
         return measure_memory(loaded.model, folder, self.prompt, self.measure, self.device)
 
-    def baseline(self, sweep_folder: Path | None, console: Console) -> Figures:
+    def baseline(self, sweep_folder: Path | None, console: Console) -> Measurements:
         """The dense model's figures, once in a process, and once in a sweep whoever runs its jobs.
 
         Quality, size and task scores come from the cache of earlier sweeps where they are there; memory is measured
@@ -204,11 +204,11 @@ class Bench:
                 if not stored.exists():
                     write_json(stored, asdict(self._measure_dense(console)))
                 lock.unlink(missing_ok=True)
-            self._baseline = Figures.from_dict(json.loads(stored.read_text(encoding="utf-8")))
+            self._baseline = Measurements.from_dict(json.loads(stored.read_text(encoding="utf-8")))
         return self._baseline
 
-    def _measure_dense(self, console: Console) -> Figures:
-        with tempfile.TemporaryDirectory(suffix=mark()) as place:
+    def _measure_dense(self, console: Console) -> Measurements:
+        with tempfile.TemporaryDirectory(suffix=owner_suffix()) as place:
             folder = Path(place) / "dense"
             save_dense(self.dense, folder)
 
@@ -222,22 +222,22 @@ class Bench:
                 for name in ("test_tokens_sha256", "seq_len", "windows", "bos", "batch_size", "tasks")
             }
             of["bytes_per_token"] = self.tokens.bytes_per_token("test")
-            figures = Figures.from_dict(self.facts.value("baseline", of, lasting))
+            figures = Measurements.from_dict(self.dense_cache.value("baseline", of, lasting))
             return replace(figures, memory_mb=self._memory(self.dense, folder, console))
 
 
-_open: dict[tuple[Any, ...], Bench] = {}
+_open: dict[tuple[Any, ...], Evaluator] = {}
 
 
-def open_bench(
+def open_evaluator(
     model: ModelSource, text: TextSource, measure: Measure, device: Device, seed: int, console: Console
-) -> Bench:
-    """The bench of these parts; the jobs of a sweep in one process get the same one. One is kept at a time."""
+) -> Evaluator:
+    """The evaluator of these parts; the jobs of a sweep in one process get the same one. One is kept at a time."""
     parts = (model, text, measure, device, seed)
     files = [*model.files(), *text.files(), *calibration_files(text.calibration)]
     key = (*parts, state_of(files))  # what is edited while a process runs is read again
     if key not in _open:
         _open.clear()
-        _open[key] = Bench(*parts, console)
+        _open[key] = Evaluator(*parts, console)
     _open[key].tokens.console = console
     return _open[key]

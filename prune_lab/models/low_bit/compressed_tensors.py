@@ -2,7 +2,7 @@
 
 Stock transformers reads such a folder where the compressed-tensors package is installed; this module needs no package
 beside transformers: it is a quantizer of transformers under our own name, put in place for folders that hold what
-models/low_bits.py computes.
+models/low_bit/linears.py computes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from prune_lab.errors import Refused
-from prune_lab.models.low_bits import Fp8Linear, Int4Linear, Int8Linear, LowBitLinear
+from prune_lab.models.low_bit.linears import Fp8Linear, Int4Linear, Int8Linear, LowBitLinear
 
 OURS = "prune_lab"
 

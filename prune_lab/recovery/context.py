@@ -17,7 +17,7 @@ from prune_lab.text.tokens import Tokens
 
 
 @dataclass
-class Training:
+class TrainingContext:
     """What a recovery works with, beside the model; `pruned` is what pruning has done so far."""
 
     dense: Loaded
@@ -50,7 +50,7 @@ class Training:
             if event.step == step:
                 self.pruned = self.prune(event.amount).after(self.pruned)
 
-    def say(self, note: str) -> None:
+    def warn(self, note: str) -> None:
         """Puts a note into the run's record, once."""
-        if note not in self.pruned.notes:
-            self.pruned.notes.append(note)
+        if note not in self.pruned.warnings:
+            self.pruned.warnings.append(note)

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prune_lab.models.prefetch import Prefetch
+from prune_lab.models.offload.prefetch import Prefetch
 from prune_lab.models.shards import INDEX, Shards, lay_out
 from prune_lab.system.device import Device
 

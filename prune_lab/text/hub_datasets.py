@@ -19,7 +19,7 @@ from prune_lab.text.corpus import JOIN, Documents
 from prune_lab.text.rows import read_rows
 from prune_lab.text.source import TextSource
 from prune_lab.text.splits import by_hash
-from prune_lab.text.whole import Whole
+from prune_lab.text.unsplit import UnsplitCorpus
 
 _HEADING = re.compile(r" = [^=].*[^=] = \n?")  # of an article; a section's has more signs
 
@@ -107,11 +107,11 @@ class Wikitext2(HubText):
             facts={"repository": self.name, "config": "wikitext-2-raw-v1", "revision": commit},
         )
 
-    def whole(self) -> Whole:
+    def unsplit(self) -> UnsplitCorpus:
         """The articles of the training split: all of those, and nothing that the published figures are taken on."""
         rows, commit = self.rows(self.FILE.format(split="train"), keep=True)
         facts = {"repository": self.name, "config": "wikitext-2-raw-v1", "revision": commit}
-        return Whole("wikitext2", Documents("wikitext2", tuple(_articles(rows)), (), (), ()), facts)
+        return UnsplitCorpus("wikitext2", Documents("wikitext2", tuple(_articles(rows)), (), (), ()), facts)
 
 
 @dataclass(frozen=True)
@@ -148,12 +148,12 @@ class C4(HubText):
             facts={"repository": self.name, "config": "en", "revision": commit},
         )
 
-    def whole(self) -> Whole:
+    def unsplit(self) -> UnsplitCorpus:
         """The calibration documents: of 356,317 in the training shard, the first `calibration_documents`."""
         rows, commit = self.rows(self.TRAIN, keep=False)
         facts = {"repository": self.name, "config": "en", "revision": commit}
         documents = tuple(islice(rows, self.calibration_documents))
-        return Whole("c4", Documents("c4", (), documents, (), ()), facts)
+        return UnsplitCorpus("c4", Documents("c4", (), documents, (), ()), facts)
 
 
 def _streamed(source: str) -> Iterator[str]:

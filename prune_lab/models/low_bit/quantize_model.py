@@ -9,8 +9,8 @@ from torch import nn
 
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import Anatomy, out_in
-from prune_lab.models.low_bit_format import Scheme, linear_names, replace_linear
-from prune_lab.models.low_bits import Int8Linear, LowBitLinear
+from prune_lab.models.low_bit.compressed_tensors import Scheme, linear_names, replace_linear
+from prune_lab.models.low_bit.linears import Int8Linear, LowBitLinear
 
 EXPANDED = "the weights are expanded to the inputs' type before each product, which takes time of its own"
 OWN_EXPORT = "only prune_lab can load the export: other software knows low-bit layouts of Linears, and these are {}s"

@@ -14,10 +14,10 @@ from conftest import ROOT
 from processes import wait_until
 
 from prune_lab.errors import Refused
-from prune_lab.results import notes
+from prune_lab.results import run_warnings
 from prune_lab.system.console import Console
 from prune_lab.system.lock import locked
-from prune_lab.system.turns import Turns, common_folder
+from prune_lab.system.timing_lock import TimingLock, common_folder
 
 PATIENCE = 60
 
@@ -25,16 +25,16 @@ PATIENCE = 60
 COMPUTE = """
 import sys, time
 from pathlib import Path
-from prune_lab.system.turns import Turns
+from prune_lab.system.timing_lock import TimingLock
 
 folder, steps = Path(sys.argv[1]), Path(sys.argv[1]) / sys.argv[2]
-turns = Turns(folder)
-with turns.sharing():
+timing_lock = TimingLock(folder)
+with timing_lock.shared():
     for step in range(1_000_000):
         steps.write_text(str(step))
         time.sleep(0.002)
         if sys.argv[3] == "pauses":
-            turns.pause()
+            timing_lock.pause()
 """
 
 
@@ -68,9 +68,9 @@ def test_the_others_pause_while_one_is_timed_and_go_on_afterwards(start: Start, 
     """A job that begins meanwhile waits too."""
     start("a")
     start("b")
-    turns, told = Turns(tmp_path), []
-    with turns.sharing():
-        with turns.alone(told.append):
+    timing_lock, told = TimingLock(tmp_path), []
+    with timing_lock.shared():
+        with timing_lock.exclusive(told.append):
             at = [steps(tmp_path / name) for name in "ab"]
             start("late", wait=False)
             time.sleep(0.5)
@@ -84,23 +84,23 @@ def test_the_others_pause_while_one_is_timed_and_go_on_afterwards(start: Start, 
 
 def test_a_killed_job_holds_nobody_up(start: Start, tmp_path: Path) -> None:
     """It never pauses; the lock of a process that is gone is free."""
-    job, turns = start("a", "never pauses"), Turns(tmp_path, patience=PATIENCE)
-    assert not turns._try("work")
+    job, timing_lock = start("a", "never pauses"), TimingLock(tmp_path, patience=PATIENCE)
+    assert not timing_lock._try("work")
     job.kill()
     job.wait()
-    with turns.alone():
-        assert turns.waited < PATIENCE / 2
+    with timing_lock.exclusive():
+        assert timing_lock.waited < PATIENCE / 2
 
 
 def test_patience_ends(start: Start, tmp_path: Path) -> None:
     """Beside a job that is stopped in the middle, timing goes ahead in the end; what waited is known."""
     start("a", "never pauses")
-    turns, told = Turns(tmp_path, patience=0.3), []
-    with turns.alone(told.append):
+    timing_lock, told = TimingLock(tmp_path, patience=0.3), []
+    with timing_lock.exclusive(told.append):
         before = steps(tmp_path / "a")
         wait_until(lambda: steps(tmp_path / "a") > before)
     assert told[-1] == "not waiting any longer than 0 s"
-    assert turns.waited >= 0.3
+    assert timing_lock.waited >= 0.3
 
 
 def test_two_that_time_take_turns(tmp_path: Path) -> None:
@@ -108,11 +108,11 @@ def test_two_that_time_take_turns(tmp_path: Path) -> None:
     script = """
 import sys, time
 from pathlib import Path
-from prune_lab.system.turns import Turns
+from prune_lab.system.timing_lock import TimingLock
 
-turns, book = Turns(Path(sys.argv[1])), Path(sys.argv[1]) / "book"
+timing_lock, book = TimingLock(Path(sys.argv[1])), Path(sys.argv[1]) / "book"
 for _ in range(5):
-    with turns.sharing(), turns.alone(), book.open("a") as file:
+    with timing_lock.shared(), timing_lock.exclusive(), book.open("a") as file:
         file.write("in ")
         file.flush()
         time.sleep(0.005)
@@ -127,7 +127,7 @@ for _ in range(5):
 
 def test_a_bar_that_moves_is_where_a_job_pauses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paused = []
-    monkeypatch.setattr("prune_lab.system.console.machine.pause", lambda: paused.append(1))
+    monkeypatch.setattr("prune_lab.system.console.timing_lock.pause", lambda: paused.append(1))
     with Console(quiet=True).progress(3, "work") as bar:
         bar.update()
         bar.update(2)
@@ -138,16 +138,16 @@ def test_files_that_cannot_be_locked_stop_nobody(tmp_path: Path) -> None:
     """A link, which another user could have laid there, is not followed."""
     for name in ("door", "work"):
         (tmp_path / f"prune_lab-{name}.lock").symlink_to(tmp_path / "elsewhere")
-    turns = Turns(tmp_path)
-    with turns.sharing(), turns.alone():
-        assert turns.waited < PATIENCE / 2
+    timing_lock = TimingLock(tmp_path)
+    with timing_lock.shared(), timing_lock.exclusive():
+        assert timing_lock.waited < PATIENCE / 2
     assert not (tmp_path / "elsewhere").exists()
 
 
 def test_whatever_the_umask_other_users_may_lock_too(tmp_path: Path) -> None:
     before = os.umask(0o077)
     try:
-        with Turns(tmp_path).sharing():
+        with TimingLock(tmp_path).shared():
             pass
     finally:
         os.umask(before)
@@ -161,7 +161,7 @@ def test_what_others_compute_is_seen_and_what_we_compute_is_not(tmp_path: Path) 
     """A process that computes all the time takes a good part of a core; this one computes too, which is no load."""
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        with Turns(tmp_path).alone() as load:
+        with TimingLock(tmp_path).exclusive() as load:
             began = time.process_time()
             while time.process_time() - began < 1:
                 pass
@@ -170,9 +170,9 @@ def test_what_others_compute_is_seen_and_what_we_compute_is_not(tmp_path: Path) 
         busy.wait()
     assert load.cores > 0.2
     assert load.cores < (os.cpu_count() or 1) + 0.2
-    (note,) = notes.of_load({"cores_used_by_others": load.cores + 0.1})
+    (note,) = run_warnings.of_load({"cores_used_by_others": load.cores + 0.1})
     assert f"{load.cores + 0.1:.2f} cores" in note
-    assert notes.of_load({"cores_used_by_others": 0.04}) == notes.of_load({}) == []
+    assert run_warnings.of_load({"cores_used_by_others": 0.04}) == run_warnings.of_load({}) == []
 
 
 def test_a_job_that_waits_for_another_one_s_lock_holds_no_timing_up(start: Start, tmp_path: Path) -> None:
@@ -181,24 +181,24 @@ def test_a_job_that_waits_for_another_one_s_lock_holds_no_timing_up(start: Start
 import sys
 from pathlib import Path
 from prune_lab.system import lock
-from prune_lab.system.turns import Turns
+from prune_lab.system.timing_lock import TimingLock
 
 folder = Path(sys.argv[1])
-lock.machine = Turns(folder)
-with lock.machine.sharing():
+lock.machine = TimingLock(folder)
+with lock.timing_lock.shared():
     (folder / "waits").touch()
     with lock.locked(folder / "cache.lock", "exclusive"):
         (folder / "got").touch()
-        lock.machine.pause()
+        lock.timing_lock.pause()
 """
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with locked(tmp_path / "cache.lock", "exclusive"):
         waiting = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=env)
         wait_until((tmp_path / "waits").exists)
         time.sleep(0.3)
-        turns = Turns(tmp_path, patience=PATIENCE)
-        with turns.alone():
-            assert turns.waited < PATIENCE / 2
+        timing_lock = TimingLock(tmp_path, patience=PATIENCE)
+        with timing_lock.exclusive():
+            assert timing_lock.waited < PATIENCE / 2
             assert not (tmp_path / "got").exists()
     assert waiting.wait(PATIENCE) == 0
     assert (tmp_path / "got").exists()
@@ -208,8 +208,8 @@ def test_a_folder_that_is_named_is_the_common_one(tmp_path: Path, monkeypatch: p
     """Containers that share no /tmp take turns by it; without it the place does not depend on TMPDIR."""
     named = tmp_path / "not" / "there yet"
     monkeypatch.setenv("PRUNE_LAB_TURNS", str(named))
-    ours, theirs = Turns(common_folder()), Turns(common_folder(), patience=0.1)
-    with ours.sharing():
+    ours, theirs = TimingLock(common_folder()), TimingLock(common_folder(), patience=0.1)
+    with ours.shared():
         assert sorted(path.name for path in named.iterdir()) == ["prune_lab-door.lock", "prune_lab-work.lock"]
         assert not theirs._try("work")
     monkeypatch.setenv("PRUNE_LAB_TURNS", str(named / "prune_lab-door.lock" / "inside"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prune_lab.results import notes
+from prune_lab.results import run_warnings
 from prune_lab.results.summary import Summary
 
 # A model of 10 MB and 100 MB at the peak, which nothing happened to.
@@ -21,7 +21,7 @@ DENSE = {
 
 def said(**changes: float) -> list[str]:
     """The notes of DENSE with changes; a double underscore stands for the slash of a name."""
-    return notes.of_figures(DENSE | {name.replace("__", "/"): value for name, value in changes.items()})
+    return run_warnings.of_figures(DENSE | {name.replace("__", "/"): value for name, value in changes.items()})
 
 
 def faster(stage: str, value: float, low: float, high: float) -> dict[str, float]:
@@ -84,7 +84,7 @@ def test_zeros_that_save_bytes_on_disk_are_not_said_to_save_none() -> None:
 def test_what_was_not_measured_is_not_in_the_note() -> None:
     figures = {name: value for name, value in DENSE.items() if name.split("/")[0] in ("params", "size")}
     figures |= {"memory/weights_mb": 10, "memory/dense_weights_mb": 10, "params/nonzero": 750}
-    (note,) = notes.of_figures(figures)
+    (note,) = run_warnings.of_figures(figures)
     assert "disk +0.0%, weights in memory +0.0%: the tensors are dense" in note
     assert "peak" not in note
 
@@ -144,7 +144,7 @@ def test_calibration_on_the_text_that_is_tested_on_is_said(
 ) -> None:
     """Neither where the test text is another one, nor where nothing was pruned by it."""
     protocol = {"calibration": seen, "dataset": "wikitext2", "dataset_facts": facts}
-    found = notes.of_calibration(protocol, {"amount/realized": removed})
+    found = run_warnings.of_calibration(protocol, {"amount/realized": removed})
     assert len(found) == is_in_domain
     assert all(note.startswith("calibrated on text of wikitext2") for note in found)
 
@@ -163,12 +163,12 @@ def test_times_of_another_machine_are_said_where_a_result_is_served(
     metrics: dict[str, float], here: dict[str, Any], is_said: bool
 ) -> None:
     finished = Summary("FINISHED", metrics=metrics, environment={"cpu": "A", "gpu": None, "threads": 2})
-    assert len(notes.of_elsewhere(finished, here)) == is_said
+    assert len(run_warnings.of_elsewhere(finished, here)) == is_said
 
 
 def test_energy_that_was_asked_for_and_could_not_be_measured() -> None:
     asked = {"energy": True, "device": "cpu"}
-    assert notes.of_energy({"energy": False, "device": "cpu"}, {}) == []
-    assert notes.of_energy(asked, {"energy/joules_per_token": 1.0}) == []
-    assert "energy_uj" in notes.of_energy(asked, {})[0]
-    assert "prune-lab[energy]" in notes.of_energy(asked | {"device": "cuda:0"}, {})[0]
+    assert run_warnings.of_energy({"energy": False, "device": "cpu"}, {}) == []
+    assert run_warnings.of_energy(asked, {"energy/joules_per_token": 1.0}) == []
+    assert "energy_uj" in run_warnings.of_energy(asked, {})[0]
+    assert "prune-lab[energy]" in run_warnings.of_energy(asked | {"device": "cuda:0"}, {})[0]

@@ -7,21 +7,21 @@ from functools import cache
 from pathlib import Path
 
 from prune_lab.cache import cache_folder
-from prune_lab.place import Place
-from prune_lab.system.files import remove_leftovers
+from prune_lab.job_context import JobContext
+from prune_lab.system.files import remove_stale_files
 
 
-def remove(place: Place) -> None:
+def remove(context: JobContext) -> None:
     """Looks in the cache folder, where runs are kept, and where temporary files lie; each once in a process."""
     _once(cache_folder())
-    _once(_root(place.sweep or place.folder))
+    _once(_root(context.sweep or context.folder))
     _once(Path.cwd(), deep=False)  # where a store may have been made
     _once(Path(tempfile.gettempdir()), deep=False)
 
 
 @cache
 def _once(folder: Path, deep: bool = True) -> None:
-    remove_leftovers(folder, deep)
+    remove_stale_files(folder, deep)
 
 
 def _root(folder: Path) -> Path:

@@ -14,7 +14,7 @@ from prune_lab.text.splits import SPLITS
 
 
 @dataclass(frozen=True)
-class Whole(Corpus):
+class UnsplitCorpus(Corpus):
     """All text of another corpus as calibration text, less the documents of `left_out` and those that come again.
 
     documents, other, again: how many the other corpus has, how many of them are left out because the run's own text
@@ -34,7 +34,7 @@ class Whole(Corpus):
         """Those of the other corpus."""
         return self.documents or super().n_documents
 
-    def for_tokenizer(self, tokenizer: Any) -> Whole:
+    def for_tokenizer(self, tokenizer: Any) -> UnsplitCorpus:
         """The same, its conversations rendered by this tokenizer."""
         return replace(self, base=self.base.for_tokenizer(tokenizer))
 
@@ -69,7 +69,7 @@ class Whole(Corpus):
                 seen.add(digest)
                 yield "calibration", text
 
-    def apart_from(self, run: Corpus) -> Whole:
+    def apart_from(self, run: Corpus) -> UnsplitCorpus:
         """Less what is in the training, validation or test text of a run; raises Refused where nothing is left."""
         if self.base.is_cut:
             mine = Counter([content_digest(self.base.as_one())])

@@ -22,14 +22,23 @@ from prune_lab.system.environment import describe_environment
 
 MEMORY = 2**30  # bytes of facts that a process holds; what is beyond is read from disk each time
 # An edit of any of these makes every fact anew, whichever of them it comes from.
-SOURCE = ("measure", "models", "pruning", "text", "bench.py", "system/cuda_graph.py", "system/device.py")
+SOURCE = (
+    "dense_cache.py",
+    "measure",
+    "models",
+    "pruning",
+    "text",
+    "evaluator.py",
+    "system/cuda_graph.py",
+    "system/device.py",
+)
 _ENVIRONMENT = (*LIBRARIES, "python", "lm-eval", "platform", "cpu", "threads", "gpu", "cuda")
 
 Part = dict[str, Tensor]
 T = TypeVar("T")
 
 
-class DenseFacts:
+class DenseCache:
     """Facts about one dense model, each found under a key of all that it depends on.
 
     The key holds the sha256 of weights, config and tokenizer, number type, device, threads, the versions of what
