@@ -143,7 +143,7 @@ FAULTS = (
     Fault(
         "ties_of_a_layer_all_go", "prune_lab/pruning/selection.py",
         "torch.ge(flat[end:], cut.threshold", "torch.gt(flat[end:], cut.threshold",
-        ("test_selection.py",),
+        ("test_selection.py::test_layer_selection_is_exact_with_heavy_ties",),
     ),
     Fault(
         "ties_of_a_pattern_by_the_higher_index", "prune_lab/pruning/selection.py",
@@ -240,7 +240,7 @@ FAULTS = (
     Fault(
         "modules_keep_the_old_count", "prune_lab/models/resize.py",
         "setattr(module, name, count * (value // was))", "pass",
-        ("test_structured.py", "test_families.py"),
+        ("test_families.py::test_masked_groups_are_those_zeroed_by_hand",),
     ),
     Fault(
         "head_dim_left_to_its_default", "prune_lab/models/resize.py",
@@ -457,12 +457,12 @@ FAULTS = (
     Fault(
         "interval_of_unpaired_times", "prune_lab/measure/speed.py",
         "medians = ratios[drawn]", "medians = (self.dense[drawn] / self.compressed[drawn.flip(0)])",
-        ("test_measures.py", "test_latency.py"),
+        ("test_measures.py::test_a_constant_ratio_is_the_speedup",),
     ),
     Fault(
         "interval_of_90_percent", "prune_lab/measure/speed.py",
         "[0.025, 0.975]", "[0.05, 0.95]",
-        ("test_latency.py", "test_measures.py"),
+        ("test_latency.py::test_95_percent_of_the_intervals_hold_the_truth",),
     ),
     Fault(
         "pairs_always_in_one_order", "prune_lab/measure/speed.py",
@@ -472,12 +472,12 @@ FAULTS = (
     Fault(
         "macs_of_attention_counted_double", "prune_lab/measure/macs.py",
         "2 * context * heads", "4 * context * heads",
-        ("test_macs.py",),
+        ("test_macs.py::test_macs_by_hand",),
     ),
     Fault(
         "macs_of_zeros_are_effective", "prune_lab/measure/macs.py",
         "sum(int(torch.count_nonzero(matrix)) for matrix in", "sum(matrix.numel() for matrix in",
-        ("test_macs.py",),
+        ("test_macs.py::test_zeros_save_nothing_but_effective_macs",),
     ),
     Fault(
         "tied_embeddings_counted_twice", "prune_lab/models/contents.py",
@@ -524,52 +524,51 @@ FAULTS = (
     Fault(
         "int4_with_another_zero_point", "prune_lab/models/low_bit/linears.py",
         "integers.to(torch.int64) + 8", "integers.to(torch.int64) + 7",
-        ("test_low_bits.py",),
+        ("test_low_bits.py::test_int4_codes_and_steps_by_hand",),
     ),
     Fault(
         "int8_step_of_half_the_range", "prune_lab/models/low_bit/linears.py",
         "float() / 127, self.weight_scale.dtype)", "float() / 64, self.weight_scale.dtype)",
-        ("test_low_bits.py",),
+        ("test_low_bits.py::test_int8_codes_and_steps_by_hand",),
     ),
     Fault(
         "pattern_2_4_checked_along_the_outputs", "prune_lab/models/low_bit/semi_structured.py",
         "(linear.weight.unflatten(1, (-1, 4)) != 0).sum(dim=2)",
         "(linear.weight.unflatten(0, (-1, 4)) != 0).sum(dim=1)",
-        ("test_low_bits.py", "test_quantize.py", "test_export.py", "test_bitmask.py"),
+        ("test_low_bits.py::test_the_2_4_pattern_by_hand",),
     ),
     # What is kept, and for whom
     Fault(
         "tokens_kept_without_their_tokenizer", "prune_lab/fingerprint.py",
         "digest_of([text_sha256, tokenizer_sha256, split,", "digest_of([text_sha256, split,",
-        ("test_text.py::test_tokens_are_kept_and_found_again_by_what_they_are", "test_identity.py"),
+        ("test_text.py::test_tokens_are_kept_and_found_again_by_what_they_are",),
     ),
     Fault(
         "facts_kept_without_the_config", "prune_lab/dense_cache.py",
         'for name in ("weights", "config", "tokenizer")}', 'for name in ("weights", "tokenizer")}',
-        ("test_sharing.py::test_each_field_of_the_key_misses",
-         "test_identity.py::test_an_input_that_changed_is_another_run_in_memory_and_on_disk"),
+        ("test_sharing.py::test_each_field_of_the_key_misses",),
     ),
     Fault(
         "baseline_kept_without_the_bos", "prune_lab/evaluator.py",
         '("test_tokens_sha256", "seq_len", "windows", "bos", "batch_size", "tasks")',
         '("test_tokens_sha256", "seq_len", "windows", "batch_size", "tasks")',
-        ("test_bos.py", "test_identity.py"),
+        ("test_identity.py::test_an_input_that_changed_is_another_run_in_memory_and_on_disk",),
     ),
     Fault(
         "baseline_kept_without_its_windows", "prune_lab/evaluator.py",
         '("test_tokens_sha256", "seq_len", "windows", "bos", "batch_size", "tasks")',
         '("bos", "batch_size", "tasks")',
-        ("test_sharing.py", "test_identity.py"),
+        ("test_identity.py::test_an_input_that_changed_is_another_run_in_memory_and_on_disk",),
     ),
     Fault(
         "scan_kept_without_its_kind_of_unit", "prune_lab/pruning/units.py",
         '"kind": kind, "seed": seed}', '"seed": seed}',
-        ("test_sensitivity.py", "test_sharing.py"),
+        ("test_sharing.py::test_a_scan_is_served_for_no_other",),
     ),
     Fault(
         "scan_kept_without_its_method", "prune_lab/pruning/weights.py",
         '{"method": asdict(rule) | {"amount": None, "allocation": None}, "seed": seed}', '{"seed": seed}',
-        ("test_sharing.py", "test_sensitivity.py"),
+        ("test_sharing.py::test_a_scan_is_served_for_no_other",),
     ),
     Fault(
         "statistics_kept_without_the_bos", "prune_lab/pruning/calibration.py",
