@@ -35,11 +35,12 @@ KINDS = {
     "input_norm": "calibration: norms of the inputs of Linears",
     "variance": "calibration: means and variances of inputs",
     "gram": "calibration: gram matrices of inputs",
+    "output_norm": "calibration: norms of the outputs of Linears",
     "saliency": "gradients of the dense model, first order",
     "saliency2": "gradients of the dense model, second order",
-    "block_influence": "how much each block changes the states",
+    "block_influence": "change of the states by each block",
     "block_losses": "losses with blocks left out",
-    "scan": "sensitivity scans",
+    "sensitivity": "loss increases of single blocks",
     "baseline": "quality, size and task scores of dense models",
 }
 _CANNOT_KEEP = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)

@@ -20,8 +20,9 @@ _TIMING = "timing", ("measure.prompt_tokens", "measure.batch_sizes", "measure.le
 _WORK = {
     "recovery": ("training", ("recovery.batch_size", "recovery.rank", "dataset.seq_len")),
     "pruning/gradients.py": ("taking gradients", ("dataset.calibration.seq_len",)),
-    **dict.fromkeys((f"pruning/{name}.py" for name in ("calibration", "influence", "observing")), _CALIBRATING),
+    **dict.fromkeys((f"pruning/{name}.py" for name in ("block_importance", "calibration", "statistics")), _CALIBRATING),
     "pruning": ("pruning", ()),
+    "methods": ("pruning", ()),
     **dict.fromkeys((f"measure/{name}.py" for name in ("inference", "memory", "speed", "replayed")), _TIMING),
     "measure": ("measuring", ("measure.batch_size", "dataset.seq_len")),
     "models/load.py": ("loading the model", ()),

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ import pytest
 import torch
 from warm import run_module
 
+from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel, Loaded
+from prune_lab.pruning.calibration import Calibrator, block_statistics
+from prune_lab.pruning.statistics import LinearStatistics
 from prune_lab.system.device import Device
 from prune_lab.text.train_tokenizer import train_tokenizer
 
@@ -88,6 +91,14 @@ def logits(model: Any) -> torch.Tensor:
     tokens = torch.randint(300, (3, 24), generator=torch.Generator().manual_seed(5))
     found: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
     return found
+
+
+def observed(
+    calibrator: Calibrator, anatomy: Anatomy, needs: frozenset[str], behind_dense: bool = False
+) -> Iterator[dict[str, LinearStatistics]]:
+    """Statistics of all Linears, block by block: the same fields of each."""
+    of_all = {name: needs for name, _ in anatomy.linears()}
+    return block_statistics(anatomy, of_all, 0, calibrator, behind_dense)
 
 
 def story(seed: int, sentences: int = 60) -> str:

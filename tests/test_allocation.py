@@ -18,8 +18,8 @@ from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel
 from prune_lab.pruning.allocation import by_sensitivity, outlier_ratio, owl, to_mean
 from prune_lab.pruning.calibration import Calibrator
+from prune_lab.pruning.loss_increase import AMOUNTS
 from prune_lab.pruning.pruned import Pruned
-from prune_lab.pruning.sensitivity import AMOUNTS
 
 WINDOWS = torch.randint(300, (6, 24), generator=torch.Generator().manual_seed(4))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, Cli, make_folder, story
+from conftest import CPU, Cli, make_folder, observed, story
 from test_tasks import arc_rows, settings, write
 from torch.nn.functional import cross_entropy
 from trainings import training_of
@@ -101,14 +101,14 @@ def test_calibration_sees_the_token_and_predicts_the_text_alone(gemma: Path, cor
     model = evaluator.dense.model
     assert calibrator.loss(model) == pytest.approx(naive_loss(model, plain.windows, 0), abs=1e-5)
     name, linear = next(Anatomy(model).linears())
-    seen = next(iter(calibrator.walk(Anatomy(model), frozenset({"input_norm"}))))[name]
+    statistics = next(iter(observed(calibrator, Anatomy(model), frozenset({"input_norm"}))))[name]
     inputs: list[torch.Tensor] = []
     hook = linear.register_forward_hook(lambda module, args, out: inputs.append(args[0].flatten(0, 1)))
     with torch.no_grad():
         model(input_ids=calibrator.windows)
     hook.remove()
-    assert seen.input_norm is not None
-    torch.testing.assert_close(seen.input_norm, torch.cat(inputs).norm(dim=0))
+    assert statistics.input_norm is not None
+    torch.testing.assert_close(statistics.input_norm, torch.cat(inputs).norm(dim=0))
     gradients = calibrator.saliency(Anatomy(model), 1)[name]
     expected = torch.zeros_like(linear.weight)
     linear.weight.requires_grad_(True)

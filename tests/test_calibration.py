@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ALL_FAMILIES, CPU, Cli, make_folder, story
+from conftest import ALL_FAMILIES, CPU, Cli, make_folder, observed, story
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
@@ -26,9 +26,9 @@ from prune_lab.measure.settings import Measure
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import bypassed
 from prune_lab.models.load import HubModel
-from prune_lab.pruning.calibration import Calibrator
-from prune_lab.pruning.influence import block_influence, influence
-from prune_lab.pruning.seen import Seen
+from prune_lab.pruning.block_importance import block_influence, influence
+from prune_lab.pruning.calibration import Calibrator, block_statistics
+from prune_lab.pruning.statistics import LinearStatistics
 from prune_lab.system.console import Console
 from prune_lab.text.source import Calibration
 from prune_lab.text.splits import split_of
@@ -72,7 +72,7 @@ def plain_sums(model: Any) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def check_seen(seen: dict[str, Seen], expected: dict[str, dict[str, Tensor]], rtol: float = 1e-4) -> None:
+def check_seen(seen: dict[str, LinearStatistics], expected: dict[str, dict[str, Tensor]], rtol: float = 1e-4) -> None:
     """Same Linears, same statistics, each to a fraction of its own largest entry."""
     assert seen.keys() == expected.keys()
     for name, fields in expected.items():
@@ -83,11 +83,10 @@ def check_seen(seen: dict[str, Seen], expected: dict[str, dict[str, Tensor]], rt
             torch.testing.assert_close(found.double(), fields[field], rtol=0, atol=rtol * scale, msg=f"{name} {field}")
 
 
-def walked(model: Any, calibrator: Calibrator, **keys: Any) -> dict[str, Seen]:
-    """What was seen at all Linears, by name."""
-    return {
-        name: seen for of_block in calibrator.walk(Anatomy(model), NEEDS, **keys) for name, seen in of_block.items()
-    }
+def walked(model: Any, calibrator: Calibrator, needs: frozenset[str] = NEEDS) -> dict[str, LinearStatistics]:
+    """Statistics of all Linears, by name."""
+    blocks = observed(calibrator, Anatomy(model), needs)
+    return {name: statistics for of_block in blocks for name, statistics in of_block.items()}
 
 
 def hooks_of(model: Any) -> int:
@@ -116,7 +115,7 @@ def test_later_blocks_are_seen_behind_what_was_asked_for(models: dict[str, Any],
     """The consumer changes block 0 once it has its statistics, as a method does."""
     dense, changed = plain_sums(models[family]), copy.deepcopy(models[family])
     anatomy, found = Anatomy(changed), []
-    for index, of_block in enumerate(Calibrator(WINDOWS, propagate, 2).walk(anatomy, NEEDS)):
+    for index, of_block in enumerate(observed(Calibrator(WINDOWS, propagate, 2), anatomy, NEEDS)):
         found.append(of_block)
         if index == 0:
             halve(anatomy)
@@ -140,7 +139,7 @@ def test_dense_overrules_pruned(models: dict[str, Any]) -> None:
     """For one ranking of all blocks, and for scans."""
     changed = copy.deepcopy(models["llama"])
     anatomy, found = Anatomy(changed), {}
-    for of_block in Calibrator(WINDOWS, "pruned").walk(anatomy, NEEDS, dense=True):
+    for of_block in observed(Calibrator(WINDOWS, "pruned"), anatomy, NEEDS, behind_dense=True):
         found.update(of_block)
         halve(anatomy)
     check_seen(found, plain_sums(models["llama"]))
@@ -149,13 +148,13 @@ def test_dense_overrules_pruned(models: dict[str, Any]) -> None:
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_each_distinct_input_is_observed_once(models: dict[str, Any], family: str) -> None:
     """Four of a block: attention's, its output projection's, the MLP's, its output's. Shared ones are one object."""
-    for of_block in Calibrator(WINDOWS).walk(Anatomy(models[family]), NEEDS):
+    for of_block in observed(Calibrator(WINDOWS), Anatomy(models[family]), NEEDS):
         for field in ("gram", "mean"):
             assert len({id(getattr(seen, field)) for seen in of_block.values()}) == 4
 
 
 def test_the_projections_of_a_llama_that_share_an_input(models: dict[str, Any]) -> None:
-    of_block = next(iter(Calibrator(WINDOWS).walk(Anatomy(models["llama"]), NEEDS)))
+    of_block = next(iter(observed(Calibrator(WINDOWS), Anatomy(models["llama"]), NEEDS)))
     assert len(of_block) == 7
     grams = {name.rpartition(".")[2]: seen.gram for name, seen in of_block.items()}
     assert grams["q_proj"] is grams["k_proj"] is grams["v_proj"]
@@ -166,7 +165,7 @@ def test_the_projections_of_a_llama_that_share_an_input(models: dict[str, Any]) 
 @pytest.mark.parametrize("need", sorted(NEEDS))
 def test_only_what_is_needed_is_gathered(models: dict[str, Any], need: str) -> None:
     held = {"variance": {"mean", "variance"}}.get(need, {need})
-    for of_block in Calibrator(WINDOWS).walk(Anatomy(models["llama"]), frozenset({need})):
+    for of_block in observed(Calibrator(WINDOWS), Anatomy(models["llama"]), frozenset({need})):
         for seen in of_block.values():
             assert {field for field in FIELDS if getattr(seen, field) is not None} == held
 
@@ -198,7 +197,7 @@ def test_bfloat16_is_of_the_products_alone(models: dict[str, Any]) -> None:
 def test_hooks_are_gone_when_a_walk_is_given_up(models: dict[str, Any]) -> None:
     """In the middle, or because something failed."""
     model = copy.deepcopy(models["llama"])
-    walk = Calibrator(WINDOWS).walk(Anatomy(model), NEEDS)
+    walk = observed(Calibrator(WINDOWS), Anatomy(model), NEEDS)
     next(iter(walk))
     assert hooks_of(model) == 0
     walk.close()
@@ -207,7 +206,7 @@ def test_hooks_are_gone_when_a_walk_is_given_up(models: dict[str, Any]) -> None:
     broken = copy.deepcopy(model)
     broken.model.layers[1].mlp.up_proj.weight.data = torch.zeros(32, 7)
     with pytest.raises(RuntimeError):
-        list(Calibrator(WINDOWS, "dense").walk(Anatomy(broken), NEEDS))
+        list(observed(Calibrator(WINDOWS, "dense"), Anatomy(broken), NEEDS))
     assert hooks_of(model) == hooks_of(broken) == 0
 
 
@@ -429,3 +428,50 @@ def test_a_fingerprint_is_of_the_calibration_text_not_of_its_place(folder: Path,
     assert of(propagate="dense") != there
     assert of(n_samples=6) != there
     assert of(seq_len=17) != there
+
+
+# Statistics by Linear, of inputs and of outputs.
+
+
+def test_only_the_linears_that_are_named_are_observed(models: dict[str, Any]) -> None:
+    """Each with its own fields: Linears that are given one tensor share no more than both asked for."""
+    expected = plain_sums(models["llama"])
+    first, second = (f"model.layers.{index}." for index in range(2))
+    needs = {
+        first + "mlp.gate_proj": frozenset({"gram"}), first + "mlp.up_proj": frozenset({"gram", "input_norm"}),
+        second + "mlp.down_proj": frozenset({"variance"}),
+    }  # fmt: skip
+    found: dict[str, LinearStatistics] = {}
+    for of_block in block_statistics(Anatomy(models["llama"]), needs, 0, Calibrator(WINDOWS, batch_size=2)):
+        found |= of_block
+    assert found.keys() == expected.keys()
+    fields = {name: {field for field in FIELDS if getattr(of, field) is not None} for name, of in found.items()}
+    assert {name: held for name, held in fields.items() if held} == {
+        first + "mlp.gate_proj": {"gram"}, first + "mlp.up_proj": {"gram", "input_norm"},
+        second + "mlp.down_proj": {"mean", "variance"},
+    }  # fmt: skip
+    for name, held in fields.items():
+        for field in held:
+            torch.testing.assert_close(
+                getattr(found[name], field).double(), expected[name][field], rtol=1e-3, atol=1e-4
+            )
+    assert found[first + "mlp.gate_proj"].gram is found[first + "mlp.up_proj"].gram
+
+
+@pytest.mark.parametrize("propagate", ["pruned", "dense"])
+def test_outputs_are_observed_as_inputs_are(models: dict[str, Any], propagate: str) -> None:
+    """What a stock forward pass gets out of each Linear, of the last block too, whose outputs nothing else needs."""
+    model, rows = models["llama"], dict[str, Tensor]()
+    hooks = [
+        module.register_forward_hook(lambda _, args, out, name=name: rows.update({name: out.flatten(0, -2).double()}))
+        for name, module in Anatomy(model).linears()
+    ]
+    with torch.no_grad():
+        model(input_ids=WINDOWS, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    needs = frozenset({"output_norm"})
+    found = walked(model, Calibrator(WINDOWS, propagate, batch_size=2), needs=needs)
+    for name, out in rows.items():
+        torch.testing.assert_close(found[name].output_norm.double(), out.norm(dim=0), rtol=1e-4, atol=1e-5)
+        assert found[name].input_norm is None

@@ -41,7 +41,7 @@ from prune_lab.pruning import thresholds
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.pattern import Pattern
 from prune_lab.pruning.selection import count_to_remove, keep_global, keep_layer, keep_pattern, keep_rows
-from prune_lab.pruning.sparsegpt import solve
+from prune_lab.pruning.sparsegpt_solver import solve
 from prune_lab.recovery.distill import Distill
 from prune_lab.recovery.finetune import Finetune
 from prune_lab.recovery.lora import Lora
@@ -90,9 +90,11 @@ def test_selection_is_that_of_a_cpu(dtype: torch.dtype, monkeypatch: pytest.Monk
     for pattern in ("2:4", "4:8", "5:20"):
         found, expected = (keep_pattern(values, Pattern.parse(pattern)) for values in (there[0], scores[0]))
         assert torch.equal(found.cpu(), expected)
-    several, counts = [1, 1000, 150_000], thresholds.Counts()
+    several, counts = [1, 1000, 150_000], thresholds.ScoreCounts()
     assert (
-        thresholds.cuts(there, several) == thresholds.cuts(scores, several) == [counts.cut(there, n) for n in several]
+        thresholds.thresholds(there, several)
+        == thresholds.thresholds(scores, several)
+        == [counts.threshold(there, n) for n in several]
     )
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import CPU, ROOT
 
-from prune_lab import __version__, job
+from prune_lab import __version__, dense_cache, job, out_of_memory
 from prune_lab.config import command_line
 from prune_lab.measure.perplexity import measure_quality
 from prune_lab.models.load import TINY, Tiny
@@ -64,6 +64,11 @@ def imports(path: Path) -> set[str]:
 
 def part_of(path: Path) -> str:
     return path.relative_to(ROOT / "prune_lab").parts[0].removesuffix(".py")
+
+
+def test_files_that_are_named_in_strings_exist() -> None:
+    named = [*dense_cache.SOURCE, *out_of_memory._WORK]
+    assert [name for name in named if not (ROOT / "prune_lab" / name).exists()] == []
 
 
 def test_every_part_has_its_layer() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ALL_FAMILIES, CPU, make_folder
+from conftest import ALL_FAMILIES, CPU, make_folder, observed
 from test_families import BY_HAND, HEAD_DIM, MLP, Parts
 from torch import Tensor, nn
 
@@ -26,8 +26,7 @@ from prune_lab.pruning import gradients, scores
 from prune_lab.pruning import statistics as gathering
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.pruned import Pruned
-from prune_lab.pruning.seen import Seen
-from prune_lab.pruning.statistics import InputStatistics
+from prune_lab.pruning.statistics import BlockObserver, LinearStatistics, RunningStatistics
 from prune_lab.pruning.surgery import unit_sums
 from prune_lab.pruning.units import unit_scores
 from prune_lab.system.console import Console
@@ -57,12 +56,15 @@ def linear(weight: Any) -> nn.Linear:
     return made
 
 
-def seen_of(inputs: Any, *needs: str) -> Seen:
-    """What statistics say of these inputs when they come in two batches of different size."""
-    rows, gathered = torch.as_tensor(inputs, dtype=torch.float32), InputStatistics(frozenset(needs))
-    for part in (rows[:4], rows[4:]):
-        gathered.add(part)
-    return gathered.seen()
+def statistics_of(inputs: Any, *needs: str) -> LinearStatistics:
+    """The statistics of these inputs, observed in two batches of different size."""
+    rows = torch.as_tensor(inputs, dtype=torch.float32)
+    block = nn.Sequential(nn.Linear(rows.shape[1], 1))
+    observer = BlockObserver([("x", block[0])], {"x": frozenset(needs)}, stop=False)
+    with observer.watch(block):
+        for batch in (rows[:4], rows[4:]):
+            block(batch)
+    return observer.statistics()["x"]
 
 
 def random_weight(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -70,7 +72,7 @@ def random_weight(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 
 def test_input_norms_of_the_worked_example() -> None:
-    norms = seen_of(GOLDEN_INPUTS, "input_norm").input_norm
+    norms = statistics_of(GOLDEN_INPUTS, "input_norm").input_norm
     assert norms is not None
     assert norms.tolist() == pytest.approx([2.645751, 2.645751, 2.828427, 2.692582], abs=1e-6)
 
@@ -79,11 +81,10 @@ def test_input_norms_of_the_worked_example() -> None:
 def test_input_norms_are_sums_in_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of narrow numbers too, a few rows at a time."""
     monkeypatch.setattr(gathering, "IN_CACHE", 21)
-    rows, gathered = random_weight(400, 7).to(dtype), InputStatistics(frozenset({"input_norm"}))
-    for part in rows.split(150):
-        gathered.add(part)
-    norms = gathered.seen().input_norm
-    assert norms is not None
+    rows, gathered = random_weight(400, 7).to(dtype), RunningStatistics()
+    for batch in rows.split(150):
+        gathered.add(batch, frozenset({"norm"}))
+    norms = gathered.result()["norm"]
     assert norms.dtype == torch.float32
     torch.testing.assert_close(norms.double(), rows.double().norm(dim=0), rtol=1e-6, atol=0)
 
@@ -101,7 +102,7 @@ def test_wanda_keeps_what_the_worked_example_says(keys: dict[str, Any], kept: li
     """1:4 tells the conventions apart: one is kept."""
     module = linear(GOLDEN_WEIGHT)
     method = Wanda(**keys)
-    keep = method.prune_linear("x", module, method.amount, seen_of(GOLDEN_INPUTS, "input_norm"), Pruned())
+    keep = method.prune_linear("x", module, method.amount, statistics_of(GOLDEN_INPUTS, "input_norm"), Pruned())
     assert [row.nonzero().flatten().tolist() for row in keep] == kept
     assert torch.equal(module.weight, torch.tensor(GOLDEN_WEIGHT) * keep)  # nothing else is changed
 
@@ -111,7 +112,7 @@ def test_wanda_with_inputs_of_one_is_magnitude_in_each_row(amount: float) -> Non
     """With heavy ties: these go by the lower index."""
     weight = random_weight(24, 40).mul(8).round().div(8)
     module = linear(weight)
-    Wanda(amount=amount).prune_linear("x", module, amount, seen_of(torch.ones(9, 40), "input_norm"), Pruned())
+    Wanda(amount=amount).prune_linear("x", module, amount, statistics_of(torch.ones(9, 40), "input_norm"), Pruned())
     expected = weight.clone()
     for row, values in enumerate(weight.abs().tolist()):
         gone = sorted(range(40), key=lambda i: (values[i], i))[: math.floor(40 * amount + 0.5)]
@@ -121,7 +122,7 @@ def test_wanda_with_inputs_of_one_is_magnitude_in_each_row(amount: float) -> Non
 
 def test_wanda_is_weight_times_norm() -> None:
     weight, norms = random_weight(5, 7), random_weight(1, 7, seed=1).abs()[0]
-    found = scores.wanda(weight, Seen(input_norm=norms))
+    found = scores.wanda(weight, LinearStatistics(input_norm=norms))
     for i in range(5):
         for j in range(7):
             assert float(found[i, j]) == pytest.approx(abs(float(weight[i, j])) * float(norms[j]), rel=1e-6)
@@ -142,9 +143,9 @@ def ria_by_hand(weight: Tensor, norms: Tensor) -> Tensor:
 def test_ria_is_that_of_a_double_loop() -> None:
     weight, norms = random_weight(6, 9), random_weight(1, 9, seed=1).abs()[0] * 5
     expected = ria_by_hand(weight, norms)
-    torch.testing.assert_close(scores.ria(weight, Seen(input_norm=norms)), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(scores.ria(weight, LinearStatistics(input_norm=norms)), expected, rtol=1e-5, atol=0)
     module = linear(weight)
-    Ria(amount=0.5).prune_linear("x", module, 0.5, Seen(input_norm=norms), Pruned())
+    Ria(amount=0.5).prune_linear("x", module, 0.5, LinearStatistics(input_norm=norms), Pruned())
     flat = expected.flatten().tolist()
     gone = sorted(range(54), key=lambda i: flat[i])[:27]
     assert sorted((module.weight.flatten() == 0).nonzero().flatten().tolist()) == sorted(gone)
@@ -155,13 +156,13 @@ def test_ria_of_rows_and_columns_of_zeros_is_zero_not_undefined() -> None:
     weight = random_weight(4, 5)
     weight[1], weight[:, 2] = 0, 0
     norms = torch.ones(5)
-    torch.testing.assert_close(scores.ria(weight, Seen(input_norm=norms)), ria_by_hand(weight, norms))
+    torch.testing.assert_close(scores.ria(weight, LinearStatistics(input_norm=norms)), ria_by_hand(weight, norms))
 
 
 def test_wifv_is_squared_weight_times_unbiased_variance() -> None:
     """On inputs with a mean, which a norm would count and a variance must not."""
     inputs = torch.tensor(GOLDEN_INPUTS) + torch.tensor([100.0, 0.0, -3.0, 0.5])
-    found = scores.wifv(torch.tensor(GOLDEN_WEIGHT), seen_of(inputs, "variance"))
+    found = scores.wifv(torch.tensor(GOLDEN_WEIGHT), statistics_of(inputs, "variance"))
     for i in range(2):
         for j in range(4):
             variance = statistics.variance(inputs[:, j].tolist())
@@ -376,8 +377,8 @@ def test_activation_scores_of_units_look_at_what_reads_them(models: dict[str, An
         "wifv": (weight.square() * rows[0].var(dim=0)).sum(0),
     }
     anatomy = Anatomy(model)
-    seen = next(iter(Calibrator(WINDOWS).walk(anatomy, scores.SCORES[score].needs)))
-    found = unit_scores(score, anatomy.unit_linears("mlp")[0], seen)
+    statistics = next(iter(observed(Calibrator(WINDOWS), anatomy, scores.SCORES[score].needs)))
+    found = unit_scores(score, anatomy.unit_linears("mlp")[0], statistics)
     torch.testing.assert_close(found, by_formula[score], rtol=1e-4, atol=1e-6)
 
 

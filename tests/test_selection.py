@@ -12,14 +12,14 @@ from prune_lab.pruning.masks import clear
 from prune_lab.pruning.selection import (
     Pattern,
     count_to_remove,
-    keep_behind,
+    keep_above,
     keep_global,
+    keep_in_fixed_steps,
     keep_layer,
     keep_pattern,
     keep_rows,
-    keep_unwaited,
 )
-from prune_lab.pruning.thresholds import Counts, cuts
+from prune_lab.pruning.thresholds import ScoreCounts, thresholds
 
 
 def naive_keep(scores: torch.Tensor, remove: int) -> torch.Tensor:
@@ -70,7 +70,7 @@ def test_signs_zeros_and_infinities_rank_as_numbers(dtype: torch.dtype) -> None:
     for amount in (0.0, 0.02, 0.3, 0.5, 0.55, 0.98):
         remove = count_to_remove(scores.numel(), amount)
         assert torch.equal(keep_layer(scores, amount), naive_keep(scores, remove))
-        assert torch.equal(keep_unwaited(scores, remove), naive_keep(scores, remove))
+        assert torch.equal(keep_in_fixed_steps(scores, remove), naive_keep(scores, remove))
         of_row = count_to_remove(40, amount)
         assert torch.equal(keep_rows(scores, of_row), torch.stack([naive_keep(row, of_row) for row in scores]))
 
@@ -97,8 +97,8 @@ def test_one_pass_gives_the_cuts_of_many_amounts(dtype: torch.dtype) -> None:
     """In the order in which they were asked for, nothing and everything among them."""
     matrices = [signed_scores(16, 32, dtype), signed_scores(8, 32, dtype).T]
     flat, removals = torch.cat([matrix.flatten() for matrix in matrices]), [300, 0, 17, 768, 300]
-    for remove, cut in zip(removals, cuts(matrices, removals), strict=True):
-        assert torch.equal(torch.cat([k.flatten() for k in keep_behind(matrices, cut)]), naive_keep(flat, remove))
+    for remove, cut in zip(removals, thresholds(matrices, removals), strict=True):
+        assert torch.equal(torch.cat([k.flatten() for k in keep_above(matrices, cut)]), naive_keep(flat, remove))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -115,7 +115,7 @@ def test_counts_that_are_kept_cut_at_every_amount(
     scores = [(s.mul(3).round() if kind == "ties" else s).masked_fill(s < 0.1, -1).to(dtype) for s in scores]
     if kind == "signed":
         scores = [signed_scores(16, 32, dtype), signed_scores(8, 32, dtype).T]
-    flat, counts = torch.cat([matrix.flatten() for matrix in scores]), Counts()
+    flat, counts = torch.cat([matrix.flatten() for matrix in scores]), ScoreCounts()
     for amount in (0.5, 0.0, 0.001, 0.04, 0.3, 0.55, 0.77, 0.9999, 0.5):
         found = torch.cat([kept.flatten() for kept in keep_global(scores, amount, counts)])
         assert torch.equal(found, naive_keep(flat, count_to_remove(flat.numel(), amount)))

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, ROOT
+from conftest import CPU, ROOT, observed
 from test_package import MODULES, imports
 from torch import Tensor
 
@@ -38,14 +38,14 @@ from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import Loaded
 from prune_lab.pruning import calibration
 from prune_lab.pruning.calibration import Calibrator
-from prune_lab.pruning.seen import NEEDS, Seen
+from prune_lab.pruning.statistics import OF_INPUTS, LinearStatistics
 from prune_lab.sweeps import sweep
 
 WINDOWS = torch.randint(300, (6, 16), generator=torch.Generator().manual_seed(0))
 HASHES = {"weights": "w", "config": "c", "tokenizer": "t"}
-ALL = frozenset(NEEDS)
+ALL = OF_INPUTS
 
-Seens = list[dict[str, Seen]]
+Blocks = list[dict[str, LinearStatistics]]
 
 
 def facts_of(loaded: Loaded, **changes: str) -> DenseCache:
@@ -53,15 +53,15 @@ def facts_of(loaded: Loaded, **changes: str) -> DenseCache:
     return DenseCache(loaded.model, HASHES | changes, CPU)
 
 
-def walked(loaded: Loaded, facts: DenseCache | None, needs: frozenset[str] = ALL) -> Seens:
-    return list(Calibrator(WINDOWS, "dense", 4).walk(Anatomy(loaded.model, facts), needs))
+def walked(loaded: Loaded, facts: DenseCache | None, needs: frozenset[str] = ALL) -> Blocks:
+    return list(observed(Calibrator(WINDOWS, "dense", 4), Anatomy(loaded.model, facts), needs))
 
 
-def assert_equal(first: Seens, second: Seens) -> None:
+def assert_equal(first: Blocks, second: Blocks) -> None:
     assert [of_block.keys() for of_block in first] == [of_block.keys() for of_block in second]
     for a, b in zip(first, second, strict=True):
         for name in a:
-            for field in (f.name for f in fields(Seen) if f.name not in ("random", "counts")):
+            for field in (f.name for f in fields(LinearStatistics) if f.name not in ("random", "score_counts")):
                 one, other = getattr(a[name], field), getattr(b[name], field)
                 assert (one is None and other is None) or torch.equal(one, other), (name, field)
 
@@ -97,7 +97,7 @@ def test_statistics_are_those_of_a_cold_pass(
     first = len(passes)
     assert_equal(walked(loaded, facts), cold)
     assert_equal(walked(loaded, facts, frozenset({"gram"})), [
-        {name: Seen(gram=seen.gram) for name, seen in of_block.items()} for of_block in cold
+        {name: LinearStatistics(gram=seen.gram) for name, seen in of_block.items()} for of_block in cold
     ])  # fmt: skip
     assert (len(passes) == first) == (gigabytes == "1" or memory > 0)
     passes.clear()
@@ -129,7 +129,7 @@ def test_each_field_of_the_key_misses(
 ) -> None:
     """Data and seed are in the tokens: they decide which these are. Propagation is in the test below."""
     needs = frozenset({"input_norm"})
-    list(Calibrator(WINDOWS, "dense", 4).walk(Anatomy(loaded.model, facts_of(loaded)), needs))
+    list(observed(Calibrator(WINDOWS, "dense", 4), Anatomy(loaded.model, facts_of(loaded)), needs))
     value = KEY.get(field)
     windows, size = WINDOWS.clone(), 3 if field == "batch_size" else 4
     if field == "tokens":
@@ -144,14 +144,14 @@ def test_each_field_of_the_key_misses(
     if field == "dtype":
         facts = DenseCache(loaded.model, HASHES, replace(CPU, dtype=value))
     calibrator = Calibrator(windows, "dense", size, prefix=int(field == "prefix"))
-    list(calibrator.walk(Anatomy(loaded.model, facts), needs))
+    list(observed(calibrator, Anatomy(loaded.model, facts), needs))
     assert len(passes) == (1 if field == "nothing" else 2)
 
 
 def test_behind_pruned_blocks_nothing_is_served(loaded: Loaded, passes: list[int]) -> None:
     facts, needs = facts_of(loaded), frozenset({"input_norm"})
     for propagate, count in (("dense", 1), ("pruned", 2), ("pruned", 3), ("dense", 3)):
-        list(Calibrator(WINDOWS, propagate, 4).walk(Anatomy(loaded.model, facts), needs))
+        list(observed(Calibrator(WINDOWS, propagate, 4), Anatomy(loaded.model, facts), needs))
         assert len(passes) == count
 
 
@@ -226,8 +226,7 @@ def test_a_changed_model_has_no_facts(loaded: Loaded) -> None:
         Unstructured(score="taylor"), Unstructured(score="taylor2"), Wanda(allocation="owl"),
         Wanda(allocation="sensitivity"), Depth(), Depth(by="perplexity"), Magnitude(scope="global"),
     ],
-    ids=lambda method: f"{type(method).__name__} {getattr(method, 'score', '') if not callable(method.score) else ''}"
-    if hasattr(method, "score") else type(method).__name__,
+    ids=lambda method: f"{type(method).__name__} {getattr(method, 'score', '')}",
 )  # fmt: skip
 def test_pruned_with_known_facts_as_without(loaded: Loaded, method: Any) -> None:
     def prune(amount: float, facts: DenseCache | None) -> dict[str, Tensor]:
@@ -266,13 +265,13 @@ def test_a_scan_is_served_for_no_other(loaded: Loaded) -> None:
 class Largest(Magnitude):
     """The opposite of its base, in a module and under keys that others share."""
 
-    def score(self, weight: Tensor, seen: Seen) -> Tensor:
+    def importance(self, weight: Tensor, statistics: LinearStatistics) -> Tensor:
         return 1 / (1 + weight.abs())
 
 
 @dataclass(frozen=True)
 class Middle(Magnitude):
-    def score(self, weight: Tensor, seen: Seen) -> Tensor:
+    def importance(self, weight: Tensor, statistics: LinearStatistics) -> Tensor:
         return (weight.abs() - 0.05).abs()
 
 
@@ -441,9 +440,9 @@ def test_the_bound_throws_out_what_is_unused_for_longest(tmp_path: Path, monkeyp
     assert kept() == {"old", "new"}
     with store.entry("gram", "old", make_text("unused")):
         os.utime(tmp_path / "cache" / "gram" / "old" / "facts.json", (1, 1))
-        read_text("scan", "newest", make_text(text))
+        read_text("sensitivity", "newest", make_text(text))
         assert kept() == {"old", "newest"}
-    read_text("scan", "too large", make_text("x" * 1_200_000))
+    read_text("sensitivity", "too large", make_text("x" * 1_200_000))
     assert kept() == {"old", "newest"}
     assert lasting.exists()
     assert not list((tmp_path / "cache").rglob("*.tmp"))

@@ -14,10 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from prune_lab.errors import Refused
 from prune_lab.methods.sparsegpt import SparseGPT
 from prune_lab.pruning.pruned import Pruned
-from prune_lab.pruning.seen import Seen
 from prune_lab.pruning.selection import Pattern
-from prune_lab.pruning.sparsegpt import factor_of, solve
-from prune_lab.pruning.statistics import InputStatistics
+from prune_lab.pruning.sparsegpt_solver import factor_of, solve
+from prune_lab.pruning.statistics import LinearStatistics, RunningStatistics
 
 WEIGHT = torch.tensor([[0.5, -1.0, 0.2, 0.8], [-0.3, 0.6, -0.9, 0.1]])
 INPUTS = torch.tensor(
@@ -299,7 +298,7 @@ def test_damping_grows_tenfold_until_the_gram_has_a_factor_and_is_reported() -> 
     torch.testing.assert_close(solved.weight, textbook(WEIGHT, INDEFINITE, 0.5, damping=1.0).weight.float())
     pruned, module = Pruned(), nn.Linear(4, 2, bias=False).requires_grad_(False)
     module.weight.copy_(WEIGHT)
-    SparseGPT().prune_linear("model.layers.0.x", module, 0.5, Seen(gram=INDEFINITE), pruned)
+    SparseGPT().prune_linear("model.layers.0.x", module, 0.5, LinearStatistics(gram=INDEFINITE), pruned)
     assert pruned.warnings == ["model.layers.0.x: its inputs' gram needed damping 1 instead of 0.01"]
     assert torch.equal(module.weight, solved.weight)
 
@@ -313,11 +312,11 @@ def test_a_gram_that_is_not_finite_is_refused(value: float, place: tuple[int, in
         solve(WEIGHT, gram, 0.5)
 
 
-def gathered(inputs: Tensor) -> Seen:
-    statistics = InputStatistics(frozenset({"gram"}))
-    for part in inputs.split(4):
-        statistics.add(part)
-    return statistics.seen()
+def gathered(inputs: Tensor) -> LinearStatistics:
+    statistics = RunningStatistics()
+    for batch in inputs.split(4):
+        statistics.add(batch, frozenset({"gram"}))
+    return LinearStatistics(**statistics.result())  # type: ignore[arg-type] # tensors alone
 
 
 @pytest.mark.parametrize("keys", [{"amount": 0.5}, {"pattern": "2:4"}], ids=str)
@@ -343,6 +342,6 @@ def test_an_amount_of_zero_changes_no_bit() -> None:
     """Not even those of dead inputs, nor by a trip through float32."""
     module = nn.Linear(4, 2).to(torch.bfloat16).requires_grad_(False)
     before = module.weight.clone()
-    keep = SparseGPT(amount=0.0).prune_linear("x", module, 0.0, Seen(gram=torch.zeros(4, 4)), Pruned())
+    keep = SparseGPT(amount=0.0).prune_linear("x", module, 0.0, LinearStatistics(gram=torch.zeros(4, 4)), Pruned())
     assert keep.all()
     assert torch.equal(module.weight, before)

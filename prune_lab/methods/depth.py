@@ -1,4 +1,4 @@
-"""method=depth: whole decoder blocks."""
+"""method=depth: removes whole decoder blocks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prune_lab.methods.base import Method
-from prune_lab.pruning.pruned import Pruned
+from prune_lab.pruning.pruned import LayerRow, Pruned
 
 if TYPE_CHECKING:
     from prune_lab.models.anatomy import Anatomy
@@ -34,7 +34,7 @@ class Depth(Method):
 
     @property
     def calibrated(self) -> bool:
-        """It looks at calibration text either way."""
+        """True: both ways need calibration text."""
         return True
 
     def check(self, config: Any, amounts: Iterable[float]) -> None:
@@ -47,8 +47,28 @@ class Depth(Method):
             check_removable(config)
 
     def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
-        """Takes blocks out of the model and returns what went with them."""
-        from prune_lab.pruning import depth
+        """Removes blocks from the model and returns the table of what was removed."""
+        from prune_lab.models.resize import dense_count, keep_blocks, original_blocks
+        from prune_lab.pruning.block_importance import least_influential, least_needed
+        from prune_lab.pruning.selection import count_to_remove
 
         assert calibrator is not None
-        return depth.prune(anatomy, amount, self.by, calibrator)
+        count, total = len(anatomy.blocks), dense_count(anatomy, "blocks")
+        remove = max(0, count - max(1, total - count_to_remove(total, amount)))
+        least = least_influential if self.by == "bi" else least_needed
+        dropped = least(anatomy, remove, calibrator) if remove else []
+        if dropped:
+            keep_blocks(anatomy, [index for index in range(count) if index not in dropped])
+        gone = [index for index in range(total) if index not in original_blocks(anatomy)]
+        warnings = [f"blocks removed of {total}, counted from 0: {', '.join(map(str, gone))}"] if gone else []
+        return Pruned(_rows(anatomy, total, gone), warnings=warnings)
+
+
+def _rows(anatomy: Anatomy, total: int, gone: list[int]) -> list[LayerRow]:
+    """The per-layer table of the dense model, in which all blocks are alike."""
+    of_block = [(name.split(".0.", 1), linear.weight.numel()) for name, linear in anatomy.linears_by_block()[0]]
+    return [
+        LayerRow(f"{before}.{index}.{after}", size, size if index in gone else 0)
+        for index in range(total)
+        for (before, after), size in of_block
+    ]

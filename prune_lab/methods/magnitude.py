@@ -1,15 +1,15 @@
-"""method=magnitude: the smallest weights go first."""
+"""method=magnitude: removes the weights of smallest magnitude."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from prune_lab.methods.weights import WeightMethod
 
 
 @dataclass(frozen=True)
 class Magnitude(WeightMethod):
-    """|W| of single weights (Han et al., 1506.02626)."""
+    """|W|, compared within each matrix (Han et al., 1506.02626)."""
 
-    score: ClassVar[Any] = "magnitude"
+    score_name: ClassVar[str | None] = "magnitude"

@@ -1,15 +1,15 @@
-"""method=ria: Wanda with weights taken relative to their row and column."""
+"""method=ria: relative importance and activations."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from prune_lab.methods.weights import WeightMethod
 
 
 @dataclass(frozen=True)
 class Ria(WeightMethod):
-    """Relative importance and activations (Zhang et al., ICLR 2024), compared within each matrix."""
+    """|W| relative to its row and column, x input norm^0.5, compared within each matrix (Zhang et al., ICLR 2024)."""
 
-    score: ClassVar[Any] = "ria"
+    score_name: ClassVar[str | None] = "ria"

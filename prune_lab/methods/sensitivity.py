@@ -1,4 +1,4 @@
-"""method=sensitivity: measures what pruning each block alone would cost, and removes nothing."""
+"""method=sensitivity: measures the loss increase of pruning each block alone, and removes nothing."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from prune_lab.methods.base import Method
 from prune_lab.methods.structured import Structured
 from prune_lab.methods.unstructured import Unstructured
 from prune_lab.models.anatomy import UNIT_KINDS
+from prune_lab.pruning.loss_increase import AMOUNTS, WINDOWS
 from prune_lab.pruning.pruned import Pruned
 from prune_lab.pruning.scores import OF_UNITS, OF_WEIGHTS
-from prune_lab.pruning.sensitivity import AMOUNTS, WINDOWS
 
 if TYPE_CHECKING:
     from prune_lab.models.anatomy import Anatomy
@@ -23,7 +23,7 @@ PARTS = ("weights", *UNIT_KINDS, "block")
 
 @dataclass(frozen=True)
 class Sensitivity(Method):
-    """A scan over blocks: the perplexity of calibration text when one block alone loses some of its parts.
+    """Sensitivity analysis: the perplexity of calibration text when one block alone loses some of its parts.
 
     Leaves sensitivity.json, .md (a table) and .png (a heat-map) in the run's folder. Parts: single weights, MLP
     channels, KV groups (zeroed, by `score`), and the whole block.
@@ -49,27 +49,29 @@ class Sensitivity(Method):
 
     @property
     def calibrated(self) -> bool:
-        """It measures on calibration text."""
+        """True: it measures on calibration text."""
         return True
 
     def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
         """Measures, and leaves the model as it was."""
-        from prune_lab.pruning import depth, sensitivity_files, units, weights
+        from prune_lab.pruning import block_importance, sensitivity_report
 
         assert calibrator is not None
         dense = calibrator.loss(anatomy.model, WINDOWS)
-        columns, rises = list[str](), [list[float]() for _ in anatomy.blocks]
+        columns, increases = list[str](), [list[float]() for _ in anatomy.blocks]
         for part in self.parts:
             if part == "block":
-                found = depth.scan(anatomy, calibrator, dense)
+                found = block_importance.loss_increases(anatomy, calibrator, dense)
             elif part == "weights":
-                found = weights.scan(Unstructured(score=self.score), anatomy, seed, calibrator, self.amounts)
+                unstructured = Unstructured(score=self.score)
+                found = unstructured.loss_increases(anatomy, seed, calibrator, self.amounts)
             else:
-                rule = Structured(units=(part,), score=self.score)
-                found = units.scan(rule, anatomy, part, seed, calibrator, self.amounts)
+                structured = Structured(units=(part,), score=self.score)
+                found = structured.loss_increases(anatomy, seed, calibrator, self.amounts, part)
             columns += [part] if part == "block" else [f"{part} {a:g}" for a in self.amounts]
-            for of_block, more in zip(rises, found, strict=True):
+            for of_block, more in zip(increases, found, strict=True):
                 of_block += more
-        files = sensitivity_files.files_of(columns, rises, self.score, min(WINDOWS, len(calibrator.windows)), dense)
-        notes = ["nothing was removed: sensitivity.md and .png in the run's folder say what each block would cost"]
-        return Pruned(warnings=notes, files=files)
+        windows = min(WINDOWS, len(calibrator.windows))
+        files = sensitivity_report.files_of(columns, increases, self.score, windows, dense)
+        warning = "nothing was removed: sensitivity.md and .png in the run's folder say what each block would cost"
+        return Pruned(warnings=[warning], files=files)

@@ -1,4 +1,4 @@
-"""method=sparsegpt: prune column by column, and let the weights that stay make up for those that go."""
+"""method=sparsegpt: prunes column by column and updates the remaining weights to make up for it."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from prune_lab.methods.weights import WeightMethod
 from prune_lab.pruning.pattern import Pattern
 from prune_lab.pruning.pruned import Pruned
-from prune_lab.pruning.seen import Seen
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from prune_lab.models.anatomy import Anatomy
     from prune_lab.pruning.calibration import Calibrator
+    from prune_lab.pruning.statistics import LinearStatistics
 
 
 @dataclass(frozen=True)
 class SparseGPT(WeightMethod):
     """One-shot pruning with second-order weight updates (Frantar & Alistarh, 2301.00774).
 
-    Weights are ranked within all rows x 128 columns ("window"), or within N:M groups, as they are at that moment.
+    Updated weights are ranked within all rows x 128 columns ("window"), or within N:M groups.
     """
 
     scope: str = "window"
@@ -38,23 +38,25 @@ class SparseGPT(WeightMethod):
             )
 
     def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
-        """Prunes and updates every prunable Linear and returns the masks that keep zeros so."""
-        from prune_lab.pruning import sparsegpt
+        """Prunes and updates every prunable Linear and returns the masks that keep zeros zero."""
+        from prune_lab.pruning import sparsegpt_solver
 
         try:
             return super().prune(anatomy, amount, seed, calibrator)
         finally:
-            sparsegpt.forget_sweeps()
+            sparsegpt_solver.forget_sweeps()
 
-    def prune_linear(self, name: str, linear: Any, amount: float, seen: Seen, pruned: Pruned) -> Tensor:
+    def prune_linear(
+        self, name: str, linear: Any, amount: float, statistics: LinearStatistics, pruned: Pruned
+    ) -> Tensor:
         """Prunes and updates one Linear in place and returns its keep-mask, shape (out, in)."""
-        from prune_lab.pruning import sparsegpt
+        from prune_lab.pruning import sparsegpt_solver
 
-        assert seen.gram is not None
+        assert statistics.gram is not None
         pattern = None if self.pattern is None else Pattern.parse(self.pattern)
-        solved = sparsegpt.prune_linear(linear, seen.gram, amount, pattern)
-        if solved.damping > sparsegpt.DAMPING:
+        solved = sparsegpt_solver.prune_linear(linear, statistics.gram, amount, pattern)
+        if solved.damping > sparsegpt_solver.DAMPING:
             pruned.warnings.append(
-                f"{name}: its inputs' gram needed damping {solved.damping:g} instead of {sparsegpt.DAMPING:g}"
+                f"{name}: its inputs' gram needed damping {solved.damping:g} instead of {sparsegpt_solver.DAMPING:g}"
             )
         return solved.keep

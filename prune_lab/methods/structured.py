@@ -1,19 +1,23 @@
-"""method=structured: whole units, removed from every block alike."""
+"""method=structured: removes whole units (MLP channels, KV groups), the same number from every block."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from prune_lab.errors import Refused
 from prune_lab.methods.base import Method
-from prune_lab.models.anatomy import UNIT_KINDS
+from prune_lab.models.anatomy import UNIT_KINDS, UnitKind, unit_kind
 from prune_lab.pruning.pruned import Pruned
 from prune_lab.pruning.scores import OF_UNITS, SCORES
 
 if TYPE_CHECKING:
-    from prune_lab.models.anatomy import Anatomy
+    from torch import Tensor
+
+    from prune_lab.models.anatomy import Anatomy, UnitLinear
     from prune_lab.pruning.calibration import Calibrator
+    from prune_lab.pruning.statistics import LinearStatistics
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,9 @@ class Structured(Method):
     """MLP channels and KV groups of lowest score (by L2 norm: Li et al., 1608.08710), the same count in every block.
 
     A stock config holds one width for all blocks, so each block drops its own units, but as many as the others.
+    units: their kinds. score: a name in pruning/scores.py, summed over a unit. round_to: the number of MLP channels
+    that stay is a multiple of it. compensate: the bias behind the units gets what they gave on average. physical: the
+    matrices get smaller; else the units are zeroed.
     """
 
     units: tuple[str, ...] = ("mlp",)
@@ -41,17 +48,147 @@ class Structured(Method):
 
     @property
     def calibrated(self) -> bool:
-        """Whether the score or the compensation looks at calibration text."""
+        """True where the score or the compensation needs calibration text."""
         return bool(SCORES[self.score].needs) or self.compensate
 
     def check(self, config: Any, amounts: Iterable[float]) -> None:
         """Raises Refused for kinds of units that the model lacks, and for counts that its config cannot hold."""
-        from prune_lab.pruning import units
-
-        units.check(self, config, amounts)
+        for kind in self.units:
+            units = unit_kind(config, kind)
+            total = getattr(config, units.counts[0], None)
+            if total is None:  # left to a default: known when the model is there
+                continue
+            for amount in amounts:
+                self._check_count(config, kind, amount, self._count(units, total, amount), total)
 
     def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
-        """Removes (or zeroes) units of every chosen kind and returns what went from each Linear."""
-        from prune_lab.pruning import units
+        """Removes (or zeroes) units of every chosen kind and returns what was removed from each Linear.
 
-        return units.prune(self, anatomy, amount, seed, calibrator)
+        Units are zeroed block by block, so that later blocks are calibrated on the outputs of the pruned ones; shapes
+        change at the end, all at once.
+        """
+        from prune_lab.models.resize import dense_count
+        from prune_lab.pruning.selection import keep_rows
+        from prune_lab.pruning.surgery import remove_units, unit_masks
+        from prune_lab.pruning.units import rows_of_table, unit_scores
+
+        pruned = Pruned()
+        kept = {kind: self._count_to_keep(anatomy, kind, amount) for kind in self.units}
+        linears_of = {kind: anatomy.unit_linears(kind) for kind in self.units}
+        keep: dict[str, list[Tensor]] = {kind: [] for kind in self.units}
+        for index, statistics in enumerate(self._block_statistics(anatomy, self.units, seed, calibrator)):
+            for kind, count in kept.items():
+                linears = linears_of[kind][index]
+                scores = unit_scores(self.score, linears, statistics)
+                keep[kind].append(keep_rows(scores[None], max(0, len(scores) - count))[0])
+                self._zero(linears, keep[kind][-1], statistics, pruned)
+        for kind, count in kept.items():
+            pruned.rows += rows_of_table(anatomy, kind, dense_count(anatomy, kind), count)
+            if self.physical:
+                pruned.cuts += remove_units(anatomy, kind, keep[kind])
+            else:
+                for linears, mask in zip(linears_of[kind], keep[kind], strict=True):
+                    pruned.masks.keep.update(unit_masks(linears, mask))
+        pruned.warnings = list(dict.fromkeys(pruned.warnings))
+        return pruned
+
+    def _count_to_keep(self, anatomy: Anatomy, kind: str, amount: float) -> int:
+        """Number of units of a kind that stay in each block; raises Refused where the config cannot hold it."""
+        from prune_lab.models.resize import dense_count
+
+        total = dense_count(anatomy, kind)
+        count = min(self._count(unit_kind(anatomy.config, kind), total, amount), anatomy.unit_count(kind))
+        self._check_count(anatomy.config, kind, amount, count, total)
+        return count
+
+    def _count(self, units: UnitKind, total: int, amount: float) -> int:
+        """Number of `total` units that stay after an amount and rounding."""
+        from prune_lab.pruning.selection import count_to_remove
+
+        count = max(1, total - count_to_remove(total, amount))
+        if units.rounds and self.round_to is not None and amount > 0:
+            if self.round_to > total:
+                raise Refused(f"method.round_to={self.round_to} is more than the {total} {units.label} of a block")
+            count = min(max(1, round(count / self.round_to)), total // self.round_to) * self.round_to
+        return count
+
+    def _check_count(self, config: Any, kind: str, amount: float, count: int, total: int) -> None:
+        """Raises Refused where a config that holds `total` units of a kind, or fewer by now, cannot hold `count`."""
+        units = unit_kind(config, kind)
+        possible = units.possible(config, getattr(config, units.counts[0], None) or total)
+        if not self.physical or count in possible:
+            return
+        amounts = ", ".join(f"{n} (amount={1 - n / total:g})" for n in possible)
+        others = [other for other in self.units if other != kind]
+        without = f"method.units=[{','.join(others)}] or " if others else ""
+        raise Refused(
+            f"method.units=[{','.join(self.units)}]: method.amount={amount:g} leaves {count} of {total} {units.label}, "
+            f"which a stock {config.model_type} config cannot hold: possible are {amounts}; or give {without}"
+            "method.physical=false, which leaves zeros"
+        )
+
+    def _zero(
+        self, linears: list[UnitLinear], keep: Tensor, statistics: dict[str, LinearStatistics], pruned: Pruned
+    ) -> None:
+        """Zeroes a block's units, and moves their mean contribution into the bias behind them where that is asked."""
+        from prune_lab.pruning.surgery import compensate, zero_units
+
+        reader = linears[-1]
+        if self.compensate and not keep.all():
+            mean = statistics[reader.name].mean
+            if reader.linear.bias is not None and mean is not None:
+                compensate(reader, keep, mean)
+            else:
+                pruned.warnings.append(
+                    f"nothing compensated: {reader.name.rpartition('.')[2]} has no bias in this model"
+                )
+        zero_units(linears, keep)
+
+    def _block_statistics(
+        self,
+        anatomy: Anatomy,
+        kinds: tuple[str, ...],
+        seed: int,
+        calibrator: Calibrator | None,
+        behind_dense: bool = False,
+    ) -> Iterator[dict[str, LinearStatistics]]:
+        """The statistics that the score and the compensation read, of those Linears that they read, block by block."""
+        from prune_lab.pruning.calibration import block_statistics
+        from prune_lab.pruning.surgery import unit_sums
+
+        score = SCORES[self.score]
+        linears = [linear for kind in kinds for of_block in anatomy.unit_linears(kind) for linear in of_block]
+        by_name = {linear.name: linear for linear in linears}
+        readers = {linear.name for linear in linears if linear.side == "columns"}
+        needs = {name: score.needs for name in by_name if name in readers or not score.output_only}
+        if self.compensate:
+            needs |= {name: score.needs | {"variance"} for name in readers}
+
+        def saliency(order: int) -> dict[str, Tensor]:
+            """Sums over units by Linear, (units,): the gradient of a weight is not kept."""
+            assert calibrator is not None
+            granularity = " ".join(("units", *kinds))
+            return calibrator.saliency(
+                anatomy, order, granularity, lambda name, value: unit_sums(by_name[name], value), set(by_name)
+            )
+
+        return block_statistics(anatomy, needs, seed, calibrator, behind_dense, saliency)
+
+    def loss_increases(
+        self, anatomy: Anatomy, seed: int, calibrator: Calibrator, amounts: tuple[float, ...], kind: str
+    ) -> list[list[float]]:
+        """increases[block][i]: loss increase in nats when one block alone loses amounts[i] of its units of a kind."""
+        from prune_lab.pruning.loss_increase import loss_increases
+        from prune_lab.pruning.selection import count_to_remove, keep_rows
+        from prune_lab.pruning.surgery import zero_units
+        from prune_lab.pruning.units import unit_scores
+
+        linears = anatomy.unit_linears(kind)
+
+        def prune_block(block: int, statistics: dict[str, LinearStatistics], amount: float) -> None:
+            scores = unit_scores(self.score, linears[block], statistics)
+            zero_units(linears[block], keep_rows(scores[None], count_to_remove(len(scores), amount))[0])
+
+        statistics = self._block_statistics(anatomy, (kind,), seed, calibrator, behind_dense=True)
+        key = {"method": asdict(self) | {"amount": None, "units": None}, "kind": kind, "seed": seed}  # neither is used
+        return loss_increases(anatomy, statistics, prune_block, calibrator, amounts, type(self), key)

@@ -1,17 +1,17 @@
-"""method=wanda: small weights on quiet inputs go first."""
+"""method=wanda: weights times activation norms."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from prune_lab.methods.weights import WeightMethod
 
 
 @dataclass(frozen=True)
 class Wanda(WeightMethod):
-    """|W| x input norm, compared within each output row; no weight is updated (Sun et al., 2306.11695)."""
+    """|W| x L2 norm of the input, compared within each output row; no weight is updated (Sun et al., 2306.11695)."""
 
     scope: str = "row"
 
-    score: ClassVar[Any] = "wanda"
+    score_name: ClassVar[str | None] = "wanda"

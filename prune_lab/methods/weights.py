@@ -1,29 +1,35 @@
-"""What methods for single weights have in common: a score, the weights that are ranked together, an allocation."""
+"""Unstructured methods: a score, the weights that are ranked together, an allocation, and the way through the blocks.
+
+The keys are checked before PyTorch is imported, so what prunes is imported when a method runs.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from prune_lab.errors import Refused
 from prune_lab.methods.base import Method
+from prune_lab.models.anatomy import out_in
 from prune_lab.pruning.pattern import Pattern
-from prune_lab.pruning.pruned import Pruned
-from prune_lab.pruning.scores import SCORES, Score
-from prune_lab.pruning.seen import GRADIENTS
+from prune_lab.pruning.pruned import LayerRow, Pruned
+from prune_lab.pruning.scores import GRADIENTS, SCORES, Score
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from prune_lab.models.anatomy import Anatomy
     from prune_lab.pruning.calibration import Calibrator
-    from prune_lab.pruning.seen import Seen
+    from prune_lab.pruning.statistics import LinearStatistics
+    from prune_lab.pruning.thresholds import ScoreCounts
 
 ALLOCATIONS = ("uniform", "global", "owl", "sensitivity")
 
 
 @dataclass(frozen=True)
 class WeightMethod(Method):
-    """Zeroes single weights of lowest score; subclasses give the score.
+    """Zeroes the weights of lowest score; a subclass names the score, or computes one of its own.
 
     pattern: N:M kept, such as 2:4; it fixes the amount. scope: the weights that are ranked together. allocation: how
     the amount is spread over blocks; "global" is one ranking over all of them, whatever the scope.
@@ -33,9 +39,8 @@ class WeightMethod(Method):
     scope: str = "layer"
     allocation: str = "uniform"
 
-    # The name of one of pruning/scores.py; or a method score(weight, seen): the importance of each weight, shape
-    # (out, in) as `weight`, of which the lowest go first. `needs`: the fields of Seen that such a method goes by.
-    score: ClassVar[Any] = None
+    # A name in pruning/scores.py. Without one, `importance` is overridden, and `needs` are the statistics it reads.
+    score_name: ClassVar[str | None] = None
     needs: ClassVar[tuple[str, ...]] = ()
     scopes: ClassVar[tuple[str, ...]] = ("row", "layer", "global")
 
@@ -59,50 +64,214 @@ class WeightMethod(Method):
                 )
 
     @property
-    def named_score(self) -> Score | None:
-        """The score of pruning/scores.py by which it ranks; None where it has one of its own."""
-        return SCORES[self.score] if isinstance(self.score, str) else None
+    def ranked_by(self) -> str | None:
+        """Name of the score in pruning/scores.py that ranks the weights."""
+        return self.score_name
 
     @property
-    def seen_by_score(self) -> frozenset[str]:
-        """The fields of Seen that the score goes by."""
+    def named_score(self) -> Score | None:
+        """The score of that name; None where the method, whatever its base, has an `importance` of its own."""
+        is_own = type(self).importance is not WeightMethod.importance
+        return None if self.ranked_by is None or is_own else SCORES[self.ranked_by]
+
+    @property
+    def statistics_needed(self) -> frozenset[str]:
+        """The fields of LinearStatistics that the score reads."""
         named = self.named_score
         return frozenset(self.needs) if named is None else named.needs
 
     @property
     def calibrated(self) -> bool:
-        """Whether the score or the allocation looks at calibration text."""
-        return bool(self.seen_by_score) or self.allocation in ("owl", "sensitivity")
+        """True where the score or the allocation needs calibration text."""
+        return bool(self.statistics_needed) or self.allocation in ("owl", "sensitivity")
 
     @property
     def solves(self) -> bool:
-        """Whether the score goes by gram matrices."""
-        return "gram" in self.seen_by_score
+        """True where the score reads gram matrices."""
+        return "gram" in self.statistics_needed
 
     @property
     def is_global(self) -> bool:
-        """Whether all weights of all blocks are ranked together."""
+        """True where all weights of all blocks are ranked together."""
         return self.pattern is None and "global" in (self.scope, self.allocation)
 
     @property
     def needs_whole_model(self) -> str | None:
-        """One ranking, gradients, or losses are of the whole model; everything else is of a block."""
+        """Reason: one ranking, gradients and losses are of the whole model, everything else is of a block."""
         if self.is_global:
             return "one ranking over all blocks needs all scores at once; give method.scope=layer or row, or owl"
         if self.allocation == "sensitivity":
             return "method.allocation=sensitivity takes the model's loss again and again; give uniform or owl"
-        if of := self.seen_by_score & frozenset(GRADIENTS):
+        if of := self.statistics_needed & frozenset(GRADIENTS):
             return f"the score goes by {', '.join(sorted(of))}, gradients of the whole model; give another score"
         return None
 
+    def importance(self, weight: Tensor, statistics: LinearStatistics) -> Tensor:
+        """Importance of each weight of a Linear, shape (out, in) as `weight`; the lowest are removed first."""
+        named = self.named_score
+        assert named is not None, "a method without a named score overrides `importance`"
+        return named.function(weight, statistics)
+
     def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
-        """Zeroes weights of every prunable Linear and returns the masks that keep them so."""
-        from prune_lab.pruning import weights
+        """Zeroes weights of every prunable Linear and returns the masks that keep them zero."""
+        from prune_lab.pruning.masks import Masks
 
-        return weights.prune(self, anatomy, amount, seed, calibrator)
+        self._check_pattern(anatomy)
+        pruned = Pruned()
+        prune = self._prune_globally if self.is_global else self._prune_by_block
+        keep = prune(anatomy, amount, seed, calibrator, pruned)
+        pruned.masks = Masks({name: out_in(linear, keep[name]) for name, linear in anatomy.linears() if name in keep})
+        pruned.masks.hold(anatomy.model)
+        if self.pattern is not None and abs(pruned.realized - amount) > 1e-6:
+            pruned.warnings.append(
+                f"method.pattern={self.pattern} fixes the amount at {pruned.realized:g}; amount={amount:g} was not used"
+            )
+        return pruned
 
-    def prune_linear(self, name: str, linear: Any, amount: float, seen: Seen, pruned: Pruned) -> Tensor:
+    def _prune_by_block(
+        self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None, pruned: Pruned
+    ) -> dict[str, Tensor]:
+        """Keep-masks by Linear: each block is pruned with its own statistics before the next one is calibrated."""
+        keep: dict[str, Tensor] = {}
+        amounts = self._amounts(anatomy, amount, seed, calibrator, pruned)
+        linears = anatomy.linears_by_block()
+        for index, statistics in enumerate(self._block_statistics(anatomy, seed, calibrator)):
+            for name, linear in linears[index]:
+                mask = self.prune_linear(name, linear, amounts[index], statistics[name], pruned)
+                pruned.rows.append(_row(name, mask))
+                if not anatomy.is_on_disk:  # masks take a byte for each weight, and only training needs them
+                    keep[name] = mask
+        return keep
+
+    def prune_linear(
+        self, name: str, linear: Any, amount: float, statistics: LinearStatistics, pruned: Pruned
+    ) -> Tensor:
         """Zeroes weights of one Linear in place and returns its keep-mask, shape (out, in)."""
-        from prune_lab.pruning import weights
+        from prune_lab.pruning.masks import clear
+        from prune_lab.pruning.selection import count_to_remove, keep_layer, keep_pattern, keep_rows
 
-        return weights.prune_linear(self, name, linear, amount, seen)
+        scores = self._scores(name, linear, statistics)
+        if self.pattern is not None:
+            keep = keep_pattern(scores, Pattern.parse(self.pattern))
+        elif self.scope == "row":
+            keep = keep_rows(scores, count_to_remove(scores.shape[1], amount))
+        else:
+            keep = keep_layer(scores, amount, statistics.score_counts)
+        clear(out_in(linear, linear.weight), keep)
+        return keep
+
+    def _prune_globally(
+        self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None, pruned: Pruned
+    ) -> dict[str, Tensor]:
+        """Keep-masks by Linear from one ranking over all blocks, with the statistics of the model as it is."""
+        from prune_lab.pruning.selection import keep_global
+
+        statistics = [*self._block_statistics(anatomy, seed, calibrator, behind_dense=True)]
+        scores = {
+            name: self._scores(name, linear, of_block[name])
+            for of_block, linears in zip(statistics, anatomy.linears_by_block(), strict=True)
+            for name, linear in linears
+        }
+        masks = keep_global(list(scores.values()), amount, self._score_counts(anatomy, "all"))
+        keep = dict(zip(scores, masks, strict=True))
+        pruned.rows = [_row(name, mask) for name, mask in keep.items()]
+        if calibrator is not None and calibrator.propagate == "pruned":
+            pruned.warnings.append(
+                "one ranking over all blocks: all were calibrated before any was pruned to this amount, whatever "
+                "dataset.calibration.propagate"
+            )
+        return keep
+
+    def _scores(self, name: str, linear: Any, statistics: LinearStatistics) -> Tensor:
+        """Scores of a Linear's weights, (out, in); those that are zero already rank below all others."""
+        weight = out_in(linear, linear.weight.detach())
+        scores = self.importance(weight, statistics)
+        if not scores.isfinite().all():
+            raise Refused(
+                f"the scores of {name} are not finite: its weights or activations overflow; give another dtype"
+            )
+        return scores.masked_fill(weight == 0, -1)
+
+    def _block_statistics(
+        self, anatomy: Anatomy, seed: int, calibrator: Calibrator | None, behind_dense: bool = False
+    ) -> Iterator[dict[str, LinearStatistics]]:
+        """The statistics that the score reads, block by block; and counts of its scores, where they can be kept."""
+        from prune_lab.pruning.calibration import block_statistics
+
+        needs = {name: self.statistics_needed for name, _ in anatomy.linears()}
+        for of_block in block_statistics(anatomy, needs, seed, calibrator, behind_dense):
+            yield {
+                name: replace(statistics, score_counts=self._score_counts(anatomy, name))
+                for name, statistics in of_block.items()
+            }
+
+    def _score_counts(self, anatomy: Anatomy, of: str) -> ScoreCounts | None:
+        """Counts of the dense model's scores, kept from one amount to the next; None where scores need calibration."""
+        from prune_lab.pruning.thresholds import ScoreCounts
+
+        named = self.named_score
+        cache = anatomy.dense_cache if named is not None and named.by_weight_alone else None
+        return None if cache is None else cache.in_process(f"{self.ranked_by} of {of}", ScoreCounts)
+
+    def _amounts(
+        self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None, pruned: Pruned
+    ) -> list[float]:
+        """The amount of each block."""
+        from prune_lab.pruning import allocation
+        from prune_lab.pruning.loss_increase import AMOUNTS
+
+        linears = anatomy.linears_by_block()
+        sizes = [sum(linear.weight.numel() for _, linear in of_block) for of_block in linears]
+        if self.allocation == "owl":
+            assert calibrator is not None
+            amounts = allocation.owl(_outlier_ratios(anatomy, seed, calibrator), amount, sizes)
+        elif self.allocation == "sensitivity":
+            assert calibrator is not None
+            increases = self.loss_increases(anatomy, seed, calibrator, AMOUNTS)
+            amounts = allocation.by_sensitivity(increases, AMOUNTS, amount, sizes)
+        else:
+            return [amount] * len(linears)
+        pruned.warnings.append(f"{self.allocation} gives the blocks " + ", ".join(f"{a:.3f}" for a in amounts))
+        return amounts
+
+    def loss_increases(
+        self, anatomy: Anatomy, seed: int, calibrator: Calibrator, amounts: tuple[float, ...]
+    ) -> list[list[float]]:
+        """increases[block][i]: loss increase in nats when one block alone loses amounts[i]; the model is unchanged."""
+        from prune_lab.pruning.loss_increase import loss_increases
+
+        linears = anatomy.linears_by_block()
+
+        def prune_block(block: int, statistics: dict[str, LinearStatistics], amount: float) -> None:
+            for name, linear in linears[block]:
+                self.prune_linear(name, linear, amount, statistics[name], Pruned())
+
+        statistics = self._block_statistics(anatomy, seed, calibrator, behind_dense=True)
+        key = {"method": asdict(self) | {"amount": None, "allocation": None}, "seed": seed}  # neither is used
+        return loss_increases(anatomy, statistics, prune_block, calibrator, amounts, type(self), key)
+
+    def _check_pattern(self, anatomy: Anatomy) -> None:
+        if self.pattern is None:
+            return
+        m = Pattern.parse(self.pattern).m
+        for name, linear in anatomy.linears():
+            inputs = out_in(linear, linear.weight).shape[1]
+            if inputs % m:
+                raise Refused(f"method.pattern={self.pattern}: {name} has {inputs} inputs, not a multiple of {m}")
+
+
+def _outlier_ratios(anatomy: Anatomy, seed: int, calibrator: Calibrator) -> list[float]:
+    """OWL's outlier ratio of each block of the dense model."""
+    from prune_lab.pruning import allocation, scores
+    from prune_lab.pruning.calibration import block_statistics
+
+    needs, ratios = {name: frozenset({"input_norm"}) for name, _ in anatomy.linears()}, []
+    blocks = block_statistics(anatomy, needs, seed, calibrator, behind_dense=True)
+    for of_block, statistics in zip(anatomy.linears_by_block(), blocks, strict=True):
+        values = [scores.wanda(out_in(linear, linear.weight.detach()), statistics[name]) for name, linear in of_block]
+        ratios.append(allocation.outlier_ratio(values))
+    return ratios
+
+
+def _row(name: str, keep: Tensor) -> LayerRow:
+    return LayerRow(name, keep.numel(), keep.numel() - int(keep.sum()))

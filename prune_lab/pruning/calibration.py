@@ -1,9 +1,9 @@
-"""Calibration: what methods see of the activations, block by block, each distinct input observed once."""
+"""Calibration: the statistics of every Linear, decoder block by decoder block, while calibration text passes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,22 +15,22 @@ from prune_lab.models.blocks import BlockStream
 from prune_lab.models.loss import window_losses
 from prune_lab.pruning import gradients
 from prune_lab.pruning.dense_statistics import dense_statistics
-from prune_lab.pruning.observing import observing, shared
-from prune_lab.pruning.seen import GRADIENTS, NEEDS, Seen
+from prune_lab.pruning.scores import GRADIENTS
+from prune_lab.pruning.statistics import BlockObserver, LinearStatistics, Needs
 from prune_lab.system.console import Console
 from prune_lab.text.tokens import sha256
 
 
 @dataclass(frozen=True)
 class Calibrator:
-    """Puts calibration windows, shape (windows, prefix + seq_len), through models.
+    """Calibration windows, shape (windows, prefix + seq_len), and how they pass through models.
 
     prefix: tokens before the text of each window (a BOS token): they are seen, and the first token after them is no
     target of a loss.
-    propagate: what the blocks after a pruned one see: its outputs as "pruned", or those of the "dense" block, which
-    costs half and makes the statistics independent of the amount: they are computed once, as are gradients, block
-    influence and scans, which are of the dense model either way (see dense_cache.py).
-    bfloat16: whether blocks multiply in bfloat16 as the windows pass; sums over inputs are float32 either way.
+    propagate: the inputs of the blocks after a pruned one: its outputs as "pruned", or those of the "dense" block,
+    which costs half and makes the statistics independent of the amount: they are computed once, as are gradients,
+    block influence and sensitivities, which are of the dense model either way (dense_cache.py).
+    bfloat16: whether blocks multiply in bfloat16 as the windows pass; sums over activations are float32 either way.
     """
 
     windows: Tensor
@@ -40,40 +40,8 @@ class Calibrator:
     prefix: int = 0
     console: Console = Console(quiet=True)  # noqa: RUF009 - it has no state
 
-    def walk(self, anatomy: Anatomy, needs: frozenset[str], dense: bool = False) -> Iterator[dict[str, Seen]]:
-        """For each block in order, what was seen at each of its Linears, by full name.
-
-        Statistics of one block are held at a time. The block is at hand, and free to be changed before the next one is
-        asked for: with propagate="pruned" its inputs come from the changed block. `dense` overrules that: one pass.
-        """
-        wanted = needs & frozenset(NEEDS)
-        if not wanted:
-            yield from unseen(anatomy)
-            return
-        propagate_pruned = not dense and self.propagate == "pruned"
-        facts = None if propagate_pruned else anatomy.dense_cache
-        if facts is None:
-            yield from self._observe(anatomy, propagate_pruned, wanted)
-            return
-        observe = partial(self._observe, anatomy, False)
-        yield from dense_statistics(facts, self._of, len(anatomy.blocks), wanted, observe)
-
-    def _observe(self, anatomy: Anatomy, propagate_pruned: bool, wanted: frozenset[str]) -> Iterator[dict[str, Seen]]:
-        linears, stream = anatomy.linears_by_block(), BlockStream(anatomy, self.windows, self.batch_size)
-        last = len(linears) - 1  # nothing needs the outputs of the last block
-        passes = len(linears) + last * propagate_pruned
-        with self.console.progress(passes * self.windows.numel(), "calibrating", unit="tok") as bar:
-            for index, of_block in enumerate(linears):
-                keep = index < last and not propagate_pruned
-                with anatomy.at_hand(index):
-                    with observing(anatomy.blocks[index], of_block, wanted, stop=not keep) as statistics:
-                        self.forward(stream, index, bar, keep)
-                    yield shared(statistics)
-                    if propagate_pruned and index < last:
-                        self.forward(stream, index, bar, keep=True)
-
     def forward(self, stream: BlockStream, block: int, bar: Any, keep: bool) -> None:
-        """Puts all states through a block; `keep`: its outputs become the states. Each batch moves the progress bar."""
+        """Passes all states through a block; `keep`: its outputs become the states. Each batch moves the bar."""
         device = stream.states[0].device.type
         for number in range(len(stream.states)):
             with torch.autocast(device, torch.bfloat16, enabled=self.bfloat16):
@@ -84,12 +52,13 @@ class Calibrator:
             bar.update(stream.states[number].shape[:2].numel())
 
     @cached_property
-    def _of(self) -> dict[str, Any]:
-        """What a statistic of the dense model depends on beside it."""
+    def key(self) -> dict[str, Any]:
+        """The part of a cache key that a statistic of the dense model owes to the calibration."""
         n, seq_len = self.windows.shape
-        text = {"tokens_sha256": sha256(self.windows), "n_samples": n, "seq_len": seq_len}
         return {
-            **text,
+            "tokens_sha256": sha256(self.windows),
+            "n_samples": n,
+            "seq_len": seq_len,
             "batch_size": self.batch_size,
             "propagate": "dense",
             "bfloat16": self.bfloat16,
@@ -99,32 +68,32 @@ class Calibrator:
     def remember(
         self, anatomy: Anatomy, kind: str, of: dict[str, Any], compute: Callable[[], Any], modules: tuple[str, ...] = ()
     ) -> Any:
-        """What `compute` finds out from the windows, once if the model is the dense one: numbers, lists, dictionaries.
+        """The result of `compute` (numbers, lists, dictionaries), computed once while the model is the dense one.
 
-        of: what it depends on beside the model and the windows; modules: full names of those outside of
-        models.dense.SOURCE that compute it.
+        of: what it depends on beside the model and the windows; modules: full names of the modules that compute it, of
+        those outside dense_cache.SOURCE.
         """
-        facts = anatomy.dense_cache
-        return compute() if facts is None else facts.value(kind, {**self._of, **of}, compute, modules)
+        cache = anatomy.dense_cache
+        return compute() if cache is None else cache.value(kind, {**self.key, **of}, compute, modules)
 
     def saliency(
         self,
         anatomy: Anatomy,
         order: int,
-        parts: str = "weights",
+        granularity: str = "weights",
         reduce: gradients.Reduce = lambda name, value: value,
         only: Collection[str] | None = None,
     ) -> dict[str, Tensor]:
-        """Gradient saliency (pruning/gradients.py), once for the dense model; `parts` names what is reduced to."""
+        """Gradient saliency (gradients.py), computed once for the dense model; granularity: what `reduce` sums to."""
 
         def compute() -> Iterator[dict[str, Tensor]]:
             yield gradients.saliency(anatomy, self.windows, order, self.console, reduce, only, self.prefix)
 
-        facts, kind = anatomy.dense_cache, GRADIENTS[order - 1]
-        if facts is None:
+        cache, kind = anatomy.dense_cache, GRADIENTS[order - 1]
+        if cache is None:
             return next(compute())
-        of = {key: value for key, value in self._of.items() if key != "batch_size"} | {"parts": parts}
-        (found,) = facts.parts(facts.key(kind, of), kind, 1, compute)
+        of = {key: value for key, value in self.key.items() if key != "batch_size"} | {"parts": granularity}
+        (found,) = cache.parts(cache.key(kind, of), kind, 1, compute)
         return found
 
     def loss(self, model: Any, windows: int | None = None) -> float:
@@ -135,8 +104,73 @@ class Calibrator:
         return float(torch.cat(losses).double().mean())
 
 
-def unseen(anatomy: Anatomy) -> Iterator[dict[str, Seen]]:
-    """Each block in order, at hand, for those who need to see nothing of its inputs."""
-    for index, of_block in enumerate(anatomy.linears_by_block()):
-        with anatomy.at_hand(index):
-            yield {name: Seen() for name, _ in of_block}
+def block_statistics(
+    anatomy: Anatomy,
+    needs: Needs,
+    seed: int,
+    calibrator: Calibrator | None,
+    behind_dense: bool = False,
+    saliency: Callable[[int], dict[str, Tensor]] | None = None,
+) -> Iterator[dict[str, LinearStatistics]]:
+    """For each decoder block in order, the statistics of each of its Linears by full name: the way through a model.
+
+    needs: the statistics that are wanted, by Linear; without any, no calibrator is needed. Statistics of one block are
+    held at a time. The block's weights are in memory, and may be changed before the next block is asked for: with
+    propagate="pruned" the inputs of the next one come from the changed block, unless `behind_dense` says otherwise.
+    saliency: the gradient saliency of an order by Linear, where it is not that of each weight. All Linears share one
+    random generator, which starts from `seed`.
+    """
+    random, of_gradients = torch.Generator().manual_seed(seed), dict[str, dict[str, Tensor]]()
+    wanted = frozenset().union(*needs.values())
+    if wanted:
+        assert calibrator is not None, "a calibrated method needs a calibrator"
+        of_order = saliency or partial(calibrator.saliency, anatomy)
+        of_gradients = {field: of_order(order) for order, field in enumerate(GRADIENTS, 1) if field in wanted}
+    activations = {name: of_linear for name, fields in needs.items() if (of_linear := fields - frozenset(GRADIENTS))}
+    names = [[name for name, _ in of_block] for of_block in anatomy.linears_by_block()]
+    for of_block, observed in zip(names, _activations(anatomy, activations, calibrator, behind_dense), strict=True):
+        yield {
+            name: replace(
+                observed.get(name, LinearStatistics()),
+                random=random,
+                **{field: of[name] for field, of in of_gradients.items() if name in of},  # type: ignore[arg-type]
+            )
+            for name in of_block
+        }
+
+
+def _activations(
+    anatomy: Anatomy, needs: Needs, calibrator: Calibrator | None, behind_dense: bool
+) -> Iterator[dict[str, LinearStatistics]]:
+    """Statistics of activations, block by block: none, observed now, or those of the dense model, observed once."""
+    if not needs or calibrator is None:
+        for index in range(len(anatomy.blocks)):
+            with anatomy.at_hand(index):
+                yield {}
+        return
+    propagate_pruned = not behind_dense and calibrator.propagate == "pruned"
+    cache = None if propagate_pruned else anatomy.dense_cache
+    if cache is None:
+        yield from _observe(anatomy, calibrator, propagate_pruned, needs)
+    else:
+        observe = partial(_observe, anatomy, calibrator, False)
+        linears = [name for name, _ in anatomy.linears()]
+        yield from dense_statistics(cache, calibrator.key, len(anatomy.blocks), linears, needs, observe)
+
+
+def _observe(
+    anatomy: Anatomy, calibrator: Calibrator, propagate_pruned: bool, needs: Needs
+) -> Iterator[dict[str, LinearStatistics]]:
+    linears, stream = anatomy.linears_by_block(), BlockStream(anatomy, calibrator.windows, calibrator.batch_size)
+    last = len(linears) - 1  # nothing needs the outputs of the last block
+    passes = len(linears) + last * propagate_pruned
+    with calibrator.console.progress(passes * calibrator.windows.numel(), "calibrating", unit="tok") as bar:
+        for index, of_block in enumerate(linears):
+            keep = index < last and not propagate_pruned
+            observer = BlockObserver(of_block, needs, stop=not keep)
+            with anatomy.at_hand(index):
+                with observer.watch(anatomy.blocks[index]):
+                    calibrator.forward(stream, index, bar, keep)
+                yield observer.statistics()
+                if propagate_pruned and index < last:
+                    calibrator.forward(stream, index, bar, keep=True)

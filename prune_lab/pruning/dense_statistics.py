@@ -7,46 +7,71 @@ from functools import partial
 from typing import Any
 
 from prune_lab.dense_cache import DenseCache, Part
-from prune_lab.pruning.seen import Seen
+from prune_lab.pruning.statistics import LinearStatistics, Needs
 
-FIELDS = {"input_norm": ("input_norm",), "variance": ("mean", "variance"), "gram": ("gram",)}  # of Seen, by need
+# Fields of LinearStatistics by what is asked for.
+FIELDS = {
+    "input_norm": ("input_norm",), "variance": ("mean", "variance"), "gram": ("gram",), "output_norm": ("output_norm",)
+}  # fmt: skip
 
-Observe = Callable[[frozenset[str]], Iterator[dict[str, Seen]]]
+Observe = Callable[[Needs], Iterator[dict[str, LinearStatistics]]]
 
 
 def dense_statistics(
-    facts: DenseCache, of: dict[str, Any], blocks: int, needs: frozenset[str], observe: Observe
-) -> Iterator[dict[str, Seen]]:
-    """For each block, what was seen at each of its Linears, by full name, as `observe(needs)` would yield it.
+    cache: DenseCache, of: dict[str, Any], blocks: int, linears: list[str], needs: Needs, observe: Observe
+) -> Iterator[dict[str, LinearStatistics]]:
+    """For each block, the statistics of its Linears that `needs` names, as `observe(needs)` would yield them.
 
-    Each need is kept by itself, so that a method that needs fewer finds its own. Those that are missing are observed
-    together, but for gram matrices, which are too large to be held beside others.
+    linears: the names of all Linears. Each field is kept by itself, for the Linears that it was asked for: a method
+    that needs fewer fields finds its own, and one that needs fewer Linears finds what was kept for all of them. Those
+    that are missing are observed together, but for gram matrices, which are too large to be held beside others.
     """
-    keys = {need: facts.key(need, of) for need in sorted(needs)}
+    keys, kept = dict[str, str](), dict[str, frozenset[str]]()
+    for field in sorted(frozenset().union(*needs.values())):
+        of_all = cache.key(field, {**of, "linears": "all"})
+        kept[field] = frozenset(name for name, fields in needs.items() if field in fields)
+        if kept[field] == set(linears) or cache.has_parts(of_all, field):
+            keys[field], kept[field] = of_all, frozenset(linears)
+        else:
+            keys[field] = cache.key(field, {**of, "linears": sorted(kept[field])})
     waiting: dict[str, list[Part]] = {}
 
-    def compute(need: str) -> Iterator[Part]:
-        if need in waiting:
-            yield from waiting.pop(need)
+    def compute(field: str) -> Iterator[Part]:
+        if field in waiting:
+            yield from waiting.pop(field)
             return
-        if need == "gram":
-            yield from (_part(of_block, need) for of_block in observe(frozenset({need})))
+        if field == "gram":
+            yield from (_part(of_block, field) for of_block in observe(_needs({field: kept[field]})))
             return
-        missing = {other for other in keys if other != "gram" and not facts.has_parts(keys[other], other)} | {need}
-        seen = list(observe(frozenset(missing)))  # vectors: small enough to be held for all blocks
-        waiting.update({other: [_part(of_block, other) for of_block in seen] for other in missing})
-        yield from waiting.pop(need)
+        missing = {other for other in keys if other != "gram" and not cache.has_parts(keys[other], other)} | {field}
+        # Vectors: small enough to be held for all blocks.
+        observed = list(observe(_needs({other: kept[other] for other in missing})))
+        waiting.update({other: [_part(of_block, other) for of_block in observed] for other in missing})
+        yield from waiting.pop(field)
 
-    streams = [facts.parts(key, need, blocks, partial(compute, need)) for need, key in keys.items()]
+    streams = [cache.parts(key, field, blocks, partial(compute, field)) for field, key in keys.items()]
+    wanted = {name: {result for field in fields for result in FIELDS[field]} for name, fields in needs.items()}
     for parts in zip(*streams, strict=True):
-        fields: dict[str, dict[str, Any]] = {}
+        found: dict[str, dict[str, Any]] = {}
         for part in parts:
             for label, tensor in part.items():
-                field, _, name = label.partition(" ")
-                fields.setdefault(name, {})[field] = tensor
-        yield {name: Seen(**of_linear) for name, of_linear in fields.items()}
+                result, _, name = label.partition(" ")
+                if result in wanted.get(name, ()):
+                    found.setdefault(name, {})[result] = tensor
+        yield {name: LinearStatistics(**of_linear) for name, of_linear in found.items()}
 
 
-def _part(of_block: dict[str, Seen], need: str) -> Part:
-    """The tensors of a need by field and Linear."""
-    return {f"{field} {name}": getattr(seen, field) for name, seen in of_block.items() for field in FIELDS[need]}
+def _needs(linears: dict[str, frozenset[str]]) -> Needs:
+    """What to observe, by Linear, from the Linears by field."""
+    names = frozenset().union(*linears.values())
+    return {name: frozenset(field for field, of_field in linears.items() if name in of_field) for name in names}
+
+
+def _part(of_block: dict[str, LinearStatistics], field: str) -> Part:
+    """The tensors of a field by result and Linear."""
+    return {
+        f"{result} {name}": tensor
+        for name, statistics in of_block.items()
+        for result in FIELDS[field]
+        if (tensor := getattr(statistics, result)) is not None
+    }

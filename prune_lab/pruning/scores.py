@@ -1,7 +1,7 @@
-"""What single weights are worth: pure functions of a weight (out, in) and of what calibration saw at its Linear.
+"""Importance scores: pure functions of a weight (out, in) and of the calibration statistics of its Linear.
 
-A unit (an MLP channel, a KV group) is worth the sum over its weights, so every score serves single weights and
-structures alike.
+The lowest scores are removed first. The score of a unit (an MLP channel, a KV group) is the sum over its weights, so
+every score serves unstructured and structured pruning.
 """
 
 from __future__ import annotations
@@ -13,71 +13,73 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prune_lab.pruning.seen import Seen
+    from prune_lab.pruning.statistics import LinearStatistics
 
+# Fields of LinearStatistics that come from gradients of the whole model's loss (gradients.py).
+GRADIENTS = ("saliency", "saliency2")
 _SMALLEST = 2.0**-126  # normal number in float32
 
 
-def magnitude(weight: Tensor, seen: Seen) -> Tensor:
+def magnitude(weight: Tensor, statistics: LinearStatistics) -> Tensor:
     """|W|, in the weight's own number type (Han et al., 1506.02626)."""
     return weight.abs()
 
 
-def square(weight: Tensor, seen: Seen) -> Tensor:
+def square(weight: Tensor, statistics: LinearStatistics) -> Tensor:
     """W^2, float32: its sum over a unit ranks as the unit's L2 norm (Li et al., 1608.08710)."""
     return weight.float().square()
 
 
-def random(weight: Tensor, seen: Seen) -> Tensor:
+def random(weight: Tensor, statistics: LinearStatistics) -> Tensor:
     """Uniform in [0, 1), drawn on the CPU so that every device prunes the same weights."""
     import torch
 
-    return torch.rand(weight.shape, generator=seen.random).to(weight.device)
+    return torch.rand(weight.shape, generator=statistics.random).to(weight.device)
 
 
-def wanda(weight: Tensor, seen: Seen) -> Tensor:
+def wanda(weight: Tensor, statistics: LinearStatistics) -> Tensor:
     """|W_ij| * ||X_j||, float32 (Sun et al., 2306.11695)."""
-    assert seen.input_norm is not None
-    return weight.float().abs() * seen.input_norm
+    assert statistics.input_norm is not None
+    return weight.float().abs() * statistics.input_norm
 
 
-def ria(weight: Tensor, seen: Seen) -> Tensor:
+def ria(weight: Tensor, statistics: LinearStatistics) -> Tensor:
     """(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||^0.5, float32 (RIA: Zhang et al., ICLR 2024)."""
-    assert seen.input_norm is not None
+    assert statistics.input_norm is not None
     size = weight.float().abs()
     # In a row or column of zeros every share is zero, not undefined.
     columns, rows = (size.sum(dim, keepdim=True).clamp(min=_SMALLEST) for dim in (0, 1))
     share = size / columns + size / rows
-    return share * seen.input_norm.sqrt()
+    return share * statistics.input_norm.sqrt()
 
 
-def taylor(weight: Tensor, seen: Seen) -> Tensor:
+def taylor(weight: Tensor, statistics: LinearStatistics) -> Tensor:
     """|w * g|, averaged over windows (Molchanov et al., 1611.06440; LLM-Pruner, 2305.11627)."""
-    assert seen.saliency is not None
-    return seen.saliency
+    assert statistics.saliency is not None
+    return statistics.saliency
 
 
-def taylor2(weight: Tensor, seen: Seen) -> Tensor:
+def taylor2(weight: Tensor, statistics: LinearStatistics) -> Tensor:
     """w^2 * F with F the mean squared gradient of a window (LLM-Pruner, 2305.11627)."""
-    assert seen.saliency2 is not None
-    return seen.saliency2
+    assert statistics.saliency2 is not None
+    return statistics.saliency2
 
 
-def wifv(weight: Tensor, seen: Seen) -> Tensor:
+def wifv(weight: Tensor, statistics: LinearStatistics) -> Tensor:
     """W_ij^2 * variance of x_j, float32: weighted input feature variance (FLAP: An et al., 2312.11983)."""
-    assert seen.variance is not None
-    return weight.float().square() * seen.variance
+    assert statistics.variance is not None
+    return weight.float().square() * statistics.variance
 
 
 @dataclass(frozen=True)
 class Score:
-    """A score, what it needs calibration to observe, and which Linears of a unit it is summed over.
+    """A score, the calibration statistics that it needs, and the Linears of a unit that it is summed over.
 
-    output_only: only the Linear that reads the unit (an MLP's down projection, attention's output projection). Scores
-    by activations are: there the activation is the unit's own. by_weight_alone: it is the same for the same weight.
+    output_only: only the Linear that reads the unit (an MLP's down projection, attention's output projection), where
+    the activation is the unit's own. by_weight_alone: the score depends on nothing but the weight.
     """
 
-    function: Callable[[Tensor, Seen], Tensor]
+    function: Callable[[Tensor, LinearStatistics], Tensor]
     needs: frozenset[str] = frozenset()
     output_only: bool = False
     by_weight_alone: bool = False

@@ -1,4 +1,4 @@
-"""Which scores stay: exact counts, ties broken by the lower index first, N:M patterns. Pure functions."""
+"""Selection: keep-masks from scores, with exact counts, ties broken by the index, and N:M patterns. Pure functions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prune_lab.pruning.pattern import Pattern
-from prune_lab.pruning.thresholds import Counts, Threshold, at_once, cuts, kth_lowest, row_thresholds
+from prune_lab.pruning.thresholds import ScoreCounts, Threshold, at_once, kth_lowest, row_thresholds, thresholds
 
 RANKED_BY_PAIRS = 8  # entries at most whose pairs are fewer than the steps of a selection
 
@@ -28,25 +28,25 @@ def keep_rows(scores: Tensor, remove: int) -> Tensor:
     if remove == 0:
         return keep
     rows = max(1, at_once(scores) // scores.shape[1])
-    for part, kept in zip(scores.split(rows), keep.split(rows), strict=True):
-        threshold, ties = row_thresholds(part, remove)
-        torch.gt(part, threshold, out=kept)
-        row, column = (part == threshold).nonzero(as_tuple=True)  # in the order of rows, then columns
-        first = torch.searchsorted(row, torch.arange(len(part), device=row.device))
+    for chunk, kept in zip(scores.split(rows), keep.split(rows), strict=True):
+        threshold, ties = row_thresholds(chunk, remove)
+        torch.gt(chunk, threshold, out=kept)
+        row, column = (chunk == threshold).nonzero(as_tuple=True)  # in the order of rows, then columns
+        first = torch.searchsorted(row, torch.arange(len(chunk), device=row.device))
         rank = torch.arange(len(row), device=row.device) - first[row]
         kept[row, column] = rank >= ties[row, 0]
     return keep
 
 
-def keep_layer(scores: Tensor, amount: float, counts: Counts | None = None) -> Tensor:
+def keep_layer(scores: Tensor, amount: float, counts: ScoreCounts | None = None) -> Tensor:
     """Keep-mask over one matrix that drops `amount` of it; `counts` as in keep_global."""
     return keep_global([scores], amount, counts)[0]
 
 
-def keep_unwaited(scores: Tensor, remove: int) -> Tensor:
-    """Keep-mask over one matrix that drops `remove` of it, in steps whose sizes do not depend on what the scores are.
+def keep_in_fixed_steps(scores: Tensor, remove: int) -> Tensor:
+    """Keep-mask over one matrix that drops `remove` of it, in steps whose sizes do not depend on the scores.
 
-    So that a GPU can repeat them without the processor; its index of ties takes 4 bytes a score.
+    A CUDA graph can repeat such steps without the processor. The index of ties takes 4 bytes a score.
     """
     if remove == 0:
         return torch.ones_like(scores, dtype=torch.bool)
@@ -57,39 +57,39 @@ def keep_unwaited(scores: Tensor, remove: int) -> Tensor:
     return ~(lower | (tied & first)).view(scores.shape)
 
 
-def keep_global(scores: list[Tensor], amount: float, counts: Counts | None = None) -> list[Tensor]:
+def keep_global(scores: list[Tensor], amount: float, counts: ScoreCounts | None = None) -> list[Tensor]:
     """Keep-masks over several matrices that drop `amount` of all their entries, ranked together.
 
-    counts: what is kept of these very scores from one amount to the next.
+    counts: those of these very scores, kept from one amount to the next.
     """
     remove = count_to_remove(sum(s.numel() for s in scores), amount)
-    return keep_behind(scores, cuts(scores, [remove])[0] if counts is None else counts.cut(scores, remove))
+    return keep_above(scores, thresholds(scores, [remove])[0] if counts is None else counts.threshold(scores, remove))
 
 
-def keep_behind(scores: list[Tensor], cut: Threshold) -> list[Tensor]:
-    """Keep-masks over the matrices whose cut it is (cuts.py), which ranks them together."""
-    keep, ties = [], cut.ties
+def keep_above(scores: list[Tensor], threshold: Threshold) -> list[Tensor]:
+    """Keep-masks over matrices that are ranked together, by their threshold."""
+    keep, ties = [], threshold.ties
     for values in scores:
         flat = values.reshape(-1)
-        end, ties = _behind_ties(flat, cut.threshold, ties)
+        end, ties = _behind_ties(flat, threshold.value, ties)
         kept = torch.empty_like(flat, dtype=torch.bool)
-        torch.gt(flat[:end], cut.threshold, out=kept[:end])
-        torch.ge(flat[end:], cut.threshold, out=kept[end:])
+        torch.gt(flat[:end], threshold.value, out=kept[:end])
+        torch.ge(flat[end:], threshold.value, out=kept[end:])
         keep.append(kept.view(values.shape))
     return keep
 
 
 def _behind_ties(flat: Tensor, threshold: float, ties: int) -> tuple[int, int]:
-    """The place behind so many entries that equal the threshold, or the end and how many are still to come."""
+    """The index after so many entries that equal the threshold, or the end and how many are still to come."""
     start = 0
-    for part in flat.split(at_once(flat)):
+    for chunk in flat.split(at_once(flat)):
         if ties == 0:
             break
-        tied = part == threshold
+        tied = chunk == threshold
         found = int(torch.count_nonzero(tied))
         if found >= ties:
             return start + int(tied.nonzero()[ties - 1]) + 1, 0
-        start, ties = start + len(part), ties - found
+        start, ties = start + len(chunk), ties - found
     return start, ties
 
 
@@ -99,13 +99,13 @@ def keep_pattern(scores: Tensor, pattern: Pattern) -> Tensor:
     if pattern.m > RANKED_BY_PAIRS:
         return keep_rows(groups, pattern.m - pattern.n).view(scores.shape)
     keep = torch.empty_like(groups, dtype=torch.bool)
-    for part, kept in zip(groups.split(at_once(scores)), keep.split(at_once(scores)), strict=True):
-        torch.ge(_ranks(part), pattern.m - pattern.n, out=kept)
+    for chunk, kept in zip(groups.split(at_once(scores)), keep.split(at_once(scores)), strict=True):
+        torch.ge(_ranks(chunk), pattern.m - pattern.n, out=kept)
     return keep.view(scores.shape)
 
 
 def _ranks(groups: Tensor) -> Tensor:
-    """How many of its row each entry comes behind, ties by the index: of few columns, since each pair is compared."""
+    """Rank of each entry in its row, ties by the index; for few columns, since every pair is compared."""
     columns = groups.T.contiguous()
     ranks = torch.zeros_like(columns, dtype=torch.uint8)
     for first, second in combinations(range(len(columns)), 2):

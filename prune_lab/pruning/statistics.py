@@ -1,11 +1,25 @@
-"""What is gathered about the inputs of a Linear while calibration text passes: running sums in float32."""
+"""Calibration statistics of Linears: norms, moments and gram matrices of inputs and outputs, as text passes a block.
+
+A score asks for them by Linear (`Needs`): of a Linear that is not named nothing is observed. Linears that are given one
+tensor share its statistics, which are running sums in float32.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
-from prune_lab.pruning.seen import Seen
+import torch
+from torch import Tensor, nn
+
+from prune_lab.models.blocks import ReachedError
+from prune_lab.pruning.thresholds import ScoreCounts
+
+# Fields of LinearStatistics that are observed while text passes; `variance` brings `mean`.
+OF_INPUTS, OF_OUTPUTS = frozenset({"input_norm", "variance", "gram"}), frozenset({"output_norm"})
+Needs = Mapping[str, frozenset[str]]  # fields of LinearStatistics that are wanted, by full name of a Linear
 
 # Columns of a gram matrix that are computed at once, from the diagonal on (the rest is their mirror); and on a GPU.
 PANEL, PANEL_ON_GPU = 256, 1024
@@ -14,28 +28,59 @@ IN_CACHE = 2**19  # numbers
 _ADDS_IN_FLOAT32 = "dtype" in torch.ops.aten.mm.overloads()  # from PyTorch 2.8 on
 
 
-class InputStatistics:
-    """Running statistics of one input, float32, fed with rows of activations; only what `needs` names is kept."""
+@dataclass(frozen=True)
+class LinearStatistics:
+    """Statistics of one Linear with a weight of shape (out, in); a field that was not asked for is None.
 
-    def __init__(self, needs: frozenset[str]) -> None:
-        self._needs = needs
-        self._tokens = 0
+    input_norm, output_norm: L2 norm of each input and output over all tokens, (in,) and (out,). mean, variance: of each
+    input over all tokens, (in,), the variance unbiased. gram: X^T X over all tokens, (in, in). saliency: mean over
+    windows of |w * gradient|, saliency2: of (w * gradient)^2, both (out, in). random: the run's generator, for scores
+    that draw. score_counts: counts of this Linear's scores, where those depend on the weight alone, for all amounts.
+    """
+
+    input_norm: Tensor | None = None
+    output_norm: Tensor | None = None
+    mean: Tensor | None = None
+    variance: Tensor | None = None
+    gram: Tensor | None = None
+    saliency: Tensor | None = None
+    saliency2: Tensor | None = None
+    random: torch.Generator = field(default_factory=torch.Generator)
+    score_counts: ScoreCounts | None = None
+
+
+class RunningStatistics:
+    """Running statistics of one input or output, float32, fed with rows of activations."""
+
+    def __init__(self) -> None:
+        self._tokens = 0  # that the moments are of
         self._squares: Tensor | None = None
         self._mean: Tensor | None = None
         self._deviations: Tensor | None = None  # sum of squared distances from the mean
         self._gram: Tensor | None = None
 
-    def add(self, rows: Tensor) -> None:
-        """Takes in activations of shape (tokens, in)."""
+    def add(self, rows: Tensor, needs: frozenset[str]) -> None:
+        """Adds activations of shape (tokens, width) to the sums that `needs` names: norm, variance, gram."""
         with torch.autocast(rows.device.type, enabled=False):
-            if "input_norm" in self._needs:
+            if "norm" in needs:
                 squares = _squares(rows)
                 self._squares = squares if self._squares is None else self._squares + squares
-            if "variance" in self._needs:
+            if "variance" in needs:
                 self._add_moments(rows.float())
-            if "gram" in self._needs:
+            if "gram" in needs:
                 self._add_gram(rows)
-        self._tokens += len(rows)
+
+    def result(self) -> dict[str, Tensor]:
+        """The statistics by name: norm, mean, variance, gram; those that were gathered."""
+        found = {}
+        if self._squares is not None:
+            found["norm"] = self._squares.sqrt()
+        if self._mean is not None and self._deviations is not None:
+            found["mean"] = self._mean
+            found["variance"] = self._deviations / max(1, self._tokens - 1)
+        if self._gram is not None:
+            found["gram"] = self._gram.triu() + self._gram.triu(1).T
+        return found
 
     def _add_gram(self, rows: Tensor) -> None:
         width = rows.shape[1]
@@ -55,22 +100,14 @@ class InputStatistics:
         """Welford's update, a batch at a time (Chan, Golub & LeVeque, 1979)."""
         mean = rows.mean(0)
         deviations = (rows - mean).square().sum(0)
+        n, more = self._tokens, len(rows)
+        self._tokens += more
         if self._mean is None or self._deviations is None:
             self._mean, self._deviations = mean, deviations
             return
-        n, more = self._tokens, len(rows)
         apart = mean - self._mean
         self._deviations = self._deviations + deviations + apart.square() * (n * more / (n + more))
         self._mean = self._mean + apart * (more / (n + more))
-
-    def seen(self) -> Seen:
-        """What was gathered."""
-        return Seen(
-            input_norm=None if self._squares is None else self._squares.sqrt(),
-            mean=self._mean,
-            variance=None if self._deviations is None else self._deviations / max(1, self._tokens - 1),
-            gram=None if self._gram is None else self._gram.triu() + self._gram.triu(1).T,
-        )
 
 
 def _squares(rows: Tensor) -> Tensor:
@@ -79,6 +116,84 @@ def _squares(rows: Tensor) -> Tensor:
         return torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()
     if rows.dtype == torch.float32:
         return rows.square().sum(0)
-    # In parts that stay in the processor's cache: ten times as fast as a float32 copy of all.
-    parts = rows.split(max(1, IN_CACHE // rows.shape[1]))
-    return torch.stack([part.float().square_().sum(0) for part in parts]).sum(0)
+    # In chunks that stay in the processor's cache: ten times as fast as a float32 copy of all.
+    chunks = rows.split(max(1, IN_CACHE // rows.shape[1]))
+    return torch.stack([chunk.float().square_().sum(0) for chunk in chunks]).sum(0)
+
+
+class BlockObserver:
+    """Observer of one block: hooks on its Linears that feed running statistics while the block runs.
+
+    linears: full name and module of each Linear of the block. needs: what to observe, by name. stop: end a call of the
+    block as soon as all that is wanted was seen, since its output is not.
+    """
+
+    def __init__(self, linears: list[tuple[str, Any]], needs: Needs, stop: bool) -> None:
+        self._linears = [(name, linear) for name, linear in linears if needs.get(name)]
+        self._stop = stop
+        self._needs = {(name, is_output): _of_side(needs[name], is_output) for name, _ in self._linears
+                       for is_output in (False, True)}  # fmt: skip
+        self._needs = {key: wanted for key, wanted in self._needs.items() if wanted}
+        self._gathered: dict[tuple[str, bool], RunningStatistics] = {}
+        # Of this call of the block: tensors that were seen, their statistics, and which of those have been updated.
+        self._seen: list[tuple[Tensor, RunningStatistics, set[str]]] = []
+        self._waiting: set[tuple[str, bool]] = set()
+
+    @contextmanager
+    def watch(self, block: nn.Module) -> Iterator[None]:
+        """Within it, each call of `block` is observed."""
+        hooks = [block.register_forward_pre_hook(self._begin)]
+        for name, linear in self._linears:
+            if (key := (name, False)) in self._needs:
+                hooks.append(linear.register_forward_pre_hook(lambda _, args, key=key: self._look(key, args[0])))
+            if (key := (name, True)) in self._needs:
+                hooks.append(linear.register_forward_hook(lambda _, args, out, key=key: self._look(key, out)))
+        try:
+            yield
+        finally:
+            self._seen.clear()
+            for hook in hooks:
+                hook.remove()
+
+    def statistics(self) -> dict[str, LinearStatistics]:
+        """What was gathered, by full name of Linear; those that were given one input share its tensors."""
+        results = {id(running): running.result() for running in self._gathered.values()}
+        fields: dict[str, dict[str, Any]] = {name: {} for name, _ in self._linears}
+        for (name, is_output), running in self._gathered.items():
+            found = results[id(running)]
+            for wanted in self._needs[name, is_output]:
+                fields[name] |= {_field(one, is_output): found[one] for one in _RESULTS[wanted]}
+        return {name: LinearStatistics(**of_linear) for name, of_linear in fields.items()}
+
+    def _begin(self, *_: Any) -> None:
+        self._seen.clear()
+        self._waiting.update(self._needs)
+
+    def _look(self, key: tuple[str, bool], activations: Tensor) -> None:
+        known = next(((running, done) for other, running, done in self._seen if other is activations), None)
+        if known is None:
+            known = self._gathered.setdefault(key, RunningStatistics()), set[str]()
+            self._seen.append((activations, *known))
+        running, done = known
+        running.add(activations.reshape(-1, activations.shape[-1]), self._needs[key] - done)
+        done |= self._needs[key]
+        self._gathered[key] = running
+        self._waiting.discard(key)
+        if self._stop and not self._waiting:
+            raise ReachedError
+
+
+_RESULTS = {"norm": ("norm",), "variance": ("mean", "variance"), "gram": ("gram",)}  # by what is asked for
+
+
+def _of_side(needs: frozenset[str], is_output: bool) -> frozenset[str]:
+    """Names for RunningStatistics of those needs that are of a Linear's outputs, or of its inputs."""
+    wanted = needs & OF_OUTPUTS if is_output else needs - OF_OUTPUTS
+    return frozenset(need.removeprefix("output_").removeprefix("input_") for need in wanted)
+
+
+def _field(result: str, is_output: bool) -> str:
+    """The field of LinearStatistics for a result of RunningStatistics."""
+    if result == "norm":
+        return "output_norm" if is_output else "input_norm"
+    return result

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from prune_lab.pruning.selection import Pattern, count_to_remove, keep_global, keep_layer, keep_pattern, keep_rows
-from prune_lab.pruning.thresholds import cuts
+from prune_lab.pruning.thresholds import thresholds
 
 SIZE, AMOUNT, AMOUNTS = 4096, 0.5, [i / 10 for i in range(1, 10)]
 Timed = Callable[[], object]
@@ -36,7 +36,7 @@ def cases(scores: Tensor) -> dict[str, tuple[Timed, Timed]]:
         "layer": (lambda: keep_layer(scores, AMOUNT), lambda: scores.flatten().sort()),
         "global, 4 matrices": (lambda: keep_global(parts, AMOUNT), lambda: torch.cat(parts).flatten().sort()),
         "2:4": (lambda: keep_pattern(scores, pattern), lambda: scores.view(-1, 4).sort(dim=1)),
-        f"cuts of {len(AMOUNTS)} amounts": (lambda: cuts([scores], all_of_them), lambda: scores.flatten().sort()),
+        f"cuts of {len(AMOUNTS)} amounts": (lambda: thresholds([scores], all_of_them), lambda: scores.flatten().sort()),
     }
 
 

@@ -14,7 +14,7 @@ import time
 import torch
 from torch import Tensor
 
-from prune_lab.pruning.sparsegpt import solve
+from prune_lab.pruning.sparsegpt_solver import solve
 
 SIZE, TOKENS, WINDOW, AMOUNT, REPEATS = 2048, 4096, 128, 0.5, 7
 

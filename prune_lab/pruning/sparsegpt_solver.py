@@ -18,7 +18,7 @@ from torch import Tensor
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import out_in
 from prune_lab.pruning.pattern import Pattern
-from prune_lab.pruning.selection import RANKED_BY_PAIRS, count_to_remove, keep_layer, keep_pattern, keep_unwaited
+from prune_lab.pruning.selection import RANKED_BY_PAIRS, count_to_remove, keep_in_fixed_steps, keep_layer, keep_pattern
 from prune_lab.system.cuda_graph import captured
 
 WINDOW = 128  # columns whose weights are ranked together
@@ -36,6 +36,7 @@ class Solved:
     damping: float
 
 
+@torch.no_grad()
 def prune_linear(linear: Any, gram: Tensor, amount: float, pattern: Pattern | None = None) -> Solved:
     """Prunes and updates a Linear's weight in place, as `solve` does; its keep-mask has shape (out, in)."""
     weight = out_in(linear, linear.weight)
@@ -46,6 +47,7 @@ def prune_linear(linear: Any, gram: Tensor, amount: float, pattern: Pattern | No
     return solved
 
 
+@torch.no_grad()
 def solve(weight: Tensor, gram: Tensor, amount: float, pattern: Pattern | None = None) -> Solved:
     """Prunes `amount` of every WINDOW columns, or to a pattern (Frantar & Alistarh, 2301.00774).
 
@@ -80,7 +82,7 @@ def _chosen(columns: Tensor, zero: Tensor, inverse: Tensor, amount: float) -> Te
     scores = _scores(columns, zero, inverse.diagonal()[:, None])
     remove = count_to_remove(scores.numel(), amount)
     # A GPU is not waited for: while it sweeps through a window, the next one's work is handed to it.
-    keep = keep_unwaited(scores, remove) if scores.is_cuda else keep_layer(scores, amount)
+    keep = keep_in_fixed_steps(scores, remove) if scores.is_cuda else keep_layer(scores, amount)
     return keep.T
 
 
