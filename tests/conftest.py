@@ -50,16 +50,17 @@ OTHER_FAMILIES: dict[str, dict[str, Any]] = {
 ALL_FAMILIES = FAMILIES | OTHER_FAMILIES
 
 
-# What a function names that starts processes: modules of Python, a browser, functions of warm.py and processes.py.
+# What a function names that starts processes or a whole run: modules of Python, a browser, functions of warm.py and
+# processes.py; the command line itself, within the test's process; and what measures memory in a fresh one.
 STARTERS = {
     "subprocess", "multiprocessing", "venv", "sync_playwright", "run_module", "start_module", "together", "launched",
-    "give_store",
+    "give_store", "program", "measure_memory",
 }  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks as `process` what starts processes: a test, one of its fixtures, or what they call in their own file."""
+    """Marks as `process` what starts one of these: a test, one of its fixtures, or what they call in their file."""
     for item in items:
         fixtures = [found.func for of in item._fixtureinfo.name2fixturedefs.values() for found in of]
         here = (item.module.__name__, __name__)
