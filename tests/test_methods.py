@@ -317,12 +317,10 @@ def check_amount(built: Method, family: str, amount: float, before: Any, model: 
 
 
 @cases(PRUNING)
-@pytest.mark.parametrize("amount", [0.1, 0.95])
-def test_the_realised_amount_is_the_requested_one(
-    dense: Dense, make: Make, amount: float, option: str, keys: Keys
-) -> None:
+def test_the_realised_amount_is_the_requested_one(dense: Dense, make: Make, option: str, keys: Keys) -> None:
     """Exact in each comparison group, where a threshold would take thousands of ties; at 0.5 in every family, below."""
-    check_amount(method(option, **keys), "llama", amount, dense("llama"), *make("llama", option, keys, amount))
+    for amount in (0.1, 0.95):
+        check_amount(method(option, **keys), "llama", amount, dense("llama"), *make("llama", option, keys, amount))
 
 
 @pytest.mark.parametrize(
@@ -681,13 +679,7 @@ def test_one_ranking_of_all_weights_has_no_other_allocation(allocation: str) -> 
         ("depth", {"by": "norm"}, r"by='norm' is none of bi, perplexity"),
         ("sensitivity", {"score": "l2"}, r"score='l2' is none of random, wanda, ria, taylor, taylor2, wifv"),
         ("sensitivity", {"parts": ["weights", "norms"]}, r"parts=\['weights', 'norms'\] must be some of weights, mlp"),
-        ("sensitivity", {"parts": []}, r"parts=\[\] must be some of"),
-        ("sensitivity", {"parts": ["mlp", "mlp"]}, r"parts=\['mlp', 'mlp'\] must be some of"),
         ("sensitivity", {"amounts": []}, r"amounts=\[\] must rise, each between 0 and 1"),
-        ("sensitivity", {"amounts": [0.5, 0.3]}, r"amounts=\[0\.5, 0\.3\] must rise"),
-        ("sensitivity", {"amounts": [0.3, 0.3]}, r"amounts=\[0\.3, 0\.3\] must rise"),
-        ("sensitivity", {"amounts": [0.0, 0.3]}, r"amounts=\[0\.0, 0\.3\] must rise"),
-        ("sensitivity", {"amounts": [0.3, 1.0]}, r"amounts=\[0\.3, 1\.0\] must rise"),
         ("magnitude", {"score": "wanda"}, r"score: no such key"),
     ],
     ids=str,
