@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import os
 import shutil
 import subprocess
@@ -46,6 +48,45 @@ OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
 }
 ALL_FAMILIES = FAMILIES | OTHER_FAMILIES
+
+
+# What a function names that starts processes or a whole run: modules of Python, a browser, functions of warm.py and
+# processes.py; the command line itself, within the test's process; and what measures memory in a fresh one.
+STARTERS = {
+    "subprocess", "multiprocessing", "venv", "sync_playwright", "run_module", "start_module", "together", "launched",
+    "give_store", "program", "measure_memory",
+}  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks as `process` what starts one of these: a test, one of its fixtures, or what they call in their file."""
+    for item in items:
+        fixtures = [found.func for of in item._fixtureinfo.name2fixturedefs.values() for found in of]
+        here = (item.module.__name__, __name__)
+        own = [one for one in [item.function, *fixtures] if getattr(one, "__module__", None) in here]
+        if any(map(starts_processes, own)):
+            item.add_marker("process")
+
+
+@functools.cache
+def starts_processes(function: Any) -> bool:
+    """Whether one of STARTERS is named by a function, or by a function or class of its file that it leads to."""
+    waiting, known = [inspect.unwrap(function)], set[Any]()
+    for found in waiting:
+        names, codes = set[str](), [found.__code__]
+        for code in codes:
+            names |= {*code.co_names}
+            codes += [part for part in code.co_consts if inspect.iscode(part)]
+        if names & STARTERS:
+            return True
+        beside = [found.__globals__.get(name) for name in names]
+        beside += [member for one in beside if inspect.isclass(one) for member in vars(one).values()]
+        for one in [inspect.unwrap(one) for one in beside if inspect.isfunction(one)]:
+            if inspect.isfunction(one) and one.__module__ == function.__module__ and one not in known:
+                known.add(one)
+                waiting.append(one)
+    return False
 
 
 def pytest_unconfigure() -> None:

@@ -43,9 +43,8 @@ def test_blocks_with_as_many_outliers_are_pruned_alike(sizes: tuple[int, ...]) -
     assert owl((0.0, 0.0, 0.0), 0.6, sizes) == [0.6] * 3
 
 
-@pytest.mark.parametrize("amount", [0.0, 0.02, 0.1, 0.5, 0.77, 0.93, 0.99])
-@pytest.mark.parametrize("sizes", [(10, 10, 10, 10), (1000, 1, 37, 500), (3, 7, 11, 5000)])
-@pytest.mark.parametrize("spread", [0.08, 0.3])
+@pytest.mark.parametrize("amount", [0.0, 0.02, 0.5, 0.93, 0.99])
+@pytest.mark.parametrize(("sizes", "spread"), [((10, 10, 10, 10), 0.08), ((1000, 1, 37, 500), 0.3)])
 def test_owl_keeps_the_mean_over_weights(amount: float, sizes: tuple[int, ...], spread: float) -> None:
     """At the ends too, where blocks are clamped to 0 or 1 and the others take what that leaves."""
     ratios = (2.0, 0.5, 1.0, 0.7)
@@ -122,8 +121,9 @@ def damage(x: float, rises: list[float]) -> float:
     return min(found)
 
 
-@pytest.mark.parametrize("amount", [0.05, 0.25, 0.4, 0.5, 0.7])
-@pytest.mark.parametrize("sizes", [(4, 4, 4), (1, 2, 5)])
+@pytest.mark.parametrize(
+    ("amount", "sizes"), [(0.05, (1, 2, 5)), (0.25, (4, 4, 4)), (0.4, (1, 2, 5)), (0.7, (1, 2, 5))]
+)
 @pytest.mark.parametrize("case", RISES)
 def test_no_other_spread_of_the_same_mean_does_less_damage(case: str, sizes: tuple[int, ...], amount: float) -> None:
     """All spreads of two blocks on a fine grid; the third makes up the mean."""
@@ -141,7 +141,8 @@ def test_no_other_spread_of_the_same_mean_does_less_damage(case: str, sizes: tup
 
 
 def test_the_cheapest_step_for_each_weight_goes_first() -> None:
-    """By hand: both blocks lose .1 nats for a step, but the first block's step takes twice the weights."""
+    """By hand: both blocks lose .1 nats for a step, but one block's step takes twice the weights."""
+    assert by_sensitivity([[0.1], [0.1]], (0.5,), 1 / 3, (1, 2)) == pytest.approx([0.0, 0.5])
     assert by_sensitivity([[0.1], [0.1]], (0.5,), 1 / 3, (2, 1)) == pytest.approx([0.5, 0.0])
     assert by_sensitivity([[0.3], [0.1]], (0.5,), 1 / 3, (2, 1)) == pytest.approx([0.25, 0.5])
 
@@ -150,11 +151,9 @@ def test_equal_blocks_at_a_measured_amount_lose_that_amount() -> None:
     assert by_sensitivity([[0.1, 0.5, 2.0]] * 4, SCANNED, 0.5, (7,) * 4) == pytest.approx([0.5] * 4)
 
 
-@pytest.mark.parametrize("amount", [0.75, 0.8, 0.95, 0.99])
-@pytest.mark.parametrize("sizes", [(4, 4, 4), (1, 2, 5)])
-def test_beyond_the_largest_measured_amount_all_rise_alike(amount: float, sizes: tuple[int, ...]) -> None:
-    found = by_sensitivity(RISES["convex"], SCANNED, amount, sizes)
-    assert found == pytest.approx([amount] * 3, abs=1e-9)
+@pytest.mark.parametrize("amount", [0.75, 0.8, 0.99])
+def test_beyond_the_largest_measured_amount_all_rise_alike(amount: float) -> None:
+    assert by_sensitivity(RISES["convex"], SCANNED, amount, (1, 2, 5)) == pytest.approx([amount] * 3, abs=1e-9)
 
 
 def test_nothing_asked_for_takes_nothing() -> None:

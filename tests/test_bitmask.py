@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALL_FAMILIES, CPU, Cli, make_folder
+from conftest import CPU, Cli, make_folder
 from safetensors.torch import load_file, save_file
 
 from prune_lab.errors import Refused
@@ -39,8 +39,11 @@ def test_the_layout_by_hand() -> None:
     assert (stored["w.bitmask"].dtype, stored["w.values"].dtype) == (torch.uint8, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("zeros", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize(
+    ("zeros", "dtype"),
+    [(0.0, torch.float32), (0.1, torch.bfloat16), (0.5, torch.float32), (0.5, torch.float16), (0.9, torch.bfloat16),
+     (1.0, torch.float32)],
+)  # fmt: skip
 def test_nothing_is_lost_and_no_byte_is_added(zeros: float, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     matrix = torch.randn(13, 29, generator=generator).to(dtype)
@@ -74,7 +77,7 @@ def test_what_does_not_fit_is_no_weight(change: object, says: str) -> None:
         expand(stored)
 
 
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox"])
 def test_a_folder_reads_back_as_the_model(tmp_path: Path, family: str) -> None:
     loaded = HubModel(name=str(make_folder(tmp_path / "made", family))).load(CPU, seed=0)
     with torch.no_grad():

@@ -21,9 +21,13 @@ def search(budget: Budget, curve: dict[float, dict[str, float]], step: float) ->
     return candidate
 
 
-@pytest.mark.parametrize("bound", [0.9, 1.0, 1.005, 1.2, 1.4999, 1.5, 9])
-@pytest.mark.parametrize("step", [0.1, 0.05, 0.02])
-def test_bisection_finds_what_trying_every_amount_finds(bound: float, step: float) -> None:
+@pytest.mark.parametrize("step", [0.1, 0.02])
+def test_bisection_finds_what_trying_every_amount_finds(step: float) -> None:
+    for bound in (0.9, 1.0, 1.005, 1.2, 1.4999, 1.5, 9):
+        check_bisection(bound, step)
+
+
+def check_bisection(bound: float, step: float) -> None:
     """Quality falls and size falls with the amount: the largest that keeps to the one, the smallest to the other."""
     amounts = [round(k * step, 10) for k in range(round(0.1 / step), round(0.8 / step) + 1)]
     curve = {a: {QUALITY: 1 + a * a, SIZE: 2.0 - a, "params/reduction": a} for a in amounts}

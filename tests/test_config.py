@@ -80,16 +80,20 @@ def test_the_groups_are_those_of_the_folders() -> None:
     )
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_an_option_is_its_dataclass(option: str, folder: Path, tmp_path: Path) -> None:
+def test_an_option_is_its_dataclass(folder: Path) -> None:
     """Keys are fields; values are the fields' defaults, unless required, interpolated or those of a preset."""
+    for option in OPTIONS:
+        check_dataclass(option, folder)
+
+
+def check_dataclass(option: str, folder: Path) -> None:
     group, name = option.removesuffix(".yaml").split("/")
     node = composed(f"{group}={name}")[group]
     cls = class_of(node["_target_"])
-    assert dataclasses.is_dataclass(cls)
-    assert cls.__dataclass_params__.frozen
+    assert dataclasses.is_dataclass(cls), option
+    assert cls.__dataclass_params__.frozen, option
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    assert {str(key) for key in node} - {"_target_"} == set(fields)
+    assert {str(key) for key in node} - {"_target_"} == set(fields), option
 
     raw = read(option)
     if "defaults" in raw:
@@ -105,29 +109,29 @@ def test_an_option_is_its_dataclass(option: str, folder: Path, tmp_path: Path) -
             wanted = expected[key]
             if value != (list(wanted) if isinstance(wanted, tuple) else wanted):
                 differ.add(key)
-            assert isinstance(value, bool) == isinstance(wanted, bool), key
-    assert differ == PRESETS.get(f"{group}/{name}", set())
+            assert isinstance(value, bool) == isinstance(wanted, bool), (option, key)
+    assert differ == PRESETS.get(f"{group}/{name}", set()), option
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_an_option_begins_with_what_it_is(option: str) -> None:
-    first = (ROOT / "conf" / option).read_text(encoding="utf-8").splitlines()[0]
-    assert re.match(r"# [A-Z]\S*( \S+)+[.:]?$", first), first
+def test_an_option_begins_with_what_it_is() -> None:
+    for option in OPTIONS:
+        first = (ROOT / "conf" / option).read_text(encoding="utf-8").splitlines()[0]
+        assert re.match(r"# [A-Z]\S*( \S+)+[.:]?$", first), f"{option}: {first}"
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_an_option_is_built_as_its_class(option: str, folder: Path) -> None:
-    group, name = option.removesuffix(".yaml").split("/")
-    required = REQUIRED.get(f"{group}/{name}")
-    extra = [f"{required}={folder}"] if required else []
-    node = composed(f"{group}={name}", *extra)[group]
-    built = config.build(node, group)
-    assert type(built) is class_of(node["_target_"])
-    again = config.build(composed(f"{group}={name}", *extra)[group], group)
-    assert built == again
-    assert hash(built) == hash(again)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        built.anything = 1
+def test_an_option_is_built_as_its_class(folder: Path) -> None:
+    for option in OPTIONS:
+        group, name = option.removesuffix(".yaml").split("/")
+        required = REQUIRED.get(f"{group}/{name}")
+        extra = [f"{required}={folder}"] if required else []
+        node = composed(f"{group}={name}", *extra)[group]
+        built = config.build(node, group)
+        assert type(built) is class_of(node["_target_"]), option
+        again = config.build(composed(f"{group}={name}", *extra)[group], group)
+        assert built == again, option
+        assert hash(built) == hash(again), option
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            built.anything = 1
 
 
 def test_what_can_be_refused_is_known_without_torch() -> None:
@@ -197,12 +201,12 @@ FOREIGN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("target", FOREIGN, ids=str)
-def test_only_dataclasses_of_the_package_are_built(target: Any) -> None:
-    node = OmegaConf.create({"_target_": target, "command": "true"})
-    with pytest.raises(Refused, match=r"^method\._target_=.*allowed are the dataclasses of prune_lab") as refused:
-        config.build(node, "method")
-    assert len(str(refused.value)) < 250
+def test_only_dataclasses_of_the_package_are_built() -> None:
+    for target in FOREIGN:
+        node = OmegaConf.create({"_target_": target, "command": "true"})
+        with pytest.raises(Refused, match=r"^method\._target_=.*allowed are the dataclasses of prune_lab") as refused:
+            config.build(node, "method")
+        assert len(str(refused.value)) < 250, target
 
 
 def test_a_node_without_a_target_is_refused() -> None:
@@ -283,21 +287,13 @@ def test_other_packages_are_let_in_by_the_environment_alone(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["amount=1.0"], r"^amount=1\.0 is outside \[0, 1\)"),
-        (["amount=-0.1"], r"^amount=-0\.1 is outside"),
-        (["amount=nan"], r"^amount=nan is outside"),
-        (["method.amount=7"], r"^method\.amount=7\.0 is outside"),
         (["method.amount=half"], r"^method\.amount: .*'half'.*"),
-        (["method.scope=column"], r"^method\.scope='column' is not one of row, layer, global"),
         (["method=sparsegpt", "method.scope=row"], r"^method\.scope='row' is not one of window"),
         (["method.allocation=even"], r"^method\.allocation='even' is not one of uniform, global, owl, sensitivity"),
         (["method=structured", "method.units=mlp"], r"^method\.units"),
-        (["method=structured", "method.units=[]"], r"^method\.units=\[\] must be"),
-        (["method=structured", "method.round_to=0"], r"^method\.round_to=0 must be"),
         (["+method.amont=0.5"], r"^method\.amont: no such key; allowed are amount, pattern, scope"),
         (["+dataset.calibration.sampels=4"], r"^dataset\.calibration\.sampels: no such key; .*n_samples, seq_len"),
         (["dataset.calibration=5"], r"^dataset\.calibration"),
-        (["dataset.calibration.n_samples=0"], r"^dataset\.calibration\.n_samples=0 must be at least 1"),
         (["dataset.seq_len=null"], r"^dataset\.seq_len"),
         (["dataset.seq_len=2.5"], r"^dataset\.seq_len"),
         (["dataset=text"], r"^dataset\.path is required: give dataset\.path="),
@@ -305,20 +301,17 @@ def test_other_packages_are_let_in_by_the_environment_alone(tmp_path: Path) -> N
         (["dataset.calibration.n_samples=???"], r"^dataset\.calibration\.n_samples is required"),
         (["seed=???"], r"^seed"),
         (["method.pattern=${nothing.here}"], r"^method: .*nothing"),
-        (["seed=-1"], r"^seed=-1 is outside"),
         (["name=' '"], r"^name=' ' must have"),
-        (["measure.pairs=9"], r"^measure\.pairs=9 must be at least 10"),
         (["measure.batch_sizes=4"], r"^measure\.batch_sizes"),
         (["measure.lengths=[16,0]"], r"^measure\.lengths=\[16, 0\] must be different whole numbers of at least 1"),
         (["measure.accelerate=fast"], r"^measure\.accelerate='fast' is not one of none, cuda_graphs, compile"),
         (["measure=quality_only", "measure.energy=true"], r"^measure\.energy=true needs latency=true"),
-        (["recovery=finetune", "recovery.steps=0"], r"^recovery\.steps=0 must be at least 1; .*recovery=none"),
         (["recovery=finetune", "recovery.beta1=one"], r"^recovery\.beta1: .*'one'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
 def test_what_is_wrong_is_refused_by_its_full_key(overrides: list[str], says: str) -> None:
-    """Short, in one line, before anything is loaded."""
+    """Short, in one line, before anything is loaded; as the command line says it: bad_inputs.py."""
     cfg = composed("model.weights=random", *overrides)
     with pytest.raises(Refused, match=says) as refused:
         config.build_parts(cfg)
@@ -375,9 +368,9 @@ def checked(folder: Path, files: dict[str, str], *arguments: str) -> None:
 HEAD = "defaults: [config, _self_]\n"
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_recipes_of_the_repository_pass(name: str) -> None:
-    recipes.check(["-cd", str(ROOT / "experiments"), "-cn", name])
+def test_the_recipes_of_the_repository_pass() -> None:
+    for name in RECIPES:
+        recipes.check(["-cd", str(ROOT / "experiments"), "-cn", name])
 
 
 def test_a_command_line_without_a_recipe_passes() -> None:
@@ -420,20 +413,13 @@ def test_a_recipe_may_bring_options_of_its_own(tmp_path: Path) -> None:
 
 CALLBACK = "{_target_: os.mkdir, path: pwned}"
 REFUSED = {
-    "callback": f"hydra: {{callbacks: {{x: {CALLBACK}}}}}",
-    "our callback replaced": f"hydra: {{callbacks: {{sweep: {CALLBACK}}}}}",
     "our callback removed": "hydra: {callbacks: {sweep: null}}",
     "env_set": "hydra: {job: {env_set: {PRUNE_LAB_ALLOW: os}}}",
-    "env_copy": "hydra: {job: {env_copy: [HOME]}}",
-    "chdir": "hydra: {job: {chdir: true}}",
-    "searchpath": "hydra: {searchpath: ['file:///tmp']}",
     "output_subdir": "hydra: {output_subdir: ../x}",
     "logging": "hydra: {job_logging: {handlers: {file: {filename: /x}}}}",
     "logging class": "hydra: {hydra_logging: {handlers: {x: {class: logging.FileHandler, filename: x}}}}",
-    "run dir absolute": "hydra: {run: {dir: /x}}",
     "run dir above": "hydra: {run: {dir: ../x}}",
     "run dir above, later": "hydra: {run: {dir: x/../../y}}",
-    "run dir of another key": "name: /x\nhydra: {run: {dir: '${name}'}}",
     "run dir above of another key": "name: ../x\nhydra: {run: {dir: 'runs/../${name}'}}",
     "run dir by the clock": "hydra: {run: {dir: '${now:/x}'}}",
     "run dir above by the clock": "hydra: {run: {dir: '${now:..}/x'}}",
@@ -441,15 +427,12 @@ REFUSED = {
     "sweep dir": "hydra: {sweep: {dir: /x}}",
     "sweep subdir": "hydra: {sweep: {subdir: ../../x}}",
     "sweep subdir of another key": "name: /x\nhydra: {sweep: {subdir: '${name}'}}",
-    "launcher": "hydra: {launcher: {_target_: os.system}}",
     "launcher by a module": "hydra: {launcher: {_target_: prune_lab.runner.shutil.rmtree}}",
-    "sweeper": "hydra: {sweeper: {_target_: subprocess.Popen}}",
     "a cluster, which could answer with pickles": "hydra: {launcher: {ray: {init: {address: 'ray://evil:10001'}}}}",
     "a study's database": "hydra: {sweeper: {storage: 'sqlite:////x.db'}}",
     "a search space by code": "hydra: {sweeper: {custom_search_space: os.system}}",
     "words of sbatch": "hydra: {launcher: {setup: ['touch pwned']}}",
     "more words of sbatch": "hydra: {launcher: {additional_parameters: {wrap: touch pwned}}}",
-    "environment": "name: ${oc.env:HOME}",
     "environment, spaced": "name: '${ oc.env : HOME}'",
     "environment, nested": "name: '${oc.decode:${oc.env:HOME}}'",
     "environment in a part": "dataset: {seq_len: '${oc.env:SECRET,256}'}",
@@ -457,7 +440,6 @@ REFUSED = {
     "environment by half a name": "dtype: env\nname: '${oc.${dtype}:HOME}'",
     "environment in the grid": "hydra: {sweeper: {params: {name: '${oc.env:HOME}'}}}",
     "environment in a key of the grid": "hydra: {sweeper: {params: {'name=${oc.env:HOME},x': y}}}",
-    "callback in the grid": f"hydra: {{sweeper: {{params: {{+hydra.callbacks.x: '{CALLBACK}'}}}}}}",
     "environment set in the grid": "hydra: {sweeper: {params: {+hydra.job.env_set.LD_PRELOAD: x.so}}}",
     "logging in the grid": "hydra: {sweeper: {params: {hydra.job_logging.handlers.file.filename: /x}}}",
     "folder in the grid": "hydra: {sweeper: {params: {hydra.sweep.subdir: '../../x'}}}",

@@ -20,6 +20,8 @@ from prune_lab.text.stdlib import Stdlib
 from prune_lab.text.text_files import TextFiles
 from prune_lab.text.tokens import Tokens
 
+pytestmark = pytest.mark.process  # no process of its own, but whole runs on the shipped model
+
 QUIET = Console(quiet=True)
 
 

@@ -42,8 +42,9 @@ class Failing:
         raise OSError("No space left on device")
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "tied"), [*((family, True) for family in FAMILIES), ("llama", False), ("gemma2", False)]
+)
 def test_an_export_is_the_model(tmp_path: Path, family: str, tied: bool) -> None:
     """Weights and logits bit for bit, and a tokenizer that gives the same tokens."""
     made = make_folder(tmp_path / "made", family, tie_word_embeddings=tied)

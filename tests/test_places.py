@@ -104,28 +104,29 @@ def test_what_looks_like_a_reference_may_be_a_part_of_a_path(
     assert config["dataset"]["calibration"]["name"] == f"{name}/text/*.txt"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_store_may_be_named_by_the_path_of_any_folder(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_may_be_named_by_the_path_of_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As people write it, and as addresses are encoded."""
-    (tmp_path / name).mkdir()
-    path = tmp_path / name / "mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
-    assert sqlite_file(store_uri()) == path
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{str(path).replace('%', '%25').replace('?', '%3F')}")
-    assert sqlite_file(store_uri()) == path
+    for number, name in enumerate(NAMES):
+        place = tmp_path / str(number) / name  # the others are not beside it
+        place.mkdir(parents=True)
+        path = place / "mlflow.db"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+        assert sqlite_file(store_uri()) == path
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{str(path).replace('%', '%25').replace('?', '%3F')}")
+        assert sqlite_file(store_uri()) == path
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_glob_in_a_folder_of_any_name_names_its_files(name: str, tmp_path: Path) -> None:
-    (tmp_path / name / "deep").mkdir(parents=True)
-    (tmp_path / name / "a.txt").touch()
-    (tmp_path / name / "deep" / "b.txt").touch()
-    for place in (tmp_path / name, Path(name)):  # every test works in tmp_path
-        assert matching(place / "*.txt") == [place / "a.txt"]
-        assert sorted(matching(place / "**" / "*.txt")) == [place / "a.txt", place / "deep" / "b.txt"]
-        assert matching(place / "a.txt") == [place / "a.txt"]
+def test_a_glob_in_a_folder_of_any_name_names_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, name in enumerate(NAMES):
+        here = tmp_path / str(number)
+        (here / name / "deep").mkdir(parents=True)
+        (here / name / "a.txt").touch()
+        (here / name / "deep" / "b.txt").touch()
+        monkeypatch.chdir(here)
+        for place in (here / name, Path(name)):
+            assert matching(place / "*.txt") == [place / "a.txt"]
+            assert sorted(matching(place / "**" / "*.txt")) == [place / "a.txt", place / "deep" / "b.txt"]
+            assert matching(place / "a.txt") == [place / "a.txt"]
 
 
 def test_a_tilde_is_the_home_folder_where_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

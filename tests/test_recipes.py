@@ -57,14 +57,14 @@ def test_every_recipe_is_here() -> None:
     assert sorted(SHORTENED) == RECIPES
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_says_what_it_asks_and_how_to_run_it(name: str) -> None:
-    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
-    for heading in ("# Question: ", "# Command:  "):
-        assert text.count(heading) == 1, heading
-    assert "# Hardware: " in text or "# Needs: " in text
-    assert f"-cn {name}" in text.split("# Command:  ")[1]
-    assert f"`{name}`" in (FOLDER / "README.md").read_text(encoding="utf-8")
+def test_a_recipe_says_what_it_asks_and_how_to_run_it() -> None:
+    for name in RECIPES:
+        text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+        for heading in ("# Question: ", "# Command:  "):
+            assert text.count(heading) == 1, f"{name}: {heading}"
+        assert "# Hardware: " in text or "# Needs: " in text, name
+        assert f"-cn {name}" in text.split("# Command:  ")[1]
+        assert f"`{name}`" in (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_documents_count_the_runs_of_the_methods_recipe() -> None:

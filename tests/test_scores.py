@@ -203,8 +203,10 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3", "gpt2", "opt", "gpt_neox"])
+@pytest.mark.parametrize(
+    ("family", "order"),
+    [*((family, 1) for family in ("llama", "qwen2", "gemma2", "phi3", "gpt2", "opt", "gpt_neox")), ("gpt2", 2)],
+)
 def test_saliency_is_that_of_plain_autograd(models: dict[str, Any], family: str, order: int) -> None:
     """Fused and transposed matrices, biases, capped logits: every weight of every Linear in the blocks."""
     model = copy.deepcopy(models[family])
@@ -333,9 +335,10 @@ def summed(anatomy: Anatomy, kind: str, order: int) -> list[Tensor]:
     return [torch.stack([found[part.name] for part in of_block]).sum(0) for of_block in of_blocks]
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("kind", ["mlp", "heads"])
-@pytest.mark.parametrize("family", READERS)
+@pytest.mark.parametrize(
+    ("family", "kind", "order"),
+    [*((family, kind, 1) for family in READERS for kind in ("mlp", "heads")), ("llama", "heads", 2)],
+)
 def test_the_saliency_of_units_is_the_sum_over_their_weights(
     models: dict[str, Any], family: str, kind: str, order: int
 ) -> None:
@@ -345,8 +348,7 @@ def test_the_saliency_of_units_is_the_sum_over_their_weights(
         torch.testing.assert_close(of_block, expected, rtol=1e-3, atol=1e-6 * float(expected.max()))
 
 
-@pytest.mark.parametrize("kind", ["mlp", "heads"])
-@pytest.mark.parametrize("family", READERS)
+@pytest.mark.parametrize(("family", "kind"), [("llama", "mlp"), ("llama", "heads"), ("phi3", "heads"), ("gpt2", "mlp")])
 def test_structured_taylor_zeroes_the_units_of_least_saliency(models: dict[str, Any], family: str, kind: str) -> None:
     """Saliency is the dense model's, in later blocks too."""
     model = copy.deepcopy(models[family])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -30,6 +31,7 @@ from prune_lab.dense_cache import DenseCache
 from prune_lab.errors import Refused
 from prune_lab.methods.depth import Depth
 from prune_lab.methods.magnitude import Magnitude
+from prune_lab.methods.sensitivity import Sensitivity
 from prune_lab.methods.unstructured import Unstructured
 from prune_lab.methods.wanda import Wanda
 from prune_lab.models.anatomy import Anatomy
@@ -238,6 +240,25 @@ def test_pruned_with_known_facts_as_without(loaded: Loaded, method: Any) -> None
         found, cold = prune(amount, known), prune(amount, None)
         assert found.keys() == cold.keys()
         assert all(torch.equal(found[name], cold[name]) for name in cold)
+
+
+def test_a_scan_is_served_for_no_other(loaded: Loaded) -> None:
+    """Of another kind of unit, score, seed, amount or scope: each equals the one that nothing was known for."""
+    scans: list[tuple[Sensitivity, int]] = [
+        (Sensitivity(parts=("mlp",)), 0), (Sensitivity(parts=("heads",)), 0), (Sensitivity(parts=("weights",)), 0),
+        (Sensitivity(parts=("weights",), score="ria"), 0), (Sensitivity(parts=("mlp",), score="ria"), 0),
+        (Sensitivity(parts=("weights",), amounts=(0.4, 0.6)), 0), (Sensitivity(parts=("block",)), 0),
+        *((Sensitivity(parts=(part,), score="random"), seed) for part in ("weights", "mlp") for seed in (1, 2)),
+    ]  # fmt: skip
+    facts, found = facts_of(loaded), []
+    for method, seed in scans:
+        known, cold = (
+            method.prune(Anatomy(copy.deepcopy(loaded.model), of), 0.0, seed, Calibrator(WINDOWS, "dense", 4)).files
+            for of in (facts, None)
+        )
+        assert known == cold, (method, seed)
+        found.append(json.loads(cold["sensitivity.json"])["blocks"])
+    assert all(one != other for one, other in itertools.combinations(found, 2))  # else one could stand for the other
 
 
 @dataclass(frozen=True)

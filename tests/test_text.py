@@ -518,8 +518,11 @@ def test_test_text_that_is_all_the_text(tmp_path: Path, loaded: Loaded) -> None:
 # One long file, in pieces.
 
 
-@pytest.mark.parametrize("piece", [7, 64, 1000, 2**20])
-@pytest.mark.parametrize("kind", ["lines", "one line", "two bytes a character", "four bytes a character"])
+@pytest.mark.parametrize(
+    ("kind", "piece"),
+    [("lines", 7), ("lines", 64), ("lines", 2**20), ("one line", 1000), ("two bytes a character", 7),
+     ("four bytes a character", 7), ("four bytes a character", 64)],
+)  # fmt: skip
 def test_a_long_file_is_read_in_pieces_and_nothing_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, piece: int
 ) -> None:
@@ -591,8 +594,7 @@ def with_special_tokens(tokenizer: Any) -> Any:
     return tokenizer
 
 
-@pytest.mark.parametrize("special", [False, True])
-@pytest.mark.parametrize("at_once", [1000, 5000, 2**22])
+@pytest.mark.parametrize(("at_once", "special"), [(1000, False), (5000, True), (2**22, False)])
 def test_a_text_in_pieces_has_the_tokens_of_one_go(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch, at_once: int, special: bool
 ) -> None:
@@ -713,8 +715,7 @@ def test_the_end_of_a_name_may_be_in_capitals(tmp_path: Path) -> None:
     assert "".join(TextFiles(path=str(tmp_path / "C.JSONL.GZ")).corpus().as_one()) == "three"
 
 
-@pytest.mark.parametrize("ending", [".txt", ".jsonl"])
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+@pytest.mark.parametrize(("ending", "encoding"), [(".txt", "utf-16"), (".jsonl", "utf-32")])
 def test_a_file_of_wide_characters_is_called_so(ending: str, encoding: str, tmp_path: Path) -> None:
     path = tmp_path / f"a{ending}"
     path.write_text(json.dumps({"text": "é" * 300}), encoding=encoding)

@@ -184,7 +184,7 @@ from prune_lab.system import lock
 from prune_lab.system.timing_lock import TimingLock
 
 folder = Path(sys.argv[1])
-lock.machine = TimingLock(folder)
+lock.timing_lock = TimingLock(folder)
 with lock.timing_lock.shared():
     (folder / "waits").touch()
     with lock.locked(folder / "cache.lock", "exclusive"):

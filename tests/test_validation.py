@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -205,6 +206,7 @@ def test_patience_ends_a_training_that_no_longer_improves(loaded: Loaded, tmp_pa
     assert note.startswith(f"trained {last} of 60 steps; kept are the weights of step {best}, where")
 
 
+KEEPING: tuple[dict[str, Any], ...] = ({"keep_best": True}, {"patience": 5})
 EVENTS = [
     (Magnitude(amount=0.9), OneShot(start=20)),
     (Magnitude(amount=0.9), Iterative(rounds=2, start=16)),
@@ -213,9 +215,11 @@ EVENTS = [
 ]
 
 
-@pytest.mark.parametrize(("method", "schedule"), EVENTS, ids=str)
-@pytest.mark.parametrize("every", [1, 10])
-@pytest.mark.parametrize("keys", [{"keep_best": True}, {"patience": 5}], ids=str)
+@pytest.mark.parametrize(
+    ("method", "schedule", "every", "keys"),
+    [(*event, every, keys) for event, (every, keys) in zip(EVENTS, itertools.product((1, 10), KEEPING), strict=True)],
+    ids=str,
+)
 def test_what_was_measured_before_the_last_pruning_is_not_the_best(
     loaded: Loaded, tmp_path: Path, method: Method, schedule: Schedule, every: int, keys: dict[str, Any]
 ) -> None:
@@ -291,8 +295,7 @@ def test_without_validation_text_what_would_go_by_it_is_refused(
 
 
 @pytest.mark.parametrize(("recipe", "text"), WORSENING)
-@pytest.mark.parametrize("keys", [{"keep_best": True}, {"patience": 3}], ids=str)
-@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize(("keys", "pruned"), [({"keep_best": True}, False), ({"patience": 3}, True)], ids=str)
 def test_interrupted_after_its_best_step_it_still_ends_in_the_best_weights(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Finetune, text: tuple[str, ...],
     keys: dict[str, Any], pruned: bool,

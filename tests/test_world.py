@@ -74,7 +74,7 @@ def test_two_processes_train_what_one_does(
         assert done.stdout.count("perplexity") == alone.stdout.count("perplexity")  # one table, not two
 
 
-def test_a_sweep_of_two_processes_is_recorded_once_and_found_again(small: list[str], tmp_path: Path) -> None:
+def test_a_sweep_of_two_processes_is_recorded_once_and_found_again(small: list[str], cli: Cli, tmp_path: Path) -> None:
     arguments = [
         "-m",
         *small,
@@ -94,6 +94,14 @@ def test_a_sweep_of_two_processes_is_recorded_once_and_found_again(small: list[s
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
         validated = "select step from metrics where key = 'validation/perplexity' and run_uuid = ? order by step"
         assert store.execute(validated, (runs[0].info.run_id,)).fetchall() == [(0,), (4,), (8,)]
+    # Its loss is that of one process. Weights would not tell: AdamW forgets a gradient's scale.
+    alone = cli(
+        *small, *TRAINING, "recovery=finetune", "amount=0.3", "name=alone", f"hydra.run.dir={tmp_path / 'alone'}"
+    )
+    assert alone.returncode == 0, alone.stderr
+    (one,) = client.search_runs([client.get_experiment_by_name("alone").experiment_id])
+    both = next(run for run in runs if run.data.params.get("amount") == "0.3")
+    assert both.data.metrics["train/loss"] == pytest.approx(one.data.metrics["train/loss"], rel=1e-4)
     again = together(tmp_path, *arguments)
     assert again.returncode == 0, again.stderr
     for job in ("0", "1"):

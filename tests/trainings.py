@@ -134,12 +134,10 @@ def train(
     return Ended(loaded, training, steps, step_of(place / "training" / "training.safetensors"))
 
 
-def interrupted(
-    recipe: Finetune, folder: Path, place: Path, at: int, whole: Ended | None = None, **keys: Any
-) -> tuple[Ended, Ended, Ended]:
-    """A training that nothing happens to (or `whole`, where that is known), one cut off at a step, and what went on."""
+def interrupted(recipe: Finetune, folder: Path, place: Path, at: int, **keys: Any) -> tuple[Ended, Ended, Ended]:
+    """A training that nothing happens to, one cut off at a step, and what went on."""
     torch.manual_seed(1)
-    whole = whole or train(recipe, folder, place / "whole", **keys)
+    whole = train(recipe, folder, place / "whole", **keys)
     torch.manual_seed(1)
     cut = train(recipe, folder, place / "cut", at, **keys)
     torch.manual_seed(77)  # another process has drawn other numbers

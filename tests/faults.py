@@ -1,0 +1,673 @@
+"""Planted faults: single wrong expressions in the source, each with the tests that must fail because of it.
+
+    python tests/faults.py             # every fault, some twenty minutes on two cores; exit code 1 if one is not caught
+    python tests/faults.py kl_reversed # these alone
+    python tests/faults.py --table     # writes the table of tests/README.md
+
+A fault is applied to a copy of the repository in a temporary folder, and its tests run there, in that copy's own code.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import PIPE, STDOUT
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "tests" / "README.md"
+COPIED = ("prune_lab", "conf", "hydra_plugins", "experiments", "docs", "tests")  # and the files beside them
+BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
+SIDE_BY_SIDE = 2
+PATIENCE = 900  # seconds: a fault may have processes wait for each other
+_CAUGHT = re.compile(r"^(?:FAILED|ERROR) tests/(\S+?::\w+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A wrong expression: in `file` of the repository `old`, which occurs once, becomes `new`.
+
+    tests: the narrowest tests, as file::function below tests/, of which at least one must fail.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def subject(file: str) -> str:
+    """The part of the package that a file is in, by which the table is ordered."""
+    parts = Path(file).parts
+    return parts[1] if len(parts) > 2 else Path(file).stem
+
+
+def table() -> str:
+    """The faults as Markdown."""
+    lines = ["| fault | where | caught by |", "|---|---|---|"]
+    for fault in sorted(FAULTS, key=lambda fault: subject(fault.file)):
+        tests = ", ".join(f"`{test}`" for test in fault.tests)
+        lines.append(f"| {fault.name.replace('_', ' ')} | `{fault.file.removeprefix('prune_lab/')}` | {tests} |")
+    return "\n".join(lines)
+
+
+def with_table(page: str) -> str:
+    """A page with the table between its two markers."""
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}"
+
+
+def planted(fault: Fault) -> str:
+    """The source of the fault's file with the fault; raises ValueError where `old` does not occur once."""
+    text = (ROOT / fault.file).read_text(encoding="utf-8")
+    if text.count(fault.old) != 1:
+        raise ValueError(f"{fault.name}: {fault.old!r} occurs {text.count(fault.old)} times in {fault.file}, not once")
+    return text.replace(fault.old, fault.new)
+
+
+def copy_repository(folder: Path) -> None:
+    """What the tests need of the repository, without what Python and pytest left there."""
+    for name in COPIED:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.iterdir():
+        if path.is_file() and path.name != ".git":
+            shutil.copy(path, folder)
+
+
+def catch(fault: Fault) -> tuple[bool, str]:
+    """Whether a test fails with the fault, and what to say of it."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place).resolve()
+        copy_repository(folder)
+        (folder / fault.file).write_text(planted(fault), encoding="utf-8")
+        env = {**os.environ, "PYTHONPATH": str(folder)}
+        found = subprocess.run(
+            [sys.executable, "-c", "import prune_lab; print(prune_lab.__file__)"],
+            cwd=folder, env=env, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert Path(found.stdout.strip()).is_relative_to(folder), f"another prune_lab would be tested: {found.stdout}"
+        tests = [f"tests/{test}" for test in fault.tests]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", *tests]
+        run = subprocess.Popen(command, cwd=folder, env=env, stdout=PIPE, stderr=STDOUT, text=True, process_group=0)
+        try:
+            said, _ = run.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            return False, f"NOT CAUGHT: its tests did not end within {PATIENCE} s"
+    if run.returncode == 0:
+        return False, "NOT CAUGHT"
+    failed = _CAUGHT.search(said)
+    if run.returncode != 1 or failed is None:
+        return False, f"NOT CAUGHT: its tests could not run\n{said[-3000:]}"
+    return True, f"caught by {failed[1]}"
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the faults of these names, or all; returns 1 where one is not caught, 2 where a name is unknown."""
+    if arguments == ["--table"]:
+        README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+        return 0
+    if unknown := set(arguments) - {fault.name for fault in FAULTS}:
+        sys.stderr.write(f"no such fault: {', '.join(sorted(unknown))}\n")
+        return 2
+    chosen, missed = [fault for fault in FAULTS if not arguments or fault.name in arguments], 0
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        for fault, (caught, outcome) in zip(chosen, pool.map(catch, chosen), strict=True):
+            missed += not caught
+            sys.stdout.write(f"{fault.name}: {outcome}\n")
+            sys.stdout.flush()
+    sys.stdout.write(f"{len(chosen) - missed} of {len(chosen)} faults caught\n")
+    return int(missed > 0)
+
+
+FAULTS = (
+    # Which weights go
+    Fault(
+        "count_rounded_down", "prune_lab/pruning/selection.py",
+        "math.floor(numel * amount + 0.5)", "math.floor(numel * amount)",
+        ("test_selection.py::test_counts_round_half_up",),
+    ),
+    Fault(
+        "one_weight_of_a_row_too_few", "prune_lab/pruning/selection.py",
+        "rank >= ties[row, 0]", "rank >= ties[row, 0] - 1",
+        ("test_selection.py::test_ties_go_by_the_lower_index_first",),
+    ),
+    Fault(
+        "ties_of_a_layer_all_go", "prune_lab/pruning/selection.py",
+        "torch.ge(flat[end:],", "torch.gt(flat[end:],",
+        ("test_selection.py::test_layer_selection_is_exact_with_heavy_ties",),
+    ),
+    Fault(
+        "ties_of_a_pattern_by_the_higher_index", "prune_lab/pruning/selection.py",
+        "columns[first] <= columns[second]", "columns[first] < columns[second]",
+        ("test_selection.py::test_ties_within_a_pattern_go_by_the_lower_index_first",),
+    ),
+    Fault(
+        "pattern_keeps_what_it_should_remove", "prune_lab/pruning/selection.py",
+        "pattern.m - pattern.n, out=kept)", "pattern.n, out=kept)",
+        ("test_selection.py::test_n_of_m_are_kept_not_removed",),
+    ),
+    Fault(
+        "pattern_along_the_outputs", "prune_lab/methods/weights.py",
+        "keep_pattern(scores, Pattern.parse(self.pattern))", "keep_pattern(scores.T, Pattern.parse(self.pattern)).T",
+        ("test_methods.py::test_a_pattern_keeps_n_of_each_m",),
+    ),
+    Fault(
+        "pattern_that_does_not_fit_is_not_refused", "prune_lab/methods/weights.py",
+        "if inputs % m:", "if False:",
+        ("test_methods.py::test_inputs_that_no_pattern_fits_are_refused",),
+    ),
+    Fault(
+        "what_was_zero_is_ranked_again", "prune_lab/methods/weights.py",
+        "scores.masked_fill(weight == 0, -1)", "scores",
+        ("test_methods.py::test_zeros_stay_when_pruned_on",),
+    ),
+    # Masks
+    Fault(
+        "mask_not_held_in_training", "prune_lab/recovery/train.py",
+        "self.work.masks.hold(trained)", "pass",
+        ("test_training.py::test_pruned_weights_are_zero_after_every_step",),
+    ),
+    Fault(
+        "mask_lost_when_lora_is_merged", "prune_lab/recovery/adapters.py",
+        "add_(_update(linear, masks.keep.get(name), scale))", "add_(_update(linear, None, scale))",
+        ("test_lora.py::test_adapters_and_their_merge_are_the_sum_by_hand",),
+    ),
+    Fault(
+        "mask_lost_while_lora_trains", "prune_lab/recovery/adapters.py",
+        "weight + scale * (b @ a) * keep", "weight + scale * (b @ a)",
+        ("test_lora.py::test_adapters_and_their_merge_are_the_sum_by_hand",),
+    ),
+    # Surgery
+    Fault(
+        "bias_not_cut", "prune_lab/pruning/surgery.py",
+        'cuts.append(_cut_parameter(linear, "bias", 0, index))', "pass",
+        ("test_structured.py::test_biases_leave_with_their_rows",),
+    ),
+    Fault(
+        "bias_not_zeroed", "prune_lab/pruning/surgery.py",
+        "part.linear.bias[~part.lines(kept)] = 0", "pass",
+        ("test_structured.py::test_not_physical_keeps_every_shape",),
+    ),
+    Fault(
+        "compensation_of_the_wrong_sign", "prune_lab/pruning/surgery.py",
+        "part.linear.bias.float() + shift", "part.linear.bias.float() - shift",
+        ("test_structured.py::test_the_bias_makes_up_for_what_units_gave_on_average",),
+    ),
+    Fault(
+        "conv1d_not_transposed", "prune_lab/models/anatomy.py",
+        "tensor if isinstance(module, nn.Linear) else tensor.T", "tensor",
+        ("test_families.py::test_a_pattern_runs_along_the_inputs_of_a_transposed_matrix",),
+    ),
+    Fault(
+        "conv1d_cut_along_the_wrong_axis", "prune_lab/pruning/surgery.py",
+        'int((part.side == "rows") != is_linear)', 'int(part.side != "rows")',
+        ("test_families.py::test_masked_and_sliced_channels_are_those_zeroed_by_hand",),
+    ),
+    Fault(
+        "kv_group_cut_with_one_query_head", "prune_lab/models/anatomy.py",
+        'heads = self.query_heads // self.unit_count("heads") if run', "heads = 1 if run",
+        ("test_families.py::test_masked_groups_are_those_zeroed_by_hand",),
+    ),
+    Fault(
+        "rows_of_a_unit_interleaved", "prune_lab/models/anatomy.py",
+        "units.repeat_interleave(width)", "units.repeat(width)",
+        ("test_families.py::test_masked_groups_are_those_zeroed_by_hand",),
+    ),
+    Fault(
+        "fused_rows_in_another_order", "prune_lab/models/anatomy.py",
+        '"rows", ("query", "kv", "kv"))', '"rows", ("kv", "query", "kv"))',
+        ("test_families.py::test_masked_groups_are_those_zeroed_by_hand",),
+    ),
+    Fault(
+        "interleaved_rows_read_as_runs", "prune_lab/models/anatomy.py",
+        '"rows", ("qkv",))', '"rows", ("kv", "kv", "kv"))',
+        ("test_families.py::test_masked_groups_are_those_zeroed_by_hand",),
+    ),
+    Fault(
+        "config_not_updated", "prune_lab/models/resize.py",
+        "setattr(config, name, count * ((getattr(config, name) or was) // was))", "pass",
+        ("test_structured.py::test_every_block_and_the_config_hold_the_same_count",),
+    ),
+    Fault(
+        "modules_keep_the_old_count", "prune_lab/models/resize.py",
+        "setattr(module, name, count * (value // was))", "pass",
+        ("test_families.py::test_masked_groups_are_those_zeroed_by_hand",),
+    ),
+    Fault(
+        "head_dim_left_to_its_default", "prune_lab/models/resize.py",
+        "setattr(config, name, getattr(anatomy, name))", "pass",
+        ("test_structured.py::test_an_export_loads_and_generates_in_stock_transformers",),
+    ),
+    Fault(
+        "wrong_blocks_kept", "prune_lab/models/resize.py",
+        "nn.ModuleList(blocks[index] for index in kept)", "nn.ModuleList(blocks[: len(kept)])",
+        ("test_depth.py::test_the_blocks_of_least_influence_go",),
+    ),
+    Fault(
+        "most_influential_blocks_go", "prune_lab/pruning/block_importance.py",
+        "key=lambda index: (influence[index], index)", "key=lambda index: (-influence[index], index)",
+        ("test_depth.py::test_the_blocks_of_least_influence_go",),
+    ),
+    Fault(
+        "blocks_not_renumbered", "prune_lab/models/resize.py",
+        "module.layer_idx = number", "pass",
+        ("test_depth.py::test_blocks_are_renumbered_and_generate_alike_with_and_without_cache",),
+    ),
+    Fault(
+        "settings_of_other_blocks_kept", "prune_lab/models/resize.py",
+        "type(value)(value[index] for index in kept)", "type(value)(value[: len(kept)])",
+        ("test_depth.py::test_a_window_of_attention_stays_with_its_block",),
+    ),
+    # Scores and their statistics
+    Fault(
+        "wanda_norm_by_the_wrong_axis", "prune_lab/pruning/scores.py",
+        "weight.float().abs() * statistics.input_norm\n", "weight.float().abs() * statistics.input_norm.mean()\n",
+        ("test_scores.py::test_wanda_is_weight_times_norm",),
+    ),
+    Fault(
+        "ria_without_column_sums", "prune_lab/pruning/scores.py",
+        "size / columns + size / rows", "size / rows",
+        ("test_scores.py::test_ria_is_that_of_a_double_loop",),
+    ),
+    Fault(
+        "biased_variance", "prune_lab/pruning/statistics.py",
+        "max(1, self._tokens - 1)", "max(1, self._tokens)",
+        ("test_scores.py::test_wifv_is_squared_weight_times_unbiased_variance",),
+    ),
+    Fault(
+        "variance_merged_wrongly", "prune_lab/pruning/statistics.py",
+        "(n * more / (n + more))", "(n * more / n)",
+        ("test_calibration.py::test_statistics_do_not_depend_on_the_batch_size",),
+    ),
+    Fault(
+        "half_of_the_gram", "prune_lab/pruning/statistics.py",
+        "self._gram.triu() + self._gram.triu(1).T", "self._gram.triu()",
+        ("test_calibration.py::test_statistics_are_those_of_one_stock_forward_pass",),
+    ),
+    Fault(
+        "blocks_calibrated_on_stale_states", "prune_lab/pruning/calibration.py",
+        "if propagate_pruned and index < last:", "if False:",
+        ("test_calibration.py::test_later_blocks_are_seen_behind_what_was_asked_for",),
+    ),
+    Fault(
+        "saliency_of_the_gradient_alone", "prune_lab/pruning/gradients.py",
+        "weight.detach().float() * weight.grad.float()", "weight.grad.float()",
+        ("test_scores.py::test_saliency_is_that_of_plain_autograd",),
+    ),
+    Fault(
+        "dead_inputs_keep_their_weights", "prune_lab/pruning/sparsegpt_solver.py",
+        "columns[dead] = 0", "pass",
+        ("test_sparsegpt.py::test_dead_inputs_lose_their_weights_and_disturb_nothing",),
+    ),
+    Fault(
+        "damping_without_the_mean_of_the_diagonal", "prune_lab/pruning/sparsegpt_solver.py",
+        "damped.diagonal().add_(damping * mean)", "damped.diagonal().add_(damping)",
+        ("test_sparsegpt.py::test_the_scale_of_the_gram_changes_nothing",),
+    ),
+    Fault(
+        "error_not_passed_on_to_later_windows", "prune_lab/pruning/sparsegpt_solver.py",
+        "torch.sub(was, columns[part], out=changes[part])", "pass",
+        ("test_sparsegpt.py::test_the_solver_is_the_textbook_loop",),
+    ),
+    # How much goes where, and when
+    Fault(
+        "allocation_loses_the_total", "prune_lab/pruning/allocation.py",
+        "max(0.0, v + high)) for v in values]", "max(0.0, v + high / 2)) for v in values]",
+        ("test_allocation.py::test_owl_keeps_the_mean_over_weights",),
+    ),
+    Fault(
+        "owl_prunes_outliers_most", "prune_lab/pruning/allocation.py",
+        "[-density for density in densities]", "densities",
+        ("test_allocation.py::test_owl_of_the_worked_example",),
+    ),
+    Fault(
+        "allocation_ignores_the_sizes_of_blocks", "prune_lab/pruning/allocation.py",
+        "(y1 - y0) / ((x1 - x0) * size)", "(y1 - y0) / (x1 - x0)",
+        ("test_allocation.py::test_the_cheapest_step_for_each_weight_goes_first",),
+    ),
+    Fault(
+        "scan_leaves_the_model_pruned", "prune_lab/pruning/loss_increase.py",
+        "block.load_state_dict(before)", "pass",
+        ("test_sensitivity.py::test_the_model_is_bit_identical_afterwards",),
+    ),
+    Fault(
+        "gradual_schedule_one_event_early", "prune_lab/schedules.py",
+        "range(first + every, last, every)", "range(first, last, every)",
+        ("test_schedules.py::test_the_amounts_by_hand",),
+    ),
+    Fault(
+        "iterative_amounts_not_cumulative", "prune_lab/schedules.py",
+        "share = number / self.rounds", "share = 1 / self.rounds",
+        ("test_schedules.py::test_the_amounts_by_hand",),
+    ),
+    Fault(
+        "rewinding_to_the_wrong_step", "prune_lab/recovery/rewinding.py",
+        "and step == self._rewind.step", "and step == self._rewind.step + 1",
+        ("test_rewinding.py::test_what_stays_goes_back_to_exactly_what_it_was",),
+    ),
+    Fault(
+        "learning_rate_not_rewound", "prune_lab/recovery/rewinding.py",
+        "return back_to + step - began, back_to + ended - began", "return step, self._steps",
+        ("test_rewinding.py::test_the_learning_rate_of_every_step_by_hand",),
+    ),
+    # Training
+    Fault(
+        "optimizer_state_not_resumed", "prune_lab/recovery/checkpoint.py",
+        'if key.startswith("optimizer/"):', "if False:",
+        ("test_interrupted.py::test_an_interrupted_training_ends_in_the_same_model",),
+    ),
+    Fault(
+        "random_state_not_resumed", "prune_lab/recovery/checkpoint.py",
+        'torch.set_rng_state(self.tensors["rng"])', "pass",
+        ("test_interrupted.py::test_an_interrupted_training_ends_in_the_same_model",),
+    ),
+    Fault(
+        "moments_do_not_follow_a_cut", "prune_lab/recovery/optimizer.py",
+        "state = optimizer.state.pop(cut.old, {})", "state = {}",
+        ("test_schedules.py::test_the_optimizer_goes_on_with_the_state_of_what_stays",),
+    ),
+    Fault(
+        "kl_reversed", "prune_lab/recovery/losses.py",
+        "kl_div(found, wanted,", "kl_div(wanted, found,",
+        ("test_training.py::test_the_soft_loss_by_hand",),
+    ),
+    Fault(
+        "warm_up_begins_at_zero", "prune_lab/recovery/optimizer.py",
+        "(step + 1) / warm", "step / warm",
+        ("test_training.py::test_the_learning_rate_by_hand",),
+    ),
+    Fault(
+        "parts_of_a_batch_count_whole", "prune_lab/recovery/train.py",
+        "* (len(part) / len(mine))", "* 1.0",
+        ("test_schedules.py::test_parts_of_a_batch_make_the_same_training",),
+    ),
+    Fault(
+        "best_weights_from_before_the_last_pruning", "prune_lab/recovery/validation.py",
+        "step > self._training.last_event", "step >= 0",
+        ("test_validation.py::test_what_was_measured_before_the_last_pruning_is_not_the_best",),
+    ),
+    Fault(
+        "processes_sum_their_gradients", "prune_lab/system/world.py",
+        "flat /= self.size", "pass",
+        ("test_world.py::test_a_sweep_of_two_processes_is_recorded_once_and_found_again",),
+    ),
+    # Text
+    Fault(
+        "calibration_overlaps_the_test_text", "prune_lab/text/splits.py",
+        '"calibration": (17, 18)', '"calibration": (17, 20)',
+        ("test_text.py::test_one_document_is_cut_by_position",),
+    ),
+    Fault(
+        "test_documents_drawn_for_calibration", "prune_lab/text/splits.py",
+        '_BUCKET_SPLIT.get(bucket, "train")', '_BUCKET_SPLIT.get(int(key < "m"), "train")',
+        ("test_text.py::test_the_standard_library_is_split_by_the_hash_of_each_path",),
+    ),
+    Fault(
+        "named_calibration_text_may_be_the_test_text", "prune_lab/text/calibration_corpus.py",
+        "whole.for_tokenizer(tokenizer).apart_from(run)", "whole.for_tokenizer(tokenizer)",
+        ("test_calibration_source.py::test_what_the_run_trains_or_tests_on_is_left_out",),
+    ),
+    Fault(
+        "calibration_windows_cross_documents", "prune_lab/text/sampling.py",
+        "int(torch.randint(int(lengths[document]) - seq_len, (1,), generator=generator))",
+        "int(torch.randint(int(lengths[document]), (1,), generator=generator))",
+        ("test_text.py::test_calibration_windows_lie_inside_their_documents",),
+    ),
+    Fault(
+        "bos_not_prefixed", "prune_lab/text/bos.py",
+        "torch.cat([windows.new_full((len(windows), 1), self.id), windows], dim=1)",
+        "torch.cat([windows[:, :1], windows], dim=1)",
+        ("test_bos.py::test_perplexity_is_that_of_a_naive_loop",),
+    ),
+    # What is measured
+    Fault(
+        "window_counted_twice", "prune_lab/measure/perplexity.py",
+        "torch.cat(losses).mean()", "torch.cat([*losses, losses[-1]]).mean()",
+        ("test_measures.py::test_perplexity_is_that_of_a_naive_loop",),
+    ),
+    Fault(
+        "loss_divided_by_all_tokens", "prune_lab/models/loss.py",
+        ".view(len(batch), -1).mean(1)", ".view(len(batch), -1).sum(1) / batch.shape[1]",
+        ("test_measures.py::test_perplexity_is_that_of_a_naive_loop",),
+    ),
+    Fault(
+        "logits_not_capped", "prune_lab/models/loss.py",
+        "logits if cap is None else cap * torch.tanh(logits / cap)", "logits",
+        ("test_families.py::test_losses_and_steps_are_those_of_the_whole_model",),
+    ),
+    Fault(
+        "bits_per_byte_multiplied", "prune_lab/measure/perplexity.py",
+        "/ bytes_per_token)", "* bytes_per_token)",
+        ("test_measures.py::test_bits_per_byte_by_hand",),
+    ),
+    Fault(
+        "speedup_inverted", "prune_lab/measure/speed.py",
+        "(self.dense / self.compressed).quantile(0.5)", "(self.compressed / self.dense).quantile(0.5)",
+        ("test_measures.py::test_a_constant_ratio_is_the_speedup",),
+    ),
+    Fault(
+        "interval_of_unpaired_times", "prune_lab/measure/speed.py",
+        "medians = ratios[drawn]", "medians = (self.dense[drawn] / self.compressed[drawn.flip(0)])",
+        ("test_measures.py::test_a_constant_ratio_is_the_speedup",),
+    ),
+    Fault(
+        "interval_of_90_percent", "prune_lab/measure/speed.py",
+        "[0.025, 0.975]", "[0.05, 0.95]",
+        ("test_latency.py::test_95_percent_of_the_intervals_hold_the_truth",),
+    ),
+    Fault(
+        "pairs_always_in_one_order", "prune_lab/measure/speed.py",
+        "if pair % 2 == 0", "if pair >= 0",
+        ("test_measures.py::test_pairs_alternate_their_order_and_warm_up_is_not_counted",),
+    ),
+    Fault(
+        "macs_of_attention_counted_double", "prune_lab/measure/macs.py",
+        "2 * context * heads", "4 * context * heads",
+        ("test_macs.py::test_macs_by_hand",),
+    ),
+    Fault(
+        "macs_of_zeros_are_effective", "prune_lab/measure/macs.py",
+        "sum(int(torch.count_nonzero(matrix)) for matrix in", "sum(matrix.numel() for matrix in",
+        ("test_macs.py::test_zeros_save_nothing_but_effective_macs",),
+    ),
+    Fault(
+        "tied_embeddings_counted_twice", "prune_lab/models/contents.py",
+        "[*model.parameters(), *codes]",
+        "[*(w for _, w in model.named_parameters(remove_duplicate=False)), *codes]",
+        ("test_measures.py::test_sizes_by_hand",),
+    ),
+    Fault(
+        "reduction_inverted", "prune_lab/compare.py",
+        "1 - size.disk_mb / full.disk_mb", "1 - full.disk_mb / size.disk_mb",
+        ("test_sweep.py::test_the_metrics_belong_together",),
+    ),
+    Fault(
+        "counter_that_begins_again_loses_its_turn", "prune_lab/measure/energy.py",
+        "(self._range if now < self._last else 0)", "0",
+        ("test_energy.py::test_a_counter_that_begins_again_loses_nothing",),
+    ),
+    # Exports and other forms of weights
+    Fault(
+        "export_is_not_checked", "prune_lab/models/export.py",
+        "if not difference <= tolerance", "if False and not difference <= tolerance",
+        ("test_export.py::test_a_file_that_was_tampered_with_does_not_pass",),
+    ),
+    Fault(
+        "streamed_export_lacks_what_was_not_changed", "prune_lab/models/offload/on_disk.py",
+        "if name not in self._written:", "if False:",
+        ("test_streaming.py::test_every_family_streams_to_the_same_files",),
+    ),
+    Fault(
+        "streamed_block_not_written_back", "prune_lab/models/offload/on_disk.py",
+        'self._write(f"{block}.{name}", tensor)', "pass",
+        ("test_streaming.py::test_every_family_streams_to_the_same_files",),
+    ),
+    Fault(
+        "tied_matrix_streamed_twice", "prune_lab/models/offload/on_disk.py",
+        "if id(tensor) not in seen:", "if name not in found:",
+        ("test_streaming.py::test_every_family_streams_to_the_same_files",),
+    ),
+    Fault(
+        "bits_of_a_mask_in_another_order", "prune_lab/models/low_bit/bitmask.py",
+        "torch.arange(8, dtype=torch.uint8)", "torch.arange(7, -1, -1, dtype=torch.uint8)",
+        ("test_bitmask.py::test_the_layout_by_hand",),
+    ),
+    Fault(
+        "int4_with_another_zero_point", "prune_lab/models/low_bit/linears.py",
+        "integers.to(torch.int64) + 8", "integers.to(torch.int64) + 7",
+        ("test_low_bits.py::test_int4_codes_and_steps_by_hand",),
+    ),
+    Fault(
+        "int8_step_of_half_the_range", "prune_lab/models/low_bit/linears.py",
+        "float() / 127, self.weight_scale.dtype)", "float() / 64, self.weight_scale.dtype)",
+        ("test_low_bits.py::test_int8_codes_and_steps_by_hand",),
+    ),
+    Fault(
+        "pattern_2_4_checked_along_the_outputs", "prune_lab/models/low_bit/semi_structured.py",
+        "(linear.weight.unflatten(1, (-1, 4)) != 0).sum(dim=2)",
+        "(linear.weight.unflatten(0, (-1, 4)) != 0).sum(dim=1)",
+        ("test_low_bits.py::test_the_2_4_pattern_by_hand",),
+    ),
+    # What is kept, and for whom
+    Fault(
+        "tokens_kept_without_their_tokenizer", "prune_lab/fingerprint.py",
+        "digest_of([text_sha256, tokenizer_sha256, split,", "digest_of([text_sha256, split,",
+        ("test_text.py::test_tokens_are_kept_and_found_again_by_what_they_are",),
+    ),
+    Fault(
+        "facts_kept_without_the_config", "prune_lab/dense_cache.py",
+        'for name in ("weights", "config", "tokenizer")}', 'for name in ("weights", "tokenizer")}',
+        ("test_sharing.py::test_each_field_of_the_key_misses",),
+    ),
+    Fault(
+        "baseline_kept_without_the_bos", "prune_lab/evaluator.py",
+        '("test_tokens_sha256", "seq_len", "windows", "bos", "batch_size", "tasks")',
+        '("test_tokens_sha256", "seq_len", "windows", "batch_size", "tasks")',
+        ("test_identity.py::test_an_input_that_changed_is_another_run_in_memory_and_on_disk",),
+    ),
+    Fault(
+        "baseline_kept_without_its_windows", "prune_lab/evaluator.py",
+        '("test_tokens_sha256", "seq_len", "windows", "bos", "batch_size", "tasks")',
+        '("bos", "batch_size", "tasks")',
+        ("test_identity.py::test_an_input_that_changed_is_another_run_in_memory_and_on_disk",),
+    ),
+    Fault(
+        "scan_kept_without_its_kind_of_unit", "prune_lab/methods/structured.py",
+        '"kind": kind, "seed": seed}', '"seed": seed}',
+        ("test_sharing.py::test_a_scan_is_served_for_no_other",),
+    ),
+    Fault(
+        "scan_kept_without_its_method", "prune_lab/methods/weights.py",
+        '{"method": asdict(self) | {"amount": None, "allocation": None}, "seed": seed}', '{"seed": seed}',
+        ("test_sharing.py::test_a_scan_is_served_for_no_other",),
+    ),
+    Fault(
+        "statistics_kept_without_the_bos", "prune_lab/pruning/calibration.py",
+        '"prefix": self.prefix,', "",
+        ("test_sharing.py::test_each_field_of_the_key_misses",),
+    ),
+    Fault(
+        "facts_of_a_changed_model", "prune_lab/models/anatomy.py",
+        "self._dense is not None and self._dense.are_of(self.model)", "self._dense is not None",
+        ("test_sharing.py::test_a_changed_model_has_no_facts",),
+    ),
+    Fault(
+        "corrupt_entry_believed", "prune_lab/cache.py",
+        "if _sha256_of_file(folder / name) != checksum:", "if False:",
+        ("test_sharing.py::test_a_damaged_entry_is_made_again_with_a_warning",),
+    ),
+    Fault(
+        "corrupt_facts_believed", "prune_lab/cache.py",
+        'if whole["sha256"] != digest_of([whole["facts"], whole["files"]]):', "if False:",
+        ("test_sharing.py::test_a_damaged_entry_is_made_again_with_a_warning",),
+    ),
+    Fault(
+        "fingerprint_without_the_seed", "prune_lab/fingerprint.py",
+        '(*NO_FIGURE, "device", "dtype")', '(*NO_FIGURE, "device", "dtype", "seed")',
+        ("test_resume.py::test_what_a_result_depends_on_changes_the_fingerprint",),
+    ),
+    Fault(
+        "lock_held_while_waiting_for_another", "prune_lab/system/timing_lock.py",
+        "shared, self._shares = self._shares, False\n", "shared = False\n",
+        ("test_timing_lock.py::test_a_job_that_waits_for_another_one_s_lock_holds_no_timing_up",),
+    ),
+    Fault(
+        "lock_shared_by_two_writers", "prune_lab/system/lock.py",
+        'fcntl.LOCK_SH if how == "shared" else fcntl.LOCK_EX', "fcntl.LOCK_SH",
+        ("test_sharing.py::test_of_two_processes_one_makes_the_entry",),
+    ),
+    # Refusals, records, comparisons
+    Fault(
+        "a_refusal_becomes_a_warning", "prune_lab/models/contents.py",
+        'raise Refused(f"model.name', 'print(f"model.name',
+        ("test_models.py::test_weights_that_are_not_finite_are_refused",),
+    ),
+    Fault(
+        "an_unknown_matrix_is_left_alone", "prune_lab/models/anatomy.py",
+        "parameter.ndim >= 2 and name not in prunable", "parameter.ndim > 3 and name not in prunable",
+        ("test_families.py::test_a_matrix_that_nothing_would_prune_is_refused",),
+    ),
+    Fault(
+        "run_without_its_sweep", "prune_lab/tracking/mlflow_store.py",
+        "tags[PARENT] = parent", "pass",
+        ("test_sweep.py::test_one_finished_parent_has_two_finished_children",),
+    ),
+    Fault(
+        "tags_not_written", "prune_lab/tracking/mlflow_log.py",
+        "self._client.set_tag(self._run_id, tag, value)", "pass",
+        ("test_tracking.py::test_another_store_and_experiment_are_used_and_infinity_is_no_metric",),
+    ),
+    Fault(
+        "a_failed_run_recorded_as_finished", "prune_lab/tracking/mlflow_store.py",
+        'log.end("FAILED", f"', 'log.end("FINISHED", f"',
+        ("test_tracking.py::test_a_run_that_fails_says_why",),
+    ),
+    Fault(
+        "a_failed_sweep_recorded_as_finished", "prune_lab/sweeps/sweep.py",
+        '"FAILED" if sweep.failed else "FINISHED"', '"FINISHED"',
+        ("test_sweep.py::test_a_refused_job_does_not_stop_the_others",),
+    ),
+    Fault(
+        "a_finished_job_is_repeated", "prune_lab/runner.py",
+        "if settings.resume else None", "if not settings.resume else None",
+        ("test_resume.py::test_the_same_command_is_not_computed_again",),
+    ),
+    Fault(
+        "a_result_served_without_its_export", "prune_lab/runner.py",
+        "settings.export and not _has_export(found)", "False",
+        ("test_resume.py::test_an_export_that_is_not_there_is_made",),
+    ),
+    Fault(
+        "front_inverted", "prune_lab/results/pareto.py",
+        '{"lower": 1.0, "higher": -1.0}', '{"lower": -1.0, "higher": 1.0}',
+        ("test_sweep.py::test_the_front_is_what_nothing_beats_in_both",),
+    ),
+    Fault(
+        "no_change_shown_as_a_speedup", "prune_lab/results/metrics.py",
+        "if found.contains(1) else", "if False else",
+        ("test_sweep.py::test_a_speedup_whose_interval_contains_1_is_no_change",),
+    ),
+    Fault(
+        "budget_kept_from_below", "prune_lab/sweeps/budget.py",
+        'metrics.get(name, float("inf")) <= bound', 'metrics.get(name, float("inf")) >= bound',
+        ("test_budget.py::test_a_run_without_the_metric_is_not_within",),
+    ),
+    Fault(
+        "runs_of_other_text_compared_without_a_word", "prune_lab/report/comparability.py",
+        "if len(holders) > 1:", "if False:",
+        ("test_report.py::test_other_stamps_are_a_warning",),
+    ),
+)  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
