@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import ALL_FAMILIES, CPU, FAMILIES, OTHER_FAMILIES, ROOT, Cli, copied, make_folder, story
 from conftest import logits as logits_of_windows
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from prune_lab.export.base import Export
+from prune_lab.export.bitmask import Bitmask
+from prune_lab.export.hf import HuggingFace
+from prune_lab.export.none import NoExport
 from prune_lab.methods.depth import Depth
 from prune_lab.methods.structured import Structured
 from prune_lab.models.anatomy import Anatomy
@@ -32,6 +39,80 @@ TOKENS = torch.randint(300, (1, 24), generator=torch.Generator().manual_seed(2))
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
     return model(input_ids=TOKENS, use_cache=False).logits
+
+
+EXPORTS = sorted(path.stem for path in (ROOT / "conf" / "export").glob("*.yaml"))
+
+
+def exporter(name: str) -> Export:
+    """An option of the group, with its defaults."""
+    written = yaml.safe_load((ROOT / "conf" / "export" / f"{name}.yaml").read_text(encoding="utf-8"))
+    module, _, cls = written.pop("_target_").rpartition(".")
+    found: Export = getattr(importlib.import_module(module), cls)(**written)
+    return found
+
+
+def half_zero(loaded: Loaded) -> Loaded:
+    with torch.no_grad():
+        for _, linear in Anatomy(loaded.model).linears():
+            linear.weight[:, ::2] = 0
+    return loaded
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", EXPORTS)
+def test_every_export_is_read_back_as_it_was_written(tmp_path: Path, name: str, family: str) -> None:
+    """By the run that wrote it and by a process that has no model; its files are all that holds weights."""
+    loaded = half_zero(HubModel(name=str(make_folder(tmp_path / "made", family))).load(CPU, seed=0))
+    export, place = exporter(name), tmp_path / "export"
+    place.mkdir()
+    export.write(loaded, place)
+    assert (place / "config.json").is_file()
+    assert (place / "tokenizer.json").is_file()
+    files = export.files(place)
+    assert files
+    held = sum(parameter.nbytes for parameter in loaded.model.parameters())
+    assert 0.4 * held < sum(file.stat().st_size for file in files)
+    assert not [path.name for path in place.rglob("*") if path not in files and path.stat().st_size > 0.3 * held]
+    export.check(loaded.model, place, TOKENS)
+    again = export.read(place)
+    assert not again.training
+    if export.exact:
+        assert torch.equal(logits(again), logits(loaded.model))
+    assert export.reading(loaded)
+    with torch.no_grad():
+        next(loaded.model.parameters()).add_(0.1)
+    with pytest.raises(RuntimeError, match=r"export in .* does not reload: its logits differ by"):
+        export.check(loaded.model, place, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off", "allowed"),
+    [
+        (torch.bfloat16, 0.02, {"own kernels"}), (torch.bfloat16, 0.5, set()),
+        (torch.float32, 1e-6, {"own kernels", "exact"}), (torch.float32, 1e-3, set()),
+    ],
+)  # fmt: skip
+def test_kernels_that_no_file_holds_may_add_in_another_order(
+    folder: Path, tmp_path: Path, dtype: torch.dtype, off: float, allowed: set[str]
+) -> None:
+    """By a few units in the last place, and no more; what is exact is never held to less than they are."""
+    loaded = HubModel(name=str(folder)).load(Device(CPU.torch_device, dtype), seed=0)
+    save_model(loaded, tmp_path / "export")
+    with torch.no_grad():
+        loaded.model.model.norm.weight.mul_(1 + off)
+    found = set()
+    for name, own_kernels in (("own kernels", True), ("exact", False)):
+        with suppress(RuntimeError):
+            HuggingFace().check(loaded.model, tmp_path / "export", TOKENS, own_kernels)
+            found.add(name)
+    assert found == allowed
+
+
+def test_what_a_run_keeps_is_no_other_run_but_for_what_it_measures() -> None:
+    assert NoExport().identity is HuggingFace().identity is None
+    assert Bitmask().identity is not None
+    assert [exporter(name).is_kept for name in ("bitmask", "hf", "none")] == [True, True, False]
 
 
 class Failing:

@@ -97,6 +97,9 @@ def job(*overrides: str, amount: float = 0.5, method: str = "wanda") -> Summary:
         (job("method=depth", "method.by=bi", "name=x", method="depth"), Position("depth by=bi", "0.5")),
         (job("+recovery.steps=5", "method.pattern=null"), Position("wanda recovery.steps=5", "0.5")),
         (job("method=wanda", "method.amount=0.3", amount=0.3), Position("wanda", "0.3")),
+        (job("export=none"), Position("wanda", "0.5")),
+        (job("export=hf"), Position("wanda", "0.5")),
+        (job("export=bitmask"), Position("wanda export=bitmask", "0.5")),
     ],
 )
 def test_a_series_is_everything_but_amount_pattern_and_seed(summary: Summary, expected: Position) -> None:

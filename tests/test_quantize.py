@@ -283,13 +283,18 @@ def test_a_whole_run(cli: Cli, small: list[str], tmp_path: Path) -> None:
         "ignore": ["lm_head"],
     }
     measured = [*small, "tracking=none", f"model.name={place / 'export'}", "method=none"]
-    again, _ = summary_of(cli(*measured), tmp_path)
+    again, place = summary_of(cli(*measured, "export=hf"), tmp_path)
     assert again["metrics"]["quality/perplexity"] == ours["quality/perplexity"]
     assert again["metrics"]["params/dense_total"] == ours["params/total"]
+    assert "Loads with: prune_lab, or stock transformers with the" in (place / "export" / "README.md").read_text()
     for override in ("method=magnitude", "post=int8_dynamic", "recovery=finetune"):
         refused = cli(*measured, override)
         assert refused.returncode == 2
         assert "has quantized weights already" in one_line(refused)
+    refused = cli(*measured, "export=bitmask")
+    assert refused.returncode == 2
+    assert "export=bitmask cannot hold quantized weights, which model.name=" in one_line(refused)
+    assert "give export=hf or export=none" in one_line(refused)
 
 
 def one_line(done: subprocess.CompletedProcess[str]) -> str:

@@ -182,6 +182,19 @@ def test_an_export_that_is_not_there_is_made(run_here: RunHere) -> None:
     assert (second.folder / "export" / "model.safetensors").exists()
 
 
+def test_an_export_in_another_format_is_another_run(run_here: RunHere) -> None:
+    """Its size on disk is its own; without an export a run is that of a Hugging Face folder."""
+    plain, bits = run_here("export=hf"), run_here("export=bitmask")
+    assert plain.computed
+    assert bits.computed
+    assert [run_here(f"export={name}").computed for name in ("none", "hf", "bitmask")] == [False, False, False]
+    sizes = [ended.summary()["metrics"]["size/disk_mb"] for ended in (plain, bits)]
+    assert sizes[1] < sizes[0]
+    (bits.folder / "export" / "model.bitmask.safetensors").unlink()
+    assert run_here("export=bitmask").computed
+    assert not run_here("export=hf").computed
+
+
 def test_an_export_in_a_folder_that_other_runs_used_is_not_served_for_theirs(run_here: RunHere, tmp_path: Path) -> None:
     """Nor when the folder's summary says so again, since the first run was asked for once more."""
     place = f"hydra.run.dir={tmp_path / 'fixed'}"

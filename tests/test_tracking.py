@@ -14,6 +14,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, Cli
@@ -279,6 +280,28 @@ def test_a_method_s_own_amount_is_the_one_on_record() -> None:
     summary = Summary("FINISHED", config=config, choices=choices, protocol={"dtype": "float32", "device": "cpu"})
     assert params_of(summary)["amount"] == 0.3
     assert run_name(summary) == "magnitude 0.3"
+
+
+@pytest.mark.parametrize(
+    ("export", "name"), [("none", "magnitude 0.5"), ("hf", "magnitude 0.5"), ("bitmask", "magnitude 0.5 + bitmask")]
+)
+def test_the_export_is_a_parameter_and_told_where_it_changes_a_figure(export: str, name: str) -> None:
+    groups = ("method", "schedule", "recovery", "post", "export")
+    config: dict[str, Any] = {"amount": 0.5, "seed": 0} | {group: {} for group in groups}
+    choices = {"method": "magnitude", "recovery": "none", "post": "none", "export": export}
+    summary = Summary("FINISHED", config=config, choices=choices, protocol={"dtype": "float32", "device": "cpu"})
+    assert params_of(summary)["export"] == export
+    assert run_name(summary) == name
+
+
+def test_a_record_of_a_version_that_had_a_switch_is_read() -> None:
+    """Such as prune-lab sync finds, when export was true or false."""
+    config: dict[str, Any] = {"amount": 0.5, "seed": 0, "method": {}, "schedule": {}, "recovery": {}, "post": {}}
+    choices = {"method": "magnitude", "recovery": "none", "post": "sparse_bitmask"}
+    stamp = {"dtype": "float32", "device": "cpu"}
+    summary = Summary("FINISHED", config=config | {"export": True}, choices=choices, protocol=stamp)
+    assert "export" not in params_of(summary)
+    assert run_name(summary) == "magnitude 0.5 + sparse_bitmask"
 
 
 def test_a_stores_password_is_not_shown() -> None:

@@ -125,4 +125,6 @@ def test_helping_processes_write_nowhere_and_track_nothing(monkeypatch: pytest.M
     assert helping[:2] == given[:2]
     assert helping[-1] == "-m"
     assert {"tracking=none", "quiet=true"} < set(helping[2:-1])
+    # Of a sweep over it they would run other jobs than the first process, which then waits for them in vain.
+    assert not any(word.startswith("export") for word in launch.for_this_process(["export=none,hf", "-m"])[1:])
     assert launch.for_this_process(["-cd", "experiments", "-cn", "x"])[:4] == ["-cd", "experiments", "-cn", "x"]
