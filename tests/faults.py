@@ -643,7 +643,7 @@ FAULTS = (
     ),
     Fault(
         "a_result_served_without_its_export", "prune_lab/runner.py",
-        "settings.export and not _has_export(found)", "False",
+        "parts.export.is_kept and not _has_export(found, parts.export)", "False",
         ("test_resume.py::test_an_export_that_is_not_there_is_made",),
     ),
     Fault(
