@@ -1,6 +1,6 @@
 """Planted faults: single wrong expressions in the source, each with the tests that must fail because of it.
 
-    python tests/faults.py             # every fault, some twenty minutes on two cores; exit code 1 if one is not caught
+    python tests/faults.py             # every fault, half an hour on two busy cores; exit code 1 if one is not caught
     python tests/faults.py kl_reversed # these alone
     python tests/faults.py --table     # writes the table of tests/README.md
 

@@ -25,7 +25,10 @@ from mlflow.entities import Run
 from warm import give_store, run_module
 
 # MLflow 3's own models use a deprecated part of SQLAlchemy, which says so when a store is first opened.
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+pytestmark = [
+    pytest.mark.process,  # of launchers, whose fixtures are asked for by name
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
+]
 
 PLUGINS = {
     "joblib": "hydra_joblib_launcher",

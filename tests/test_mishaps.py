@@ -250,6 +250,7 @@ def locked(store: Path, seconds: float = PATIENCE) -> Iterator[None]:
         thread.join()
 
 
+@pytest.mark.process  # a real store, in this process
 def test_a_locked_store_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SQLite's own patience is shorter than the lock here."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db?timeout=0.1")
