@@ -451,7 +451,7 @@ _DATA: dict[str, tuple[Prepare, str, tuple[str, ...]]] = {
     "a column of bytes": (
         lambda place: _parquet(place, {"text": [b"one"]}, "binary"), "a.parquet", ("row 1", "bytes", "strings"),
     ),
-    "an array that is cut": (_file("a.jsonl", b'[{"text": "one"}, {"te'), "a.jsonl", ("item 2", "no whole JSON")),
+    "an array that is cut": (_file("a.jsonl", b'[{"text": "one"}, {"te'), "a.jsonl", ("item 2", "not a complete JSON")),
     "json of another layout": (_file("a.json", b'{"train": [{"text": "one"}]}'), "a.json", ("column", "train")),
     "no gzip": (_file("a.jsonl.gz", _ROW), "a.jsonl.gz", ("cannot be read as json", "gzip")),
     "five documents": (

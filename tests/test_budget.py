@@ -67,13 +67,13 @@ def test_the_answer_names_the_best_and_what_each_came_to() -> None:
     ("at_most", "best", "says"),
     [
         ({}, "", "at_most is required"),
-        ({"latency/decode_speedup": 2}, "", "no metric that is better when lower"),
-        ({"perplexity": 2}, "", "no metric that is better when lower"),
-        ({"size/dsk_mb": 2}, "", "no metric that is better when lower"),
-        ({"quality/dense_perplexity": 2}, "", "no metric that is better when lower"),
+        ({"latency/decode_speedup": 2}, "", "not a metric that is better when lower"),
+        ({"perplexity": 2}, "", "not a metric that is better when lower"),
+        ({"size/dsk_mb": 2}, "", "not a metric that is better when lower"),
+        ({"quality/dense_perplexity": 2}, "", "not a metric that is better when lower"),
         ({QUALITY: 2, SIZE: 1}, "", "pull the amount both ways"),
-        ({QUALITY: 2}, "model", "no metric with a better end"),
-        ({QUALITY: 2}, "parameters/reduction", "no metric with a better end"),
+        ({QUALITY: 2}, "model", "not a metric with a better end"),
+        ({QUALITY: 2}, "parameters/reduction", "not a metric with a better end"),
     ],
 )
 def test_a_budget_that_is_none_is_refused(at_most: dict[str, float], best: str, says: str) -> None:
