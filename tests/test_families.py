@@ -156,7 +156,7 @@ def test_masked_groups_are_those_zeroed_by_hand(models: dict[str, Loaded], famil
         {"score": "wanda"},
         {"score": "taylor"},
         {"score": "wifv"},
-        {"score": "wifv", "compensate": True},
+        {"score": "wifv", "refit": "bias"},
         {"score": "wanda", "units": ("mlp", "heads")},
     ],
     ids=str,
