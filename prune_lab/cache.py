@@ -83,10 +83,10 @@ Make = Callable[[Path], dict[str, Any]]  # writes files into a folder and return
 
 @dataclass(frozen=True)
 class Entry:
-    """A whole entry: its folder and its facts."""
+    """A whole entry: its folder and its metadata."""
 
     folder: Path
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
 
 def limit_bytes() -> int:

@@ -64,7 +64,7 @@ def compress(
         bos=evaluator.bos,
         console=console,
         checkpoint=checkpoints(run_id) / "training.safetensors",
-        log=log.figures if log is not None else lambda step, values: None,
+        log=log.step_metrics if log is not None else lambda step, values: None,
         rewind=rewind,
         world=world,
     )

@@ -81,7 +81,7 @@ class DenseCache:
         key = self.key(kind, of, modules)
         if key not in self._values:
             with store.entry(kind, key, lambda folder: {"value": compute()}) as entry:
-                self._values[key] = entry.facts["value"]
+                self._values[key] = entry.metadata["value"]
         return self._values[key]
 
     def in_process(self, name: str, make: Callable[[], T]) -> T:
@@ -103,7 +103,7 @@ class DenseCache:
             try:
                 with store.entry(kind, key, lambda folder: _save_parts(folder, count, compute())) as entry:
                     files = [entry.folder / _file(index) for index in range(count)]
-                    if not self._may_hold(entry.facts["bytes"]):
+                    if not self._may_hold(entry.metadata["bytes"]):
                         yield from (self._placed(_load(path)) for path in files)
                         return
                     self._hold(key, [_load(path) for path in files])

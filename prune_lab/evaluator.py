@@ -172,12 +172,12 @@ class Evaluator:
         """A model's multiply-accumulates per token; it must not be post-compressed yet."""
         return count_macs(Anatomy(loaded.model), self.prompt.shape[1])
 
-    def figures(self, loaded: Loaded, folder: Path, export: Export, console: Console) -> Measurements:
+    def evaluate(self, loaded: Loaded, folder: Path, export: Export, console: Console) -> Measurements:
         """Quality, size, memory and task scores of a model that `export` wrote into `folder`."""
-        figures = self._lasting_figures(loaded, folder, export, console)
+        figures = self._repeatable_measurements(loaded, folder, export, console)
         return replace(figures, memory_mb=self._memory(loaded, folder, export, console))
 
-    def _lasting_figures(self, loaded: Loaded, folder: Path, export: Export, console: Console) -> Measurements:
+    def _repeatable_measurements(self, loaded: Loaded, folder: Path, export: Export, console: Console) -> Measurements:
         """Measurements that are the same each time: quality, size and task scores."""
         per_token, batch_size = self.tokens.bytes_per_token("test"), self.measure.batch_size
         quality = measure_quality(loaded.model, self.windows, per_token, batch_size, self.device, console, self.bos)
@@ -217,7 +217,7 @@ class Evaluator:
             def lasting() -> dict[str, Any]:
                 """Measurements that earlier sweeps may have made."""
                 console.note("measuring the dense model")
-                return asdict(self._lasting_figures(self.dense, folder, export, console))
+                return asdict(self._repeatable_measurements(self.dense, folder, export, console))
 
             of = {
                 name: self.protocol[name]

@@ -123,7 +123,7 @@ def _begin(
         overrides=context.overrides,
         config=config,
         folder=str(context.folder),
-        model=evaluator.dense.facts(),
+        model=evaluator.dense.describe(),
         environment=describe_environment(evaluator.device),
         protocol=protocol,
         not_applicable=_not_applicable(parts, context),
@@ -192,7 +192,7 @@ def _measure(
         _saved(loaded, folder, parts.export) as saved,
         stopwatch(compressed.seconds, "time/measure_s"),
     ):
-        figures = evaluator.figures(loaded, saved, parts.export, console)
+        figures = evaluator.evaluate(loaded, saved, parts.export, console)
         if parts.measure.latency:
             models = evaluator.dense.model, loaded.model
             with timing_lock.exclusive(console.note) as load:

@@ -199,8 +199,28 @@ FAULTS = (
     ),
     Fault(
         "compensation_of_the_wrong_sign", "prune_lab/pruning/surgery.py",
-        "part.linear.bias.float() + shift", "part.linear.bias.float() - shift",
+        "reader.linear.bias.float() + shift", "reader.linear.bias.float() - shift",
         ("test_structured.py::test_the_bias_makes_up_for_what_units_gave_on_average",),
+    ),
+    Fault(
+        "refit_of_columns_to_the_wrong_side", "prune_lab/pruning/refit.py",
+        "target[:, kept] + change", "target[:, kept] - change",
+        ("test_refit.py::test_columns_of_the_worked_example",),
+    ),
+    Fault(
+        "refit_forgets_the_mean_of_what_stays", "prune_lab/pruning/refit.py",
+        "target[:, gone] @ mean[gone] - change @ mean[kept]", "target[:, gone] @ mean[gone]",
+        ("test_refit.py::test_columns_of_the_worked_example_with_a_bias",),
+    ),
+    Fault(
+        "refit_of_rows_fills_zeros", "prune_lab/pruning/refit.py",
+        "residual = ((target - solution) @ damped).mul_(keep)", "residual = (target - solution) @ damped",
+        ("test_refit.py::test_conjugate_gradients_end_at_the_solution_of_each_row",),
+    ),
+    Fault(
+        "refit_to_the_pruned_weight", "prune_lab/methods/weights.py",
+        "refit_rows(dense, weight, statistics.gram", "refit_rows(weight, weight, statistics.gram",
+        ("test_refit.py::test_a_refit_of_rows_keeps_zeros_and_lowers_the_error",),
     ),
     Fault(
         "conv1d_not_transposed", "prune_lab/models/anatomy.py",
@@ -309,8 +329,8 @@ FAULTS = (
         ("test_sparsegpt.py::test_dead_inputs_lose_their_weights_and_disturb_nothing",),
     ),
     Fault(
-        "damping_without_the_mean_of_the_diagonal", "prune_lab/pruning/sparsegpt_solver.py",
-        "damped.diagonal().add_(damping * mean)", "damped.diagonal().add_(damping)",
+        "damping_without_the_mean_of_the_diagonal", "prune_lab/pruning/gram.py",
+        "damped.diagonal().add_(used * mean)", "damped.diagonal().add_(used)",
         ("test_sparsegpt.py::test_the_scale_of_the_gram_changes_nothing",),
     ),
     Fault(

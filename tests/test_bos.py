@@ -76,7 +76,7 @@ def test_perplexity_is_that_of_a_naive_loop(family: str, add_bos: str, corpus: P
     assert evaluator.protocol["test_tokens_sha256"] == plain.protocol["test_tokens_sha256"]
     expected_bos = 0 if add_bos == "true" or (add_bos == "auto" and family == "gemma3_text") else None
     assert evaluator.protocol["bos"] == ("none" if expected_bos is None else 0)
-    figures = evaluator.figures(evaluator.dense, tmp_path, NoExport(), QUIET)
+    figures = evaluator.evaluate(evaluator.dense, tmp_path, NoExport(), QUIET)
     expected = naive_loss(evaluator.dense.model, evaluator.windows, expected_bos)
     assert math.log(figures.quality.perplexity) == pytest.approx(expected, abs=1e-5)
     with_it = naive_loss(evaluator.dense.model, evaluator.windows, 0)
@@ -88,7 +88,7 @@ def test_streamed_it_is_the_same(gemma: Path, corpus: Path, tmp_path: Path) -> N
     evaluator = bench_of(gemma, corpus)
     text = TextFiles(path=str(corpus), seq_len=SEQ_LEN)
     streamed = Evaluator(HubModel(name=str(gemma), stream=True), text, evaluator.measure, CPU, 0, QUIET)
-    here, there = (b.figures(b.dense, tmp_path, NoExport(), QUIET).quality for b in (evaluator, streamed))
+    here, there = (b.evaluate(b.dense, tmp_path, NoExport(), QUIET).quality for b in (evaluator, streamed))
     assert here.perplexity == pytest.approx(there.perplexity, rel=1e-6)
 
 

@@ -60,6 +60,21 @@ def python(copy: Path, *arguments: str) -> str:
     return done.stdout
 
 
+def test_names_in_backticks_exist() -> None:
+    """What CONTRIBUTING names in its sentences is in the source: it is read by those who look for it there."""
+    source = "".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("prune_lab", "tests", "conf", "hydra_plugins", ".ci")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".yaml", ".md", "") and path.is_file() and "__pycache__" not in path.parts
+    ) + (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    sentences = re.sub(r"^```.*?^```", "", CONTRIBUTING, flags=re.DOTALL | re.MULTILINE)
+    examples = "".join(re.findall(r"^```.*?^```", CONTRIBUTING, flags=re.DOTALL | re.MULTILINE))
+    names = {name for name in re.findall(r"`([A-Za-z_][\w.]*)`", sentences) if not (ROOT / name).exists()}
+    last = {name: name.removesuffix(".py").rpartition(".")[2] for name in names}
+    assert [name for name in sorted(names) if last[name] not in source and last[name] not in examples] == []
+
+
 def test_the_examples_are_of_these_files() -> None:
     assert [name for name, _ in blocks("A new method")] == [
         "prune_lab/methods/deviation.py",

@@ -155,7 +155,7 @@ SCORED: list[tuple[str, dict[str, Any]]] = [
 SCORED += [
     (family, keys)
     for family in ("llama", "gpt2")
-    for keys in ({"score": "taylor"}, {"score": "wifv"}, {"score": "wifv", "compensate": True})
+    for keys in ({"score": "taylor"}, {"score": "wifv"}, {"score": "wifv", "refit": "bias"})
 ]
 
 

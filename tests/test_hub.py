@@ -65,7 +65,7 @@ def test_wikitext_rows_are_its_test_text(wikitext: Path) -> None:
     found = Wikitext2(name=str(wikitext)).corpus()
     assert list(found.test) == wikitext_rows(200, 5)
     assert list(found.validation) == wikitext_rows(100, 4)
-    assert found.facts["revision"] == "local folder"
+    assert found.provenance["revision"] == "local folder"
 
 
 def test_wikitext_training_text_is_its_articles(wikitext: Path) -> None:
@@ -145,7 +145,7 @@ def hub(folder: Path, wikitext: Path, c4: Path) -> Iterator[Hub]:
 def test_a_model_is_fetched_by_its_id_and_its_commit_recorded(hub: Hub, folder: Path, tmp_path: Path) -> None:
     code = (
         "loaded = HubModel(name='me/llama').load(CPU, 0)\n"
-        "print(json.dumps([loaded.fingerprint()['weights'], loaded.facts()]))"
+        "print(json.dumps([loaded.fingerprint()['weights'], loaded.describe()]))"
     )
     weights, facts = ask(code, tmp_path, HF_ENDPOINT=hub.url)
     assert weights == HubModel(name=str(folder)).load(CPU, 0).fingerprint()["weights"]
@@ -177,7 +177,7 @@ def test_the_hubs_refusals_say_what_to_do(hub: Hub, tmp_path: Path) -> None:
 def test_corpora_are_fetched_or_streamed_and_their_commit_recorded(hub: Hub, tmp_path: Path) -> None:
     code = (
         "texts = [Wikitext2().corpus(), C4(train_documents=20, calibration_documents=5, test_documents=7)"
-        ".corpus()]\nprint(json.dumps([[d.fingerprint(), d.facts] for d in texts]))"
+        ".corpus()]\nprint(json.dumps([[d.fingerprint(), d.provenance] for d in texts]))"
     )
     (wikitext, facts), (c4, c4_facts) = ask(code, tmp_path, HF_ENDPOINT=hub.url)
     assert facts == {"repository": WIKITEXT, "config": "wikitext-2-raw-v1", "revision": COMMIT}
@@ -207,7 +207,7 @@ def test_corpora_are_read_from_the_hubs_cache(wikitext: Path, c4: Path, tmp_path
     in_cache(c4, tmp_path / "home", C4_NAME)
     code = (
         "texts = [Wikitext2().corpus(), C4(train_documents=9, calibration_documents=5, test_documents=7)"
-        ".corpus()]\nprint(json.dumps([[d.fingerprint(), d.facts['revision']] for d in texts]))"
+        ".corpus()]\nprint(json.dumps([[d.fingerprint(), d.provenance['revision']] for d in texts]))"
     )
     sizes = {"train_documents": 9, "calibration_documents": 5, "test_documents": 7}
     expected: list[Documents] = [Wikitext2(name=str(wikitext)).corpus(), C4(name=str(c4), **sizes).corpus()]

@@ -258,7 +258,7 @@ def test_only_linears_in_blocks_are_touched(dense: Dense, make: Make, family: st
     assert of_table <= set(inside)
     free = {f"{name}.weight" for name in of_table}
     if option in UNIT_OPTIONS:
-        free |= {f"{n}.bias" for n in of_table if built.compensate or n.rpartition(".")[2] not in READERS}
+        free |= {f"{n}.bias" for n in of_table if built.refit != "none" or n.rpartition(".")[2] not in READERS}
     prefix = BLOCKS.get(family, "model.layers")
     for name, tensor in was.items():
         if option == "depth" and name.startswith(f"{prefix}."):

@@ -358,7 +358,7 @@ def make_text(text: str) -> Callable[[Path], dict[str, Any]]:
 def read_text(kind: str, key: str, make: Callable[[Path], dict[str, Any]]) -> str:
     with store.entry(kind, key, make) as entry:
         text = (entry.folder / "file").read_text()
-        assert text.startswith(entry.facts["text"])
+        assert text.startswith(entry.metadata["text"])
         return text
 
 
@@ -373,7 +373,7 @@ def make(folder):
     time.sleep(float(sys.argv[2]))
     return {"by": os.getpid()}
 with store.entry("gram", "one", make) as entry:
-    print(entry.facts["by"], len((entry.folder / "file").read_text()))
+    print(entry.metadata["by"], len((entry.folder / "file").read_text()))
 """
 
 

@@ -91,7 +91,7 @@ def compressed(folder: Path, method: Method, place: Path, stream: bool, propagat
         count_macs(Anatomy(loaded.model), 16),
     )
     hashes = dense.fingerprint(), loaded.fingerprint()
-    return (quality, size, macs, pruned.rows, pruned.warnings, hashes, dense.facts()), place / "export"
+    return (quality, size, macs, pruned.rows, pruned.warnings, hashes, dense.describe()), place / "export"
 
 
 def check_alike(folder: Path, place: Path, method: Method, propagate: str = "pruned", device: Device = CPU) -> None:

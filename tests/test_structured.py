@@ -147,7 +147,7 @@ def test_the_bias_makes_up_for_what_units_gave_on_average(dense_models: dict[str
     with torch.no_grad():
         dense(input_ids=WINDOWS, use_cache=False)
     hook.remove()
-    method = Structured(amount=0.5, score="wifv", compensate=True)
+    method = Structured(amount=0.5, score="wifv", refit="bias")
     method.prune(Anatomy(cut.model), 0.5, 0, Calibrator(WINDOWS))
     score = (down.weight.square() * rows[0].var(dim=0)).sum(0)
     gone = score.argsort()[: MLP // 2]

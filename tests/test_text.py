@@ -73,7 +73,7 @@ def test_the_standard_library_is_split_by_the_hash_of_each_path() -> None:
 def test_the_standard_library_is_in_one_order_and_names_its_python() -> None:
     one, two = Stdlib().corpus(), Stdlib(seq_len=64).corpus()
     assert one.fingerprint() == two.fingerprint()
-    assert one.facts["python"].count(".") == 2
+    assert one.provenance["python"].count(".") == 2
 
 
 def test_every_text_has_one_split(corpus: Path) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class NoPruning(WeightMethod):
     """Removes nothing."""
 
-    not_applicable: ClassVar[tuple[str, ...]] = ("amount", "pattern", "scope", "allocation")
+    not_applicable: ClassVar[tuple[str, ...]] = ("amount", "pattern", "scope", "allocation", "refit")
 
     @property
     def calibrated(self) -> bool:

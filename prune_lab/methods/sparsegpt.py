@@ -51,12 +51,11 @@ class SparseGPT(WeightMethod):
     ) -> Tensor:
         """Prunes and updates one Linear in place and returns its keep-mask, shape (out, in)."""
         from prune_lab.pruning import sparsegpt_solver
+        from prune_lab.pruning.gram import DAMPING
 
         assert statistics.gram is not None
         pattern = None if self.pattern is None else Pattern.parse(self.pattern)
         solved = sparsegpt_solver.prune_linear(linear, statistics.gram, amount, pattern)
-        if solved.damping > sparsegpt_solver.DAMPING:
-            pruned.warnings.append(
-                f"{name}: its inputs' gram needed damping {solved.damping:g} instead of {sparsegpt_solver.DAMPING:g}"
-            )
+        if solved.damping > DAMPING:
+            pruned.warnings.append(f"{name}: its inputs' gram needed damping {solved.damping:g} instead of {DAMPING:g}")
         return solved.keep

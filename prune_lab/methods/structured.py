@@ -20,20 +20,24 @@ if TYPE_CHECKING:
     from prune_lab.pruning.statistics import LinearStatistics
 
 
+REFITS = ("none", "bias", "inputs")
+
+
 @dataclass(frozen=True)
 class Structured(Method):
     """MLP channels and KV groups of lowest score (by L2 norm: Li et al., 1608.08710), the same count in every block.
 
     A stock config holds one width for all blocks, so each block drops its own units, but as many as the others.
     units: their kinds. score: a name in pruning/scores.py, summed over a unit. round_to: the number of MLP channels
-    that stay is a multiple of it. compensate: the bias behind the units gets what they gave on average. physical: the
+    that stay is a multiple of it. refit: the Linear that reads the units makes up for those that go; none, by its bias
+    (FLAP: An et al., 2312.11983), or by its other weights and its bias (inputs: pruning/refit.py). physical: the
     matrices get smaller; else the units are zeroed.
     """
 
     units: tuple[str, ...] = ("mlp",)
     score: str = "l2"
     round_to: int | None = None
-    compensate: bool = False
+    refit: str = "none"
     physical: bool = True
 
     def __post_init__(self) -> None:
@@ -43,13 +47,20 @@ class Structured(Method):
             raise ValueError(f"units={list(self.units)} must be one or more of {', '.join(UNIT_KINDS)}, each once")
         if self.score not in OF_UNITS:
             raise ValueError(f"score={self.score!r} is not one of {', '.join(OF_UNITS)}")
+        if self.refit not in REFITS:
+            raise ValueError(f"refit={self.refit!r} is not one of {', '.join(REFITS)}")
         if self.round_to is not None and self.round_to < 1:
             raise ValueError(f"round_to={self.round_to} must be at least 1")
 
     @property
     def calibrated(self) -> bool:
-        """True where the score or the compensation needs calibration text."""
-        return bool(SCORES[self.score].needs) or self.compensate
+        """True where the score or the refit needs calibration text."""
+        return bool(SCORES[self.score].needs) or self.refit != "none"
+
+    @property
+    def solves(self) -> bool:
+        """True where the refit solves with gram matrices."""
+        return self.refit == "inputs"
 
     def check(self, config: Any, amounts: Iterable[float]) -> None:
         """Raises Refused for kinds of units that the model lacks, and for counts that its config cannot hold."""
@@ -69,7 +80,7 @@ class Structured(Method):
         """
         from prune_lab.models.resize import dense_count
         from prune_lab.pruning.selection import keep_rows
-        from prune_lab.pruning.surgery import remove_units, unit_masks
+        from prune_lab.pruning.surgery import remove_units, unit_masks, zero_units
         from prune_lab.pruning.units import rows_of_table, unit_scores
 
         pruned = Pruned()
@@ -81,7 +92,9 @@ class Structured(Method):
                 linears = linears_of[kind][index]
                 scores = unit_scores(self.score, linears, statistics)
                 keep[kind].append(keep_rows(scores[None], max(0, len(scores) - count))[0])
-                self._zero(linears, keep[kind][-1], statistics, pruned)
+                if not keep[kind][-1].all():
+                    self._refit(linears[-1], keep[kind][-1], statistics, pruned)
+                zero_units(linears, keep[kind][-1])
         for kind, count in kept.items():
             pruned.rows += rows_of_table(anatomy, kind, dense_count(anatomy, kind), count)
             if self.physical:
@@ -127,22 +140,32 @@ class Structured(Method):
             "method.physical=false, which leaves zeros"
         )
 
-    def _zero(
-        self, linears: list[UnitLinear], keep: Tensor, statistics: dict[str, LinearStatistics], pruned: Pruned
-    ) -> None:
-        """Zeroes a block's units, and moves their mean contribution into the bias behind them where that is asked."""
-        from prune_lab.pruning.surgery import compensate, zero_units
+    def _needs_of_refit(self, reader: UnitLinear) -> frozenset[str]:
+        """The statistics that the refit of a Linear reads: of one with a bias the means, too."""
+        has_bias = reader.linear.bias is not None
+        return {
+            "none": frozenset[str](),
+            "bias": frozenset({"variance"} if has_bias else ()),
+            "inputs": frozenset({"gram", "variance"} if has_bias else {"gram"}),
+        }[self.refit]
 
-        reader = linears[-1]
-        if self.compensate and not keep.all():
-            mean = statistics[reader.name].mean
-            if reader.linear.bias is not None and mean is not None:
-                compensate(reader, keep, mean)
-            else:
-                pruned.warnings.append(
-                    f"nothing compensated: {reader.name.rpartition('.')[2]} has no bias in this model"
-                )
-        zero_units(linears, keep)
+    def _refit(self, reader: UnitLinear, keep: Tensor, statistics: dict[str, LinearStatistics], pruned: Pruned) -> None:
+        """Changes the Linear that reads the units to make up for those that go; keep: bools (units,)."""
+        from prune_lab.pruning.gram import DAMPING
+        from prune_lab.pruning.surgery import refit_reader, shift_bias
+
+        seen = statistics[reader.name]
+        if self.refit == "inputs":
+            damping = refit_reader(reader, keep, seen)
+            if damping > DAMPING:
+                pruned.warnings.append(f"{reader.name}: the refit needed damping {damping:g} instead of {DAMPING:g}")
+        elif self.refit == "bias" and reader.linear.bias is None:
+            pruned.warnings.append(
+                f"method.refit=bias changed nothing: {reader.name.rpartition('.')[2]} has no bias in this model"
+            )
+        elif self.refit == "bias":
+            assert seen.mean is not None
+            shift_bias(reader, keep, seen.mean)
 
     def _block_statistics(
         self,
@@ -152,7 +175,7 @@ class Structured(Method):
         calibrator: Calibrator | None,
         behind_dense: bool = False,
     ) -> Iterator[dict[str, LinearStatistics]]:
-        """The statistics that the score and the compensation read, of those Linears that they read, block by block."""
+        """The statistics that the score and the refit read, of those Linears that they read, block by block."""
         from prune_lab.pruning.calibration import block_statistics
         from prune_lab.pruning.surgery import unit_sums
 
@@ -161,8 +184,8 @@ class Structured(Method):
         by_name = {linear.name: linear for linear in linears}
         readers = {linear.name for linear in linears if linear.side == "columns"}
         needs = {name: score.needs for name in by_name if name in readers or not score.output_only}
-        if self.compensate:
-            needs |= {name: score.needs | {"variance"} for name in readers}
+        for reader in (linear for linear in linears if linear.side == "columns"):
+            needs[reader.name] = score.needs | self._needs_of_refit(reader)
 
         def saliency(order: int) -> dict[str, Tensor]:
             """Sums over units by Linear, (units,): the gradient of a weight is not kept."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from prune_lab.pruning.thresholds import ScoreCounts
 
 ALLOCATIONS = ("uniform", "global", "owl", "sensitivity")
+REFITS = ("none", "inputs")
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class WeightMethod(Method):
     """Zeroes the weights of lowest score; a subclass names the score, or computes one of its own.
 
     pattern: N:M kept, such as 2:4; it fixes the amount. scope: the weights that are ranked together. allocation: how
-    the amount is spread over blocks; "global" is one ranking over all of them, whatever the scope.
+    the amount is spread over blocks; "global" is one ranking over all of them, whatever the scope. refit: the weights
+    of a row that stay make up for those that go, none, or by least squares on the inputs (pruning/refit.py).
     """
 
     pattern: str | None = None
     scope: str = "layer"
     allocation: str = "uniform"
+    refit: str = "none"
 
     # A name in pruning/scores.py. Without one, `importance` is overridden, and `needs` are the statistics it reads.
     score_name: ClassVar[str | None] = None
@@ -50,6 +53,8 @@ class WeightMethod(Method):
             raise ValueError(f"scope={self.scope!r} is not one of {', '.join(self.scopes)}")
         if self.allocation not in ALLOCATIONS:
             raise ValueError(f"allocation={self.allocation!r} is not one of {', '.join(ALLOCATIONS)}")
+        if self.refit not in REFITS:
+            raise ValueError(f"refit={self.refit!r} is not one of {', '.join(REFITS)}")
         if self.scope == "global" and self.allocation not in ("uniform", "global"):
             raise ValueError(
                 f"allocation={self.allocation!r} with scope=global: one ranking over all blocks is itself an "
@@ -82,13 +87,13 @@ class WeightMethod(Method):
 
     @property
     def calibrated(self) -> bool:
-        """True where the score or the allocation needs calibration text."""
-        return bool(self.statistics_needed) or self.allocation in ("owl", "sensitivity")
+        """True where the score, the refit or the allocation needs calibration text."""
+        return bool(self.statistics_needed) or self.refit != "none" or self.allocation in ("owl", "sensitivity")
 
     @property
     def solves(self) -> bool:
-        """True where the score reads gram matrices."""
-        return "gram" in self.statistics_needed
+        """True where the score or the refit reads gram matrices."""
+        return "gram" in self.statistics_needed or self.refit != "none"
 
     @property
     def is_global(self) -> bool:
@@ -137,10 +142,21 @@ class WeightMethod(Method):
         linears = anatomy.linears_by_block()
         for index, statistics in enumerate(self._block_statistics(anatomy, seed, calibrator)):
             for name, linear in linears[index]:
-                mask = self.prune_linear(name, linear, amounts[index], statistics[name], pruned)
+                mask = self._prune_and_refit(name, linear, amounts[index], statistics[name], pruned)
                 pruned.rows.append(_row(name, mask))
                 if not anatomy.is_on_disk:  # masks take a byte for each weight, and only training needs them
                     keep[name] = mask
+        return keep
+
+    def _prune_and_refit(
+        self, name: str, linear: Any, amount: float, statistics: LinearStatistics, pruned: Pruned
+    ) -> Tensor:
+        """Prunes one Linear, refits the weights that stay, and returns its keep-mask, shape (out, in)."""
+        if self.refit == "none":
+            return self.prune_linear(name, linear, amount, statistics, pruned)
+        dense = out_in(linear, linear.weight.detach()).clone()
+        keep = self.prune_linear(name, linear, amount, statistics, pruned)
+        _refit(linear, dense, keep, statistics)
         return keep
 
     def prune_linear(
@@ -175,12 +191,29 @@ class WeightMethod(Method):
         masks = keep_global(list(scores.values()), amount, self._score_counts(anatomy, "all"))
         keep = dict(zip(scores, masks, strict=True))
         pruned.rows = [_row(name, mask) for name, mask in keep.items()]
+        if self.refit != "none":
+            self._refit_by_block(anatomy, keep, seed, calibrator)
         if calibrator is not None and calibrator.propagate == "pruned":
             pruned.warnings.append(
                 "one ranking over all blocks: all were calibrated before any was pruned to this amount, whatever "
                 "dataset.calibration.propagate"
             )
         return keep
+
+    def _refit_by_block(
+        self, anatomy: Anatomy, keep: dict[str, Tensor], seed: int, calibrator: Calibrator | None
+    ) -> None:
+        """Applies masks that are known for all blocks, and refits block by block, behind blocks that are refitted."""
+        from prune_lab.pruning.calibration import block_statistics
+        from prune_lab.pruning.masks import clear
+
+        needs = {name: frozenset({"gram"}) for name in keep}
+        blocks = block_statistics(anatomy, needs, seed, calibrator)
+        for linears, statistics in zip(anatomy.linears_by_block(), blocks, strict=True):
+            for name, linear in linears:
+                dense = out_in(linear, linear.weight.detach()).clone()
+                clear(out_in(linear, linear.weight), keep[name])
+                _refit(linear, dense, keep[name], statistics[name])
 
     def _scores(self, name: str, linear: Any, statistics: LinearStatistics) -> Tensor:
         """Scores of a Linear's weights, (out, in); those that are zero already rank below all others."""
@@ -198,7 +231,8 @@ class WeightMethod(Method):
         """The statistics that the score reads, block by block; and counts of its scores, where they can be kept."""
         from prune_lab.pruning.calibration import block_statistics
 
-        needs = {name: self.statistics_needed for name, _ in anatomy.linears()}
+        of_each = self.statistics_needed | ({"gram"} if self.refit != "none" and not self.is_global else set())
+        needs = {name: of_each for name, _ in anatomy.linears()}
         for of_block in block_statistics(anatomy, needs, seed, calibrator, behind_dense):
             yield {
                 name: replace(statistics, score_counts=self._score_counts(anatomy, name))
@@ -244,7 +278,7 @@ class WeightMethod(Method):
 
         def prune_block(block: int, statistics: dict[str, LinearStatistics], amount: float) -> None:
             for name, linear in linears[block]:
-                self.prune_linear(name, linear, amount, statistics[name], Pruned())
+                self._prune_and_refit(name, linear, amount, statistics[name], Pruned())
 
         statistics = self._block_statistics(anatomy, seed, calibrator, behind_dense=True)
         key = {"method": asdict(self) | {"amount": None, "allocation": None}, "seed": seed}  # neither is used
@@ -271,6 +305,16 @@ def _outlier_ratios(anatomy: Anatomy, seed: int, calibrator: Calibrator) -> list
         values = [scores.wanda(out_in(linear, linear.weight.detach()), statistics[name]) for name, linear in of_block]
         ratios.append(allocation.outlier_ratio(values))
     return ratios
+
+
+def _refit(linear: Any, dense: Tensor, keep: Tensor, statistics: LinearStatistics) -> None:
+    """Refits the weights of a pruned Linear to the outputs of the dense one; those that are zero stay zero."""
+    from prune_lab.pruning.refit import refit_rows
+
+    assert statistics.gram is not None
+    weight = out_in(linear, linear.weight.detach())
+    refitted = refit_rows(dense, weight, statistics.gram, keep & (dense != 0))
+    weight.copy_(refitted.to(weight.dtype))
 
 
 def _row(name: str, keep: Tensor) -> LayerRow:

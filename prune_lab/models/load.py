@@ -33,7 +33,7 @@ class Loaded:
     warnings: list[str] = field(default_factory=list)  # what a run must say of what was loaded
     tokenizer_config: dict[str, Any] = field(default_factory=dict)  # the file of this name that it came with
 
-    def facts(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """Name, family, parameters (a tied matrix once), revision and licence."""
         from prune_lab.models.contents import count_weights
 

@@ -11,8 +11,11 @@ from prune_lab.pruning.statistics import LinearStatistics, Needs
 
 # Fields of LinearStatistics by what is asked for.
 FIELDS = {
-    "input_norm": ("input_norm",), "variance": ("mean", "variance"), "gram": ("gram",), "output_norm": ("output_norm",)
-}  # fmt: skip
+    "input_norm": ("input_norm",),
+    "output_norm": ("output_norm",),
+    "variance": ("mean", "variance"),
+    "gram": ("gram", "tokens"),
+}
 
 Observe = Callable[[Needs], Iterator[dict[str, LinearStatistics]]]
 

@@ -15,16 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_lab.errors import Refused
 from prune_lab.models.anatomy import out_in
+from prune_lab.pruning.gram import DAMPING, damped_cholesky
 from prune_lab.pruning.pattern import Pattern
 from prune_lab.pruning.selection import RANKED_BY_PAIRS, count_to_remove, keep_in_fixed_steps, keep_layer, keep_pattern
 from prune_lab.system.cuda_graph import captured
 
 WINDOW = 128  # columns whose weights are ranked together
 STRIP = 16  # columns that are updated one by one before the rest of the window is, in one product
-DAMPING = 0.01  # of the mean of the gram's diagonal
-LARGEST_DAMPING = 1e4
 
 
 @dataclass(frozen=True)
@@ -157,18 +155,7 @@ def forget_sweeps() -> None:
 def factor_of(gram: Tensor) -> tuple[Tensor, float]:
     """R, upper triangular, with R R^T the damped gram; and the damping used, as a fraction of the mean diagonal.
 
-    R is the Cholesky factor of the gram read backwards. Damping grows tenfold until it exists; raises Refused where
-    it never does.
+    R is the Cholesky factor of the gram read backwards. Raises Refused where it exists with no damping.
     """
-    mean, damping = gram.diagonal().mean(), DAMPING
-    while damping <= LARGEST_DAMPING:
-        damped = gram.flip(0, 1)
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed and lower.isfinite().all():
-            return lower.flip(0, 1), damping
-        damping *= 10
-    raise Refused(
-        f"SparseGPT: the inputs' gram matrix has no Cholesky factor even with damping {LARGEST_DAMPING:g} of its mean "
-        "diagonal: the activations are not finite; give dtype=float32"
-    )
+    lower, damping = damped_cholesky(gram.flip(0, 1), gram.diagonal().mean(), DAMPING)
+    return lower.flip(0, 1), damping

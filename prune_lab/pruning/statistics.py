@@ -33,9 +33,10 @@ class LinearStatistics:
     """Statistics of one Linear with a weight of shape (out, in); a field that was not asked for is None.
 
     input_norm, output_norm: L2 norm of each input and output over all tokens, (in,) and (out,). mean, variance: of each
-    input over all tokens, (in,), the variance unbiased. gram: X^T X over all tokens, (in, in). saliency: mean over
-    windows of |w * gradient|, saliency2: of (w * gradient)^2, both (out, in). random: the run's generator, for scores
-    that draw. score_counts: counts of this Linear's scores, where those depend on the weight alone, for all amounts.
+    input over all tokens, (in,), the variance unbiased. gram: X^T X over all tokens, (in, in); tokens: their number.
+    saliency: mean over windows of |w * gradient|, saliency2: of (w * gradient)^2, both (out, in). random: the run's
+    generator, for scores that draw. score_counts: counts of this Linear's scores, where those depend on the weight
+    alone, for all amounts.
     """
 
     input_norm: Tensor | None = None
@@ -43,6 +44,7 @@ class LinearStatistics:
     mean: Tensor | None = None
     variance: Tensor | None = None
     gram: Tensor | None = None
+    tokens: Tensor | None = None
     saliency: Tensor | None = None
     saliency2: Tensor | None = None
     random: torch.Generator = field(default_factory=torch.Generator)
@@ -58,6 +60,7 @@ class RunningStatistics:
         self._mean: Tensor | None = None
         self._deviations: Tensor | None = None  # sum of squared distances from the mean
         self._gram: Tensor | None = None
+        self._gram_tokens = 0
 
     def add(self, rows: Tensor, needs: frozenset[str]) -> None:
         """Adds activations of shape (tokens, width) to the sums that `needs` names: norm, variance, gram."""
@@ -80,10 +83,12 @@ class RunningStatistics:
             found["variance"] = self._deviations / max(1, self._tokens - 1)
         if self._gram is not None:
             found["gram"] = self._gram.triu() + self._gram.triu(1).T
+            found["tokens"] = torch.tensor(self._gram_tokens)
         return found
 
     def _add_gram(self, rows: Tensor) -> None:
         width = rows.shape[1]
+        self._gram_tokens += len(rows)
         if self._gram is None:
             self._gram = torch.zeros(width, width, dtype=torch.float32, device=rows.device)
         panel = PANEL_ON_GPU if rows.is_cuda else PANEL
@@ -183,7 +188,7 @@ class BlockObserver:
             raise ReachedError
 
 
-_RESULTS = {"norm": ("norm",), "variance": ("mean", "variance"), "gram": ("gram",)}  # by what is asked for
+_RESULTS = {"norm": ("norm",), "variance": ("mean", "variance"), "gram": ("gram", "tokens")}  # by what is asked for
 
 
 def _of_side(needs: frozenset[str], is_output: bool) -> frozenset[str]:

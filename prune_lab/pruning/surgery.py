@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from prune_lab.models.anatomy import Anatomy, UnitLinear, out_in
 from prune_lab.models.resize import Shape, keep_blocks, original_blocks, set_unit_count
+from prune_lab.pruning.refit import refit_columns
+from prune_lab.pruning.statistics import LinearStatistics
 
 
 def unit_sums(part: UnitLinear, values: Tensor) -> Tensor:
@@ -39,14 +41,31 @@ def zero_units(parts: list[UnitLinear], kept: Tensor) -> None:
 
 
 @torch.no_grad()
-def compensate(part: UnitLinear, kept: Tensor, mean: Tensor) -> None:
+def shift_bias(reader: UnitLinear, kept: Tensor, mean: Tensor) -> None:
     """Adds to the bias what the units that go gave on average; `mean` is that of each of its inputs, shape (in,).
 
-    FLAP's bias compensation (2312.11983). `part` reads the units (its columns) and has a bias.
+    FLAP's bias compensation (2312.11983). `reader` reads the units by its columns and has a bias.
     """
-    gone = ~part.lines(kept)
-    shift = part.weight.float()[:, gone] @ mean[gone]
-    part.linear.bias.copy_(part.linear.bias.float() + shift)
+    gone = ~reader.lines(kept)
+    shift = reader.weight.float()[:, gone] @ mean[gone]
+    reader.linear.bias.copy_(reader.linear.bias.float() + shift)
+
+
+@torch.no_grad()
+def refit_reader(reader: UnitLinear, kept: Tensor, statistics: LinearStatistics) -> float:
+    """Refits the columns of the Linear that reads the units to make up for those that go; returns the damping.
+
+    statistics: gram, and of a Linear with a bias mean and tokens (refit.py).
+    """
+    assert statistics.gram is not None
+    assert statistics.tokens is not None
+    lines, bias = reader.lines(kept), reader.linear.bias
+    mean, tokens = (None, 0) if bias is None else (statistics.mean, int(statistics.tokens))
+    columns = refit_columns(reader.weight, statistics.gram, lines, mean, tokens)
+    reader.weight[:, lines] = columns.weight.to(reader.weight.dtype)
+    if columns.shift is not None:
+        bias.copy_(bias.float() + columns.shift)
+    return columns.damping
 
 
 @dataclass(frozen=True)

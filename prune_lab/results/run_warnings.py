@@ -20,11 +20,11 @@ KNOWS_NOTHING = 4.5  # bits per byte; letters and spaces of English by their fre
 def of_run(summary: Summary) -> list[str]:
     """All warnings of a run: on its text, calibration, training, metrics, energy and the load of the machine."""
     protocol, metrics = summary.protocol, summary.metrics
-    notes = (
+    warnings = (
         of_rows(protocol) + of_calibration(protocol, metrics) + of_calibration_windows(protocol) + of_training(protocol)
     )
-    notes += of_figures(metrics) + of_energy(protocol, metrics)
-    return notes + of_load(summary.environment)
+    warnings += of_figures(metrics) + of_energy(protocol, metrics)
+    return warnings + of_load(summary.environment)
 
 
 def of_calibration(protocol: dict[str, Any], metrics: dict[str, float]) -> list[str]:
@@ -42,29 +42,29 @@ def of_calibration(protocol: dict[str, Any], metrics: dict[str, float]) -> list[
 
 def of_rows(protocol: dict[str, Any]) -> list[str]:
     """Warnings about rows and documents left out: without text, repeated, or in another text of the run."""
-    found, notes = protocol["dataset_facts"], []
+    found, warnings = protocol["dataset_facts"], []
     if blank := found.get("rows_without_text", 0):
-        notes.append(f"{blank:,} of {found['rows']:,} rows of {protocol['dataset']} have no text and were left out")
+        warnings.append(f"{blank:,} of {found['rows']:,} rows of {protocol['dataset']} have no text and were left out")
     seen = protocol["calibration"]
     if seen is None or seen["text"] is None:
-        return notes
+        return warnings
     text, name = seen["text"], seen["source"]
     if blank := text["rows_without_text"]:
         rows = text["documents"] + blank
-        notes.append(f"{blank:,} of {rows:,} rows of {name} have no text and were left out")
+        warnings.append(f"{blank:,} of {rows:,} rows of {name} have no text and were left out")
     if also := text["also_in_the_run"]:
-        notes.append(
+        warnings.append(
             f"{also:,} of {text['documents']:,} documents of {name} were left out: they are in the training, "
             "validation or test text of this run as well"
         )
     if again := text["repeated"]:
-        notes.append(f"{again:,} of {text['documents']:,} documents of {name} repeat another one and were left out")
-    return notes
+        warnings.append(f"{again:,} of {text['documents']:,} documents of {name} repeat another one and were left out")
+    return warnings
 
 
 def of_calibration_windows(protocol: dict[str, Any]) -> list[str]:
     """Warnings about calibration windows that overlap, or hold few tokens for what is solved from them."""
-    seen, notes = protocol["calibration"], []
+    seen, warnings = protocol["calibration"], []
     if seen is None:
         return []
     distinct, documents = seen["distinct_tokens"], seen["documents"]
@@ -73,22 +73,22 @@ def of_calibration_windows(protocol: dict[str, Any]) -> list[str]:
     if seen["sampling"] == "at random" or seen["documents_too_short"]:
         more += ", or dataset.calibration.join=true: windows side by side, in short documents too"
     if seen["overlap"] > OVERLAP:
-        notes.append(
+        warnings.append(
             f"calibration windows overlap: {seen['n_samples']:,} windows of {seen['seq_len']:,} tokens are {held}, and "
             f"some tokens are in {seen['overlap']} windows; {more}"
         )
     if tested := seen["windows_tested_on"]:
-        notes.append(
+        warnings.append(
             f"{tested:,} of {seen['n_samples']:,} calibration windows hold text that is tested on as well ({SAME_TEXT} "
             "tokens in a row or more), which flatters perplexity: give other text"
         )
     width = seen["solved_width"]
     if width is not None and distinct < TOKENS_PER_INPUT * width:
-        notes.append(
+        warnings.append(
             f"little calibration text for what is solved: the widest Linear has {width:,} inputs, and {held} are "
             f"fewer than {TOKENS_PER_INPUT} for each, so that the solution may fit them and not other text; {more}"
         )
-    return notes
+    return warnings
 
 
 def of_training(protocol: dict[str, Any]) -> list[str]:

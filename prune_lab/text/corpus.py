@@ -23,10 +23,10 @@ Read = Callable[[], Iterator[Document | None]]  # documents; None for what holds
 
 
 class Corpus(ABC):
-    """A named text in four splits; `facts` says where it came from, for the protocol stamp and the tracker."""
+    """A named text in four splits; `provenance` says where it came from, for the protocol stamp and the tracker."""
 
     name: str
-    facts: dict[str, str]
+    provenance: dict[str, str]
     is_cut: bool = False  # whether the splits are parts of one document
     read_test: Read | None = None  # gives the test documents, where they are kept apart
 
@@ -80,9 +80,9 @@ class Corpus(ABC):
 
     @property
     def stamp(self) -> dict[str, Any]:
-        """The facts, with how many rows had no text, where there were any."""
+        """The provenance, with how many rows had no text, where there were any."""
         blank = self.survey.rows[BLANK]
-        return self.facts | ({"rows": self.n_documents + blank, "rows_without_text": blank} if blank else {})
+        return self.provenance | ({"rows": self.n_documents + blank, "rows_without_text": blank} if blank else {})
 
     @property
     def n_documents(self) -> int:
@@ -117,7 +117,7 @@ class Documents(Corpus):
     calibration: tuple[str, ...]
     validation: tuple[str, ...]
     test: tuple[str, ...]
-    facts: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, str] = field(default_factory=dict)
     is_cut: bool = field(default=False, kw_only=True)
     blank_rows: int = field(default=0, kw_only=True)  # that lay beside them
 
@@ -145,7 +145,7 @@ class Stream(Corpus):
 
     name: str
     read: Read
-    facts: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, str] = field(default_factory=dict)
     read_test: Read | None = None
     tokenizer: Any = None
 
@@ -191,7 +191,7 @@ class LongDocument(Corpus):
 
     name: str
     path: Path
-    facts: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, str] = field(default_factory=dict)
     read_test: Read | None = None
     tokenizer: Any = None
     is_cut: bool = True

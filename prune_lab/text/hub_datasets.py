@@ -104,14 +104,14 @@ class Wikitext2(HubText):
             calibration=tuple(articles["calibration"]),
             validation=tuple(rows["validation"]),
             test=tuple(rows["test"]),
-            facts={"repository": self.name, "config": "wikitext-2-raw-v1", "revision": commit},
+            provenance={"repository": self.name, "config": "wikitext-2-raw-v1", "revision": commit},
         )
 
     def unsplit(self) -> UnsplitCorpus:
         """The articles of the training split: all of those, and nothing that the published figures are taken on."""
         rows, commit = self.rows(self.FILE.format(split="train"), keep=True)
-        facts = {"repository": self.name, "config": "wikitext-2-raw-v1", "revision": commit}
-        return UnsplitCorpus("wikitext2", Documents("wikitext2", tuple(_articles(rows)), (), (), ()), facts)
+        provenance = {"repository": self.name, "config": "wikitext-2-raw-v1", "revision": commit}
+        return UnsplitCorpus("wikitext2", Documents("wikitext2", tuple(_articles(rows)), (), (), ()), provenance)
 
 
 @dataclass(frozen=True)
@@ -145,15 +145,15 @@ class C4(HubText):
             train=tuple(islice(train_rows, self.train_documents)),
             test=tuple(islice(held_out, self.test_documents)),
             validation=tuple(islice(held_out, self.test_documents)),
-            facts={"repository": self.name, "config": "en", "revision": commit},
+            provenance={"repository": self.name, "config": "en", "revision": commit},
         )
 
     def unsplit(self) -> UnsplitCorpus:
         """The calibration documents: of 356,317 in the training shard, the first `calibration_documents`."""
         rows, commit = self.rows(self.TRAIN, keep=False)
-        facts = {"repository": self.name, "config": "en", "revision": commit}
+        provenance = {"repository": self.name, "config": "en", "revision": commit}
         documents = tuple(islice(rows, self.calibration_documents))
-        return UnsplitCorpus("c4", Documents("c4", (), documents, (), ()), facts)
+        return UnsplitCorpus("c4", Documents("c4", (), documents, (), ()), provenance)
 
 
 def _streamed(source: str) -> Iterator[str]:

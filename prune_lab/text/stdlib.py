@@ -38,7 +38,7 @@ class Stdlib(TextSource):
     def unsplit(self) -> UnsplitCorpus:
         """All modules."""
         corpus = self.corpus()
-        return UnsplitCorpus(corpus.name, corpus, corpus.facts)
+        return UnsplitCorpus(corpus.name, corpus, corpus.provenance)
 
 
 def _modules(library: Path) -> list[str]:

@@ -43,31 +43,31 @@ class TextFiles(TextSource):
     def corpus(self) -> Corpus:
         """The files as a corpus that is read when it is used; with `test_path` its documents are the test split."""
         read = _Files.named(self.path, "dataset.path", self.column, "dataset.column")
-        facts, read_test = {"path": self.path}, None
+        provenance, read_test = {"path": self.path}, None
         if self.test_path is not None:
             read_test = _Files.named(self.test_path, "dataset.test_path", self.column, "dataset.column")
-            facts["test_path"] = self.test_path
+            provenance["test_path"] = self.test_path
             read_test.first(1)
             if read.is_one_txt and read.files[0].resolve() in {file.resolve() for file in read_test.files}:
                 raise Refused(
                     f"{read_test.name} is the text of dataset.path too: what is tested on may not be trained on"
                 )
         if read.is_one_txt:
-            return read.as_long_document(facts, read_test)
+            return read.as_long_document(provenance, read_test)
         first, rows = read.first(2)
         if len(first) == 1 and isinstance(first[0], str) and read_test is None:
             parts = {split: tuple(texts) for split, texts in by_position(first[0]).items()}
-            return Documents(read.name, **parts, facts=facts, is_cut=True, blank_rows=rows - 1)
-        return Stream(read.name, read, facts, read_test)
+            return Documents(read.name, **parts, provenance=provenance, is_cut=True, blank_rows=rows - 1)
+        return Stream(read.name, read, provenance, read_test)
 
     def unsplit(self) -> UnsplitCorpus:
         """All of the files' text, as another dataset's calibration names it."""
         read = _Files.named(self.path, "dataset.calibration.name", self.column, "dataset.calibration.column")
-        facts = {"path": self.path}
+        provenance = {"path": self.path}
         if read.is_one_txt:
-            return UnsplitCorpus(read.name, read.as_long_document(facts), facts)
+            return UnsplitCorpus(read.name, read.as_long_document(provenance), provenance)
         read.first(1)
-        return UnsplitCorpus(read.name, Stream(read.name, read, facts), facts)
+        return UnsplitCorpus(read.name, Stream(read.name, read, provenance), provenance)
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class _Files:
         """True for one txt file: a document that is read in pieces."""
         return len(self.files) == 1 and ending(self.files[0]) == ".txt"
 
-    def as_long_document(self, facts: dict[str, str], read_test: _Files | None = None) -> LongDocument:
+    def as_long_document(self, provenance: dict[str, str], read_test: _Files | None = None) -> LongDocument:
         """The one txt file; raises Refused where there is no text in it."""
-        long = LongDocument(self.name, self.files[0], facts, read_test)
+        long = LongDocument(self.name, self.files[0], provenance, read_test)
         _first(long.as_one(), 1, self.name)
         return long
 

@@ -30,7 +30,7 @@ class Stored:
 def stored_tokens(key: str, make: Callable[[], Iterator[Run]]) -> Stored:
     """The tokens kept under `key`; made, and kept from then on, where there are none or they are damaged."""
     with store.entry("tokens", key, lambda folder: _write(folder, make())) as entry:
-        facts = entry.facts
+        facts = entry.metadata
         ids = _from_disk(entry.folder / TOKENS, facts["tokens"], torch.int32)
         starts = _from_disk(entry.folder / STARTS, facts["runs"] + 1, torch.int64)
         return Stored(ids, starts, int(facts["bytes"]), int(facts["largest"]))  # the files stay while they are mapped

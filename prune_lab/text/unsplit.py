@@ -23,7 +23,7 @@ class UnsplitCorpus(Corpus):
 
     name: str
     base: Corpus
-    facts: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, str] = field(default_factory=dict)
     left_out: frozenset[int] = frozenset()
     documents: int = 0
     other: int = 0

@@ -19,7 +19,7 @@ class Unreachable(Refused):
 class RunLog(Protocol):
     """The record of a run that is going on."""
 
-    def figures(self, step: int, values: dict[str, float]) -> None:
+    def step_metrics(self, step: int, values: dict[str, float]) -> None:
         """Logs figures of a training step."""
 
     def result(self, summary: Summary, files: list[Path]) -> None:

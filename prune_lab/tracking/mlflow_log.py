@@ -29,7 +29,7 @@ class MlflowLog:
         """The run is there: from now on it can be written to."""
         self._client, self._run_id = client, run_id
 
-    def figures(self, step: int, values: dict[str, float]) -> None:
+    def step_metrics(self, step: int, values: dict[str, float]) -> None:
         """Logs figures of a training step, or keeps them for later while the store is away."""
         if self.lost is not None:
             return

@@ -17,7 +17,7 @@ from prune_lab.tracking.base import Tracker
 class _Silent:
     """A RunLog that keeps nothing."""
 
-    def figures(self, step: int, values: dict[str, float]) -> None:
+    def step_metrics(self, step: int, values: dict[str, float]) -> None:
         """No-op."""
 
     def result(self, summary: Summary, files: list[Path]) -> None:

@@ -1,0 +1,93 @@
+"""Refit: closed-form updates of the weights that stay, from the gram matrix of a Linear's inputs. Pure functions.
+
+A removed input or weight changes a Linear's outputs X W^T. Those that stay are set to the least-squares solution for
+the outputs of the dense weight, with a ridge towards it: they minimise tr((W - W') Gd (W - W')^T), where Gd is X^T X
+plus `damping` times the mean of its diagonal. A large damping gives the plain cut, none plain least squares.
+Columns: all rows of a weight lose the same inputs (OSSCAR: Meng et al., 2403.12983; CORP: 2602.05243). Rows: each row
+has a mask of its own (ALPS: Meng et al., 2406.07831).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prune_lab.pruning.gram import DAMPING, damped_cholesky
+
+ITERATIONS = 10  # of conjugate gradients
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Refitted columns (out, kept), what is to be added to the bias (out,), and the damping that was needed."""
+
+    weight: Tensor
+    shift: Tensor | None
+    damping: float
+
+
+def refit_columns(
+    weight: Tensor,
+    gram: Tensor,
+    keep: Tensor,
+    mean: Tensor | None = None,
+    tokens: int = 0,
+    damping: float = DAMPING,
+) -> Columns:
+    """The kept columns of a weight (out, in), refitted to the outputs of all of them.
+
+    gram: X^T X (in, in), float32 or float64, which is also the type of the computation. keep: bools (in,). mean and
+    tokens: the mean of each input (in,) and the number of tokens, of a Linear that has a bias: then the bias takes
+    part, and the gram is centred.
+    """
+    target = weight.to(gram.dtype)
+    if mean is not None:
+        mean = mean.to(gram.dtype)
+        gram = gram - tokens * torch.outer(mean, mean)
+    kept, gone = keep.nonzero().flatten(), (~keep).nonzero().flatten()
+    inner, cross = gram[kept[:, None], kept], gram[kept[:, None], gone]
+    # W' = W_K + W_R G_RK Gd_KK^-1: equal to W Gd_:K Gd_KK^-1, and exact where nothing is removed.
+    lower, used = damped_cholesky(inner, gram.diagonal().mean(), damping)
+    change = torch.cholesky_solve(cross @ target[:, gone].T, lower).T
+    shift = None if mean is None else target[:, gone] @ mean[gone] - change @ mean[kept]
+    return Columns(target[:, kept] + change, shift, used)
+
+
+def refit_rows(
+    target: Tensor,
+    start: Tensor,
+    gram: Tensor,
+    keep: Tensor,
+    damping: float = DAMPING,
+    iterations: int = ITERATIONS,
+) -> Tensor:
+    """The kept weights, refitted row by row to the outputs of `target`; a weight (out, in) that is zero elsewhere.
+
+    target: the dense weight (out, in). start: a weight with zeros where `keep`, bools (out, in), is False. gram: X^T X
+    (in, in). All rows are solved at once by masked conjugate gradients with the diagonal as preconditioner; a few
+    iterations are enough, and each takes one product (out, in) x (in, in).
+    """
+    damped = gram.clone()
+    damped.diagonal().add_(damping * gram.diagonal().mean())
+    scale = damped.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).reciprocal()
+    target, solution = target.to(gram.dtype), start.to(gram.dtype)
+    residual = ((target - solution) @ damped).mul_(keep)
+    direction = residual * scale
+    size = (residual * direction).sum(1, keepdim=True)
+    for _ in range(iterations):
+        image = (direction @ damped).mul_(keep)
+        step = _quotient(size, (direction * image).sum(1, keepdim=True))
+        solution = solution + step * direction
+        residual = residual - step * image
+        scaled = residual * scale
+        before, size = size, (residual * scaled).sum(1, keepdim=True)
+        direction = scaled + _quotient(size, before) * direction
+    return solution
+
+
+def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator, and 0 where there is nothing left to solve."""
+    solved = denominator > 0
+    return torch.where(solved, numerator / torch.where(solved, denominator, 1), 0)

@@ -1,0 +1,252 @@
+"""Refits against worked examples, row-by-row solutions in float64, and the model's own outputs."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from conftest import ALL_FAMILIES, CPU, make_folder, observed
+from test_sparsegpt import correlated
+from torch import Tensor
+
+from prune_lab.errors import Refused
+from prune_lab.methods.magnitude import Magnitude
+from prune_lab.methods.sparsegpt import SparseGPT
+from prune_lab.methods.structured import Structured
+from prune_lab.methods.unstructured import Unstructured
+from prune_lab.methods.wanda import Wanda
+from prune_lab.models.anatomy import Anatomy, out_in
+from prune_lab.models.load import HubModel
+from prune_lab.pruning.calibration import Calibrator
+from prune_lab.pruning.refit import refit_columns, refit_rows
+
+WEIGHT = torch.tensor([[0.5, -1.0, 0.2, 0.8], [-0.3, 0.6, -0.9, 0.1], [0.7, 0.4, 0.3, -0.6]], dtype=torch.float64)
+INPUTS = torch.tensor(
+    [[1, 0, 2, -1], [0, 1, 1, 0.5], [2, -1, 0, 1], [1, 1, -1, 0], [0, 2, 1, 1], [-1, 0, 1, 2]], dtype=torch.float64
+)
+GRAM = INPUTS.T @ INPUTS
+KEEP = torch.tensor([True, True, False, True])
+WANDA = torch.tensor([[0, 1, 0, 1], [0, 1, 1, 0], [1, 0, 0, 1]], dtype=torch.bool)  # its mask at 0.5
+WINDOWS = torch.randint(300, (12, 32), generator=torch.Generator().manual_seed(3))
+
+
+def loss(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
+    """||X (W - W')^T||^2, from X^T X."""
+    change = (weight - pruned).double()
+    return float(torch.einsum("oi,ij,oj->", change, gram.double(), change))
+
+
+def padded(columns: Tensor, keep: Tensor) -> Tensor:
+    whole = columns.new_zeros(len(columns), len(keep))
+    whole[:, keep] = columns
+    return whole
+
+
+# Worked examples: computed by hand from the definitions, in float64.
+
+
+@pytest.mark.parametrize(
+    ("damping", "expected", "error"),
+    [
+        (0.01, [[0.511801, -0.948575, 0.832044], [-0.353104, 0.368588, -0.044199], [0.717701, 0.477137, -0.551934]],
+         6.804146),
+        (0.0, None, 6.804082),
+        (1e4, [[0.5, -1.0, 0.8], [-0.3, 0.6, 0.1], [0.7, 0.4, -0.6]], 7.52),
+    ],
+)  # fmt: skip
+def test_columns_of_the_worked_example(damping: float, expected: list[list[float]] | None, error: float) -> None:
+    found = refit_columns(WEIGHT, GRAM, KEEP, damping=damping)
+    if expected is not None:
+        torch.testing.assert_close(
+            found.weight, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-6 if damping < 1 else 1e-3
+        )
+    assert loss(WEIGHT, padded(found.weight, KEEP), GRAM) == pytest.approx(error, abs=1e-6 if damping < 1 else 1e-2)
+    assert found.shift is None
+    assert found.damping == damping
+
+
+def test_columns_of_the_worked_example_with_a_bias() -> None:
+    found = refit_columns(WEIGHT, GRAM, KEEP, INPUTS.mean(0), len(INPUTS), damping=0.0)
+    expected = [[0.323443, -1.086133, 0.670644], [0.494505, 0.987598, 0.682104], [0.435165, 0.270801, -0.794035]]
+    torch.testing.assert_close(found.weight, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert found.shift is not None
+    assert found.shift.tolist() == pytest.approx([0.340136, -1.530612, 0.510204], abs=1e-6)
+    outputs = INPUTS[:, KEEP] @ found.weight.T + found.shift
+    assert float((INPUTS @ WEIGHT.T - outputs).square().sum()) == pytest.approx(2.847054, abs=1e-6)
+
+
+def test_rows_of_the_worked_example() -> None:
+    expected = [[0, -1.008725, 0, 0.774476], [0, 0.662764, -0.896969, 0], [0.663005, 0, 0, -0.46167]]
+    found = refit_rows(WEIGHT, WEIGHT * WANDA, GRAM, WANDA)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert loss(WEIGHT, WEIGHT * WANDA, GRAM) == pytest.approx(5.1525, abs=1e-6)
+    assert loss(WEIGHT, found, GRAM) == pytest.approx(4.955939, abs=1e-6)
+    first = refit_rows(WEIGHT, WEIGHT * WANDA, GRAM, WANDA, iterations=1)
+    assert loss(WEIGHT, first, GRAM) == pytest.approx(4.95922, abs=1e-5)
+
+
+# Against a solution row by row.
+
+
+def row_by_row(target: Tensor, gram: Tensor, keep: Tensor, damping: float) -> Tensor:
+    damped = gram.double() + damping * gram.double().diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    found = torch.zeros_like(target, dtype=torch.float64)
+    for row, (weights, kept) in enumerate(zip(target.double(), keep, strict=True)):
+        if kept.any():
+            found[row, kept] = torch.linalg.solve(damped[kept][:, kept], damped[kept] @ weights)
+    return found
+
+
+@pytest.mark.parametrize("damping", [0.01, 0.1])
+def test_conjugate_gradients_end_at_the_solution_of_each_row(damping: float) -> None:
+    weight, gram = correlated(24, 40, seed=1)
+    keep = torch.rand(24, 40, generator=torch.Generator().manual_seed(2)) > 0.5
+    keep[3] = False  # a row of which nothing stays
+    keep[4] = True
+    expected = row_by_row(weight, gram, keep, damping)
+    found = refit_rows(weight.double(), weight.double() * keep, gram.double(), keep, damping, iterations=60)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    assert torch.equal(found != 0, keep)
+    losses = [
+        loss(weight, refit_rows(weight, weight * keep, gram, keep, damping, iterations), gram)
+        for iterations in (0, 2, 10)
+    ]
+    assert losses[0] > losses[1] > losses[2]
+    assert losses[2] - loss(weight, expected, gram) < 0.05 * (losses[0] - loss(weight, expected, gram))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_refit_without_damping_is_never_worse_than_the_cut(seed: int) -> None:
+    weight, gram = correlated(20, 32, seed)
+    keep = torch.rand(32, generator=torch.Generator().manual_seed(seed)) > 0.4
+    rows = torch.rand(20, 32, generator=torch.Generator().manual_seed(seed)) > 0.4
+    refitted = refit_columns(weight.double(), gram.double(), keep, damping=0.0)
+    assert loss(weight, padded(refitted.weight, keep), gram) <= loss(weight, weight * keep, gram)
+    by_row = refit_rows(weight.double(), weight.double() * rows, gram.double(), rows, damping=0.0)
+    assert loss(weight, by_row, gram) <= loss(weight, weight * rows, gram)
+
+
+def test_where_everything_is_kept_nothing_changes() -> None:
+    weight, gram = correlated(20, 32, 0)
+    assert torch.equal(refit_columns(weight, gram, torch.ones(32, dtype=torch.bool)).weight, weight)
+    assert torch.equal(refit_rows(weight, weight, gram, torch.ones(20, 32, dtype=torch.bool)), weight)
+
+
+def test_the_scale_of_the_gram_does_not_matter() -> None:
+    keep = torch.arange(32) % 3 > 0
+    weight, gram = (tensor.double() for tensor in correlated(20, 32, 0))
+    one, other = (refit_columns(weight, gram * scale, keep).weight for scale in (1, 1e-3))
+    torch.testing.assert_close(one, other)
+
+
+def test_float32_is_as_good_as_float64() -> None:
+    weight, gram = correlated(48, 96, 5)
+    keep = torch.rand(96, generator=torch.Generator().manual_seed(5)) > 0.5
+    rows = torch.rand(48, 96, generator=torch.Generator().manual_seed(5)) > 0.5
+    one, other = (
+        refit_columns(weight, gram.to(dtype), keep).weight.double() for dtype in (torch.float32, torch.float64)
+    )
+    assert float((one - other).norm() / other.norm()) < 1e-3
+    one, other = (
+        refit_rows(weight, weight * rows, gram.to(dtype), rows).double() for dtype in (torch.float32, torch.float64)
+    )
+    assert float((one - other).norm() / other.norm()) < 1e-3
+
+
+def test_inputs_that_are_always_zero_or_alike_are_solved_with_damping() -> None:
+    weight, gram = correlated(20, 32, 0)
+    gram[5] = gram[:, 5] = 0
+    gram[7], gram[:, 7] = gram[8].clone(), gram[:, 8].clone()
+    gram[7, 7] = gram[8, 8]
+    keep = torch.arange(32) % 4 > 0
+    found = refit_columns(weight, gram, keep)
+    assert found.weight.isfinite().all()
+    assert loss(weight, padded(found.weight, keep), gram) < loss(weight, weight * keep, gram)
+    with pytest.raises(Refused, match="not finite"):
+        refit_columns(weight, gram * float("nan"), keep)
+
+
+# Methods.
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    place = tmp_path_factory.mktemp("refit")
+    return {
+        family: HubModel(name=str(make_folder(place / family, family))).load(CPU, seed=0).model
+        for family in ALL_FAMILIES
+    }
+
+
+def pruned(model: Any, method: Any, amount: float = 0.5, propagate: str = "pruned") -> tuple[Any, Any]:
+    changed = copy.deepcopy(model)
+    result = method.prune(Anatomy(changed), amount, 0, Calibrator(WINDOWS, propagate, 4))
+    return changed, result
+
+
+@torch.no_grad()
+def outputs(model: Any, name: str) -> Tensor:
+    """Outputs of a module of a stock forward pass, float64."""
+    found: list[Tensor] = []
+    hook = model.get_submodule(name).register_forward_hook(lambda _, args, out: found.append(out.double()))
+    model(input_ids=WINDOWS, use_cache=False)
+    hook.remove()
+    return found[0]
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("kind", ["mlp", "heads"])
+def test_a_refit_of_units_brings_the_outputs_of_the_first_block_nearer(
+    models: dict[str, Any], family: str, kind: str
+) -> None:
+    """In every family: of matrices that are fused, transposed, or have a bias. Cut or masked, it is the same model."""
+    model = models[family]
+    reader = Anatomy(model).unit_linears(kind)[0][-1].name
+    dense, errors = outputs(model, reader), {}
+    for refit in ("none", "bias", "inputs"):
+        changed, _ = pruned(model, Structured(units=(kind,), score="wanda", refit=refit, physical=False))
+        errors[refit] = float((outputs(changed, reader) - dense).square().sum())
+    assert errors["inputs"] < 0.98 * errors["none"]
+    assert errors["inputs"] < 1.001 * errors["bias"]
+    if family not in ("gpt2", "opt", "gpt_neox", "phi3"):  # counts of heads that their configs can hold
+        masked, cut = (
+            pruned(model, Structured(units=(kind,), score="wanda", refit="inputs", physical=physical))[0]
+            for physical in (False, True)
+        )
+        logits = [changed(input_ids=WINDOWS, use_cache=False).logits for changed in (masked, cut)]
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Wanda(refit="inputs"), Magnitude(refit="inputs"), SparseGPT(refit="inputs"),
+        Wanda(refit="inputs", pattern="2:4"),
+        Unstructured(score="random", refit="inputs"), Magnitude(refit="inputs", scope="global"),
+        Wanda(refit="inputs", allocation="owl"),
+    ],
+    ids=lambda method: f"{type(method).__name__} {method.scope} {method.pattern} {method.allocation}",
+)  # fmt: skip
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_refit_of_rows_keeps_zeros_and_lowers_the_error(models: dict[str, Any], family: str, method: Any) -> None:
+    model = models[family]
+    plain, without = pruned(model, type(method)(**{**vars(method), "refit": "none"}), propagate="dense")
+    refitted, result = pruned(model, method, propagate="dense")
+    grams = {
+        name: statistics.gram
+        for of_block in observed(Calibrator(WINDOWS, "dense", 4), Anatomy(model), frozenset({"gram"}))
+        for name, statistics in of_block.items()
+    }
+    dense = dict(Anatomy(model).linears())
+    errors = {"plain": 0.0, "refitted": 0.0}
+    for (name, one), (_, other) in zip(Anatomy(plain).linears(), Anatomy(refitted).linears(), strict=True):
+        weights = [out_in(linear, linear.weight.detach()) for linear in (dense[name], one, other)]
+        assert torch.equal(weights[1] != 0, weights[2] != 0), name
+        errors["plain"] += loss(weights[0], weights[1], grams[name])
+        errors["refitted"] += loss(weights[0], weights[2], grams[name])
+    assert errors["refitted"] < (0.9999 if isinstance(method, SparseGPT) else 0.95) * errors["plain"]
+    assert [row.removed for row in result.rows] == [row.removed for row in without.rows]
+    for name, keep in result.masks.keep.items():
+        assert not refitted.get_submodule(name).weight[~keep].any()
