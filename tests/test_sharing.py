@@ -97,7 +97,7 @@ def test_statistics_are_those_of_a_cold_pass(
     first = len(passes)
     assert_equal(walked(loaded, facts), cold)
     assert_equal(walked(loaded, facts, frozenset({"gram"})), [
-        {name: LinearStatistics(gram=seen.gram) for name, seen in of_block.items()} for of_block in cold
+        {name: LinearStatistics(gram=of.gram, tokens=of.tokens) for name, of in of_block.items()} for of_block in cold
     ])  # fmt: skip
     assert (len(passes) == first) == (gigabytes == "1" or memory > 0)
     passes.clear()
