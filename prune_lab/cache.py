@@ -63,7 +63,7 @@ def _of_process() -> Path:
 
 
 def why_not_kept() -> str | None:
-    """Why nothing can be kept in the cache folder; None where it can be written to."""
+    """Reason that nothing can be kept in the cache folder; None where it can be written to."""
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,14 @@ def pruning_events(parts: Parts) -> tuple[list[Event], Rewind | None]:
             f"method.pattern={pattern} fixes the amount, which leaves nothing to spread over {len(events)} prunings: "
             "give schedule=one_shot, whose schedule.start says when, or method.pattern=null"
         )
-    return events, parts.schedule.rewinding(steps)
+    rewinding = parts.schedule.rewinding(steps)
+    refit = "none" if "refit" in method.not_applicable else getattr(method, "refit", "none")
+    if refit != "none" and rewinding is not None and rewinding.what != "lr":
+        raise Refused(
+            f"schedule.rewind={rewinding.what} puts earlier weights and biases in place of those that "
+            f"method.refit={refit} sets: give method.refit=none, or schedule.rewind=lr or null"
+        )
+    return events, rewinding
 
 
 def _check_streaming(parts: Parts, choices: Mapping[str, str]) -> None:

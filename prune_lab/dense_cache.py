@@ -45,7 +45,7 @@ class DenseCache:
 
     The key holds the sha256 of weights, config and tokenizer, number type, device, threads, the versions of what
     computes, the source of all that could (SOURCE), and what the asker adds: the text by its token ids, sizes, and
-    modules beside those, such as the method's whose score is scanned.
+    modules beside those, such as that of the method whose loss increases are measured.
     """
 
     def __init__(self, model: Any, hashes: dict[str, str], device: Device) -> None:

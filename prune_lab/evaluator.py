@@ -26,7 +26,7 @@ from prune_lab.measure.settings import Measure
 from prune_lab.measure.size import measure_size
 from prune_lab.measure.task_setup import ReadyTask, prepare_tasks
 from prune_lab.measure.tasks import measure_tasks
-from prune_lab.models.anatomy import Anatomy, family_of, out_in
+from prune_lab.models.anatomy import Anatomy, family_of
 from prune_lab.models.export import save_dense
 from prune_lab.models.load import Loaded, ModelSource
 from prune_lab.models.offload.on_disk import own_copy
@@ -148,11 +148,6 @@ class Evaluator:
             self._calibrators[seed] = Calibrator(seen, asked.propagate, asked.batch_size, bfloat16, prefix), stamp
         calibrator, stamp = self._calibrators[seed]
         return replace(calibrator, console=console), stamp
-
-    @cached_property
-    def widest_input(self) -> int:
-        """The most inputs that a prunable Linear has: the largest system that is solved from calibration text."""
-        return max(out_in(linear, linear.weight).shape[1] for _, linear in Anatomy(self.dense.model).linears())
 
     def training_text(self, steps: int, batch_size: int) -> dict[str, Any]:
         """The stamp of a training: tokens of its text, and how often it passes over them."""

@@ -18,7 +18,7 @@ _REASONS = {
     "method.scope": f"a ranking over several matrices {_SINGLE_WEIGHTS}",
     "method.pattern": f"an N:M pattern {_SINGLE_WEIGHTS}",
     "method.units": "units are for structured methods: method=structured, taylor, wifv",
-    "method.compensate": "it is method.refit=bias now",
+    "method.compensate": "it is method.refit now: bias for true, none for false",
     "method.score": "the score is the method; to choose one by name: method=unstructured, structured",
 }
 

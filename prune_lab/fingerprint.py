@@ -3,8 +3,8 @@
 | kept result | lies in | its key | depends on |
 |---|---|---|---|
 | finished run, its export, its training checkpoints | tracker, cache | `fingerprint` | C P M T X S E L |
-| dense figures of a sweep | the sweep's folder | `baseline_key` | P M T X E S L |
-| facts about a dense model (statistics, gradients, losses, scans, quality) | cache | `DenseCache.key` | W M T H S L |
+| measurements of the dense model | the sweep's folder | `baseline_key` | P M T X E S L |
+| results about a dense model (statistics, gradients, losses, quality) | cache | `DenseCache.key` | W M T H S L |
 | tokens of a text | cache | `tokens_key` | X T S L |
 
 C: configuration, every key but those that say where results go (NO_FIGURE) and where parts lie (_PLACES); of the

@@ -22,6 +22,7 @@ from prune_lab.job_context import JobContext
 from prune_lab.measure.accelerate import check_acceleration
 from prune_lab.measure.measurements import Measurements
 from prune_lab.measure.timing import Timings, measure_timings
+from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import Loaded
 from prune_lab.models.offload.on_disk import weights_on_disk
 from prune_lab.out_of_memory import explained
@@ -112,7 +113,7 @@ def _begin(
     if parts.method.calibrated:
         calibrator, stamp = evaluator.calibrator(parts.settings.seed, console)
         protocol = protocol | {
-            "calibration": stamp | {"solved_width": evaluator.widest_input if parts.method.solves else None}
+            "calibration": stamp | {"solved_width": parts.method.solved_width(Anatomy(evaluator.dense.model))}
         }
     if steps := parts.recovery.training_steps:
         protocol = protocol | {"training": evaluator.training_text(steps, parts.recovery.batch_size)}

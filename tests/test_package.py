@@ -227,7 +227,7 @@ def test_the_wheel_runs_in_another_folder(wheel: Path, tmp_path: Path) -> None:
 
 def test_docstrings_begin_with_a_noun() -> None:
     """Not with a riddle that names a thing by its role: "What ... goes by"."""
-    riddles = re.compile(r"(What|Whether|Where|Who|How|Which|That|Those|They|As|It) ")
+    riddles = re.compile(r"(What|Whether|Where|Who|Why|How|Which|That|Those|They|As|It) ")
     found = [
         f"{path.relative_to(ROOT)}: {text.splitlines()[0]}"
         for path in MODULES

@@ -168,6 +168,18 @@ def test_inputs_that_are_always_zero_or_alike_are_solved_with_damping() -> None:
         refit_columns(weight, gram * float("nan"), keep)
 
 
+def test_inputs_that_never_change_leave_the_weights_as_they_are() -> None:
+    """Zero, or constant before a Linear with a bias, whose shift alone makes up for what goes."""
+    weight, _ = correlated(20, 32, 0)
+    keep, zero = torch.arange(32) % 4 > 0, torch.zeros(32, 32)
+    assert torch.equal(refit_columns(weight, zero, keep).weight, weight[:, keep])
+    assert torch.equal(refit_rows(weight, weight * keep, zero, keep.expand(20, 32)), weight * keep)
+    inputs = torch.rand(32, generator=torch.Generator().manual_seed(1)).expand(1000, 32)
+    found = refit_columns(weight, inputs.T @ inputs, keep, inputs.mean(0), 1000)
+    assert torch.equal(found.weight, weight[:, keep])
+    torch.testing.assert_close(found.shift, weight[:, ~keep] @ inputs[0, ~keep], rtol=1e-4, atol=1e-4)
+
+
 # Methods.
 
 
@@ -194,6 +206,29 @@ def outputs(model: Any, name: str) -> Tensor:
     model(input_ids=WINDOWS, use_cache=False)
     hook.remove()
     return found[0]
+
+
+@pytest.mark.parametrize(
+    "method", [Magnitude(refit="inputs"), Structured(refit="inputs"), Structured(refit="bias")], ids=repr
+)
+def test_activations_that_overflow_are_refused(models: dict[str, Any], method: Any) -> None:
+    """No weight is quietly set to NaN: they are finite, and so are scores by the weights alone."""
+    model = copy.deepcopy(models["gpt2"])
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.bias.fill_(3e38)
+        model.transformer.h[0].mlp.c_fc.weight.mul_(1e38)
+    with pytest.raises(Refused, match="not finite"):
+        method.prune(Anatomy(model), 0.5, 0, Calibrator(WINDOWS, "dense", 4))
+
+
+def test_the_solved_width_is_that_of_what_is_solved(models: dict[str, Any]) -> None:
+    anatomy = Anatomy(models["llama"])  # hidden 32, 48 MLP channels
+    for method, expected in (
+        (Wanda(), None), (Wanda(refit="inputs"), 48), (SparseGPT(), 48), (Structured(), None),
+        (Structured(refit="bias"), None), (Structured(refit="inputs"), 48),
+        (Structured(refit="inputs", units=("heads",)), 32),
+    ):  # fmt: skip
+        assert method.solved_width(anatomy) == expected, method
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)

@@ -261,6 +261,15 @@ def test_a_scan_is_served_for_no_other(loaded: Loaded) -> None:
     assert all(one != other for one, other in itertools.combinations(found, 2))  # else one could stand for the other
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_counts_of_scores_are_kept_for_every_block(loaded: Loaded, scope: str) -> None:
+    """Also for those that are scored when the blocks before them are pruned already."""
+    facts, model = facts_of(loaded), copy.deepcopy(loaded.model)
+    Magnitude(scope=scope).prune(Anatomy(model, facts), 0.5, 0)
+    names = [name for name, _ in Anatomy(model).linears()] if scope == "layer" else ["all"]
+    assert set(facts._in_process) >= {f"magnitude of {name}" for name in names}
+
+
 @dataclass(frozen=True)
 class Largest(Magnitude):
     """The opposite of its base, in a module and under keys that others share."""

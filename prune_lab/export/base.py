@@ -24,8 +24,8 @@ class Export:
     `exact`: what is read back computes equal logits; otherwise they may differ as another order of additions makes
     them.
     `takes_low_bits`: it can hold quantized weights, those of a post-compression. `takes_streamed`: it can be written
-    of a model whose weights rest on disk (model.stream=true).
-    `note`: what a run must say of it, if anything.
+    of a model whose weights are on disk (model.stream=true).
+    `note`: a warning for the run's record, if any.
     """
 
     not_applicable: ClassVar[tuple[str, ...]] = ()

@@ -33,10 +33,9 @@ class Method:
         """True where the method needs calibration text."""
         return False
 
-    @property
-    def solves(self) -> bool:
-        """True where it solves for weights with the gram matrix of each Linear's calibration inputs."""
-        return False
+    def solved_width(self, anatomy: Anatomy) -> int | None:
+        """Most inputs of a Linear for which it solves with their gram matrix; None where it solves for none."""
+        return None
 
     @property
     def needs_whole_model(self) -> str | None:

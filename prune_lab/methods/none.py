@@ -24,6 +24,10 @@ class NoPruning(WeightMethod):
         """False: the model stays dense."""
         return False
 
+    def solved_width(self, anatomy: Anatomy) -> int | None:
+        """None: nothing is solved."""
+        return None
+
     @property
     def needs_whole_model(self) -> str | None:
         """None: the model stays as it is."""

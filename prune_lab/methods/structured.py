@@ -57,10 +57,11 @@ class Structured(Method):
         """True where the score or the refit needs calibration text."""
         return bool(SCORES[self.score].needs) or self.refit != "none"
 
-    @property
-    def solves(self) -> bool:
-        """True where the refit solves with gram matrices."""
-        return self.refit == "inputs"
+    def solved_width(self, anatomy: Anatomy) -> int | None:
+        """Most inputs of a Linear that reads units, where the refit solves with their gram matrix."""
+        if self.refit != "inputs":
+            return None
+        return max(of_block[-1].weight.shape[1] for kind in self.units for of_block in anatomy.unit_linears(kind))
 
     def check(self, config: Any, amounts: Iterable[float]) -> None:
         """Raises Refused for kinds of units that the model lacks, and for counts that its config cannot hold."""
@@ -154,9 +155,9 @@ class Structured(Method):
         from prune_lab.pruning.gram import DAMPING
         from prune_lab.pruning.surgery import refit_reader, shift_bias
 
-        seen = statistics[reader.name]
+        of_reader = statistics[reader.name]
         if self.refit == "inputs":
-            damping = refit_reader(reader, keep, seen)
+            damping = refit_reader(reader, keep, of_reader)
             if damping > DAMPING:
                 pruned.warnings.append(f"{reader.name}: the refit needed damping {damping:g} instead of {DAMPING:g}")
         elif self.refit == "bias" and reader.linear.bias is None:
@@ -164,8 +165,8 @@ class Structured(Method):
                 f"method.refit=bias changed nothing: {reader.name.rpartition('.')[2]} has no bias in this model"
             )
         elif self.refit == "bias":
-            assert seen.mean is not None
-            shift_bias(reader, keep, seen.mean)
+            assert of_reader.mean is not None
+            shift_bias(reader, keep, of_reader.mean)
 
     def _block_statistics(
         self,

@@ -19,6 +19,7 @@ from prune_lab.pruning.scores import GRADIENTS, SCORES, Score
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from prune_lab.dense_cache import DenseCache
     from prune_lab.models.anatomy import Anatomy
     from prune_lab.pruning.calibration import Calibrator
     from prune_lab.pruning.statistics import LinearStatistics
@@ -90,10 +91,11 @@ class WeightMethod(Method):
         """True where the score, the refit or the allocation needs calibration text."""
         return bool(self.statistics_needed) or self.refit != "none" or self.allocation in ("owl", "sensitivity")
 
-    @property
-    def solves(self) -> bool:
-        """True where the score or the refit reads gram matrices."""
-        return "gram" in self.statistics_needed or self.refit != "none"
+    def solved_width(self, anatomy: Anatomy) -> int | None:
+        """Most inputs of a Linear whose gram matrix the score or the refit solves with."""
+        if "gram" not in self.statistics_needed and self.refit == "none":
+            return None
+        return max(out_in(linear, linear.weight).shape[1] for _, linear in anatomy.linears())
 
     @property
     def is_global(self) -> bool:
@@ -156,7 +158,7 @@ class WeightMethod(Method):
             return self.prune_linear(name, linear, amount, statistics, pruned)
         dense = out_in(linear, linear.weight.detach()).clone()
         keep = self.prune_linear(name, linear, amount, statistics, pruned)
-        _refit(linear, dense, keep, statistics)
+        _refit(name, linear, dense, keep, statistics)
         return keep
 
     def prune_linear(
@@ -188,15 +190,15 @@ class WeightMethod(Method):
             for of_block, linears in zip(statistics, anatomy.linears_by_block(), strict=True)
             for name, linear in linears
         }
-        masks = keep_global(list(scores.values()), amount, self._score_counts(anatomy, "all"))
+        masks = keep_global(list(scores.values()), amount, self._score_counts(self._cache_of_counts(anatomy), "all"))
         keep = dict(zip(scores, masks, strict=True))
         pruned.rows = [_row(name, mask) for name, mask in keep.items()]
         if self.refit != "none":
             self._refit_by_block(anatomy, keep, seed, calibrator)
-        if calibrator is not None and calibrator.propagate == "pruned":
+        if self.statistics_needed and calibrator is not None and calibrator.propagate == "pruned":
             pruned.warnings.append(
-                "one ranking over all blocks: all were calibrated before any was pruned to this amount, whatever "
-                "dataset.calibration.propagate"
+                "one ranking over all blocks: all were calibrated for it before any was pruned to this amount, "
+                "whatever dataset.calibration.propagate"
             )
         return keep
 
@@ -213,7 +215,7 @@ class WeightMethod(Method):
             for name, linear in linears:
                 dense = out_in(linear, linear.weight.detach()).clone()
                 clear(out_in(linear, linear.weight), keep[name])
-                _refit(linear, dense, keep[name], statistics[name])
+                _refit(name, linear, dense, keep[name], statistics[name])
 
     def _scores(self, name: str, linear: Any, statistics: LinearStatistics) -> Tensor:
         """Scores of a Linear's weights, (out, in); those that are zero already rank below all others."""
@@ -233,18 +235,24 @@ class WeightMethod(Method):
 
         of_each = self.statistics_needed | ({"gram"} if self.refit != "none" and not self.is_global else set())
         needs = {name: of_each for name, _ in anatomy.linears()}
+        cache = self._cache_of_counts(
+            anatomy
+        )  # before anything is pruned: afterwards the model is no longer the dense one
         for of_block in block_statistics(anatomy, needs, seed, calibrator, behind_dense):
             yield {
-                name: replace(statistics, score_counts=self._score_counts(anatomy, name))
+                name: replace(statistics, score_counts=self._score_counts(cache, name))
                 for name, statistics in of_block.items()
             }
 
-    def _score_counts(self, anatomy: Anatomy, of: str) -> ScoreCounts | None:
-        """Counts of the dense model's scores, kept from one amount to the next; None where scores need calibration."""
+    def _cache_of_counts(self, anatomy: Anatomy) -> DenseCache | None:
+        """Cache in which counts of the dense model's scores are kept; None where scores need more than the weights."""
+        named = self.named_score
+        return anatomy.dense_cache if named is not None and named.by_weight_alone else None
+
+    def _score_counts(self, cache: DenseCache | None, of: str) -> ScoreCounts | None:
+        """Counts of the dense model's scores, of one Linear or of all, kept from one amount to the next."""
         from prune_lab.pruning.thresholds import ScoreCounts
 
-        named = self.named_score
-        cache = anatomy.dense_cache if named is not None and named.by_weight_alone else None
         return None if cache is None else cache.in_process(f"{self.ranked_by} of {of}", ScoreCounts)
 
     def _amounts(
@@ -307,14 +315,15 @@ def _outlier_ratios(anatomy: Anatomy, seed: int, calibrator: Calibrator) -> list
     return ratios
 
 
-def _refit(linear: Any, dense: Tensor, keep: Tensor, statistics: LinearStatistics) -> None:
+def _refit(name: str, linear: Any, dense: Tensor, keep: Tensor, statistics: LinearStatistics) -> None:
     """Refits the weights of a pruned Linear to the outputs of the dense one; those that are zero stay zero."""
-    from prune_lab.pruning.refit import refit_rows
+    from prune_lab.pruning.refit import check_finite, refit_rows
 
     assert statistics.gram is not None
     weight = out_in(linear, linear.weight.detach())
-    refitted = refit_rows(dense, weight, statistics.gram, keep & (dense != 0))
-    weight.copy_(refitted.to(weight.dtype))
+    refitted = refit_rows(dense, weight, statistics.gram, keep & (dense != 0)).to(weight.dtype)
+    check_finite(name, refitted)
+    weight.copy_(refitted)
 
 
 def _row(name: str, keep: Tensor) -> LayerRow:

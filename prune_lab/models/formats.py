@@ -54,7 +54,7 @@ def _load_shards(folder: Path, config: Any, **keywords: Any) -> Any:
 def _indexed(folder: Path) -> Iterator[Path]:
     """The folder, or where its index has no metadata, which transformers asks for, one of links with such an index."""
     index = {} if (folder / WHOLE).is_file() or not (folder / INDEX).is_file() else _read(folder / INDEX)
-    if not index or isinstance(index.get("metadata"), dict):
+    if not isinstance(index, dict) or not index or isinstance(index.get("metadata"), dict):
         yield folder
         return
     with tempfile.TemporaryDirectory(suffix=owner_suffix()) as place:

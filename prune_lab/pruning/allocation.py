@@ -50,7 +50,7 @@ def to_mean(values: Sequence[float], amount: float, sizes: Sequence[int]) -> lis
 def by_sensitivity(
     losses: Sequence[Sequence[float]], amounts: Sequence[float], amount: float, sizes: Sequence[int]
 ) -> list[float]:
-    """Amounts of blocks of least total damage, from what a scan measured.
+    """Amounts of blocks of least total damage, from measured loss increases.
 
     losses[b][i] is the rise of the loss when block b alone loses amounts[i]; amounts ascend, and at 0 the rise is 0.
     Between the measured points a block's damage is taken as the lower convex hull, which makes the cheapest step first

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prune_lab.errors import Refused
 from prune_lab.pruning.gram import DAMPING, damped_cholesky
 
 ITERATIONS = 10  # of conjugate gradients
+CONSTANT = 1e-6  # of the mean square of the inputs: a variance below is rounding, of inputs that never change
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,17 @@ def refit_columns(
     tokens: the mean of each input (in,) and the number of tokens, of a Linear that has a bias: then the bias takes
     part, and the gram is centred.
     """
-    target = weight.to(gram.dtype)
+    target, size = weight.to(gram.dtype), gram.diagonal().mean()
     if mean is not None:
         mean = mean.to(gram.dtype)
         gram = gram - tokens * torch.outer(mean, mean)
     kept, gone = keep.nonzero().flatten(), (~keep).nonzero().flatten()
     inner, cross = gram[kept[:, None], kept], gram[kept[:, None], gone]
     # W' = W_K + W_R G_RK Gd_KK^-1: equal to W Gd_:K Gd_KK^-1, and exact where nothing is removed.
-    lower, used = damped_cholesky(inner, gram.diagonal().mean(), damping)
-    change = torch.cholesky_solve(cross @ target[:, gone].T, lower).T
+    change, used = torch.zeros_like(target[:, kept]), damping
+    if not (size.isfinite() and gram.diagonal().mean() <= CONSTANT * size):
+        lower, used = damped_cholesky(inner, gram.diagonal().mean(), damping)
+        change = torch.cholesky_solve(cross @ target[:, gone].T, lower).T
     shift = None if mean is None else target[:, gone] @ mean[gone] - change @ mean[kept]
     return Columns(target[:, kept] + change, shift, used)
 
@@ -85,6 +89,15 @@ def refit_rows(
         before, size = size, (residual * scaled).sum(1, keepdim=True)
         direction = scaled + _quotient(size, before) * direction
     return solution
+
+
+def check_finite(name: str, refitted: Tensor) -> None:
+    """Raises Refused where the refitted weight or bias of a Linear is not finite."""
+    if not refitted.isfinite().all():
+        raise Refused(
+            f"the refit of {name} is not finite: its activations overflow; give dtype=float32 or bfloat16, or "
+            "method.refit=none"
+        )
 
 
 def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prune_lab.models.anatomy import Anatomy, UnitLinear, out_in
 from prune_lab.models.resize import Shape, keep_blocks, original_blocks, set_unit_count
-from prune_lab.pruning.refit import refit_columns
+from prune_lab.pruning.refit import check_finite, refit_columns
 from prune_lab.pruning.statistics import LinearStatistics
 
 
@@ -48,6 +48,7 @@ def shift_bias(reader: UnitLinear, kept: Tensor, mean: Tensor) -> None:
     """
     gone = ~reader.lines(kept)
     shift = reader.weight.float()[:, gone] @ mean[gone]
+    check_finite(reader.name, shift)
     reader.linear.bias.copy_(reader.linear.bias.float() + shift)
 
 
@@ -62,7 +63,9 @@ def refit_reader(reader: UnitLinear, kept: Tensor, statistics: LinearStatistics)
     lines, bias = reader.lines(kept), reader.linear.bias
     mean, tokens = (None, 0) if bias is None else (statistics.mean, int(statistics.tokens))
     columns = refit_columns(reader.weight, statistics.gram, lines, mean, tokens)
-    reader.weight[:, lines] = columns.weight.to(reader.weight.dtype)
+    refitted = columns.weight.to(reader.weight.dtype)
+    check_finite(reader.name, refitted)
+    reader.weight[:, lines] = refitted
     if columns.shift is not None:
         bias.copy_(bias.float() + columns.shift)
     return columns.damping

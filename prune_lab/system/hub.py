@@ -70,7 +70,7 @@ def download(name: str, revision: str | None) -> str:
 
 
 def why_unreachable() -> str | None:
-    """Why there is no way to the Hub; None where there may be one."""
+    """Reason that there is no way to the Hub; None where there may be one."""
     from huggingface_hub import constants
 
     host = urlparse(constants.ENDPOINT).hostname or "huggingface.co"
@@ -98,7 +98,7 @@ def shown_proxy(proxy: str) -> str:
 
 
 def _why_not_through(proxy: str, address: str) -> str | None:
-    """Why the Hub's client gets no answer through a proxy; None where it gets one, whatever it is.
+    """Reason that the Hub's client gets no answer through a proxy; None where it gets one, whatever it is.
 
     Asked once and for seconds: a download would be tried again and again, for minutes where the proxy says nothing.
     """
