@@ -235,9 +235,7 @@ class WeightMethod(Method):
 
         of_each = self.statistics_needed | ({"gram"} if self.refit != "none" and not self.is_global else set())
         needs = {name: of_each for name, _ in anatomy.linears()}
-        cache = self._cache_of_counts(
-            anatomy
-        )  # before anything is pruned: afterwards the model is no longer the dense one
+        cache = self._cache_of_counts(anatomy)  # taken before a block is pruned, while the model is the dense one
         for of_block in block_statistics(anatomy, needs, seed, calibrator, behind_dense):
             yield {
                 name: replace(statistics, score_counts=self._score_counts(cache, name))

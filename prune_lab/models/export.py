@@ -57,7 +57,7 @@ def save_weights(model: Any, folder: Path) -> None:
 def read_folder(folder: Path, like: Any = None) -> Any:
     """The model of a folder, read with stock transformers (quantized, bitmask: with our reader), in eval mode.
 
-    like: a model whose number type and device it gets; if that model's weights rest on disk, they are read block by
+    like: a model whose number type and device it gets; if that model's weights are on disk, they are read block by
     block, with our reader too. Without one it is read as it is stored.
     """
     from transformers import AutoConfig

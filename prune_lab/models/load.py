@@ -75,7 +75,7 @@ class Loaded:
 class ModelSource:
     """A model option: where a model comes from, with its weights or with random ones.
 
-    stream: the blocks' weights rest on disk, for models larger than memory (prune_lab/models/offload/on_disk.py).
+    stream: the blocks' weights stay on disk, for models larger than memory (prune_lab/models/offload/on_disk.py).
     """
 
     weights: str = "pretrained"

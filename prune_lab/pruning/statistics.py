@@ -136,9 +136,8 @@ class BlockObserver:
     def __init__(self, linears: list[tuple[str, Any]], needs: Needs, stop: bool) -> None:
         self._linears = [(name, linear) for name, linear in linears if needs.get(name)]
         self._stop = stop
-        self._needs = {(name, is_output): _of_side(needs[name], is_output) for name, _ in self._linears
-                       for is_output in (False, True)}  # fmt: skip
-        self._needs = {key: wanted for key, wanted in self._needs.items() if wanted}
+        sides = [(name, is_output) for name, _ in self._linears for is_output in (False, True)]
+        self._needs = {side: wanted for side in sides if (wanted := _of_side(needs[side[0]], side[1]))}
         self._gathered: dict[tuple[str, bool], RunningStatistics] = {}
         # Of this call of the block: tensors that were seen, their statistics, and which of those have been updated.
         self._seen: list[tuple[Tensor, RunningStatistics, set[str]]] = []

@@ -42,7 +42,7 @@ def at_hand(model: Any, block: str) -> AbstractContextManager[None]:
 
 
 def value(model: Any, name: str, tensor: Tensor) -> Tensor:
-    """A tensor of the model, read where it rests on disk."""
+    """A tensor of the model, read from disk."""
     weights = weights_on_disk(model)
     return tensor if weights is None or not tensor.is_meta else weights.read(name)
 
