@@ -192,15 +192,17 @@ class Evaluator:
         anew in each sweep, since it is not the same to the last bit, and latency in each run, beside the compressed.
         """
         if self._baseline is None:
-            name = f"baseline-{baseline_key(self.protocol, self.hashes)}.json"
             if sweep_folder is None:
                 self._baseline = self._measure_dense(console)
                 return self._baseline
-            stored, lock = sweep_folder / name, cache_folder() / "locks" / f"{sweep_folder.name}-{name}"
+            name = f"baseline-{baseline_key(self.protocol, self.hashes)}"
+            stored, lock = sweep_folder / f"{name}.json", cache_folder() / "locks" / f"{sweep_folder.name}-{name}"
             with locked(lock, "exclusive"):
-                if not stored.exists():
-                    write_json(stored, asdict(self._measure_dense(console)))
-                lock.unlink(missing_ok=True)
+                try:
+                    if not stored.exists():
+                        write_json(stored, asdict(self._measure_dense(console)))
+                finally:
+                    lock.unlink(missing_ok=True)
             self._baseline = Measurements.from_dict(json.loads(stored.read_text(encoding="utf-8")))
         return self._baseline
 

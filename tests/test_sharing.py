@@ -29,17 +29,20 @@ from prune_lab import dense_cache, evaluator, fingerprint
 from prune_lab.commands import cache as cache_command
 from prune_lab.dense_cache import DenseCache
 from prune_lab.errors import Refused
+from prune_lab.measure.settings import Measure
 from prune_lab.methods.depth import Depth
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.sensitivity import Sensitivity
 from prune_lab.methods.unstructured import Unstructured
 from prune_lab.methods.wanda import Wanda
 from prune_lab.models.anatomy import Anatomy
-from prune_lab.models.load import Loaded
+from prune_lab.models.load import HubModel, Loaded
 from prune_lab.pruning import calibration
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.statistics import OF_INPUTS, LinearStatistics
 from prune_lab.sweeps import sweep
+from prune_lab.system.console import Console
+from prune_lab.text.text_files import TextFiles
 
 WINDOWS = torch.randint(300, (6, 16), generator=torch.Generator().manual_seed(0))
 HASHES = {"weights": "w", "config": "c", "tokenizer": "t"}
@@ -399,6 +402,17 @@ def test_of_two_processes_one_makes_the_entry(tmp_path: Path) -> None:
     assert said[0] == said[1]
     assert said[0].split()[1] == "1000"
     assert log.read_text() == "made\n"
+
+
+def test_a_dense_model_that_cannot_be_stored_leaves_no_lock(folder: Path, corpus: Path, tmp_path: Path) -> None:
+    """The sweep's folder is gone: the job fails, and the next one finds nothing that it would have to wait for."""
+    measure = Measure(max_windows=4, latency=False, memory=False)
+    text, quiet = TextFiles(path=str(corpus), seq_len=32), Console(quiet=True)
+    made = evaluator.Evaluator(HubModel(name=str(folder)), text, measure, CPU, 0, quiet)
+    with pytest.raises(FileNotFoundError):
+        made.baseline(tmp_path / "away", quiet)
+    locks = {path.name for path in (store.cache_folder() / "locks").iterdir()}
+    assert not any("away" in name for name in locks)
 
 
 def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
