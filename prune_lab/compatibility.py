@@ -15,6 +15,7 @@ def check_parts(parts: Parts, choices: Mapping[str, str]) -> None:
     """Raises Refused for parts that do not fit together; `choices` are the names of the options chosen by group."""
     pruning_events(parts)
     _check_streaming(parts, choices)
+    _check_target(parts)
     if parts.post.is_low_bit and not parts.export.takes_low_bits:
         raise Refused(
             f"export={choices.get('export')} cannot hold quantized weights, which post={choices.get('post')} makes: "
@@ -47,13 +48,29 @@ def pruning_events(parts: Parts) -> tuple[list[Event], Rewind | None]:
             "give schedule=one_shot, whose schedule.start says when, or method.pattern=null"
         )
     rewinding = parts.schedule.rewinding(steps)
-    refit = "none" if "refit" in method.not_applicable else getattr(method, "refit", "none")
+    refit = _refit_of(parts)
     if refit != "none" and rewinding is not None and rewinding.what != "lr":
         raise Refused(
             f"schedule.rewind={rewinding.what} puts earlier weights and biases in place of those that "
             f"method.refit={refit} sets: give method.refit=none, or schedule.rewind=lr or null"
         )
     return events, rewinding
+
+
+def _check_target(parts: Parts) -> None:
+    """Refuses a refit's target that differs from the inputs behind pruned blocks alone, where there are none."""
+    refit = _refit_of(parts)
+    if refit in ("dense", "residual") and parts.dataset.calibration.propagate == "dense":
+        raise Refused(
+            f"method.refit={refit} with dataset.calibration.propagate=dense: behind dense blocks a Linear has the "
+            "dense model's inputs, so that it is the same as inputs: give method.refit=inputs, or "
+            "dataset.calibration.propagate=pruned"
+        )
+
+
+def _refit_of(parts: Parts) -> str:
+    method = parts.method
+    return "none" if "refit" in method.not_applicable else getattr(method, "refit", "none")
 
 
 def _check_streaming(parts: Parts, choices: Mapping[str, str]) -> None:

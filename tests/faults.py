@@ -214,8 +214,25 @@ FAULTS = (
     ),
     Fault(
         "refit_of_rows_fills_zeros", "prune_lab/pruning/refit.py",
-        "residual = ((target - solution) @ damped).mul_(keep)", "residual = (target - solution) @ damped",
+        "residual = residual.mul_(keep)", "residual = residual * 1",
         ("test_refit.py::test_conjugate_gradients_end_at_the_solution_of_each_row",),
+    ),
+    Fault(
+        "refit_of_columns_forgets_its_target", "prune_lab/pruning/refit.py",
+        "missing if wanted is None else missing + wanted[kept]", "missing",
+        ("test_refit.py::test_columns_for_a_target_are_its_least_squares_solution",),
+    ),
+    Fault(
+        "states_repaired_with_the_wrong_sign", "prune_lab/pruning/dense_beside.py",
+        "error = _rows(out_of_dense).float() - _rows(out_of_pruned).float()",
+        "error = _rows(out_of_pruned).float() - _rows(out_of_dense).float()",
+        ("test_refit.py::test_errors_are_those_of_two_models_side_by_side",
+         "test_refit.py::test_a_block_that_repairs_the_states_ends_nearer_to_the_dense_model"),
+    ),
+    Fault(
+        "dense_model_beside_stands_still", "prune_lab/pruning/dense_beside.py",
+        "self._stream.states[number] = out_of_dense", "pass",
+        ("test_refit.py::test_errors_are_those_of_two_models_side_by_side",),
     ),
     Fault(
         "refit_to_the_pruned_weight", "prune_lab/methods/weights.py",

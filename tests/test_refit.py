@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +20,9 @@ from prune_lab.methods.unstructured import Unstructured
 from prune_lab.methods.wanda import Wanda
 from prune_lab.models.anatomy import Anatomy, out_in
 from prune_lab.models.load import HubModel
-from prune_lab.pruning.calibration import Calibrator
-from prune_lab.pruning.refit import refit_columns, refit_rows
+from prune_lab.models.offload.on_disk import own_copy
+from prune_lab.pruning.calibration import Calibrator, block_statistics
+from prune_lab.pruning.refit import Error, refit_columns, refit_rows
 
 WEIGHT = torch.tensor([[0.5, -1.0, 0.2, 0.8], [-0.3, 0.6, -0.9, 0.1], [0.7, 0.4, 0.3, -0.6]], dtype=torch.float64)
 INPUTS = torch.tensor(
@@ -180,6 +182,44 @@ def test_inputs_that_never_change_leave_the_weights_as_they_are() -> None:
     torch.testing.assert_close(found.shift, weight[:, ~keep] @ inputs[0, ~keep], rtol=1e-4, atol=1e-4)
 
 
+# Other targets than the own inputs.
+
+OF_DENSE = INPUTS + torch.linspace(-0.6, 0.8, INPUTS.numel(), dtype=torch.float64).reshape(INPUTS.shape).sin()
+WANTED = OF_DENSE @ WEIGHT.T + torch.tensor([0.5, -1.0, 2.0])  # any outputs, (tokens, out)
+ERROR = Error(INPUTS.T @ (WANTED - INPUTS @ WEIGHT.T), (WANTED - INPUTS @ WEIGHT.T).mean(0))
+RIDGE = 0.01 * float(GRAM.diagonal().mean())
+
+
+def ridge(inputs: Tensor, wanted: Tensor, towards: Tensor, strength: float) -> Tensor:
+    """argmin ||wanted - inputs W'^T||^2 + strength ||W' - towards||^2, by plain least squares."""
+    root = strength**0.5
+    rows = torch.cat([inputs, root * torch.eye(inputs.shape[1], dtype=torch.float64)])
+    return torch.linalg.lstsq(rows, torch.cat([wanted, root * towards.T])).solution.T
+
+
+def test_columns_for_a_target_are_its_least_squares_solution() -> None:
+    found = refit_columns(WEIGHT, GRAM, KEEP, error=ERROR)
+    expected = ridge(INPUTS[:, KEEP], WANTED, WEIGHT[:, KEEP], RIDGE)
+    torch.testing.assert_close(found.weight, expected)
+    assert found.shift is None
+
+
+def test_columns_and_bias_for_a_target_are_its_least_squares_solution() -> None:
+    found = refit_columns(WEIGHT, GRAM, KEEP, INPUTS.mean(0), len(INPUTS), damping=0.0, error=ERROR)
+    ones = torch.ones(len(INPUTS), 1, dtype=torch.float64)
+    expected = torch.linalg.lstsq(torch.cat([INPUTS[:, KEEP], ones], 1), WANTED).solution.T
+    torch.testing.assert_close(found.weight, expected[:, :-1])
+    torch.testing.assert_close(found.shift, expected[:, -1])
+
+
+def test_rows_for_a_target_are_its_least_squares_solution() -> None:
+    found = refit_rows(WEIGHT, WEIGHT * WANDA, GRAM, WANDA, error=ERROR)
+    assert torch.equal(found != 0, WANDA)
+    for row, keep in enumerate(WANDA):
+        expected = ridge(INPUTS[:, keep], WANTED[:, row : row + 1], WEIGHT[row : row + 1, keep], RIDGE)
+        torch.testing.assert_close(found[row, keep], expected[0])
+
+
 # Methods.
 
 
@@ -206,6 +246,137 @@ def outputs(model: Any, name: str) -> Tensor:
     model(input_ids=WINDOWS, use_cache=False)
     hook.remove()
     return found[0]
+
+
+@torch.no_grad()
+def call_of_block(model: Any, index: int, windows: Tensor = WINDOWS) -> dict[str, tuple[Tensor, Tensor]]:
+    """Rows of inputs and outputs of a block ("") and of its Linears, in a stock forward pass; float64."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    block = Anatomy(model).blocks[index]
+    linears = dict(Anatomy(model).linears_by_block()[index])
+
+    def note(name: str, args: Any, kwargs: Any, out: Any) -> None:
+        states = args[0] if args else kwargs["hidden_states"]
+        outs = out[0] if isinstance(out, tuple) else out
+        found[name] = tuple(tensor.reshape(-1, tensor.shape[-1]).double() for tensor in (states, outs))
+
+    hooks = [
+        module.register_forward_hook(lambda _, a, k, out, name=name: note(name, a, k, out), with_kwargs=True)
+        for name, module in {"": block, **linears}.items()
+    ]
+    model(input_ids=windows, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+ADDED = [family for family in ALL_FAMILIES if family not in ("gemma2", "gemma3_text")]
+
+
+@pytest.mark.parametrize("family", ADDED)
+@pytest.mark.parametrize("kinds", [("mlp",), ("heads",), ("heads", "mlp")], ids="+".join)
+def test_errors_are_those_of_two_models_side_by_side(
+    models: dict[str, Any], family: str, kinds: tuple[str, ...]
+) -> None:
+    """Of the second block, behind a first one of which half is gone: by hand, from two stock forward passes."""
+    dense, model = models[family], copy.deepcopy(models[family])
+    anatomy = Anatomy(model)
+    writers = {kind: [of_block[-1].name for of_block in anatomy.unit_linears(kind)] for kind in kinds}
+    for field in ("dense_error", "residual_error"):
+        needs = {name: frozenset({"gram", field}) for names in writers.values() for name in names}
+        stream = block_statistics(anatomy, needs, 0, Calibrator(WINDOWS, "pruned", 4))
+        first = next(stream)
+        for kind in kinds:
+            error = first[writers[kind][0]].error
+            assert error is not None
+            assert not error.product.any()
+            assert not error.mean.any()
+        with torch.no_grad():
+            for _, linear in anatomy.linears_by_block()[0]:
+                linear.weight[::2] = 0
+        second = next(stream)
+        of_dense, of_pruned = call_of_block(dense, 1), call_of_block(model, 1)
+        outputs = {name: of_dense[name][1] - of_pruned[name][1] for name in of_dense}
+        for kind, names in writers.items():
+            wanted = outputs[names[1]]
+            if field == "residual_error" and kinds == ("heads",):
+                wanted = wanted + of_dense[""][0] - of_pruned[""][0]
+            elif field == "residual_error" and kind == "mlp":
+                wanted = outputs[""]
+                if "heads" in kinds:  # what attention takes on itself
+                    wanted = wanted - outputs[writers["heads"][1]]
+            expected = of_pruned[names[1]][0].T @ wanted
+            error = second[names[1]].error
+            assert error is not None
+            torch.testing.assert_close(
+                error.product.double(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())
+            )
+            torch.testing.assert_close(error.mean.double(), wanted.mean(0), rtol=1e-3, atol=1e-4)
+        model = copy.deepcopy(dense)
+        anatomy = Anatomy(model)
+
+
+@pytest.mark.parametrize("refit", ["inputs", "dense", "residual"])
+def test_nothing_is_refitted_where_nothing_goes(models: dict[str, Any], refit: str) -> None:
+    for method in (Structured(refit=refit), Wanda(refit=refit), Magnitude(refit=refit, scope="global")):
+        changed, _ = pruned(models["llama"], method, 0.0)
+        for (name, one), (_, other) in zip(Anatomy(models["llama"]).linears(), Anatomy(changed).linears(), strict=True):
+            assert torch.equal(one.weight, other.weight), (method, name)
+
+
+@pytest.mark.parametrize("family", ADDED)
+@pytest.mark.parametrize("kinds", [("mlp",), ("heads",)], ids="+".join)
+def test_a_block_that_repairs_the_states_ends_nearer_to_the_dense_model(
+    models: dict[str, Any], family: str, kinds: tuple[str, ...]
+) -> None:
+    """On the calibration text: the states after the last block, by the target of the refit."""
+    dense = call_of_block(models[family], 1)[""][1]
+    errors = {}
+    for refit in ("none", "inputs", "residual"):
+        changed, _ = pruned(models[family], Structured(units=kinds, score="wanda", refit=refit, physical=False), 0.25)
+        errors[refit] = float((call_of_block(changed, 1)[""][1] - dense).square().sum())
+    assert errors["residual"] < 0.999 * errors["inputs"] < errors["none"]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Structured(refit="residual"), Structured(refit="residual", units=("heads",), physical=False),
+     Wanda(refit="residual")],
+    ids=repr,
+)  # fmt: skip
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "opt"])
+def test_a_model_that_norms_what_is_added_repairs_no_states(
+    models: dict[str, Any], family: str, method: Any, tmp_path: Path
+) -> None:
+    """Gemma 2 and 3, and an OPT whose norms stand behind the blocks: refused before anything is changed."""
+    model = models[family]
+    if family == "opt":
+        folder = make_folder(tmp_path / "opt", "opt", do_layer_norm_before=False)
+        model = HubModel(name=str(folder)).load(CPU, seed=0).model
+    with pytest.raises(Refused, match="not added to the states as they are"):
+        pruned(model, method)
+
+
+@pytest.mark.parametrize(
+    "method", [Structured(refit="inputs", physical=False), Structured(refit="dense", physical=False),
+               Structured(refit="residual", physical=False),
+               Wanda(refit="inputs"), Wanda(refit="dense"), Wanda(refit="residual")], ids=repr,
+)  # fmt: skip
+def test_a_model_on_disk_is_refitted_as_one_in_memory(tmp_path: Path, method: Any) -> None:
+    folder = make_folder(tmp_path / "llama")
+    loaded = [HubModel(name=str(folder), stream=stream).load(CPU, seed=0) for stream in (False, True)]
+    weights = []
+    for number, model in enumerate(one.model for one in loaded):
+        anatomy = Anatomy(own_copy(model, tmp_path / f"own{number}"))
+        method.prune(anatomy, 0.5, 0, Calibrator(WINDOWS, "pruned", 4))
+        of_model = {}
+        for index in range(len(anatomy.blocks)):
+            with anatomy.at_hand(index):
+                of_model |= {name: linear.weight.clone() for name, linear in anatomy.linears_by_block()[index]}
+        weights.append(of_model)
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]), name
 
 
 @pytest.mark.parametrize(

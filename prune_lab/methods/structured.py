@@ -10,6 +10,7 @@ from prune_lab.errors import Refused
 from prune_lab.methods.base import Method
 from prune_lab.models.anatomy import UNIT_KINDS, UnitKind, unit_kind
 from prune_lab.pruning.pruned import Pruned
+from prune_lab.pruning.refit_targets import NEEDS_OF_TARGET, TARGETS
 from prune_lab.pruning.scores import OF_UNITS, SCORES
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from prune_lab.pruning.statistics import LinearStatistics
 
 
-REFITS = ("none", "bias", "inputs")
+REFITS = ("none", "bias", *TARGETS)
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Structured(Method):
     A stock config holds one width for all blocks, so each block drops its own units, but as many as the others.
     units: their kinds. score: a name in pruning/scores.py, summed over a unit. round_to: the number of MLP channels
     that stay is a multiple of it. refit: the Linear that reads the units makes up for those that go; none, by its bias
-    (FLAP: An et al., 2312.11983), or by its other weights and its bias (inputs: pruning/refit.py). physical: the
-    matrices get smaller; else the units are zeroed.
+    (FLAP: An et al., 2312.11983), or by its other weights and its bias, for a target (pruning/refit_targets.py).
+    physical: the matrices get smaller; else the units are zeroed.
     """
 
     units: tuple[str, ...] = ("mlp",)
@@ -59,7 +60,7 @@ class Structured(Method):
 
     def solved_width(self, anatomy: Anatomy) -> int | None:
         """Most inputs of a Linear that reads units, where the refit solves with their gram matrix."""
-        if self.refit != "inputs":
+        if self.refit not in TARGETS:
             return None
         return max(of_block[-1].weight.shape[1] for kind in self.units for of_block in anatomy.unit_linears(kind))
 
@@ -143,12 +144,10 @@ class Structured(Method):
 
     def _needs_of_refit(self, reader: UnitLinear) -> frozenset[str]:
         """The statistics that the refit of a Linear reads: of one with a bias the means, too."""
-        has_bias = reader.linear.bias is not None
-        return {
-            "none": frozenset[str](),
-            "bias": frozenset({"variance"} if has_bias else ()),
-            "inputs": frozenset({"gram", "variance"} if has_bias else {"gram"}),
-        }[self.refit]
+        if self.refit == "none":
+            return frozenset()
+        means = frozenset({"variance"} if reader.linear.bias is not None else ())
+        return means | NEEDS_OF_TARGET[self.refit] if self.refit in TARGETS else means
 
     def _refit(self, reader: UnitLinear, keep: Tensor, statistics: dict[str, LinearStatistics], pruned: Pruned) -> None:
         """Changes the Linear that reads the units to make up for those that go; keep: bools (units,)."""
@@ -156,7 +155,7 @@ class Structured(Method):
         from prune_lab.pruning.surgery import refit_reader, shift_bias
 
         of_reader = statistics[reader.name]
-        if self.refit == "inputs":
+        if self.refit in TARGETS:
             damping = refit_reader(reader, keep, of_reader)
             if damping > DAMPING:
                 pruned.warnings.append(f"{reader.name}: the refit needed damping {damping:g} instead of {DAMPING:g}")

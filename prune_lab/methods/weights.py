@@ -14,6 +14,7 @@ from prune_lab.methods.base import Method
 from prune_lab.models.anatomy import out_in
 from prune_lab.pruning.pattern import Pattern
 from prune_lab.pruning.pruned import LayerRow, Pruned
+from prune_lab.pruning.refit_targets import NEEDS_OF_TARGET, TARGETS
 from prune_lab.pruning.scores import GRADIENTS, SCORES, Score
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from prune_lab.pruning.thresholds import ScoreCounts
 
 ALLOCATIONS = ("uniform", "global", "owl", "sensitivity")
-REFITS = ("none", "inputs")
+REFITS = ("none", *TARGETS)
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class WeightMethod(Method):
 
     pattern: N:M kept, such as 2:4; it fixes the amount. scope: the weights that are ranked together. allocation: how
     the amount is spread over blocks; "global" is one ranking over all of them, whatever the scope. refit: the weights
-    of a row that stay make up for those that go, none, or by least squares on the inputs (pruning/refit.py).
+    of a row that stay make up for those that go; none, or by least squares for a target (pruning/refit_targets.py).
     """
 
     pattern: str | None = None
@@ -158,7 +159,8 @@ class WeightMethod(Method):
             return self.prune_linear(name, linear, amount, statistics, pruned)
         dense = out_in(linear, linear.weight.detach()).clone()
         keep = self.prune_linear(name, linear, amount, statistics, pruned)
-        _refit(name, linear, dense, keep, statistics)
+        if not keep.all():
+            _refit(name, linear, dense, keep, statistics)
         return keep
 
     def prune_linear(
@@ -209,13 +211,24 @@ class WeightMethod(Method):
         from prune_lab.pruning.calibration import block_statistics
         from prune_lab.pruning.masks import clear
 
-        needs = {name: frozenset({"gram"}) for name in keep}
-        blocks = block_statistics(anatomy, needs, seed, calibrator)
+        blocks = block_statistics(anatomy, self._needs_of_refit(anatomy), seed, calibrator)
         for linears, statistics in zip(anatomy.linears_by_block(), blocks, strict=True):
             for name, linear in linears:
                 dense = out_in(linear, linear.weight.detach()).clone()
                 clear(out_in(linear, linear.weight), keep[name])
-                _refit(name, linear, dense, keep[name], statistics[name])
+                if not keep[name].all():
+                    _refit(name, linear, dense, keep[name], statistics[name])
+
+    def _needs_of_refit(self, anatomy: Anatomy) -> dict[str, frozenset[str]]:
+        """The statistics that the refit reads, by Linear.
+
+        A target of the dense model is for the Linears by which a block writes: were those before them to give the dense
+        model's outputs, too, one difference would be made up for twice.
+        """
+        if self.refit == "none":
+            return {}
+        writers = {of_block[-1].name for kind in anatomy.family.units for of_block in anatomy.unit_linears(kind)}
+        return {name: NEEDS_OF_TARGET[self.refit if name in writers else "inputs"] for name, _ in anatomy.linears()}
 
     def _scores(self, name: str, linear: Any, statistics: LinearStatistics) -> Tensor:
         """Scores of a Linear's weights, (out, in); those that are zero already rank below all others."""
@@ -233,8 +246,8 @@ class WeightMethod(Method):
         """The statistics that the score reads, block by block; and counts of its scores, where they can be kept."""
         from prune_lab.pruning.calibration import block_statistics
 
-        of_each = self.statistics_needed | ({"gram"} if self.refit != "none" and not self.is_global else set())
-        needs = {name: of_each for name, _ in anatomy.linears()}
+        of_refit = {} if self.is_global else self._needs_of_refit(anatomy)
+        needs = {name: self.statistics_needed | of_refit.get(name, frozenset()) for name, _ in anatomy.linears()}
         cache = self._cache_of_counts(anatomy)  # taken before a block is pruned, while the model is the dense one
         for of_block in block_statistics(anatomy, needs, seed, calibrator, behind_dense):
             yield {
@@ -319,7 +332,7 @@ def _refit(name: str, linear: Any, dense: Tensor, keep: Tensor, statistics: Line
 
     assert statistics.gram is not None
     weight = out_in(linear, linear.weight.detach())
-    refitted = refit_rows(dense, weight, statistics.gram, keep & (dense != 0)).to(weight.dtype)
+    refitted = refit_rows(dense, weight, statistics.gram, keep & (dense != 0), error=statistics.error).to(weight.dtype)
     check_finite(name, refitted)
     weight.copy_(refitted)
 

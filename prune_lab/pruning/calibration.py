@@ -14,6 +14,7 @@ from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import BlockStream
 from prune_lab.models.loss import window_losses
 from prune_lab.pruning import gradients
+from prune_lab.pruning.dense_beside import OF_TARGETS, DenseBeside, ErrorSums
 from prune_lab.pruning.dense_statistics import dense_statistics
 from prune_lab.pruning.scores import GRADIENTS
 from prune_lab.pruning.statistics import BlockObserver, LinearStatistics, Needs
@@ -50,6 +51,16 @@ class Calibrator:
                 else:
                     stream.look(block, number)
             bar.update(stream.states[number].shape[:2].numel())
+
+    def forward_beside(
+        self, stream: BlockStream, beside: DenseBeside, block: int, bar: Any, observer: BlockObserver, sums: ErrorSums
+    ) -> None:
+        """Passes all states of both models through a block that is not pruned yet, and keeps those of the dense one."""
+        device = stream.states[0].device.type
+        for number in range(len(stream.states)):
+            with torch.autocast(device, torch.bfloat16, enabled=self.bfloat16):
+                beside.observe(block, number, stream, observer, sums)
+            bar.update(2 * stream.states[number].shape[:2].numel())
 
     @cached_property
     def key(self) -> dict[str, Any]:
@@ -117,6 +128,7 @@ def block_statistics(
     needs: the statistics that are wanted, by Linear; without any, no calibrator is needed. Statistics of one block are
     held at a time. The block's weights are in memory, and may be changed before the next block is asked for: with
     propagate="pruned" the inputs of the next one come from the changed block, unless `behind_dense` says otherwise.
+    Behind dense blocks there is no error of a refit's target: the inputs are the dense model's.
     saliency: the gradient saliency of an order by Linear, where it is not that of each weight. All Linears share one
     random generator, which starts from `seed`.
     """
@@ -143,12 +155,14 @@ def _activations(
     anatomy: Anatomy, needs: Needs, calibrator: Calibrator | None, behind_dense: bool
 ) -> Iterator[dict[str, LinearStatistics]]:
     """Statistics of activations, block by block: none, observed now, or those of the dense model, observed once."""
+    propagate_pruned = not behind_dense and calibrator is not None and calibrator.propagate == "pruned"
+    if not propagate_pruned:
+        needs = {name: left for name, fields in needs.items() if (left := fields - frozenset(OF_TARGETS))}
     if not needs or calibrator is None:
         for index in range(len(anatomy.blocks)):
             with anatomy.at_hand(index):
                 yield {}
         return
-    propagate_pruned = not behind_dense and calibrator.propagate == "pruned"
     cache = None if propagate_pruned else anatomy.dense_cache
     if cache is None:
         yield from _observe(anatomy, calibrator, propagate_pruned, needs)
@@ -162,15 +176,24 @@ def _observe(
     anatomy: Anatomy, calibrator: Calibrator, propagate_pruned: bool, needs: Needs
 ) -> Iterator[dict[str, LinearStatistics]]:
     linears, stream = anatomy.linears_by_block(), BlockStream(anatomy, calibrator.windows, calibrator.batch_size)
+    activations = {name: fields - frozenset(OF_TARGETS) for name, fields in needs.items()}
+    beside = None
+    if propagate_pruned and activations != needs:
+        beside = DenseBeside(anatomy, calibrator.windows, calibrator.batch_size, needs)
     last = len(linears) - 1  # nothing needs the outputs of the last block
-    passes = len(linears) + last * propagate_pruned
+    passes = len(linears) + last * propagate_pruned + len(linears) * (beside is not None)
     with calibrator.console.progress(passes * calibrator.windows.numel(), "calibrating", unit="tok") as bar:
         for index, of_block in enumerate(linears):
             keep = index < last and not propagate_pruned
-            observer = BlockObserver(of_block, needs, stop=not keep)
+            observer = BlockObserver(of_block, activations, stop=not keep and beside is None)
             with anatomy.at_hand(index):
-                with observer.watch(anatomy.blocks[index]):
-                    calibrator.forward(stream, index, bar, keep)
-                yield observer.statistics()
+                if beside is None:
+                    with observer.watch(anatomy.blocks[index]):
+                        calibrator.forward(stream, index, bar, keep)
+                    yield observer.statistics()
+                else:
+                    sums = ErrorSums()
+                    calibrator.forward_beside(stream, beside, index, bar, observer, sums)
+                    yield sums.put_into(observer.statistics())
                 if propagate_pruned and index < last:
                     calibrator.forward(stream, index, bar, keep=True)

@@ -5,6 +5,9 @@ the outputs of the dense weight, with a ridge towards it: they minimise tr((W - 
 plus `damping` times the mean of its diagonal. A large damping gives the plain cut, none plain least squares.
 Columns: all rows of a weight lose the same inputs (OSSCAR: Meng et al., 2403.12983; CORP: 2602.05243). Rows: each row
 has a mask of its own (ALPS: Meng et al., 2406.07831).
+The target: by default the outputs of the dense weight for the Linear's own inputs X. Behind pruned blocks those differ
+from the inputs that it has in the dense model, and an `Error` says how far the outputs X W^T are from what is wanted
+instead (dense_beside.py): (W' - W) X^T X is then to be nearest to it, too.
 """
 
 from __future__ import annotations
@@ -19,6 +22,14 @@ from prune_lab.pruning.gram import DAMPING, damped_cholesky
 
 ITERATIONS = 10  # of conjugate gradients
 CONSTANT = 1e-6  # of the mean square of the inputs: a variance below is rounding, of inputs that never change
+
+
+@dataclass(frozen=True)
+class Error:
+    """Sum over tokens of x e^T (in, out), and the mean of e (out,): e, the outputs that are wanted, less x W^T."""
+
+    product: Tensor
+    mean: Tensor
 
 
 @dataclass(frozen=True)
@@ -37,25 +48,31 @@ def refit_columns(
     mean: Tensor | None = None,
     tokens: int = 0,
     damping: float = DAMPING,
+    error: Error | None = None,
 ) -> Columns:
-    """The kept columns of a weight (out, in), refitted to the outputs of all of them.
+    """The kept columns of a weight (out, in), refitted to the outputs of all of them, or to a target with an `error`.
 
     gram: X^T X (in, in), float32 or float64, which is also the type of the computation. keep: bools (in,). mean and
     tokens: the mean of each input (in,) and the number of tokens, of a Linear that has a bias: then the bias takes
     part, and the gram is centred.
     """
     target, size = weight.to(gram.dtype), gram.diagonal().mean()
+    wanted = None if error is None else error.product.to(gram.dtype)
     if mean is not None:
         mean = mean.to(gram.dtype)
         gram = gram - tokens * torch.outer(mean, mean)
+        wanted = None if error is None or wanted is None else wanted - tokens * torch.outer(mean, error.mean)
     kept, gone = keep.nonzero().flatten(), (~keep).nonzero().flatten()
     inner, cross = gram[kept[:, None], kept], gram[kept[:, None], gone]
-    # W' = W_K + W_R G_RK Gd_KK^-1: equal to W Gd_:K Gd_KK^-1, and exact where nothing is removed.
+    # W' = W_K + (W_R G_RK + E_K) Gd_KK^-1: without an error equal to W Gd_:K Gd_KK^-1, and exact if nothing is removed.
     change, used = torch.zeros_like(target[:, kept]), damping
     if not (size.isfinite() and gram.diagonal().mean() <= CONSTANT * size):
         lower, used = damped_cholesky(inner, gram.diagonal().mean(), damping)
-        change = torch.cholesky_solve(cross @ target[:, gone].T, lower).T
+        missing = cross @ target[:, gone].T
+        change = torch.cholesky_solve(missing if wanted is None else missing + wanted[kept], lower).T
     shift = None if mean is None else target[:, gone] @ mean[gone] - change @ mean[kept]
+    if shift is not None and error is not None:
+        shift = shift + error.mean
     return Columns(target[:, kept] + change, shift, used)
 
 
@@ -66,8 +83,9 @@ def refit_rows(
     keep: Tensor,
     damping: float = DAMPING,
     iterations: int = ITERATIONS,
+    error: Error | None = None,
 ) -> Tensor:
-    """The kept weights, refitted row by row to the outputs of `target`; a weight (out, in) that is zero elsewhere.
+    """The kept weights, refitted row by row to the outputs of `target` (plus an `error`); (out, in), zero elsewhere.
 
     target: the dense weight (out, in). start: a weight with zeros where `keep`, bools (out, in), is False. gram: X^T X
     (in, in). All rows are solved at once by masked conjugate gradients with the diagonal as preconditioner; a few
@@ -77,7 +95,10 @@ def refit_rows(
     damped.diagonal().add_(damping * gram.diagonal().mean())
     scale = damped.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).reciprocal()
     target, solution = target.to(gram.dtype), start.to(gram.dtype)
-    residual = ((target - solution) @ damped).mul_(keep)
+    residual = (target - solution) @ damped
+    if error is not None:
+        residual = residual + error.product.T
+    residual = residual.mul_(keep)
     direction = residual * scale
     size = (residual * direction).sum(1, keepdim=True)
     for _ in range(iterations):

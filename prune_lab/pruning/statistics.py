@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.models.blocks import ReachedError
+from prune_lab.pruning.refit import Error
 from prune_lab.pruning.thresholds import ScoreCounts
 
 # Fields of LinearStatistics that are observed while text passes; `variance` brings `mean`.
@@ -34,6 +35,7 @@ class LinearStatistics:
 
     input_norm, output_norm: L2 norm of each input and output over all tokens, (in,) and (out,). mean, variance: of each
     input over all tokens, (in,), the variance unbiased. gram: X^T X over all tokens, (in, in); tokens: their number.
+    error: how far its outputs are from those that a refit is to give, where these are not its own (dense_beside.py).
     saliency: mean over windows of |w * gradient|, saliency2: of (w * gradient)^2, both (out, in). random: the run's
     generator, for scores that draw. score_counts: counts of this Linear's scores, where those depend on the weight
     alone, for all amounts.
@@ -45,6 +47,7 @@ class LinearStatistics:
     variance: Tensor | None = None
     gram: Tensor | None = None
     tokens: Tensor | None = None
+    error: Error | None = None
     saliency: Tensor | None = None
     saliency2: Tensor | None = None
     random: torch.Generator = field(default_factory=torch.Generator)

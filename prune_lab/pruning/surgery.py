@@ -56,13 +56,13 @@ def shift_bias(reader: UnitLinear, kept: Tensor, mean: Tensor) -> None:
 def refit_reader(reader: UnitLinear, kept: Tensor, statistics: LinearStatistics) -> float:
     """Refits the columns of the Linear that reads the units to make up for those that go; returns the damping.
 
-    statistics: gram, and of a Linear with a bias mean and tokens (refit.py).
+    statistics: gram, of a Linear with a bias mean and tokens, and the error of a target (refit.py).
     """
     assert statistics.gram is not None
     assert statistics.tokens is not None
     lines, bias = reader.lines(kept), reader.linear.bias
     mean, tokens = (None, 0) if bias is None else (statistics.mean, int(statistics.tokens))
-    columns = refit_columns(reader.weight, statistics.gram, lines, mean, tokens)
+    columns = refit_columns(reader.weight, statistics.gram, lines, mean, tokens, error=statistics.error)
     refitted = columns.weight.to(reader.weight.dtype)
     check_finite(reader.name, refitted)
     reader.weight[:, lines] = refitted

@@ -1,0 +1,155 @@
+"""Refit targets of the dense model: the text passes it beside the pruned one, block by block.
+
+Behind pruned blocks the inputs X of a Linear differ from those it has in the dense model. What its outputs should be:
+- dense: the outputs that it has in the dense model, on the dense model's inputs (OSSCAR's: Meng et al., 2403.12983);
+- residual: those plus the difference of the states that they are added to, so that a block also repairs what the
+  blocks before it broke. One Linear of a block takes that on: the one by which its MLP writes, or its attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prune_lab.errors import Refused
+from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.blocks import BlockStream
+from prune_lab.pruning.refit import Error
+from prune_lab.pruning.statistics import BlockObserver, LinearStatistics, Needs
+
+OF_TARGETS = ("dense_error", "residual_error")  # needs that bring LinearStatistics.error
+
+Call = dict[str, tuple[Tensor, Tensor]]  # rows of inputs and outputs by Linear, of one call of a block
+
+
+class DenseBeside:
+    """States of the dense model at the entrance of a block that is not pruned yet, beside those behind pruned blocks.
+
+    needs: the Linears that want an error; those that want none are not looked at.
+    """
+
+    def __init__(self, anatomy: Anatomy, windows: Tensor, batch_size: int, needs: Needs) -> None:
+        self._anatomy, self._stream = anatomy, BlockStream(anatomy, windows, batch_size)
+        self._of = {name: field for name, fields in needs.items() for field in OF_TARGETS if field in fields}
+
+    def observe(self, index: int, number: int, pruned: BlockStream, observer: BlockObserver, sums: ErrorSums) -> None:
+        """Passes one batch of both models through a block, and moves the dense one on; the sums take the errors."""
+        block = self._anatomy.blocks[index]
+        linears = {name: linear for name, linear in self._anatomy.linears_by_block()[index] if name in self._of}
+        with _record(linears) as of_dense:
+            out_of_dense = self._stream.output(index, number)
+        with _record(linears) as of_pruned, observer.watch(block):
+            out_of_pruned = pruned.output(index, number)
+        carrier, also = self._carrier(index)
+        if carrier is not None and index == number == 0:
+            self._check_added(carrier)
+        for name in linears:
+            (_, wanted), (inputs, given) = of_dense[name], of_pruned[name]
+            error = wanted.float() - given.float()
+            if name == carrier and self._is_attention(name):
+                error += _rows(self._stream.states[number]).float() - _rows(pruned.states[number]).float()
+            elif name == carrier:
+                error = _rows(out_of_dense).float() - _rows(out_of_pruned).float()
+                if also is not None:  # which its own refit takes on
+                    error -= of_dense[also][1].float() - of_pruned[also][1].float()
+            sums.add(name, inputs, error)
+        self._stream.states[number] = out_of_dense
+
+    def _is_attention(self, name: str) -> bool:
+        return name.endswith(f".{self._anatomy.family.attention_output}")
+
+    def _carrier(self, index: int) -> tuple[str | None, str | None]:
+        """The Linear of a block that takes on the difference of the states, and another that writes, if refitted."""
+        linears = self._anatomy.linears_by_block()[index]
+        writers = [name for name, _ in linears if self._of.get(name) == "residual_error"]
+        attention = next((name for name in writers if self._is_attention(name)), None)
+        of_mlp = next((name for name in writers if name != attention), None)
+        return (attention, None) if of_mlp is None else (of_mlp, attention)
+
+    def _check_added(self, carrier: str) -> None:
+        """Raises Refused where the outputs of a Linear are not added to the states as they are.
+
+        Twice its outputs must move those of the block by them once; that of an attention is looked at with an MLP that
+        puts out nothing.
+        """
+        readers = [self._anatomy.unit_linears(kind)[0][-1].name for kind in self._anatomy.family.units]
+        silent = [name for name in readers if name != carrier and self._is_attention(carrier)]
+        plain, outputs = self._with_outputs_times(1.0, carrier, silent)
+        moved, _ = self._with_outputs_times(2.0, carrier, silent)
+        rounding = 4 * torch.finfo(outputs.dtype).eps * plain.float().norm()
+        off = (moved.float() - plain.float() - outputs.float().view_as(plain)).norm()
+        if not off <= 0.02 * outputs.float().norm() + rounding:
+            raise Refused(
+                f"method.refit=residual: in {self._anatomy.config.model_type} models the outputs of "
+                f"{carrier.rpartition('.')[2]} are not added to the states as they are (they are normed first); give "
+                "method.refit=dense or inputs"
+            )
+
+    def _with_outputs_times(self, factor: float, carrier: str, silent: list[str]) -> tuple[Tensor, Tensor]:
+        """Outputs of the first block with those of `carrier` times a factor and of others silenced; and its own."""
+        linears, found = dict(self._anatomy.linears_by_block()[0]), list[Tensor]()
+
+        def scale(linear: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+            found.append(out)
+            return factor * out
+
+        hooks = [linears[name].register_forward_hook(lambda _, args, out: torch.zeros_like(out)) for name in silent]
+        hooks.append(linears[carrier].register_forward_hook(scale))
+        try:
+            out = self._stream.output(0, 0)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return out, found[0]
+
+
+class ErrorSums:
+    """Running sums of the errors of a block's Linears, float32."""
+
+    def __init__(self) -> None:
+        self._products: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
+
+    def add(self, name: str, inputs: Tensor, error: Tensor) -> None:
+        """Adds inputs (tokens, in) and errors (tokens, out)."""
+        with torch.autocast(inputs.device.type, enabled=False):
+            product = inputs.float().T @ error
+        self._products[name] = self._products[name].add_(product) if name in self._products else product
+        self._sums[name] = self._sums.get(name, 0) + error.sum(0)
+        self._tokens[name] = self._tokens.get(name, 0) + len(error)
+
+    def put_into(self, statistics: dict[str, LinearStatistics]) -> dict[str, LinearStatistics]:
+        """The statistics of a block with the errors of those Linears that have one."""
+        errors = {
+            name: Error(product, self._sums[name] / self._tokens[name]) for name, product in self._products.items()
+        }
+        return {name: replace(of_linear, error=errors.get(name)) for name, of_linear in statistics.items()}
+
+
+def _rows(states: Tensor) -> Tensor:
+    return states.reshape(-1, states.shape[-1])
+
+
+@contextmanager
+def _record(linears: dict[str, nn.Module]) -> Iterator[Call]:
+    """Context in which the inputs and outputs of Linears are kept; of the last call, where there are more."""
+    call: Call = {}
+
+    def note(name: str, args: tuple[Any, ...], out: Tensor) -> None:
+        call[name] = _rows(args[0]), _rows(out)
+
+    hooks = [
+        linear.register_forward_hook(lambda _, args, out, name=name: note(name, args, out))
+        for name, linear in linears.items()
+    ]
+    try:
+        yield call
+    finally:
+        for hook in hooks:
+            hook.remove()
