@@ -595,13 +595,13 @@ FAULTS = (
     ),
     Fault(
         "baseline_kept_without_the_bos", "prune_lab/evaluator.py",
-        '("test_tokens_sha256", "seq_len", "windows", "bos", "batch_size", "tasks")',
-        '("test_tokens_sha256", "seq_len", "windows", "batch_size", "tasks")',
+        '("test_tokens_sha256", "seq_len", "windows", "bos", "batch_size")',
+        '("test_tokens_sha256", "seq_len", "windows", "batch_size")',
         ("test_identity.py::test_an_input_that_changed_is_another_run_in_memory_and_on_disk",),
     ),
     Fault(
         "baseline_kept_without_its_windows", "prune_lab/evaluator.py",
-        '("test_tokens_sha256", "seq_len", "windows", "bos", "batch_size", "tasks")',
+        '("test_tokens_sha256", "seq_len", "windows", "bos", "batch_size")',
         '("bos", "batch_size", "tasks")',
         ("test_identity.py::test_an_input_that_changed_is_another_run_in_memory_and_on_disk",),
     ),

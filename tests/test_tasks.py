@@ -37,12 +37,12 @@ Row = dict[str, Any]
 WORDS = ["cat", "dog", "bird", "fish", "sees", "likes", "finds", "thing", "the", "our", "one", "a"]
 
 
-def arc_rows(count: int = 12, seed: int = 0) -> list[Row]:
-    """Documents in the columns of allenai/ai2_arc, with choices of very different lengths."""
+def arc_rows(count: int = 12, seed: int = 0, words: tuple[int, int] = (1, 6)) -> list[Row]:
+    """Documents in the columns of allenai/ai2_arc, with choices of very different lengths, which decide by default."""
     draw = random.Random(seed)
     rows = []
     for number in range(count):
-        texts = [" ".join(draw.choices(WORDS, k=draw.randint(1, 6))) + f" {i}" for i in range(4)]
+        texts = [" ".join(draw.choices(WORDS, k=draw.randint(*words))) + f" {i}" for i in range(4)]
         choices = {"text": texts, "label": list("ABCD")}
         rows.append(
             {
@@ -270,8 +270,10 @@ def test_dense_and_compressed_side_by_side_and_nobody_is_asked(
     small: list[str], tasks: Path, cli: Cli, loaded: Loaded, hub: Hub, tmp_path: Path
 ) -> None:
     """A Hub could be reached, and is not."""
-    write(tasks, "arc_easy", arc_rows(40))
-    asked = ["measure.tasks=[arc_easy,piqa]", f"measure.task_path={tasks}", "method=structured", "export=hf"]
+    rows = arc_rows(40, words=(3, 3))
+    write(tasks, "arc_easy", rows)
+    asked = ["measure.tasks=[arc_easy,piqa]", f"measure.task_path={tasks}", "method=structured"]
+    asked += ["amount=0.9", "export=hf"]
     away = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
     done = cli(*small, "tracking=none", *asked, "hydra.run.dir=here", **away)
     assert (done.returncode, done.stderr) == (0, "")
@@ -285,10 +287,10 @@ def test_dense_and_compressed_side_by_side_and_nobody_is_asked(
             assert f"tasks/{task}_{name}" not in dense_figures(metrics)
             assert f"tasks/{task}_{name}" in metrics
     exported = HubModel(name=str(tmp_path / "here/export")).load(CPU, seed=0)
-    expected = naive(exported, arc_questions(arc_rows(40)))
+    expected = naive(exported, arc_questions(rows))
     assert {name: metrics[f"tasks/arc_easy_{name}"] for name in expected} == pytest.approx(expected)
     assert any(value != metrics[f"tasks/dense_arc_easy_{name}"] for name, value in expected.items())
-    dense, compressed = (answered(of, arc_questions(arc_rows(40)))[0] for of in (loaded, exported))
+    dense, compressed = (answered(of, arc_questions(rows))[0] for of in (loaded, exported))
     flipped = statistics.mean(a != b for a, b in zip(dense, compressed, strict=True))
     assert metrics["tasks/arc_easy_flips"] == pytest.approx(flipped)
     assert flipped > abs(statistics.mean(dense) - statistics.mean(compressed))  # some each way

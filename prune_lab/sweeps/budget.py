@@ -16,8 +16,9 @@ _QUALITY = ("quality/", "tasks/")  # what pruning costs; other metrics are what 
 class Budget:
     """Upper bounds on metrics, and the metric by which candidates that keep to them are compared.
 
-    Bounds are on quality, which the largest amount that keeps to them is looked for (`quality/perplexity_ratio: 1.1`),
-    or on cost, which the smallest such amount is (`size/disk_mb: 12`, `latency/decode_ms_per_token_p50: 3`).
+    Bounds are on quality, which the largest amount that keeps to them is looked for (`quality/perplexity_ratio: 1.1`,
+    `quality/kl: 0.05`, `tasks/piqa_flips: 0.1`), or on cost, which the smallest such amount is (`size/disk_mb: 12`,
+    `latency/decode_ms_per_token_p50: 3`).
     """
 
     at_most: Mapping[str, float]
