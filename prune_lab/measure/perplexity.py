@@ -77,7 +77,7 @@ def measure_beside(
 
 
 def _watch(dense: Any, states: Tensor, found: list[tuple[Tensor, Tensor]]) -> Callable[[int, Tensor], None]:
-    """Function for `token_losses` to call, which compares logits with those that the dense model has of its `states`."""
+    """Function for `token_losses` to call: it compares logits with those of the dense model, which has `states`."""
     flat = states.reshape(-1, states.shape[-1])
 
     def watch(begin: int, logits: Tensor) -> None:
