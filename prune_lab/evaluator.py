@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +248,7 @@ class Evaluator:
     def _dense_losses(self, console: Console) -> Tensor:
         """Loss of the dense model at each target of the test windows, (windows, seq_len - 1), from the cache."""
 
+        @cache  # asked for twice where the disk keeps none
         def losses() -> list[dict[str, Tensor]]:
             batch_size = self.measure.batch_size
             found = measure_losses(self.dense.model, self.windows, batch_size, self.device, console, self.bos)

@@ -63,9 +63,9 @@ def beside_dense(m: dict[str, float]) -> str:
     if ratio := interval(m, "quality/perplexity_ratio"):
         parts.append(f"{ratio:.3f} times the dense perplexity")
     if "quality/kl" in m:
-        parts.append(f"KL divergence {formatted(m, 'quality/kl')} nats")
+        parts.append(f"KL {formatted(m, 'quality/kl')} nats")
     if "quality/same_top" in m:
-        parts.append(f"same likeliest token at {m['quality/same_top']:.1%}")
+        parts.append(f"same top token {m['quality/same_top']:.1%}")
     return ", ".join(parts)
 
 
