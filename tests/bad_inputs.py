@@ -151,6 +151,7 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
     ("recovery=lora recovery.rank=0", ("recovery.rank=0", "at least 1")),
     ("measure.pairs=3", ("measure.pairs=3", "at least 10")),
     ("measure.max_windows=0", ("measure.max_windows=0", "at least 1")),
+    ("measure.kl_windows=-1", ("measure.kl_windows=-1", "at least 0")),
     ("measure.lengths=[1000000000000]", ("measure.lengths=[1000000000000]", "context of 128")),
     ("measure.batch_sizes=[-1]", ("measure.batch_sizes=[-1]", "at least 1")),
     ("measure.tasks=[nope]", ("measure.tasks", "nope")),

@@ -468,13 +468,13 @@ FAULTS = (
     # What is measured
     Fault(
         "window_counted_twice", "prune_lab/measure/perplexity.py",
-        "torch.cat(losses).mean()", "torch.cat([*losses, losses[-1]]).mean()",
+        "losses.double().mean()", "torch.cat([losses, losses[-1:]]).double().mean()",
         ("test_measures.py::test_perplexity_is_that_of_a_naive_loop",),
     ),
     Fault(
         "loss_divided_by_all_tokens", "prune_lab/models/loss.py",
-        ".view(len(batch), -1).mean(1)", ".view(len(batch), -1).sum(1) / batch.shape[1]",
-        ("test_measures.py::test_perplexity_is_that_of_a_naive_loop",),
+        "targets_of(batch, prefix)).mean(1)", "targets_of(batch, prefix)).sum(1) / batch.shape[1]",
+        ("test_families.py::test_losses_and_steps_are_those_of_the_whole_model",),
     ),
     Fault(
         "logits_not_capped", "prune_lab/models/loss.py",
@@ -485,6 +485,31 @@ FAULTS = (
         "bits_per_byte_multiplied", "prune_lab/measure/perplexity.py",
         "/ bytes_per_token)", "* bytes_per_token)",
         ("test_measures.py::test_bits_per_byte_by_hand",),
+    ),
+    Fault(
+        "divergence_reversed", "prune_lab/measure/divergence.py",
+        "dense.log_softmax(-1), compressed.log_softmax(-1)", "compressed.log_softmax(-1), dense.log_softmax(-1)",
+        ("test_divergence.py::test_golden_divergence",),
+    ),
+    Fault(
+        "divergence_of_other_positions", "prune_lab/measure/perplexity.py",
+        "flat[begin : begin + len(logits)]", "flat[: len(logits)]",
+        ("test_divergence.py::test_a_few_positions_at_a_time",),
+    ),
+    Fault(
+        "interval_of_a_ratio_not_paired", "prune_lab/measure/divergence.py",
+        "(compressed.double() - dense.double()).flatten()", "compressed.double().flatten()",
+        ("test_divergence.py::test_golden_ratio_and_its_error",),
+    ),
+    Fault(
+        "flips_of_lost_answers_alone", "prune_lab/measure/divergence.py",
+        "sum(a != b for", "sum(a > b for",
+        ("test_divergence.py::test_golden_flips",),
+    ),
+    Fault(
+        "queries_in_the_kv_cache", "prune_lab/measure/size.py",
+        "width += rows - _shape(block.get_submodule(family.attention_output))[1]", "width += rows",
+        ("test_divergence.py::test_the_cache_holds_what_is_counted",),
     ),
     Fault(
         "speedup_inverted", "prune_lab/measure/speed.py",
@@ -587,13 +612,13 @@ FAULTS = (
     ),
     Fault(
         "baseline_kept_without_the_bos", "prune_lab/evaluator.py",
-        '("test_tokens_sha256", "seq_len", "windows", "bos", "batch_size", "tasks")',
-        '("test_tokens_sha256", "seq_len", "windows", "batch_size", "tasks")',
+        '("test_tokens_sha256", "seq_len", "windows", "bos", "batch_size")',
+        '("test_tokens_sha256", "seq_len", "windows", "batch_size")',
         ("test_identity.py::test_an_input_that_changed_is_another_run_in_memory_and_on_disk",),
     ),
     Fault(
         "baseline_kept_without_its_windows", "prune_lab/evaluator.py",
-        '("test_tokens_sha256", "seq_len", "windows", "bos", "batch_size", "tasks")',
+        '("test_tokens_sha256", "seq_len", "windows", "bos", "batch_size")',
         '("bos", "batch_size", "tasks")',
         ("test_identity.py::test_an_input_that_changed_is_another_run_in_memory_and_on_disk",),
     ),
