@@ -456,7 +456,7 @@ FAULTS = (
     ),
     Fault(
         "loss_divided_by_all_tokens", "prune_lab/models/loss.py",
-        ".view(len(batch), -1).mean(1)", ".view(len(batch), -1).sum(1) / batch.shape[1]",
+        "token_losses(model, batch, prefix).mean(1)", "token_losses(model, batch, prefix).sum(1) / batch.shape[1]",
         ("test_measures.py::test_perplexity_is_that_of_a_naive_loop",),
     ),
     Fault(

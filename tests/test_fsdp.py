@@ -82,8 +82,8 @@ def train(name: str, model: Path, folder: Path, world: World) -> dict[str, Any]:
         loaded, folder, log, method, schedule, steps=STEPS, dense=dense, tokens=Tokens(STORIES, loaded.tokenizer),
         checkpoint=folder / name / "training.safetensors", world=world,
     )  # fmt: skip
-    hooks = [  # of the model that computes, and of the optimizer that steps
-        loaded.model.register_forward_pre_hook(lambda module, _: at_work.update(model=module)),
+    hooks = [  # of the model that computes (losses go past its head's forward), and of the optimizer that steps
+        loaded.model.base_model.register_forward_pre_hook(lambda module, *_: at_work.update(model=module)),
         register_optimizer_step_post_hook(lambda optimizer, *_: at_work.update(optimizer=optimizer)),
     ]
     recipe.recover(loaded.model, training)
@@ -99,12 +99,12 @@ def train(name: str, model: Path, folder: Path, world: World) -> dict[str, Any]:
 
 @torch.no_grad()
 def holdings(model: Any, optimizer: Any, keep: dict[str, Tensor], start: Any) -> dict[str, int]:
-    """What this process has after a step: elements of weights and of optimizer state; pruned weights that are not 0."""
-    weights = dict(model.named_parameters())
+    """What this process has after a step of a base model: elements of weights and of optimizer state; pruned weights that are not 0."""
+    weights = {f"model.{name}": weight for name, weight in model.named_parameters()}  # the head is the embedding
     states = [value for weight in weights.values() for key, value in optimizer.state.get(weight, {}).items()]
     moved = sum(int((local(weights[f"{name}.weight"])[~mask] != 0).sum()) for name, mask in keep.items())
     return {
-        "weights": sum(map(own, weights.values())) + (0 if start is model else sum(map(own, start.parameters()))),
+        "weights": sum(map(own, weights.values())) + (0 if start.base_model is model else sum(map(own, start.parameters()))),
         "state": sum(own(value) for value in states if value.ndim > 0),
         "moved": moved,
     }

@@ -45,6 +45,9 @@ def unpacked(path: Path, name: str, dtype: torch.dtype | None) -> Iterator[tuple
     dtype: of the weights; None for config and tokenizer alone. The folder is there while inside. Raises Refused for a
     file that transformers does not read, or not all of it.
     """
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
     before = state_of([path])
     with path.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
@@ -84,9 +87,7 @@ def unpacked(path: Path, name: str, dtype: torch.dtype | None) -> Iterator[tuple
 def _write_config(place: Path, folder: Path, name: str) -> dict[str, Any]:
     """Writes config and tokenizer of the file in `place`; facts as of `unpacked`, and the names of the files."""
     from transformers import AutoConfig, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
     header = read_header(place / _FILE)
     config = AutoConfig.from_pretrained(place, gguf_file=_FILE)
     family_of(config.model_type)
@@ -144,11 +145,13 @@ def _known_splits() -> tuple[str, ...]:
 
 def _write_weights(place: Path, folder: Path, name: str, dtype: torch.dtype) -> dict[str, Any]:
     """Dequantises the weights and writes them beside the config that is there."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
-    config = AutoConfig.from_pretrained(folder)
-    model, report = AutoModelForCausalLM.from_pretrained(
-        place, gguf_file=_FILE, config=config, dtype=dtype, output_loading_info=True
+    keywords: dict[str, Any] = {"config": transformers.AutoConfig.from_pretrained(folder), "dtype": dtype}
+    if hasattr(transformers, "GgufConfig"):  # else newer versions keep blocks of integers where they have kernels
+        keywords["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        place, gguf_file=_FILE, output_loading_info=True, **keywords
     )
     wrong = [*report["missing_keys"], *(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])]
     if wrong:  # what transformers does not find it starts at random
