@@ -28,6 +28,7 @@ from prune_lab.errors import Refused
 from prune_lab.methods.base import Method
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.structured import Structured
+from prune_lab.models import loss
 from prune_lab.models.load import HubModel
 from prune_lab.recovery import train as loop
 from prune_lab.recovery.distill import Distill
@@ -125,6 +126,7 @@ def main(model: str, place: str) -> None:
     """In each of two processes: every case from its beginning, and from the checkpoint that one process left."""
     warnings.simplefilter("error")
     loop.LOG_EVERY = 1
+    loss.LEAST, loss.LOGITS_AT_ONCE = 16, 1  # several chunks of the head; one process has the logits whole
     world = join(CPU)
     for start, names in (("new", tuple(CASES)), ("left", LEFT)):
         for name in names:

@@ -28,6 +28,7 @@ from prune_lab.errors import Refused
 from prune_lab.fingerprint import digest_of, source_sha256
 from prune_lab.models.anatomy import family_of
 from prune_lab.models.checkpoint import skeleton
+from prune_lab.models.contents import check_finite
 from prune_lab.models.folder_check import check_config
 from prune_lab.models.gguf_header import Header, read_header
 from prune_lab.models.offload.on_disk import lay_out_model, stored_tensors
@@ -151,7 +152,7 @@ def _write_weights(place: Path, folder: Path, name: str, dtype: torch.dtype) -> 
     if hasattr(transformers, "GgufConfig"):  # else newer versions keep blocks of integers where they have kernels
         keywords["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        place, gguf_file=_FILE, output_loading_info=True, **keywords
+        place, gguf_file=_FILE, output_loading_info=True, ignore_mismatched_sizes=True, **keywords
     )
     wrong = [*report["missing_keys"], *(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])]
     if wrong:  # what transformers does not find it starts at random
@@ -159,6 +160,7 @@ def _write_weights(place: Path, folder: Path, name: str, dtype: torch.dtype) -> 
             f"model.name={name!r} lacks the weights {', '.join(sorted(wrong)[:3])}, or has them in another shape: its "
             "tensors are not those of its metadata"
         )
+    check_finite(model, name)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     shards = lay_out_model(model, folder)
