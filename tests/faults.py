@@ -465,6 +465,26 @@ FAULTS = (
         ("test_families.py::test_losses_and_steps_are_those_of_the_whole_model",),
     ),
     Fault(
+        "logits_of_all_chunks_kept", "prune_lab/models/loss.py",
+        "if len(chunks) == 1 or not torch.is_grad_enabled():", "if True:",
+        ("test_losses.py::test_the_logits_of_a_window_are_never_held",),
+    ),
+    Fault(
+        "gguf_entry_without_the_content", "prune_lab/models/gguf_folder.py",
+        "of = [content, version", "of = [version",
+        ("test_gguf.py::test_what_is_kept_is_made_once_and_never_stale",),
+    ),
+    Fault(
+        "gguf_tensors_left_out", "prune_lab/models/gguf_folder.py",
+        "unread = sorted(header.tensors.keys() - wanted)", "unread = list[str]()",
+        ("test_bad_input.py::test_a_bad_input_is_refused",),
+    ),
+    Fault(
+        "gguf_folder_not_held_while_streamed", "prune_lab/models/load.py",
+        "weakref.finalize(weights.source, stack.pop_all().close)", "stack.pop_all().close()",
+        ("test_gguf.py::test_streamed_it_is_the_same_and_its_files_stay",),
+    ),
+    Fault(
         "bits_per_byte_multiplied", "prune_lab/measure/perplexity.py",
         "/ bytes_per_token)", "* bytes_per_token)",
         ("test_measures.py::test_bits_per_byte_by_hand",),

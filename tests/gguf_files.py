@@ -1,4 +1,4 @@
-"""Small GGUF files, written by the package gguf as llama.cpp's converter writes them, of folders in the Hub's layout."""
+"""Small GGUF files of folders in the Hub's layout, written by the package gguf as llama.cpp's converter has them."""
 
 from __future__ import annotations
 

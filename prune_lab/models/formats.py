@@ -1,7 +1,7 @@
 """Formats in which a model may be stored: how each is recognised, checked and read.
 
-A model lies in a folder in the Hub's layout (FORMATS: how its weights are stored), or in one file of which such a folder
-is made (PACKED). Checking needs no PyTorch: what reads is imported when it reads.
+A model lies in a folder in the Hub's layout (FORMATS: how its weights are stored), or in one file of which such a
+folder is made (PACKED). Checking needs no PyTorch: what reads is imported when it reads.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def check(path: Path, weights: str) -> None:
         check_folder(path, weights)
     else:
         raise ValueError(
-            f"name={str(path)!r} is a file of no format that holds a whole model: give its folder, with config.json and "
-            "*.safetensors, or a GGUF file"
+            f"name={str(path)!r} is a file of no format that holds a whole model: give its folder, with config.json "
+            "and *.safetensors, or a GGUF file"
         )
 
 
@@ -89,7 +89,7 @@ def files_of(path: Path) -> list[Path]:
 
 @contextmanager
 def opened(path: Path, name: str, dtype: dtype | None) -> Iterator[Place]:
-    """The folder of a path that a person calls `name`: the path itself, or what is made of it, which stays while inside.
+    """The folder of a path that a person calls `name`: the path itself, or what is made of it; it stays while inside.
 
     dtype: the number type of the weights, or None where config and tokenizer alone are asked for. Raises Refused for a
     file that cannot be read.

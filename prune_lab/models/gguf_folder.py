@@ -4,8 +4,8 @@ A folder holds what the file holds: config, tokenizer with chat template, and th
 type of the run. Dequantised values are exact in float32; in a shorter type they are those of float32, rounded once, as
 loading rounds any model, so that nothing is lost by keeping the shorter type and half of the disk is saved.
 
-What transformers would leave out without a word is refused here or noted: tensors that it does not take (rotary factors of
-Llama 3.1, biases of a family that has none), and settings of the file that are others in the config that it makes.
+What transformers would leave out without a word is refused here or noted: tensors that it does not take (rotary factors
+of Llama 3.1, biases of a family that has none), and settings of the file that are others in the config that it makes.
 """
 
 from __future__ import annotations
@@ -151,9 +151,9 @@ def _write_weights(place: Path, folder: Path, name: str, dtype: torch.dtype) -> 
     keywords: dict[str, Any] = {"config": transformers.AutoConfig.from_pretrained(folder), "dtype": dtype}
     if hasattr(transformers, "GgufConfig"):  # else newer versions keep blocks of integers where they have kernels
         keywords["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        place, gguf_file=_FILE, output_loading_info=True, ignore_mismatched_sizes=True, **keywords
-    )
+    keywords |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(place, gguf_file=_FILE, **keywords)
+    model, report = loaded
     wrong = [*report["missing_keys"], *(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])]
     if wrong:  # what transformers does not find it starts at random
         raise Refused(
@@ -183,8 +183,8 @@ def _check_tensors(header: Header, config: Any, name: str) -> None:
     if unread:
         what = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
         raise Refused(
-            f"model.name={name!r} holds {', '.join(unread[:3])}{what}, which transformers {version('transformers')} does "
-            "not read from GGUF, and the model computes something else without: give the model in the Hub's layout"
+            f"model.name={name!r} holds {', '.join(unread[:3])}{what}, which transformers {version('transformers')} "
+            "does not read from GGUF, and the model computes something else without: give the model in the Hub's layout"
         )
 
 
@@ -240,14 +240,14 @@ def _compare(header: Header, config: Any, name: str) -> list[str]:
             continue
         if key == "attention.sliding_window":
             notes.append(
-                f"{whole}={said} is not read by transformers: every token sees all before it, also those that are further "
-                "away"
+                f"{whole}={said} is not read by transformers: every token sees all before it, also those that are "
+                "further away"
             )
             continue
         raise Refused(
             f"model.name={name!r} says {whole}={str(said)[:40]}, and the config that transformers "
-            f"{version('transformers')} makes of it has {taken}: the model would compute something else; give it in the "
-            "Hub's layout"
+            f"{version('transformers')} makes of it has {taken}: the model would compute something else; give it in "
+            "the Hub's layout"
         )
     if unknown:
         notes.append(f"settings of the GGUF file that are not known here and were not looked at: {', '.join(unknown)}")

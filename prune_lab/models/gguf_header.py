@@ -83,7 +83,7 @@ def check_gguf(path: Path, called: str) -> None:
     if missing := [package for package in _PACKAGES if find_spec(package) is None]:
         raise ValueError(
             f"{name} is a GGUF file, and {' and '.join(missing)}, which it is read by, "
-            f"{'is' if len(missing) == 1 else 'are'} not installed: pip install \"prune-lab[gguf]\""
+            f'{"is" if len(missing) == 1 else "are"} not installed: pip install "prune-lab[gguf]"'
         )
     if (parts := header.metadata.get("split.count", 0)) > 1:
         raise ValueError(

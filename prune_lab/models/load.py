@@ -119,8 +119,8 @@ class HubModel(ModelSource):
             formats.check(place, self.weights)
         elif self.name.lower().endswith(SUFFIX):
             raise ValueError(
-                f"name={self.name[:200]!r} is no file here: give the path of a GGUF file; one on the Hub is fetched with "
-                "'hf download REPOSITORY FILE.gguf --local-dir .' on a machine with a network"
+                f"name={self.name[:200]!r} is no file here: give the path of a GGUF file; one on the Hub is fetched "
+                "with 'hf download REPOSITORY FILE.gguf --local-dir .' on a machine with a network"
             )
         elif not is_hub_id(self.name):
             raise ValueError(

@@ -1,7 +1,7 @@
 """Next-token losses, with gradients or without: the head over some positions at a time, wherever logits are needed.
 
-The logits of a whole window are never held, forward or backward: with a vocabulary of 262,144 they are a megabyte for each
-token, and a loss with its gradient needs several times that.
+The logits of a whole window are never held, forward or backward: with a vocabulary of 262,144 they are a megabyte for
+each token, and a loss with its gradient needs several times that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 LOGITS_AT_ONCE = 2**22  # elements; so peak memory does not grow with vocabulary x window
 TIMES_ON_GPU = 16  # as many there: products of few positions, 32 of a vocabulary of 128,256, only read the head
-LEAST = 128  # positions, whatever the vocabulary: with few, reading the head takes longest (16 of 262,144: thrice as long)
+LEAST = 128  # positions, however large the vocabulary: with 16 of 262,144 a loss takes thrice as long, to read the head
 
 
 def last_states(model: Any, batch: Tensor) -> Tensor:
@@ -35,8 +35,8 @@ def logits_of(model: Any, states: Tensor) -> Tensor:
 def by_chunks(model: Any, of_rows: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     """Result of `of_rows`, one number for each row, called with as many rows as the logits of may be held at once.
 
-    rows: tensors with the same number of rows, such as states and targets. Where there are gradients, each chunk's logits
-    are computed again in the backward pass.
+    rows: tensors with the same number of rows, such as states and targets. Where there are gradients, each chunk's
+    logits are computed again in the backward pass.
     """
     vocabulary = model.get_output_embeddings().weight.shape[0]
     at_once = max(LEAST, LOGITS_AT_ONCE * (TIMES_ON_GPU if rows[0].is_cuda else 1) // vocabulary)
@@ -48,7 +48,7 @@ def by_chunks(model: Any, of_rows: Callable[..., Tensor], *rows: Tensor) -> Tens
 
 
 def token_losses(model: Any, batch: Tensor, prefix: int = 0) -> Tensor:
-    """Cross-entropy of each next token in nats, shape (windows, seq_len - 1), fp32; with gradients where they are asked.
+    """Cross-entropy of each next token in nats, shape (windows, seq_len - 1), fp32; with gradients where they are on.
 
     `batch` has shape (windows, prefix + seq_len): of the text's tokens all but the first are predicted, whatever stands
     before it (a BOS token).
