@@ -100,13 +100,12 @@ def train(name: str, model: Path, folder: Path, world: World) -> dict[str, Any]:
 
 @torch.no_grad()
 def holdings(model: Any, optimizer: Any, keep: dict[str, Tensor], start: Any) -> dict[str, int]:
-    """What this process has after a step of a base model: elements of weights and optimizer state; pruned weights not 0."""
+    """What this process has of a base model after a step, in elements; and how many pruned weights are not 0."""
     weights = {f"model.{name}": weight for name, weight in model.named_parameters()}  # the head is the embedding
     states = [value for weight in weights.values() for key, value in optimizer.state.get(weight, {}).items()]
     moved = sum(int((local(weights[f"{name}.weight"])[~mask] != 0).sum()) for name, mask in keep.items())
     return {
-        "weights": sum(map(own, weights.values()))
-        + (0 if start.base_model is model else sum(map(own, start.parameters()))),
+        "weights": sum(map(own, [*weights.values(), *(() if start.base_model is model else start.parameters())])),
         "state": sum(own(value) for value in states if value.ndim > 0),
         "moved": moved,
     }

@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,13 @@ def unpacked(path: Path, name: str, dtype: torch.dtype | None) -> Iterator[tuple
         content = hashlib.file_digest(file, "sha256").hexdigest()
     of = [content, version("transformers"), version("tokenizers"), version("gguf"), source_sha256(*_SOURCE)]
 
-    def make(kind: Callable[[Path, Path, str], dict[str, Any]], folder: Path) -> dict[str, Any]:
+    def make(write: Callable[[Path, Path, str], dict[str, Any]], folder: Path) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(suffix=owner_suffix()) as place:
             # Alone in a folder: transformers would read other files beside it (a config, an adapter) as the model's.
             (Path(place) / _FILE).symlink_to(path.resolve())
             try:
                 with redirect_stderr(io.StringIO()):  # its bars are of parts
-                    facts = kind(Path(place), folder, name)
+                    facts = write(Path(place), folder, name)
             except (Refused, OSError):
                 raise
             except Exception as error:  # of transformers, the package gguf, tokenizers, NumPy
@@ -70,18 +71,12 @@ def unpacked(path: Path, name: str, dtype: torch.dtype | None) -> Iterator[tuple
         return facts
 
     plain = digest_of([*of, None])[:32]
-    with cache.entry("gguf", plain, lambda folder: make(_write_config, folder)) as small:
+    with cache.entry("gguf", plain, partial(make, _write_config)) as small:
         if dtype is None:
             yield small.folder, small.metadata
             return
-
-        def write(place: Path, folder: Path, name: str) -> dict[str, Any]:
-            for file in small.metadata["files"]:
-                shutil.copy(small.folder / file, folder)
-            return small.metadata | _write_weights(place, folder, name, dtype)
-
         whole = digest_of([*of, str(dtype)])[:32]
-        with cache.entry("gguf", whole, lambda folder: make(write, folder)) as entry:
+        with cache.entry("gguf", whole, partial(make, partial(_write_whole, small, dtype))) as entry:
             yield entry.folder, entry.metadata
 
 
@@ -110,6 +105,14 @@ def _write_config(place: Path, folder: Path, name: str) -> dict[str, Any]:
     licence = header.metadata.get("general.license")
     files = sorted(path.name for path in folder.iterdir())
     return {"notes": notes, "licence": str(licence) if licence else None, "files": files}
+
+
+def _write_whole(small: cache.Entry, dtype: torch.dtype, place: Path, folder: Path, name: str) -> dict[str, Any]:
+    """Writes config and tokenizer, which are in the entry `small`, and the weights; facts as of `unpacked`."""
+    for file in small.metadata["files"]:
+        shutil.copy(small.folder / file, folder)
+    _write_weights(place, folder, name, dtype)
+    return small.metadata
 
 
 def _write_tokenizer(tokenizer: Any, header: Header, folder: Path) -> list[str]:
@@ -144,7 +147,7 @@ def _known_splits() -> tuple[str, ...]:
     return tuple(getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", ()))
 
 
-def _write_weights(place: Path, folder: Path, name: str, dtype: torch.dtype) -> dict[str, Any]:
+def _write_weights(place: Path, folder: Path, name: str, dtype: torch.dtype) -> None:
     """Dequantises the weights and writes them beside the config that is there."""
     import transformers
 
@@ -169,7 +172,6 @@ def _write_weights(place: Path, folder: Path, name: str, dtype: torch.dtype) -> 
     model.config.dtype = dtype
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    return {"dtype": str(dtype)}
 
 
 def _check_tensors(header: Header, config: Any, name: str) -> None:

@@ -70,7 +70,7 @@ class Sharded(Unsharded):
                 self._whole.optimizer.state[hollow] = {key: full(value) for key, value in state.items()}
 
     def call(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        """As of an unsharded model: its weights outside of the blocks are put together meanwhile."""
+        """Result as of an unsharded model: the weights outside of the blocks are put together meanwhile."""
         found: Tensor = self.model.called(function, *arguments)
         return found
 
