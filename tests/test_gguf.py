@@ -120,6 +120,7 @@ def test_streamed_it_is_the_same_and_its_files_stay(file: Path, limit: str, monk
     streamed = load(file, stream=True)
     place = next(iter(streamed.model._weights_on_disk.source.spans.values())).file.parent
     assert len(cache.entries("gguf")) == (2 if limit == "1" else 0)
+    assert any("PRUNE_LAB_CACHE_GB" in note for note in streamed.warnings) == (limit == "0")
     if limit == "1":
         assert not cache.remove(place)
     assert streamed.fingerprint() == load(file).fingerprint()
@@ -161,6 +162,14 @@ def test_notes_say_what_transformers_does_not_read(tmp_path: Path) -> None:
     assert "llama.attention.sliding_window=9 is not read by transformers" in notes
     assert "not looked at: llama.novelty=3" in notes
     assert "tokenizer.ggml.pre" not in " ".join(load(make_gguf(tmp_path / "n.gguf")).warnings)
+
+
+def test_tensors_that_transformers_leaves_out_are_refused(tmp_path: Path) -> None:
+    """It would read the file without a word, and compute with other rotations than the model was trained with."""
+    path = make_gguf(tmp_path / "m.gguf", tensors={"rope_freqs.weight": (4,)})
+    AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name)
+    with pytest.raises(Refused, match=r"holds rope_freqs\.weight, which transformers \S+ does not read"):
+        load(path)
 
 
 @pytest.mark.parametrize("hidden", ["gguf", "accelerate", "gguf,accelerate"])

@@ -77,7 +77,17 @@ def unpacked(path: Path, name: str, dtype: torch.dtype | None) -> Iterator[tuple
             return
         whole = digest_of([*of, str(dtype)])[:32]
         with cache.entry("gguf", whole, partial(make, partial(_write_whole, small, dtype))) as entry:
-            yield entry.folder, entry.metadata
+            yield entry.folder, entry.metadata | {"notes": [*entry.metadata["notes"], *_of_unkept(entry)]}
+
+
+def _of_unkept(entry: cache.Entry) -> list[str]:
+    """Note on an entry that is made anew for every run, if it is one."""
+    if cache.cache_folder() in entry.folder.parents:
+        return []
+    return [
+        f"the dequantised weights, {cache.size_of(entry.folder) / 1e6:,.0f} MB, are not kept for other runs: the cache "
+        "holds less (PRUNE_LAB_CACHE_GB), or cannot be written"
+    ]
 
 
 def _write_config(place: Path, folder: Path, name: str) -> dict[str, Any]:
