@@ -32,6 +32,7 @@ FACTS = "facts.json"
 DEFAULT_GB = 10.0
 KINDS = {
     "tokens": "tokenised text",
+    "gguf": "models made of GGUF files",
     "input_norm": "calibration: norms of the inputs of Linears",
     "variance": "calibration: means and variances of inputs",
     "gram": "calibration: gram matrices of inputs",

@@ -473,13 +473,33 @@ FAULTS = (
     ),
     Fault(
         "loss_divided_by_all_tokens", "prune_lab/models/loss.py",
-        "targets_of(batch, prefix)).mean(1)", "targets_of(batch, prefix)).sum(1) / batch.shape[1]",
+        "token_losses(model, batch, prefix).mean(1)", "token_losses(model, batch, prefix).sum(1) / batch.shape[1]",
         ("test_families.py::test_losses_and_steps_are_those_of_the_whole_model",),
     ),
     Fault(
         "logits_not_capped", "prune_lab/models/loss.py",
         "logits if cap is None else cap * torch.tanh(logits / cap)", "logits",
         ("test_families.py::test_losses_and_steps_are_those_of_the_whole_model",),
+    ),
+    Fault(
+        "logits_of_all_chunks_kept", "prune_lab/models/loss.py",
+        "if len(chunks) == 1 or not torch.is_grad_enabled():", "if True:",
+        ("test_losses.py::test_the_logits_of_a_window_are_never_held",),
+    ),
+    Fault(
+        "gguf_entry_without_the_content", "prune_lab/models/gguf_folder.py",
+        "of = [content, version", "of = [version",
+        ("test_gguf.py::test_what_is_kept_is_made_once_and_never_stale",),
+    ),
+    Fault(
+        "gguf_tensors_left_out", "prune_lab/models/gguf_folder.py",
+        "unread = sorted(header.tensors.keys() - wanted)", "unread = list[str]()",
+        ("test_gguf.py::test_tensors_that_transformers_leaves_out_are_refused",),
+    ),
+    Fault(
+        "gguf_folder_not_held_while_streamed", "prune_lab/models/load.py",
+        "weakref.finalize(weights.source, stack.pop_all().close)", "stack.pop_all().close()",
+        ("test_gguf.py::test_streamed_it_is_the_same_and_its_files_stay",),
     ),
     Fault(
         "bits_per_byte_multiplied", "prune_lab/measure/perplexity.py",
@@ -493,8 +513,9 @@ FAULTS = (
     ),
     Fault(
         "divergence_of_other_positions", "prune_lab/measure/perplexity.py",
-        "flat[begin : begin + len(logits)]", "flat[: len(logits)]",
-        ("test_divergence.py::test_a_few_positions_at_a_time",),
+        "states_of_dense.flatten(0, 1), targets.flatten()).cpu()",
+        "states_of_dense.roll(1, 1).flatten(0, 1), targets.flatten()).cpu()",
+        ("test_divergence.py::test_divergence_is_that_of_whole_logits",),
     ),
     Fault(
         "interval_of_a_ratio_not_paired", "prune_lab/measure/divergence.py",

@@ -223,6 +223,7 @@ def test_a_few_positions_at_a_time(loaded: Loaded, monkeypatch: pytest.MonkeyPat
     for name, model in (("dense", loaded.model), ("compressed", compressed)):
         model.lm_head.register_forward_hook(lambda module, args, out, name=name: made.append((name, out.numel())))
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", limit)
+    monkeypatch.setattr(loss, "LEAST", 1)
     assert astuple(beside(compressed, loaded.model, 5)) == pytest.approx(astuple(expected), rel=1e-4, abs=1e-6)
     assert max(count for _, count in made) <= max(limit, 300)
     assert sum(count for name, count in made if name == "compressed") == 7 * 23 * 300

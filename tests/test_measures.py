@@ -131,6 +131,7 @@ def test_logits_are_made_a_few_positions_at_a_time(loaded: Loaded, monkeypatch: 
     made: list[int] = []
     hook = loaded.model.lm_head.register_forward_hook(lambda module, inputs, output: made.append(output.numel()))
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", limit)
+    monkeypatch.setattr(loss, "LEAST", 1)
     in_parts = quality(loaded.model, windows).perplexity
     hook.remove()
     assert max(made) <= max(limit, 300)

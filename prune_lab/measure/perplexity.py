@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from prune_lab.measure.divergence import Divergence, divergence_of, perplexity_of, position_divergences
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import BlockStream
-from prune_lab.models.loss import logits_at, target_states, targets_of, token_losses
+from prune_lab.models.loss import by_chunks, logits_of, losses_at, target_states, targets_of
 from prune_lab.system.console import Console
 from prune_lab.system.device import Device
 from prune_lab.text.bos import NO_BOS, Bos
@@ -45,6 +46,7 @@ def measure_losses(
     return measure_beside(model, None, 0, windows, batch_size, device, console, bos)[0]
 
 
+@torch.no_grad()
 def measure_beside(
     model: Any, dense: Any, compared: int, windows: Tensor, batch_size: int, device: Device, console: Console,
     bos: Bos = NO_BOS,
@@ -58,33 +60,35 @@ def measure_beside(
     tokens = bos.before(windows)
     shared = tokens[: -(-compared // batch_size) * batch_size]  # whole batches: others would round otherwise
     steps = sum(_steps(of, text) for of, text in ((model, tokens), (dense, shared)) if len(text))
-    losses, found = list[Tensor](), list[tuple[Tensor, Tensor]]()
+    losses, divergences = list[Tensor](), list[Tensor]()
     what = "perplexity beside the dense model" if compared else "perplexity"
     with console.progress(steps, what, unit="tok") as bar:
         passes = _Passes(model, tokens, batch_size, bos.length, bar.update)
         beside = _Passes(dense, shared, batch_size, bos.length, bar.update) if compared else None
         for number, batch in enumerate(tokens.split(batch_size)):
             placed = batch.to(device.torch_device, torch.int64)
-            states, watch = passes.states(number, placed), None
+            states, targets = passes.states(number, placed), targets_of(placed, bos.length)
             if beside is not None and number * batch_size < compared:
-                watch = _watch(dense, beside.states(number, placed), found)
-            losses.append(token_losses(model, states, targets_of(placed, bos.length), watch).cpu())
+                both = _compare(model, states, dense, beside.states(number, placed), targets)
+                losses.append(both[:, 0].float().view(targets.shape))
+                divergences.append(both[:, 1:])
+            else:
+                losses.append(losses_at(model, states, targets).cpu())
     if not compared:
         return torch.cat(losses), None
-    positions = compared * (windows.shape[1] - 1)
-    kl, same = (torch.cat(parts)[:positions] for parts in zip(*found, strict=True))
+    kl, same = torch.cat(divergences)[: compared * (windows.shape[1] - 1)].unbind(1)
     return torch.cat(losses), divergence_of(kl, same)
 
 
-def _watch(dense: Any, states: Tensor, found: list[tuple[Tensor, Tensor]]) -> Callable[[int, Tensor], None]:
-    """Function for `token_losses` to call: it compares logits with those of the dense model, which has `states`."""
-    flat = states.reshape(-1, states.shape[-1])
+def _compare(model: Any, states: Tensor, dense: Any, states_of_dense: Tensor, targets: Tensor) -> Tensor:
+    """Loss, KL divergence, and 1 where the likeliest token is the same: (positions, 3), float64, on the CPU."""
 
-    def watch(begin: int, logits: Tensor) -> None:
-        kl, same = position_divergences(logits_at(dense, flat[begin : begin + len(logits)]), logits)
-        found.append((kl.cpu(), same.cpu()))
+    def of_rows(mine: Tensor, theirs: Tensor, wanted: Tensor) -> Tensor:
+        logits = logits_of(model, mine)
+        kl, same = position_divergences(logits_of(dense, theirs), logits)
+        return torch.stack([cross_entropy(logits, wanted, reduction="none").double(), kl, same.double()], 1)
 
-    return watch
+    return by_chunks(model, of_rows, states.flatten(0, 1), states_of_dense.flatten(0, 1), targets.flatten()).cpu()
 
 
 class _Passes:
