@@ -32,6 +32,7 @@ FACTS = "facts.json"
 DEFAULT_GB = 10.0
 KINDS = {
     "tokens": "tokenised text",
+    "gguf": "models made of GGUF files",
     "input_norm": "calibration: norms of the inputs of Linears",
     "variance": "calibration: means and variances of inputs",
     "gram": "calibration: gram matrices of inputs",
@@ -42,6 +43,7 @@ KINDS = {
     "block_losses": "losses with blocks left out",
     "sensitivity": "loss increases of single blocks",
     "baseline": "quality, size and task scores of dense models",
+    "token_losses": "losses of dense models on the test text, for the interval of a ratio of perplexities",
 }
 _CANNOT_KEEP = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from prune_lab.measure.divergence import flips
 from prune_lab.measure.macs import Macs
 from prune_lab.measure.measurements import Measurements
 from prune_lab.measure.speed import Paired
@@ -18,12 +19,17 @@ def compare(
 ) -> dict[str, float]:
     """Metrics by name, each an entry of METRICS in results/metrics.py; MLflow opens on the first.
 
-    Each field of Quality is a metric of its name. timings: None where nothing was timed.
+    Each field of Quality and of Divergence is a metric of its name. timings: None where nothing was timed.
     """
     metrics: dict[str, float] = {}
     for (name, value), was in zip(asdict(compressed.quality).items(), asdict(dense.quality).values(), strict=True):
         metrics |= _both(f"quality/{name}", value, was)
     metrics["quality/perplexity_ratio"] = metrics["quality/perplexity"] / metrics["quality/dense_perplexity"]
+    if compressed.ratio_interval is not None:
+        ends = zip(("low", "high"), compressed.ratio_interval, strict=True)
+        metrics |= {f"quality/perplexity_ratio_{end}": value for end, value in ends}
+    if compressed.divergence is not None:
+        metrics |= {f"quality/{name}": value for name, value in asdict(compressed.divergence).items()}
     requested = 0.0 if "amount" in method.not_applicable else method.amount
     metrics |= {"amount/requested": requested, "amount/realized": pruned.realized}
     size, full = compressed.size, dense.size
@@ -35,6 +41,7 @@ def compare(
         **_both("size/disk_mb", size.disk_mb, full.disk_mb),
         "size/reduction": 1 - size.disk_mb / full.disk_mb,
         **_both("memory/weights_mb", size.weights_mb, full.weights_mb),
+        **_both("memory/kv_cache_bytes_per_token", size.kv_cache_bytes, full.kv_cache_bytes),
     }
     if compressed.memory_mb is not None and dense.memory_mb is not None:
         metrics |= {
@@ -44,6 +51,8 @@ def compare(
     for prefix, tasks in (("", compressed.tasks), ("dense_", dense.tasks)):
         for task, scores in tasks.items():
             metrics |= {f"tasks/{prefix}{task}_{score}": float(value) for score, value in scores.items()}
+    for task, answers in compressed.answers.items():
+        metrics[f"tasks/{task}_flips"] = flips(dense.answers[task], answers)
     return metrics | (latency_figures(timings) if timings is not None else {})
 
 

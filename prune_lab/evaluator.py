@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from prune_lab.errors import Refused
 from prune_lab.export.base import Export
 from prune_lab.export.hf import HuggingFace
 from prune_lab.fingerprint import baseline_key
+from prune_lab.measure.divergence import POSITIONS, ratio_interval
 from prune_lab.measure.macs import Macs, count_macs
 from prune_lab.measure.measurements import Measurements
 from prune_lab.measure.memory import measure_memory
-from prune_lab.measure.perplexity import measure_quality
+from prune_lab.measure.perplexity import measure_beside, measure_losses, quality_of
 from prune_lab.measure.prompts import PromptShape, cut_grid, cut_headline
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.size import measure_size
@@ -75,6 +76,12 @@ class Evaluator:
             with_bos = " with the BOS token before it (dataset.add_bos)" if self.bos.length else ""
             raise Refused(f"{key}={seq_len}{with_bos} is above the model's context of {self.context} tokens")
 
+    @property
+    def compared(self) -> int:
+        """Number of test windows on which the dense model runs beside the compressed one."""
+        asked = self.measure.kl_windows
+        return len(self.windows) if asked is None else min(asked, len(self.windows))
+
     @cached_property
     def protocol(self) -> dict[str, Any]:
         """Protocol stamp: all that figures depend on beside the model. Runs with other stamps must not be compared."""
@@ -85,6 +92,7 @@ class Evaluator:
             "seq_len": self.seq_len,
             "windows": len(self.windows),
             "join": JOIN,
+            "divergence": POSITIONS.format(windows=self.compared) if self.compared else None,
             "bos": self.bos.stamp,  # `seq_len` and `prompt_tokens` are without it
             "calibration": None,  # of a run whose method looks at any: see `calibrator`
             "training": None,  # of a run that trains: see `training_text`
@@ -168,16 +176,26 @@ class Evaluator:
         return count_macs(Anatomy(loaded.model), self.prompt.shape[1])
 
     def evaluate(self, loaded: Loaded, folder: Path, export: Export, console: Console) -> Measurements:
-        """Quality, size, memory and task scores of a model that `export` wrote into `folder`."""
-        figures = self._repeatable_measurements(loaded, folder, export, console)
-        return replace(figures, memory_mb=self._memory(loaded, folder, export, console))
+        """Quality, size, memory and task scores of a model that `export` wrote into `folder`, and its divergence."""
+        losses, divergence = measure_beside(
+            loaded.model, self.dense.model, self.compared, self.windows, self.measure.batch_size, self.device, console,
+            self.bos,
+        )  # fmt: skip
+        return replace(
+            self._repeatable_measurements(loaded, losses, folder, export, console),
+            memory_mb=self._memory(loaded, folder, export, console),
+            divergence=divergence,
+            ratio_interval=ratio_interval(self._dense_losses(console), losses),
+        )
 
-    def _repeatable_measurements(self, loaded: Loaded, folder: Path, export: Export, console: Console) -> Measurements:
-        """Measurements that are the same each time: quality, size and task scores."""
-        per_token, batch_size = self.tokens.bytes_per_token("test"), self.measure.batch_size
-        quality = measure_quality(loaded.model, self.windows, per_token, batch_size, self.device, console, self.bos)
-        tasks = measure_tasks(loaded.model, loaded.tokenizer, self._tasks, batch_size, console, self.bos)
-        return Measurements(quality, measure_size(loaded.model, export.files(folder)), None, tasks)
+    def _repeatable_measurements(
+        self, loaded: Loaded, losses: Tensor, folder: Path, export: Export, console: Console
+    ) -> Measurements:
+        """Measurements that are the same each time: quality, by the losses of the test text, size and task scores."""
+        quality = quality_of(losses, self.tokens.bytes_per_token("test"))
+        size, batch_size = measure_size(loaded.model, export.files(folder)), self.measure.batch_size
+        scores, answers = measure_tasks(loaded.model, loaded.tokenizer, self._tasks, batch_size, console, self.bos)
+        return Measurements(quality, size, None, scores, answers)
 
     def _memory(self, loaded: Loaded, folder: Path, export: Export, console: Console) -> float | None:
         if not self.measure.memory:
@@ -214,15 +232,31 @@ class Evaluator:
             def lasting() -> dict[str, Any]:
                 """Measurements that earlier sweeps may have made."""
                 console.note("measuring the dense model")
-                return asdict(self._repeatable_measurements(self.dense, folder, export, console))
+                losses = self._dense_losses(console)
+                return asdict(self._repeatable_measurements(self.dense, losses, folder, export, console))
 
-            of = {
-                name: self.protocol[name]
-                for name in ("test_tokens_sha256", "seq_len", "windows", "bos", "batch_size", "tasks")
-            }
+            of = self._of_windows | {"tasks": self.protocol["tasks"]}
             of["bytes_per_token"] = self.tokens.bytes_per_token("test")
             figures = Measurements.from_dict(self.dense_cache.value("baseline", of, lasting))
             return replace(figures, memory_mb=self._memory(self.dense, folder, export, console))
+
+    @property
+    def _of_windows(self) -> dict[str, Any]:
+        """Part of the protocol that losses of the test text depend on."""
+        return {name: self.protocol[name] for name in ("test_tokens_sha256", "seq_len", "windows", "bos", "batch_size")}
+
+    def _dense_losses(self, console: Console) -> Tensor:
+        """Loss of the dense model at each target of the test windows, (windows, seq_len - 1), from the cache."""
+
+        @cache  # asked for twice where the disk keeps none
+        def losses() -> list[dict[str, Tensor]]:
+            batch_size = self.measure.batch_size
+            found = measure_losses(self.dense.model, self.windows, batch_size, self.device, console, self.bos)
+            return [{"losses": found}]
+
+        kind = "token_losses"
+        (part,) = self.dense_cache.parts(self.dense_cache.key(kind, self._of_windows), kind, 1, losses)
+        return part["losses"].cpu()
 
 
 _open: dict[tuple[Any, ...], Evaluator] = {}

@@ -21,7 +21,10 @@ from prune_lab.system.timing_lock import timing_lock
 
 log = logging.getLogger(__name__)
 _ASKED = 160  # characters of a job's overrides in a message
-_EXTRAS = {"accelerate": "distributed", "compressed_tensors": "low-bits", "lm_eval": "tasks", "pynvml": "energy"}
+_EXTRAS = {
+    "accelerate": "distributed", "compressed_tensors": "low-bits", "gguf": "gguf", "lm_eval": "tasks",
+    "pynvml": "energy",
+}  # fmt: skip
 
 
 def run(build: Callable[[], Parts], config: dict[str, Any], context: JobContext) -> float | tuple[float, ...] | None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from conftest import make_folder, story
+from gguf_files import make_gguf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -157,6 +158,7 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
     ("recovery=lora recovery.rank=0", ("recovery.rank=0", "at least 1")),
     ("measure.pairs=3", ("measure.pairs=3", "at least 10")),
     ("measure.max_windows=0", ("measure.max_windows=0", "at least 1")),
+    ("measure.kl_windows=-1", ("measure.kl_windows=-1", "at least 0")),
     ("measure.lengths=[1000000000000]", ("measure.lengths=[1000000000000]", "context of 128")),
     ("measure.batch_sizes=[-1]", ("measure.batch_sizes=[-1]", "at least 1")),
     ("measure.tasks=[nope]", ("measure.tasks", "nope")),
@@ -765,6 +767,93 @@ CHECKPOINTS += [
     Bad("checkpoint", "whose blocks are numbered",
         ["model.name=PLACE/odd", "method=depth", "amount=0.5", "tracking=none"],
         ("scale_attn_by_inverse_layer_idx=true",), _damaged("gpt2", scale_attn_by_inverse_layer_idx=True)),
+]  # fmt: skip
+
+# GGUF files: what is made in PLACE/m.gguf, and what the message must hold.
+
+
+def _gguf(cut: Callable[[bytes], bytes] = lambda content: content, **changes: Any) -> Prepare:
+    def make(place: Path) -> None:
+        path = make_gguf(place / "m.gguf", **changes)
+        path.write_bytes(cut(path.read_bytes()))
+
+    return make
+
+
+def _gguf_of(weight: float) -> Prepare:
+    """A file one of whose norms is of one number: the last tensor of the file."""
+
+    def make(place: Path) -> None:
+        path = make_gguf(place / "m.gguf", "F32")
+        path.write_bytes(path.read_bytes()[:-4] + struct.pack("<f", weight))
+
+    return make
+
+
+_LACKS = ("model.name=", "PLACE/m.gguf", "lacks the weights")
+_ELSE = ("model.name=", "PLACE/m.gguf", "compute", "Hub's layout")
+_GGUFS: dict[str, tuple[Prepare, tuple[str, ...]]] = {
+    "that is none": (_file("m.gguf", b"this is a text " * 9), ("name='PLACE/m.gguf'", "b'this'", "b'GGUF'")),
+    "that is empty": (_file("m.gguf", b""), ("name='PLACE/m.gguf'", "it is empty")),
+    "that is a safetensors file": (
+        lambda place: shutil.copy(place / "model" / "model.safetensors", place / "m.gguf"),
+        ("name='PLACE/m.gguf'", "b'GGUF'"),
+    ),
+    "cut in its weights": (_gguf(lambda content: content[:-40]), ("name='PLACE/m.gguf'", "cut off", "fetch it again")),
+    "cut in half": (_gguf(lambda content: content[: len(content) // 2]), ("name='PLACE/m.gguf'", "fetch it again")),
+    "cut in its header": (_gguf(lambda content: content[:2000]), ("name='PLACE/m.gguf'", "ends", "fetch it again")),
+    "of its magic alone": (_file("m.gguf", b"GGUF"), ("name='PLACE/m.gguf'", "ends", "fetch it again")),
+    "of nonsense": (_file("m.gguf", b"GGUF\3\0\0\0" + b"\x7f" * 900), ("name='PLACE/m.gguf'", "fetch it again")),
+    "of an old version": (
+        _gguf(lambda content: content[:4] + b"\1" + content[5:]), ("name='PLACE/m.gguf'", "version 1", "2 and 3"),
+    ),
+    "of the other byte order": (
+        _gguf(lambda content: content[:4] + b"\0\0\0\3" + content[8:]), ("name='PLACE/m.gguf'", "byte order"),
+    ),
+    "of an unknown family": (_gguf(architecture="bert"), ("'bert'", "llama", "qwen3")),
+    "without a family": (_gguf(general__architecture=None, architecture=""), ("''", "llama", "qwen3")),
+    "of a family that transformers does not read": (
+        _gguf(architecture="gemma"), ("model.name=", "PLACE/m.gguf", "cannot be read as GGUF", "gemma"),
+    ),
+    "that is split": (_gguf(split__count=3), ("name='PLACE/m.gguf'", "one of 3 parts", "llama-gguf-split --merge")),
+    "of an adapter": (_gguf(general__type="adapter"), ("name='PLACE/m.gguf'", "adapter", "whole model")),
+    "with scaled rotations": (_gguf(llama__rope__scaling__type="yarn"), (*_ELSE, "rope.scaling.type=yarn")),
+    "with rotary factors": (_gguf(tensors={"rope_freqs.weight": (4,)}), (*_ELSE, "rope_freqs.weight")),
+    "with biases": (_gguf(tensors={"blk.0.attn_q.bias": (32,)}), (*_ELSE, "blk.0.attn_q.bias")),
+    "with experts": (_gguf(llama__expert_count=4), (*_ELSE, "llama.expert_count=4")),
+    "with more blocks than it says": (_gguf(llama__block_count=1), (*_ELSE, "blk.1.")),
+    "with fewer blocks than it says": (_gguf(llama__block_count=3), (*_LACKS, "model.layers.2.")),
+    "of other widths than it says": (_gguf(llama__feed_forward_length=96), (*_LACKS, "mlp.")),
+    "of other heads than it says": (_gguf(llama__attention__head_count=8), ("model.name=", "PLACE/m.gguf")),
+    "with a huge width": (
+        _gguf(llama__embedding_length=2**31), ("model.name=" "'PLACE/m.gguf'", "hidden_size=2147483648"),
+    ),
+    "without a tokenizer": (_gguf(tokenizer__ggml__model=None), ("model.name=", "PLACE/m.gguf", "tokenizer")),
+    "with a tokenizer that is not known": (
+        _gguf(tokenizer__ggml__model="rwkv"), ("model.name=", "PLACE/m.gguf", "tokenizer", "'rwkv'"),
+    ),
+    "with a NaN": (_gguf_of(float("nan")), ("model.name=", "PLACE/m.gguf", "NaN")),
+}  # fmt: skip
+CHECKPOINTS += [
+    Bad("checkpoint", f"a GGUF file {name}", ["model.name=PLACE/m.gguf"], says, prepare)
+    for name, (prepare, says) in _GGUFS.items()
+]
+CHECKPOINTS += [
+    Bad("checkpoint", "a GGUF file that is absent", ["model.name=PLACE/m.gguf"],
+        ("name='PLACE/m.gguf'", "no file here", "hf download")),
+    Bad("checkpoint", "a GGUF file of the Hub", ["model.name=me/model-GGUF/model-Q4_K_M.gguf"],
+        ("name='me/model-GGUF/model-Q4_K_M.gguf'", "no file here", "hf download REPOSITORY FILE.gguf")),
+    Bad("checkpoint", "a GGUF file as a teacher", ["recovery=distill", "recovery.teacher=m.gguf"],
+        ("recovery.teacher='m.gguf'", "no file here")),
+    Bad("checkpoint", "a folder of GGUF files", ["model.name=PLACE/files"],
+        ("name='PLACE/files'", "only GGUF files (a.gguf, b.gguf)", "model.name=PLACE/files/a.gguf"),
+        lambda place: [_file(f"files/{name}.gguf", b"GGUF")(place) for name in "ab" if (place / "files").mkdir(
+            exist_ok=True) is None]),
+    Bad("checkpoint", "a GGUF file beside its config", ["model.name=PLACE/model"],
+        ("name='PLACE/model'", "only GGUF files (m.gguf)", "model.name=PLACE/model/m.gguf"),
+        lambda place: (place / "model" / "model.safetensors").rename(place / "model" / "m.gguf")),
+    Bad("checkpoint", "a file of weights alone", ["model.name=PLACE/model/model.safetensors"],
+        ("name='PLACE/model/model.safetensors'", "give its folder", "a GGUF file")),
 ]  # fmt: skip
 
 TABLE = [*CONFIG, *RECIPES, *DATA, *CHECKPOINTS]

@@ -478,13 +478,13 @@ FAULTS = (
     # What is measured
     Fault(
         "window_counted_twice", "prune_lab/measure/perplexity.py",
-        "torch.cat(losses).mean()", "torch.cat([*losses, losses[-1]]).mean()",
+        "losses.double().mean()", "torch.cat([losses, losses[-1:]]).double().mean()",
         ("test_measures.py::test_perplexity_is_that_of_a_naive_loop",),
     ),
     Fault(
         "loss_divided_by_all_tokens", "prune_lab/models/loss.py",
-        ".view(len(batch), -1).mean(1)", ".view(len(batch), -1).sum(1) / batch.shape[1]",
-        ("test_measures.py::test_perplexity_is_that_of_a_naive_loop",),
+        "token_losses(model, batch, prefix).mean(1)", "token_losses(model, batch, prefix).sum(1) / batch.shape[1]",
+        ("test_families.py::test_losses_and_steps_are_those_of_the_whole_model",),
     ),
     Fault(
         "logits_not_capped", "prune_lab/models/loss.py",
@@ -492,9 +492,55 @@ FAULTS = (
         ("test_families.py::test_losses_and_steps_are_those_of_the_whole_model",),
     ),
     Fault(
+        "logits_of_all_chunks_kept", "prune_lab/models/loss.py",
+        "if len(chunks) == 1 or not torch.is_grad_enabled():", "if True:",
+        ("test_losses.py::test_the_logits_of_a_window_are_never_held",),
+    ),
+    Fault(
+        "gguf_entry_without_the_content", "prune_lab/models/gguf_folder.py",
+        "of = [content, version", "of = [version",
+        ("test_gguf.py::test_what_is_kept_is_made_once_and_never_stale",),
+    ),
+    Fault(
+        "gguf_tensors_left_out", "prune_lab/models/gguf_folder.py",
+        "unread = sorted(header.tensors.keys() - wanted)", "unread = list[str]()",
+        ("test_gguf.py::test_tensors_that_transformers_leaves_out_are_refused",),
+    ),
+    Fault(
+        "gguf_folder_not_held_while_streamed", "prune_lab/models/load.py",
+        "weakref.finalize(weights.source, stack.pop_all().close)", "stack.pop_all().close()",
+        ("test_gguf.py::test_streamed_it_is_the_same_and_its_files_stay",),
+    ),
+    Fault(
         "bits_per_byte_multiplied", "prune_lab/measure/perplexity.py",
         "/ bytes_per_token)", "* bytes_per_token)",
         ("test_measures.py::test_bits_per_byte_by_hand",),
+    ),
+    Fault(
+        "divergence_reversed", "prune_lab/measure/divergence.py",
+        "dense.log_softmax(-1), compressed.log_softmax(-1)", "compressed.log_softmax(-1), dense.log_softmax(-1)",
+        ("test_divergence.py::test_golden_divergence",),
+    ),
+    Fault(
+        "divergence_of_other_positions", "prune_lab/measure/perplexity.py",
+        "states_of_dense.flatten(0, 1), targets.flatten()).cpu()",
+        "states_of_dense.roll(1, 1).flatten(0, 1), targets.flatten()).cpu()",
+        ("test_divergence.py::test_divergence_is_that_of_whole_logits",),
+    ),
+    Fault(
+        "interval_of_a_ratio_not_paired", "prune_lab/measure/divergence.py",
+        "(compressed.double() - dense.double()).flatten()", "compressed.double().flatten()",
+        ("test_divergence.py::test_golden_ratio_and_its_error",),
+    ),
+    Fault(
+        "flips_of_lost_answers_alone", "prune_lab/measure/divergence.py",
+        "sum(a != b for", "sum(a > b for",
+        ("test_divergence.py::test_golden_flips",),
+    ),
+    Fault(
+        "queries_in_the_kv_cache", "prune_lab/measure/size.py",
+        "width += rows - _shape(block.get_submodule(family.attention_output))[1]", "width += rows",
+        ("test_divergence.py::test_the_cache_holds_what_is_counted",),
     ),
     Fault(
         "speedup_inverted", "prune_lab/measure/speed.py",
@@ -597,13 +643,13 @@ FAULTS = (
     ),
     Fault(
         "baseline_kept_without_the_bos", "prune_lab/evaluator.py",
-        '("test_tokens_sha256", "seq_len", "windows", "bos", "batch_size", "tasks")',
-        '("test_tokens_sha256", "seq_len", "windows", "batch_size", "tasks")',
+        '("test_tokens_sha256", "seq_len", "windows", "bos", "batch_size")',
+        '("test_tokens_sha256", "seq_len", "windows", "batch_size")',
         ("test_identity.py::test_an_input_that_changed_is_another_run_in_memory_and_on_disk",),
     ),
     Fault(
         "baseline_kept_without_its_windows", "prune_lab/evaluator.py",
-        '("test_tokens_sha256", "seq_len", "windows", "bos", "batch_size", "tasks")',
+        '("test_tokens_sha256", "seq_len", "windows", "bos", "batch_size")',
         '("bos", "batch_size", "tasks")',
         ("test_identity.py::test_an_input_that_changed_is_another_run_in_memory_and_on_disk",),
     ),

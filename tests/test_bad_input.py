@@ -46,13 +46,15 @@ def check_message(code: int, stderr: str, *parts: str) -> str:
 
 
 # What a refusal may leave: the run's log, with Hydra's record of what was asked and summary.json's of why not; and text
-# that was tokenised and figures of the dense model that were found on the way, whole, in the cache.
+# that was tokenised, config and tokenizer of a GGUF file, and figures of the dense model that were found on the way,
+# whole, in the cache.
 _LOG = (
     r"(outputs/[\d-]+/[\d-]+|here|inside)(/(prune_lab\.log|summary\.json|\.hydra(/(config|hydra|overrides)\.yaml)?))?"
 )
 _LEFT = re.compile(
     rf"{_LOG}|outputs(/[\d-]+)?|cache(/locks(/[\w.-]+)?)?"
     r"|cache/(tokens|baseline)(/[0-9a-f]+(/(tokens\.i32|starts\.i64|facts\.json))?)?"
+    r"|cache/gguf(/[0-9a-f]+(/[a-z_]+\.(json|jinja))?)?"
 )
 
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import CPU, ROOT
 from test_methods import method
 
-from prune_lab.measure.perplexity import measure_quality
+from prune_lab.measure.perplexity import measure_losses, quality_of
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel, Loaded, ModelSource, Tiny
 from prune_lab.pruning.calibration import Calibrator
@@ -39,7 +39,7 @@ class Lab:
         model = copy.deepcopy(self.dense.model)
         method(option, amount, **keys).prune(Anatomy(model), amount, 0, self.calibrator)
         per_token = self.tokens.bytes_per_token("test")
-        return measure_quality(model, self.windows, per_token, 16, CPU, QUIET).perplexity
+        return quality_of(measure_losses(model, self.windows, 16, CPU, QUIET), per_token).perplexity
 
 
 def lab_of(model: ModelSource, text: TextSource, cache: Path) -> Lab:

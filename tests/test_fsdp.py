@@ -28,6 +28,7 @@ from prune_lab.errors import Refused
 from prune_lab.methods.base import Method
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.structured import Structured
+from prune_lab.models import loss
 from prune_lab.models.load import HubModel
 from prune_lab.recovery import train as loop
 from prune_lab.recovery.distill import Distill
@@ -82,8 +83,8 @@ def train(name: str, model: Path, folder: Path, world: World) -> dict[str, Any]:
         loaded, folder, log, method, schedule, steps=STEPS, dense=dense, tokens=Tokens(STORIES, loaded.tokenizer),
         checkpoint=folder / name / "training.safetensors", world=world,
     )  # fmt: skip
-    hooks = [  # of the model that computes, and of the optimizer that steps
-        loaded.model.register_forward_pre_hook(lambda module, _: at_work.update(model=module)),
+    hooks = [  # of the model that computes (losses go past its head's forward), and of the optimizer that steps
+        loaded.model.base_model.register_forward_pre_hook(lambda module, *_: at_work.update(model=module)),
         register_optimizer_step_post_hook(lambda optimizer, *_: at_work.update(optimizer=optimizer)),
     ]
     recipe.recover(loaded.model, training)
@@ -99,12 +100,12 @@ def train(name: str, model: Path, folder: Path, world: World) -> dict[str, Any]:
 
 @torch.no_grad()
 def holdings(model: Any, optimizer: Any, keep: dict[str, Tensor], start: Any) -> dict[str, int]:
-    """What this process has after a step: elements of weights and of optimizer state; pruned weights that are not 0."""
-    weights = dict(model.named_parameters())
+    """What this process has of a base model after a step, in elements; and how many pruned weights are not 0."""
+    weights = {f"model.{name}": weight for name, weight in model.named_parameters()}  # the head is the embedding
     states = [value for weight in weights.values() for key, value in optimizer.state.get(weight, {}).items()]
     moved = sum(int((local(weights[f"{name}.weight"])[~mask] != 0).sum()) for name, mask in keep.items())
     return {
-        "weights": sum(map(own, weights.values())) + (0 if start is model else sum(map(own, start.parameters()))),
+        "weights": sum(map(own, [*weights.values(), *(() if start.base_model is model else start.parameters())])),
         "state": sum(own(value) for value in states if value.ndim > 0),
         "moved": moved,
     }
@@ -125,6 +126,7 @@ def main(model: str, place: str) -> None:
     """In each of two processes: every case from its beginning, and from the checkpoint that one process left."""
     warnings.simplefilter("error")
     loop.LOG_EVERY = 1
+    loss.LEAST, loss.LOGITS_AT_ONCE = 16, 1  # several chunks of the head; one process has the logits whole
     world = join(CPU)
     for start, names in (("new", tuple(CASES)), ("left", LEFT)):
         for name in names:

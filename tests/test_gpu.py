@@ -19,7 +19,7 @@ from trainings import training_of, weights_of
 from transformers import AutoModelForCausalLM
 
 from prune_lab.measure.inference import prefill
-from prune_lab.measure.perplexity import measure_quality
+from prune_lab.measure.perplexity import measure_losses, quality_of
 from prune_lab.measure.replayed import Replayed
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.speed import measure_latency
@@ -127,7 +127,7 @@ def pruned(folder: Path, method: Method, device: Device) -> tuple[dict[str, Tens
     method.prune(Anatomy(model), method.amount, 0, Calibrator(WINDOWS, batch_size=2))
     assert {weight.device for weight in model.parameters()} == {device.torch_device}
     kept = {name: (weight != 0).cpu() for name, weight in model.state_dict().items()}
-    return kept, measure_quality(model, WINDOWS, 3.0, 2, device, QUIET).perplexity
+    return kept, quality_of(measure_losses(model, WINDOWS, 2, device, QUIET), 3.0).perplexity
 
 
 METHODS: list[Method] = [

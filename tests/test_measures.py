@@ -25,7 +25,7 @@ from prune_lab.config import parts as config
 from prune_lab.export.hf import HuggingFace
 from prune_lab.measure.batch_size import Trial, suggest
 from prune_lab.measure.memory import measure_memory
-from prune_lab.measure.perplexity import Quality, measure_quality
+from prune_lab.measure.perplexity import Quality, measure_losses, quality_of
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.size import measure_size
 from prune_lab.measure.speed import Paired, measure_latency
@@ -47,7 +47,7 @@ def windows_of(count: int, seq_len: int = 24) -> Tensor:
 
 
 def quality(model: Any, windows: Tensor, batch_size: int = 4) -> Quality:
-    return measure_quality(model, windows, BYTES_PER_TOKEN, batch_size, CPU, QUIET)
+    return quality_of(measure_losses(model, windows, batch_size, CPU, QUIET), BYTES_PER_TOKEN)
 
 
 @torch.no_grad()
@@ -131,6 +131,7 @@ def test_logits_are_made_a_few_positions_at_a_time(loaded: Loaded, monkeypatch: 
     made: list[int] = []
     hook = loaded.model.lm_head.register_forward_hook(lambda module, inputs, output: made.append(output.numel()))
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", limit)
+    monkeypatch.setattr(loss, "LEAST", 1)
     in_parts = quality(loaded.model, windows).perplexity
     hook.remove()
     assert max(made) <= max(limit, 300)

@@ -347,7 +347,7 @@ def test_a_tokenizer_that_needs_packages_names_them(own: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("file", "says"),
     [
-        ("model.gguf", "a GGUF file"), ("__0_0.distcp", "a distributed checkpoint"),
+        ("__0_0.distcp", "a distributed checkpoint"),
         ("tf_model.h5", "weights of TensorFlow"), ("flax_model.msgpack", "weights of Flax"),
         ("model.onnx", "an ONNX graph"),
     ],

@@ -18,7 +18,7 @@ from conftest import CPU, ROOT
 
 from prune_lab import __version__, dense_cache, job, out_of_memory
 from prune_lab.config import command_line
-from prune_lab.measure.perplexity import measure_quality
+from prune_lab.measure.perplexity import measure_losses, quality_of
 from prune_lab.models.load import TINY, Tiny
 from prune_lab.system.console import Console
 from prune_lab.text.stdlib import Stdlib
@@ -177,7 +177,8 @@ def test_the_shipped_model_is_trained() -> None:
     loaded = Tiny().load(CPU, seed=0)
     tokens = Tokens(Stdlib().corpus(), loaded.tokenizer)
     windows = tokens.windows("test", 256)[:40]
-    quality = measure_quality(loaded.model, windows, tokens.bytes_per_token("test"), 8, CPU, Console(quiet=True))
+    losses = measure_losses(loaded.model, windows, 8, CPU, Console(quiet=True))
+    quality = quality_of(losses, tokens.bytes_per_token("test"))
     assert 0.8 < quality.bits_per_byte < 1.6
     prompt = loaded.tokenizer("import os\n\n\ndef main(", return_tensors="pt")["input_ids"]
     written = loaded.model.generate(prompt, max_new_tokens=12, do_sample=False)

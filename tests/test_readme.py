@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, Cli
+from gguf_files import make_gguf
 from hydra._internal import hydra as hydra_of_main
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import create_config_search_path, get_args_parser
@@ -80,10 +81,11 @@ COMMANDS = [
 
 @pytest.mark.parametrize(("name", "command"), COMMANDS)
 def test_every_command_of_the_documents_is_understood(
-    name: str, command: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, command: str, cli: Cli, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run's jobs are composed and their parts built; what only answers, answers. No command is skipped."""
     program, words = words_of(command)
+    words = [re.sub(r"^(model\.name|recovery\.teacher)=.+\.gguf$", rf"\1={gguf}", word) for word in words]
     if program == "prune_lab.report":
         report_parser().parse_args(words)
     elif words[:1] == ["suggest"]:
@@ -102,6 +104,12 @@ def test_every_command_of_the_documents_is_understood(
 def answered(cli: Cli, words: list[str]) -> None:
     done = cli(*words)
     assert (done.returncode, bool(done.stdout)) == (0, True), done.stderr
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model in the place of the GGUF files that commands name: it must be there."""
+    return make_gguf(tmp_path_factory.mktemp("gguf") / "m.gguf")
 
 
 def build_jobs(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

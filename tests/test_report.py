@@ -120,15 +120,17 @@ def command(tmp_path: Path) -> Command:
     [
         (
             "lower",
-            "quality/perplexity quality/perplexity_ratio quality/bits_per_byte params/total params/nonzero size/disk_mb"
-            " memory/weights_mb memory/peak_mb latency/prefill_ms_p50 latency/prefill_ms_p95"
+            "quality/perplexity quality/perplexity_ratio quality/perplexity_ratio_high quality/kl quality/kl_p99"
+            " quality/bits_per_byte params/total params/nonzero size/disk_mb tasks/arc_easy_flips"
+            " memory/kv_cache_bytes_per_token memory/weights_mb memory/peak_mb"
+            " latency/prefill_ms_p50 latency/prefill_ms_p95"
             " latency/decode_ms_per_token_p50 latency/decode_ms_per_token_p95 time/prune_s time/measure_s",
         ),
         (
             "higher",
             "params/reduction params/physical_reduction size/reduction memory/reduction amount/requested"
             " amount/realized latency/prefill_speedup latency/decode_speedup_low latency/decode_speedup_high"
-            " throughput/decode_tokens_per_s tasks/arc_easy_acc",
+            " throughput/decode_tokens_per_s tasks/arc_easy_acc quality/same_top",
         ),
         (None, "unheard/of unheard/of_mb unheard/perplexity"),
     ],

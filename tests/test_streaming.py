@@ -22,7 +22,7 @@ from prune_lab.errors import Refused
 from prune_lab.export.bitmask import Bitmask
 from prune_lab.export.hf import HuggingFace
 from prune_lab.measure.macs import count_macs
-from prune_lab.measure.perplexity import measure_quality
+from prune_lab.measure.perplexity import measure_beside
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.size import measure_size
 from prune_lab.methods.base import Method
@@ -83,7 +83,11 @@ def compressed(folder: Path, method: Method, place: Path, stream: bool, propagat
     loaded = Loaded(own_copy(dense.model, place / "weights"), dense.tokenizer, dense.name, dense.family)
     calibrator = Calibrator(WINDOWS, propagate, batch_size=2) if method.calibrated else None
     pruned = method.prune(Anatomy(loaded.model), method.amount, 0, calibrator)
-    quality = [measure_quality(m, WINDOWS, 3.0, 2, device, Console(quiet=True)) for m in (dense.model, loaded.model)]
+    quiet = Console(quiet=True)
+    quality = []
+    for model in (dense.model, loaded.model):
+        losses, divergence = measure_beside(model, dense.model, 3, WINDOWS, 2, device, quiet)
+        quality.append((losses.tolist(), divergence))
     save_model(loaded, place / "export")
     check_reload(loaded.model, place / "export", WINDOWS[:1])
     size, macs = (
@@ -331,7 +335,7 @@ import torch
 from prune_lab.system.console import Console
 from prune_lab.system.device import Device
 from prune_lab.measure.memory import _peak, _reset_peak
-from prune_lab.measure.perplexity import measure_quality
+from prune_lab.measure.perplexity import measure_losses
 from prune_lab.methods.wanda import Wanda
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel
@@ -346,7 +350,7 @@ dense = HubModel(name=sys.argv[1], stream=True).load(device, 0)
 copied = own_copy(dense.model, Path(sys.argv[3]))
 windows = torch.randint(1, 300, (4, 32))
 Wanda().prune(Anatomy(copied), 0.5, 0, Calibrator(windows))
-measure_quality(copied, windows, 1.0, 2, device, Console(quiet=True))
+measure_losses(copied, windows, 2, device, Console(quiet=True))
 print(_peak() - before)
 """
 

@@ -30,7 +30,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy i
 # Metrics that every run logs by default: written out, so that a name that is changed or lost is noticed.
 METRICS = {
     "quality/perplexity", "quality/dense_perplexity", "quality/perplexity_ratio", "quality/bits_per_byte",
-    "quality/dense_bits_per_byte",
+    "quality/dense_bits_per_byte", "quality/perplexity_ratio_low", "quality/perplexity_ratio_high",
+    "quality/kl", "quality/kl_p50", "quality/kl_p99", "quality/same_top",
     "params/total", "params/dense_total", "params/nonzero", "params/dense_nonzero", "params/reduction",
     "params/physical_reduction",
     "amount/requested", "amount/realized",
@@ -40,7 +41,8 @@ METRICS = {
     "latency/decode_ms_per_token_p50", "latency/decode_ms_per_token_p95", "latency/dense_decode_ms_per_token_p50",
     "latency/decode_speedup", "latency/decode_speedup_low", "latency/decode_speedup_high",
     "throughput/decode_tokens_per_s",
-    "memory/weights_mb", "memory/dense_weights_mb", "memory/peak_mb", "memory/dense_peak_mb", "memory/reduction",
+    "memory/weights_mb", "memory/dense_weights_mb", "memory/kv_cache_bytes_per_token",
+    "memory/dense_kv_cache_bytes_per_token", "memory/peak_mb", "memory/dense_peak_mb", "memory/reduction",
     "compute/macs_per_token", "compute/dense_macs_per_token", "compute/effective_macs_per_token",
     "time/prune_s", "time/recover_s", "time/post_s", "time/measure_s",
 }  # fmt: skip

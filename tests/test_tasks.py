@@ -25,7 +25,7 @@ from prune_lab.measure import task_names
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.task_files import read_task_file
 from prune_lab.measure.task_setup import prepare_tasks
-from prune_lab.measure.tasks import measure_tasks
+from prune_lab.measure.tasks import _answers, measure_tasks
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.results.metrics import dense_figures
 from prune_lab.results.run_warnings import of_figures
@@ -37,12 +37,12 @@ Row = dict[str, Any]
 WORDS = ["cat", "dog", "bird", "fish", "sees", "likes", "finds", "thing", "the", "our", "one", "a"]
 
 
-def arc_rows(count: int = 12, seed: int = 0) -> list[Row]:
-    """Documents in the columns of allenai/ai2_arc, with choices of very different lengths."""
+def arc_rows(count: int = 12, seed: int = 0, words: tuple[int, int] = (1, 6)) -> list[Row]:
+    """Documents in the columns of allenai/ai2_arc, with choices of very different lengths, which decide by default."""
     draw = random.Random(seed)
     rows = []
     for number in range(count):
-        texts = [" ".join(draw.choices(WORDS, k=draw.randint(1, 6))) + f" {i}" for i in range(4)]
+        texts = [" ".join(draw.choices(WORDS, k=draw.randint(*words))) + f" {i}" for i in range(4)]
         choices = {"text": texts, "label": list("ABCD")}
         rows.append(
             {
@@ -79,7 +79,7 @@ def settings(folder: Path, *names: str, **options: Any) -> Measure:
 
 
 def score(loaded: Loaded, measure: Measure) -> dict[str, dict[str, float]]:
-    return measure_tasks(loaded.model, loaded.tokenizer, prepare_tasks(measure), measure.batch_size, QUIET)
+    return measure_tasks(loaded.model, loaded.tokenizer, prepare_tasks(measure), measure.batch_size, QUIET)[0]
 
 
 @torch.no_grad()
@@ -92,17 +92,23 @@ def log_probability(loaded: Loaded, context: str, continuation: str) -> float:
 
 def naive(loaded: Loaded, questions: list[tuple[str, list[str], int]]) -> dict[str, float]:
     """acc: the likeliest choice is right; acc_norm: the likeliest for its length; each with its standard error."""
+    right, right_norm = answered(loaded, questions)
+    found = {}
+    for name, values in (("acc", right), ("acc_norm", right_norm)):
+        found[name] = statistics.mean(values)
+        found[f"{name}_stderr"] = statistics.stdev(values) / math.sqrt(len(values))
+    return found | {"n": len(questions)}
+
+
+def answered(loaded: Loaded, questions: list[tuple[str, list[str], int]]) -> tuple[list[float], list[float]]:
+    """1 for each question whose likeliest choice is right, else 0; and the same for the likeliest for its length."""
     right, right_norm = [], []
     for question, choices, gold in questions:
         sums = [log_probability(loaded, f"Question: {question}\nAnswer:", f" {choice}") for choice in choices]
         by_length = [total / len(choice) for total, choice in zip(sums, choices, strict=True)]
         right.append(float(sums.index(max(sums)) == gold))
         right_norm.append(float(by_length.index(max(by_length)) == gold))
-    found = {}
-    for name, values in (("acc", right), ("acc_norm", right_norm)):
-        found[name] = statistics.mean(values)
-        found[f"{name}_stderr"] = statistics.stdev(values) / math.sqrt(len(values))
-    return found | {"n": len(questions)}
+    return right, right_norm
 
 
 def arc_questions(rows: list[Row]) -> list[tuple[str, list[str], int]]:
@@ -130,6 +136,31 @@ def test_the_live_model_is_scored(loaded: Loaded, tasks: Path) -> None:
     assert loaded.model.lm_head.weight is head
     assert after == {"arc_easy": pytest.approx(naive(loaded, arc_questions(arc_rows())))}
     assert after != before
+
+
+def test_answers_are_right_or_wrong_document_by_document(loaded: Loaded, tasks: Path) -> None:
+    """In the order of the documents, whatever order they are scored in; of those that the limit leaves."""
+    right = "".join(f"{value:.0f}" for value in answered(loaded, arc_questions(arc_rows()))[0])
+    assert {"0", "1"} == set(right)
+    for limit in (None, 7):
+        ready = prepare_tasks(settings(tasks, task_limit=limit))
+        assert measure_tasks(loaded.model, loaded.tokenizer, ready, 5, QUIET)[1] == {"arc_easy": right[:limit]}
+
+
+def test_answers_go_by_the_first_filter_and_are_right_or_wrong() -> None:
+    """Scores between 0 and 1, and those that are lists for an aggregate, are no answers."""
+
+    def samples(*values: Any) -> list[dict[str, Any]]:
+        return [
+            {"doc_id": number, "filter": by, "exact_match": value if by == "strict" else 1.0}
+            for by in ("strict", "flexible")
+            for number, value in reversed(list(enumerate(values)))
+        ]
+
+    assert _answers(samples(1.0, 0, True, numpy.bool_(False), numpy.float32(1)), "exact_match") == "10101"
+    for other in (0.5, None, (1, 0), [1.0, 0.0], "1", numpy.ones(2), math.nan):
+        assert _answers(samples(1.0, other), "exact_match") is None
+    assert _answers(samples(1.0), "acc") is None
 
 
 def test_several_tasks_and_a_limit(loaded: Loaded, tasks: Path) -> None:
@@ -169,13 +200,15 @@ def test_another_metric_goes_by_its_name(loaded: Loaded, tmp_path: Path) -> None
     write(tmp_path / "tasks", "wikitext", [{"page": page}])
     (ready,) = prepare_tasks(settings(tmp_path / "tasks", "wikitext"))
     assert ready.stamp["metric"] == "word_perplexity"
-    found = measure_tasks(loaded.model, loaded.tokenizer, (ready,), 4, QUIET)["wikitext"]
+    scores, answers = measure_tasks(loaded.model, loaded.tokenizer, (ready,), 4, QUIET)
+    found = scores["wikitext"]
     ids = [loaded.tokenizer.eos_token_id, *loaded.tokenizer(page)["input_ids"]]
     with torch.no_grad():
         logits = loaded.model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
     total = sum(float(logits[at - 1, ids[at]]) for at in range(1, len(ids)))
     assert found["word_perplexity"] == pytest.approx(math.exp(-total / len(page.split())), rel=1e-4)
     assert "acc" not in found
+    assert answers == {}  # no document is right or wrong
 
 
 def test_documents_longer_than_the_context_are_counted_and_said(loaded: Loaded, tmp_path: Path) -> None:
@@ -237,8 +270,10 @@ def test_dense_and_compressed_side_by_side_and_nobody_is_asked(
     small: list[str], tasks: Path, cli: Cli, loaded: Loaded, hub: Hub, tmp_path: Path
 ) -> None:
     """A Hub could be reached, and is not."""
-    write(tasks, "arc_easy", arc_rows(40))
-    asked = ["measure.tasks=[arc_easy,piqa]", f"measure.task_path={tasks}", "method=structured", "export=hf"]
+    rows = arc_rows(40, words=(3, 3))
+    write(tasks, "arc_easy", rows)
+    asked = ["measure.tasks=[arc_easy,piqa]", f"measure.task_path={tasks}", "method=structured"]
+    asked += ["amount=0.9", "export=hf"]
     away = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
     done = cli(*small, "tracking=none", *asked, "hydra.run.dir=here", **away)
     assert (done.returncode, done.stderr) == (0, "")
@@ -252,9 +287,14 @@ def test_dense_and_compressed_side_by_side_and_nobody_is_asked(
             assert f"tasks/{task}_{name}" not in dense_figures(metrics)
             assert f"tasks/{task}_{name}" in metrics
     exported = HubModel(name=str(tmp_path / "here/export")).load(CPU, seed=0)
-    expected = naive(exported, arc_questions(arc_rows(40)))
+    expected = naive(exported, arc_questions(rows))
     assert {name: metrics[f"tasks/arc_easy_{name}"] for name in expected} == pytest.approx(expected)
     assert any(value != metrics[f"tasks/dense_arc_easy_{name}"] for name, value in expected.items())
+    dense, compressed = (answered(of, arc_questions(rows))[0] for of in (loaded, exported))
+    flipped = statistics.mean(a != b for a, b in zip(dense, compressed, strict=True))
+    assert metrics["tasks/arc_easy_flips"] == pytest.approx(flipped)
+    assert flipped > abs(statistics.mean(dense) - statistics.mean(compressed))  # some each way
+    assert f"{flipped:.1%} flipped" in done.stdout
     for task, count in (("arc_easy", 40), ("piqa", 12)):
         (line,) = (line for line in done.stdout.splitlines() if f"{task}, acc of {count}" in line)
         for prefix in ("dense_", ""):

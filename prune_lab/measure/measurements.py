@@ -1,10 +1,11 @@
-"""Measurements of one model by itself."""
+"""Measurements of one model: by itself, and beside the dense one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+from prune_lab.measure.divergence import Divergence
 from prune_lab.measure.perplexity import Quality
 from prune_lab.measure.size import Size
 from prune_lab.measure.tasks import Scores
@@ -15,15 +16,22 @@ class Measurements:
     """Quality, size, memory and task scores.
 
     memory_mb: peak memory in MB (10^6 bytes), None where it was not asked for. tasks: the scores of each task by name.
+    answers: of each task whose documents are answered rightly or wrongly, "1" or "0" for each of them, in order.
+    divergence, ratio_interval: difference from the dense model, and the 95 % interval of the ratio of perplexities;
+    None of the dense model itself, and where there is none.
     """
 
     quality: Quality
     size: Size
     memory_mb: float | None
     tasks: dict[str, Scores] = field(default_factory=dict)
+    answers: dict[str, str] = field(default_factory=dict)
+    divergence: Divergence | None = None
+    ratio_interval: tuple[float, float] | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Measurements:
-        """From what `asdict` made of them and JSON kept."""
+        """From what `asdict` made of a dense model's and JSON kept."""
         quality = {name: float(value) for name, value in values["quality"].items()}  # a diverged one stands as "inf"
-        return cls(Quality(**quality), Size(**values["size"]), values["memory_mb"], values["tasks"])
+        size = Size(**values["size"])
+        return cls(Quality(**quality), size, values["memory_mb"], values["tasks"], values["answers"])

@@ -17,6 +17,7 @@ class Measure:
 
     batch_size: windows of a forward pass of the perplexity, and texts of one of the tasks.
     max_windows: the first so many windows of the test split; None: all.
+    kl_windows: the first so many of these, on which the dense model runs beside the compressed one; None: all, 0: none.
     latency: prefill and decode, timed in `pairs` of dense and compressed, at least MIN_PAIRS, after `warmup` pairs that
     do not count, on a prompt of `prompt_tokens` with `decode_tokens` after it: the sizes of memory and energy too.
     batch_sizes, lengths: prompts that are timed beside that one, each number of rows with each number of tokens.
@@ -28,6 +29,7 @@ class Measure:
 
     batch_size: int = 8
     max_windows: int | None = None
+    kl_windows: int | None = 32
     latency: bool = True
     pairs: int = 20
     warmup: int = 3
@@ -48,8 +50,8 @@ class Measure:
         for name in ("batch_sizes", "lengths", "tasks"):  # tuples: the evaluator of a sweep is found again by its parts
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, least in (
-            ("batch_size", 1), ("max_windows", 1), ("pairs", MIN_PAIRS), ("warmup", 1), ("prompt_tokens", 1),
-            ("decode_tokens", 1), ("task_limit", 1), ("task_shots", 0),
+            ("batch_size", 1), ("max_windows", 1), ("kl_windows", 0), ("pairs", MIN_PAIRS), ("warmup", 1),
+            ("prompt_tokens", 1), ("decode_tokens", 1), ("task_limit", 1), ("task_shots", 0),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:

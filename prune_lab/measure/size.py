@@ -7,19 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.contents import count_nonzero, count_weights
+from prune_lab.models.low_bit.linears import LowBitLinear
 
 MB = 1e6
 
 
 @dataclass(frozen=True)
 class Size:
-    """Counts of a model's own tensors, and their megabytes (10^6 bytes); a tied matrix counts once."""
+    """Counts of a model's own tensors, and their megabytes (10^6 bytes); a tied matrix counts once.
+
+    kv_cache_bytes: what the key-value cache holds of each token.
+    """
 
     params: int
     nonzero: int
     weights_mb: float
     disk_mb: float
+    kv_cache_bytes: int
 
 
 def held_bytes(tensor: Any) -> int:
@@ -37,4 +43,29 @@ def measure_size(model: Any, files: Iterable[Path]) -> Size:
         nonzero=count_nonzero(model),
         weights_mb=sum(held_bytes(t) for t in held) / MB,
         disk_mb=sum(file.stat().st_size for file in files) / MB,
+        kv_cache_bytes=kv_cache_bytes(Anatomy(model)),
     )
+
+
+def kv_cache_bytes(anatomy: Anatomy) -> int:
+    """Bytes of keys and values that generation keeps for a token, over all blocks, in the number type of the model.
+
+    Counted from the shapes of the attention's Linears. A block with a sliding window keeps a token while it is within
+    the window, and counts as the others.
+    """
+    family, width = anatomy.family, 0
+    for block in anatomy.blocks:
+        written = {slot.linear for slot in family.units["heads"].slots if slot.side == "rows"}
+        rows = sum(_shape(block.get_submodule(name))[0] for name in written)
+        width += rows - _shape(block.get_submodule(family.attention_output))[1]  # without those of the query heads
+    return width * int(anatomy.model.get_input_embeddings().weight.element_size())
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    """Outputs and inputs of a Linear of any kind."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, LowBitLinear):
+        return module.out_features, module.in_features
+    first, second = module.weight.shape
+    return (second, first) if isinstance(module, Conv1D) else (first, second)

@@ -68,7 +68,7 @@ class _Comparison:
 
     def __init__(self, stored: Shards, config: Any, name: str) -> None:
         self.stored, self.config, self.name = stored, config, name
-        self.model = _skeleton(config)
+        self.model = skeleton(config)
         self.prefix = f"{self.model.base_model_prefix}."
         self.family = family_of(config.model_type)
         self.blocks = self.family.blocks
@@ -216,8 +216,8 @@ class _Comparison:
         return int(found[1]) if found else None
 
 
-def _skeleton(config: Any) -> Any:
-    """The model of a config without values."""
+def skeleton(config: Any) -> Any:
+    """The model of a config without values, on the meta device."""
     from transformers import AutoModelForCausalLM
 
     quantized = getattr(config, "quantization_config", None)

@@ -14,6 +14,7 @@ from prune_lab.models.checkpoint import read_checkpoint
 from prune_lab.models.export_config import rewrite_configs
 from prune_lab.models.formats import load
 from prune_lab.models.load import Loaded
+from prune_lab.models.loss import by_chunks, last_states, logits_of
 from prune_lab.models.offload import streamed
 from prune_lab.models.offload.on_disk import lay_out_model, weights_on_disk
 from prune_lab.system.files import atomic_folder
@@ -86,18 +87,22 @@ def check_logits(model: Any, again: Any, folder: Path, tokens: Tensor, exact: bo
     RuntimeError where they differ.
     """
     tokens = tokens.to(model.device)
-    expected, found = (_logits(m, tokens) for m in (model, again))
-    difference = float((expected - found).abs().max())
+    expected, found = (_states(m, tokens) for m in (model, again))
+    differences = by_chunks(
+        model, lambda a, b: (logits_of(model, a) - logits_of(again, b)).abs().amax(1), expected, found
+    )
+    largest = float(by_chunks(model, lambda a: logits_of(model, a).abs().amax(1), expected).max())
+    difference = float(differences.max())
     tolerance = 1e-5 if exact else max(1e-5, 8 * torch.finfo(model.dtype).eps)
-    if not difference <= tolerance * max(1.0, float(expected.abs().max())):
+    if not difference <= tolerance * max(1.0, largest):
         raise RuntimeError(f"the export in {folder} does not reload: its logits differ by {difference:g}")
 
 
-def _logits(model: Any, tokens: Tensor) -> Tensor:
-    """Logits of one window, float32, wherever the model's weights are."""
+def _states(model: Any, tokens: Tensor) -> Tensor:
+    """States before the head of one window, shape (tokens, hidden), wherever the model's weights are."""
     if weights_on_disk(model) is None:
-        return model(input_ids=tokens, use_cache=False).logits.float()
+        return last_states(model, tokens)[0]
     stream = BlockStream(Anatomy(model), tokens, 1)
     stream.run(lambda _: None)
     with stream.replayed(0):
-        return model(input_ids=tokens, use_cache=False).logits.float()
+        return last_states(model, tokens)[0]

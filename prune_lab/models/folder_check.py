@@ -21,7 +21,7 @@ _MOST = dict.fromkeys(_LAYERS, 10_000) | dict.fromkeys(_WIDTHS, 2**24)
 _PICKLE = "a pickle that could run code"
 _OTHERS = (
     ("*.bin", _PICKLE), ("*.pt", _PICKLE), ("*.pth", _PICKLE), ("*.pkl", _PICKLE), ("*.ckpt", _PICKLE),
-    ("*.gguf", "a GGUF file"), ("*.distcp", "a distributed checkpoint of PyTorch (torch.distributed.checkpoint)"),
+    ("*.distcp", "a distributed checkpoint of PyTorch (torch.distributed.checkpoint)"),
     ("*.h5", "weights of TensorFlow"), ("*.msgpack", "weights of Flax"), ("*.onnx", "an ONNX graph"),
     ("*.npz", "arrays of NumPy"), ("global_step*", "a checkpoint of DeepSpeed"),
 )  # fmt: skip
@@ -36,6 +36,13 @@ def check_folder(folder: Path, weights: str, called: str | None = None) -> None:
     """
     name = f"name={(called or str(folder))!r}"
     config = folder / "config.json"
+    has_weights, ggufs = any(folder.glob("*.safetensors")), sorted(folder.glob("*.gguf"))
+    if ggufs and not has_weights and (weights == "pretrained" or not config.is_file()):
+        one = folder / ggufs[0].name
+        raise ValueError(
+            f"{name} holds only GGUF files ({', '.join(path.name for path in ggufs[:3])}{', ...' * (len(ggufs) > 3)}): "
+            f"name one of them, model.name={one}"
+        )
     if not config.is_file():
         raise ValueError(f"{name} has no config.json: give a folder in the Hugging Face layout")
     try:
@@ -48,7 +55,7 @@ def check_folder(folder: Path, weights: str, called: str | None = None) -> None:
         raise ValueError(
             f"{name} holds an adapter (adapter_config.json), which names the model it is for: merge it into that model"
         )
-    if weights == "pretrained" and not list(folder.glob("*.safetensors")):
+    if weights == "pretrained" and not has_weights:
         held = next((f"only {path.name}, {what}" for pattern, what in _OTHERS for path in folder.glob(pattern)), None)
         raise ValueError(
             f"{name} holds {held or 'no weights'}: only *.safetensors are read; convert it, or give "
@@ -93,3 +100,15 @@ def _check_shards(folder: Path, name: str) -> None:
             f"{name} lacks {', '.join(missing[:3])}, which its {file} names: the download is not complete; fetch it "
             "again"
         )
+
+
+def licence_of(card: Path | None) -> str | None:
+    """The licence that a model card's YAML header names, if there is a card and it does."""
+    import yaml
+
+    try:
+        text = card.read_text(encoding="utf-8") if card is not None else ""
+        header = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
+        return str(header["license"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError, yaml.YAMLError):
+        return None

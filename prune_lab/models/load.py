@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import weakref
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prune_lab.errors import Refused
 from prune_lab.fingerprint import digest_of
-from prune_lab.models.folder_check import check_folder
-from prune_lab.system.hub import as_folder, cached_file, check_reachable, commit_of, download, is_hub_id
+from prune_lab.models import formats
+from prune_lab.models.folder_check import check_folder, licence_of
+from prune_lab.models.gguf_header import SUFFIX
+from prune_lab.system.hub import as_place, cached_file, check_reachable, commit_of, download, is_hub_id
 from prune_lab.text.encode import tokenizer_settings, tokenizer_sha256
 
 if TYPE_CHECKING:
@@ -104,31 +108,37 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class HubModel(ModelSource):
-    """model=hf: a folder in the Hub's layout or a Hub id."""
+    """model=hf: a folder in the Hub's layout, a GGUF file, or a Hub id."""
 
     name: str = ""
     revision: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (folder := as_folder(self.name)) is not None:
-            check_folder(folder, self.weights)
+        if (place := as_place(self.name)) is not None:
+            formats.check(place, self.weights)
+        elif self.name.lower().endswith(SUFFIX):
+            raise ValueError(
+                f"name={self.name[:200]!r} is no file here: give the path of a GGUF file; one on the Hub is fetched "
+                "with 'hf download REPOSITORY FILE.gguf --local-dir .' on a machine with a network"
+            )
         elif not is_hub_id(self.name):
             raise ValueError(
                 f"name={self.name[:200]!r} is neither a folder here nor a Hub id such as Qwen/Qwen2.5-0.5B"
             )
 
     def files(self) -> list[Path]:
-        """Files of the folder."""
-        folder = as_folder(self.name)
-        return [] if folder is None else [path for path in folder.iterdir() if path.is_file()]
+        """Files of the folder, or the file."""
+        place = as_place(self.name)
+        return [] if place is None else formats.files_of(place)
 
     def config(self) -> Any:
-        """From the folder, else from the Hub or its cache on this machine."""
+        """From the folder or file, else from the Hub or its cache on this machine."""
         from prune_lab.models.build import read_config
 
-        if (folder := as_folder(self.name)) is not None:
-            return read_config(str(folder), None, self.name)
+        if (place := as_place(self.name)) is not None:
+            with formats.opened(place, self.name, None) as found:
+                return read_config(str(found.folder), None, self.name)
         self._check_reachable()
         return read_config(self.name, self.revision, self.name)
 
@@ -137,11 +147,9 @@ class HubModel(ModelSource):
             check_reachable("model.name", self.name)
 
     def load(self, device: Device, seed: int) -> Loaded:
-        """Loads from the folder, else from the Hub or its cache on this machine."""
-        if (folder := as_folder(self.name)) is not None:
-            loaded = _load(str(folder), None, self, self.name, device, seed)
-            loaded.licence = licence_of(folder / "README.md")
-            return loaded
+        """Loads from the folder or file, else from the Hub or its cache on this machine."""
+        if (place := as_place(self.name)) is not None:
+            return self._load_from(place, device, seed)
         self._check_reachable()
         source = self.name
         if self.weights == "pretrained":
@@ -151,6 +159,21 @@ class HubModel(ModelSource):
         config = cached_file(self.name, "config.json", self.revision)
         loaded.revision = commit_of(config, "config.json") if config else None
         loaded.licence = licence_of(cached_file(self.name, "README.md", self.revision))
+        return loaded
+
+    def _load_from(self, place: Path, device: Device, seed: int) -> Loaded:
+        with ExitStack() as stack:
+            dtype = device.dtype if self.weights == "pretrained" else None
+            found = stack.enter_context(formats.opened(place, self.name, dtype))
+            loaded = _load(str(found.folder), None, self, self.name, device, seed)
+            loaded.licence = found.licence
+            loaded.warnings[:0] = found.notes
+            if self.stream:  # its blocks are read from the folder for as long as there is a copy of it
+                from prune_lab.models.offload.on_disk import weights_on_disk
+
+                weights = weights_on_disk(loaded.model)
+                assert weights is not None
+                weakref.finalize(weights.source, stack.pop_all().close)
         return loaded
 
     def _check(self, downloaded: Path) -> None:
@@ -207,15 +230,3 @@ def _tokenizer_config(source: str, revision: str | None) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path is not None else {}
     except (OSError, ValueError, TypeError):
         return {}
-
-
-def licence_of(card: Path | None) -> str | None:
-    """The licence that a model card's YAML header names, if there is a card and it does."""
-    import yaml
-
-    try:
-        text = card.read_text(encoding="utf-8") if card is not None else ""
-        header = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
-        return str(header["license"])
-    except (OSError, ValueError, KeyError, IndexError, TypeError, yaml.YAMLError):
-        return None

@@ -1,32 +1,81 @@
-"""Next-token loss of each window, for perplexity, calibration and sensitivity analysis."""
+"""Next-token losses, with gradients or without: the head over some positions at a time, wherever logits are needed.
+
+The logits of a whole window are never held, forward or backward: with a vocabulary of 262,144 they are a megabyte for
+each token, and a loss with its gradient needs several times that.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 LOGITS_AT_ONCE = 2**22  # elements; so peak memory does not grow with vocabulary x window
 TIMES_ON_GPU = 16  # as many there: products of few positions, 32 of a vocabulary of 128,256, only read the head
+LEAST = 128  # positions, however large the vocabulary: with 16 of 262,144 a loss takes thrice as long, to read the head
+
+
+def last_states(model: Any, batch: Tensor) -> Tensor:
+    """Hidden states that the head reads, shape (windows, tokens, hidden)."""
+    states: Tensor = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
+    return states
+
+
+def logits_of(model: Any, states: Tensor) -> Tensor:
+    """Logits of some states, shape (rows, hidden): (rows, vocabulary), fp32."""
+    logits: Tensor = model.get_output_embeddings()(states).float()
+    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2 soft-caps its logits
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def by_chunks(model: Any, of_rows: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """Results of `of_rows`, shape (rows, ...), called with as many rows as the logits of may be held at once.
+
+    rows: tensors with the same number of rows, such as states and targets. Where there are gradients, each chunk's
+    logits are computed again in the backward pass.
+    """
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    at_once = max(LEAST, LOGITS_AT_ONCE * (TIMES_ON_GPU if rows[0].is_cuda else 1) // vocabulary)
+    chunks = list(zip(*(tensor.split(at_once) for tensor in rows), strict=True))
+    if len(chunks) == 1 or not torch.is_grad_enabled():
+        return torch.cat([of_rows(*chunk) for chunk in chunks])
+    again = [checkpoint(of_rows, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return torch.cat(again)
+
+
+def losses_at(model: Any, states: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of targets in nats, in their shape (windows, tokens), fp32, from last states at their positions."""
+
+    def of_rows(of_states: Tensor, wanted: Tensor) -> Tensor:
+        return cross_entropy(logits_of(model, of_states), wanted, reduction="none")
+
+    return by_chunks(model, of_rows, states.flatten(0, 1), targets.flatten()).view(targets.shape)
+
+
+def targets_of(batch: Tensor, prefix: int = 0) -> Tensor:
+    """Tokens of a batch that are predicted, shape (windows, seq_len - 1).
+
+    `batch` has shape (windows, prefix + seq_len): of the text's tokens they are all but the first, whatever stands
+    before it (a BOS token).
+    """
+    return batch[:, prefix + 1 :]
+
+
+def target_states(model: Any, batch: Tensor, prefix: int = 0) -> Tensor:
+    """Last states at the positions that predict `targets_of(batch, prefix)`: (windows, seq_len - 1, hidden)."""
+    return last_states(model, batch)[:, prefix:-1]
+
+
+def token_losses(model: Any, batch: Tensor, prefix: int = 0) -> Tensor:
+    """Cross-entropy of `targets_of(batch, prefix)` in nats, in their shape, fp32; with gradients where they are on."""
+    return losses_at(model, target_states(model, batch, prefix), targets_of(batch, prefix))
 
 
 @torch.no_grad()
 def window_losses(model: Any, batch: Tensor, prefix: int = 0) -> Tensor:
-    """Mean cross-entropy of each window in nats, shape (windows,), fp32.
-
-    `batch` has shape (windows, prefix + seq_len): of the text's tokens all but the first are predicted, whatever stands
-    before it (a BOS token).
-    The head runs over a few positions at a time, so the logits of a whole window are never held.
-    """
-    hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state[:, prefix:-1]
-    head, targets = model.get_output_embeddings(), batch[:, prefix + 1 :].reshape(-1)
-    rows = max(1, LOGITS_AT_ONCE * (TIMES_ON_GPU if hidden.is_cuda else 1) // head.weight.shape[0])
-    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2 soft-caps its logits
-    losses = []
-    for states, wanted in zip(hidden.reshape(-1, hidden.shape[-1]).split(rows), targets.split(rows), strict=True):
-        logits = head(states).float()
-        logits = logits if cap is None else cap * torch.tanh(logits / cap)
-        losses.append(cross_entropy(logits, wanted, reduction="none"))
-    return torch.cat(losses).view(len(batch), -1).mean(1)
+    """Mean cross-entropy of each window in nats, shape (windows,), fp32; `batch` as of `targets_of`."""
+    return token_losses(model, batch, prefix).mean(1)

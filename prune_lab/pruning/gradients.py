@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import Anatomy, out_in
+from prune_lab.models.loss import token_losses
 from prune_lab.system.console import Console
 
 Reduce = Callable[[str, Tensor], Tensor]
@@ -57,8 +57,7 @@ def saliency(
         with console.progress(windows.numel(), "gradients", unit="tok") as bar, torch.enable_grad():
             for window in windows.split(1):
                 tokens = window.to(device)
-                logits = model(input_ids=tokens, use_cache=False).logits[0, prefix:-1].float()
-                (cross_entropy(logits, tokens[0, prefix + 1 :]) * scale).backward()
+                (token_losses(model, tokens, prefix).mean() * scale).backward()
                 bar.update(tokens.numel())
     finally:
         for hook in hooks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prune_lab.models.anatomy import Anatomy
-from prune_lab.models.loss import window_losses
 from prune_lab.pruning.masks import Masks
 from prune_lab.recovery.optimizer import adamw
 from prune_lab.recovery.recipe import TrainingRecipe
@@ -27,9 +27,9 @@ class Unsharded:
     def gather(self) -> None:
         """Puts what was trained into the model and the optimizer that this was made from: here they are those."""
 
-    def window_losses(self, batch: Tensor, prefix: int) -> Tensor:
-        """Mean cross-entropy of each window in nats, shape (windows,); `batch`: (windows, prefix + seq_len)."""
-        return window_losses(self.model, batch, prefix)
+    def call(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """Result of a function of the model and further arguments, such as a loss."""
+        return function(self.model, *arguments)
 
 
 class Sharded(Unsharded):
@@ -50,8 +50,8 @@ class Sharded(Unsharded):
         weights = {id(weight): weight for weight in whole.model.parameters()}
         model = copy.deepcopy(whole.model, weights)  # with the same weights, until they are sharded
         _shard(model, world, bfloat16)
-        model.window_losses = partial(window_losses, model)  # it goes past the model's own forward
-        register_fsdp_forward_method(model, "window_losses")
+        model.called = partial(_called, model)  # losses go past the model's own forward
+        register_fsdp_forward_method(model, "called")
         super().__init__(model, adamw(model, recipe), _masks_of(model, whole.masks))
         for hollow, shard in self._pairs():
             state = whole.optimizer.state.pop(hollow, {})
@@ -69,15 +69,19 @@ class Sharded(Unsharded):
             if state:
                 self._whole.optimizer.state[hollow] = {key: full(value) for key, value in state.items()}
 
-    def window_losses(self, batch: Tensor, prefix: int) -> Tensor:
-        """Losses as of an unsharded model."""
-        losses: Tensor = self.model.window_losses(batch, prefix)
-        return losses
+    def call(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """Result as of an unsharded model: the weights outside of the blocks are put together meanwhile."""
+        found: Tensor = self.model.called(function, *arguments)
+        return found
 
     def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Each weight of the whole model, and its shard."""
         shards = dict(self.model.named_parameters())
         return [(weight, shards[name]) for name, weight in self._whole.model.named_parameters()]
+
+
+def _called(model: Any, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return function(model, *arguments)
 
 
 @torch.no_grad()

@@ -146,7 +146,7 @@ class _Loop:
         mine, total = world.share(batch), 0.0
         for part in mine.chunk(self.recipe.accumulate):
             with self.autocast:
-                loss = self.loss_of(model, part.to(place)) * (len(part) / len(mine))
+                loss = self.work.call(self.loss_of, part.to(place)) * (len(part) / len(mine))
             loss.backward()
             total += float(loss.detach())
         mean = torch.tensor([total], device=place)

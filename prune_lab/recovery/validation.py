@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prune_lab.errors import Refused
+from prune_lab.models.loss import window_losses
 from prune_lab.recovery.context import TrainingContext
 from prune_lab.recovery.recipe import TrainingRecipe
 from prune_lab.recovery.sharding import Unsharded, full
@@ -54,7 +55,7 @@ class Validation:
         losses, place, prefix = [], self._training.device.torch_device, self._training.bos.length
         with autocast:
             for batch in self._windows.split(self._recipe.batch_size):
-                losses.append(trained.window_losses(batch.to(place, torch.int64), prefix).cpu())
+                losses.append(trained.call(window_losses, batch.to(place, torch.int64), prefix).cpu())
         trained.model.train()
         mean = share(float(torch.cat(losses).double().mean()))
         perplexity = math.exp(mean) if mean < 700 else math.inf

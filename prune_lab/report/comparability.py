@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prune_lab.results.summary import Summary
 
-STAMP = ("dataset", "test_tokens_sha256", "seq_len", "windows", "bos", "dtype", "device")
+STAMP = ("dataset", "test_tokens_sha256", "seq_len", "windows", "divergence", "bos", "dtype", "device")
 _HASH = 36  # as much of a hash as MLflow keeps; a tenth of that is enough to read
 
 

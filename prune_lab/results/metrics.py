@@ -86,6 +86,18 @@ METRICS = (
            measured="exp of the mean cross-entropy of the next token over the test windows ([below](#quality))"),
     Metric("quality/perplexity_ratio", "times dense", "lower", 1.0, title="perplexity, times the dense model's",
            form=".3f", logarithmic=True, measured="perplexity / the dense model's"),
+    Metric("quality/perplexity_ratio_{bound}", "times dense", "lower", 1.0, form=".3f",
+           measured="its 95 % interval over the test text, from the losses of the same tokens ([below](#quality))"),
+    Metric("quality/kl", "nats", "lower", 0.0, title="KL divergence from the dense model (nats)", form=".4f",
+           measured="KL(dense || compressed) of the next token, mean over the targets of the first "
+                    "`measure.kl_windows` windows ([below](#quality))"),
+    Metric("quality/kl_p50", "nats", "lower", 0.0, title="median KL divergence (nats)", form=".4f",
+           measured="its median over these targets"),
+    Metric("quality/kl_p99", "nats", "lower", 0.0, title="99th percentile of the KL divergence (nats)", form=".4f",
+           measured="its 99th percentile: the worst targets, which a mean hides"),
+    Metric("quality/same_top", "fraction", "higher", 1.0, title="same likeliest token as the dense model", form=".4f",
+           measured="share of these targets at which both models find the same token likeliest; of equally likely ones "
+                    "the first"),
     Metric("quality/bits_per_byte", "bits", "lower", MEASURED, title="bits per byte", row="bits per byte", form=".4f",
            measured="the same mean, in bits, for a byte of the test text in place of a token"),
     Metric("amount/requested", "fraction", "higher", 0.0,  # of two equally good runs, removing more is better
@@ -112,6 +124,10 @@ METRICS = (
     Metric("size/reduction", "fraction", "higher", 0.0, measured="1 - bytes on disk / the dense model's"),
     Metric("memory/weights_mb", "MB", "lower", MEASURED, title="weights in memory (MB)", row="weights in memory, MB",
            form=".2f", measured="bytes of parameters and buffers in memory, a tied one once"),
+    Metric("memory/kv_cache_bytes_per_token", "bytes", "lower", MEASURED, title="KV cache (bytes per token)",
+           row="KV cache, bytes per token", form=",.0f",
+           measured="keys and values of a token in all blocks, from the shapes of the Linears and the number type; "
+                    "with a sliding window, while the token is within it"),
     Metric("memory/peak_mb", "MB", "lower", MEASURED, title="peak memory (MB)", row="peak memory, MB", form=".1f",
            measured="peak of loading and inference ([below](#memory)); `measure.memory`"),
     Metric("memory/reduction", "fraction", "higher", 0.0, measured="1 - peak / the dense model's"),
@@ -121,6 +137,9 @@ METRICS = (
            measured="lm-eval's own scores ([below](#tasks)); `measure.tasks`"),
     Metric("tasks/{task}_{likelihood}", "", "lower", MEASURED, form=".4f",
            measured="scores of tasks that measure likelihood; in bits where the name says so"),
+    Metric("tasks/{task}_flips", "fraction", "lower", 0.0, title="{task}: answers that flipped", form=".4f",
+           measured="share of documents that one of the two models answers rightly and the other does not "
+                    "([below](#tasks))"),
     Metric("tasks/{task}_n", "documents", None, MEASURED, measured="how many were scored"),
     Metric("tasks/{task}_truncated", "documents", None, MEASURED,
            measured="of how many the model's context held the end alone (absent where it held all)"),
@@ -284,13 +303,18 @@ class Interval:
         return self.low <= value <= self.high
 
 
+def interval(metrics: Values, name: str) -> Interval | None:
+    """Value of a metric between its `_low` and `_high`; None where a run lacks one of the three."""
+    names = [f"{name}{end}" for end in ("", "_low", "_high")]
+    return Interval(*(metrics[one] for one in names)) if metrics.keys() >= set(names) else None
+
+
 def speedup_interval(metrics: Values, stage: str, at: str = "") -> Interval | None:
     """Speed-up of a stage with its 95 % interval, None where it was not timed.
 
     stage: prefill or decode; after aa_ that of the dense model against itself. at: one shape, such as _b4_l128.
     """
-    name = f"latency/{stage}_speedup{at}"
-    return Interval(*(metrics[f"{name}{end}"] for end in ("", "_low", "_high"))) if name in metrics else None
+    return interval(metrics, f"latency/{stage}_speedup{at}")
 
 
 def speedup(metrics: Values, stage: str, at: str = "") -> str:

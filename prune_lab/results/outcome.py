@@ -7,7 +7,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from prune_lab.results.metrics import METRICS, dense_name, members, of_dense, speedup
+from prune_lab.results.metrics import METRICS, dense_name, formatted, interval, members, of_dense, speedup
 from prune_lab.results.summary import Summary
 from prune_lab.system.console import Console
 
@@ -44,12 +44,29 @@ def show(summary: Summary, console: Console) -> None:
         console.result(table)
     removed = f"amount    {m['amount/realized']:.4f} of the pruned scope ({m['amount/requested']:g} requested)"
     console.result(removed)
+    if divergence := beside_dense(m):
+        console.result(f"quality   {divergence}")
     for warning in summary.warnings:
         console.result(f"note      {warning}")
     if summary.reused_from:
         console.result(
             f"note      finished before, not computed again ({summary.folder}); resume=false computes it anew"
         )
+
+
+def beside_dense(m: dict[str, float]) -> str:
+    """Quality of a run relative to the dense model in a line: ratio of perplexities, KL divergence, likeliest tokens.
+
+    Empty where none of it was measured.
+    """
+    parts = []
+    if ratio := interval(m, "quality/perplexity_ratio"):
+        parts.append(f"{ratio:.3f} times the dense perplexity")
+    if "quality/kl" in m:
+        parts.append(f"KL {formatted(m, 'quality/kl')} nats")
+    if "quality/same_top" in m:
+        parts.append(f"same top token {m['quality/same_top']:.1%}")
+    return ", ".join(parts)
 
 
 def tables(m: dict[str, float], tasks: list[dict[str, Any]]) -> list[Table]:
@@ -73,6 +90,8 @@ def _table(m: dict[str, float], tasks: list[dict[str, Any]]) -> Table:
         if {name, dense_name(name)} <= m.keys():
             title = f"{task['task']}, {task['metric']} of {task['documents']:,}"
             change = f"{m[name] - m[dense_name(name)]:+.4f}"
+            if (flipped := m.get(f"tasks/{task['task']}_flips")) is not None:
+                change += f", {flipped:.1%} flipped"
             table.add_row(title, _score(m, dense_name(name)), _score(m, name), change)
     for metric in _TIMED:
         if metric.name in m:

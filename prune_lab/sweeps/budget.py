@@ -9,13 +9,16 @@ from typing import Any
 
 from prune_lab.results.metrics import axis
 
+_QUALITY = ("quality/", "tasks/")  # what pruning costs; other metrics are what it saves
+
 
 @dataclass(frozen=True)
 class Budget:
     """Upper bounds on metrics, and the metric by which candidates that keep to them are compared.
 
-    Bounds are on quality, which the largest amount that keeps to them is looked for (`quality/perplexity_ratio: 1.1`),
-    or on cost, which the smallest such amount is (`size/disk_mb: 12`, `latency/decode_ms_per_token_p50: 3`).
+    Bounds are on quality, which the largest amount that keeps to them is looked for (`quality/perplexity_ratio: 1.1`,
+    `quality/kl: 0.05`, `tasks/piqa_flips: 0.1`), or on cost, which the smallest such amount is (`size/disk_mb: 12`,
+    `latency/decode_ms_per_token_p50: 3`).
     """
 
     at_most: Mapping[str, float]
@@ -34,7 +37,7 @@ class Budget:
                     f"hydra.sweeper.at_most: {name!r} is not a metric that is better when lower, such as "
                     "quality/perplexity_ratio, size/disk_mb, latency/decode_ms_per_token_p50"
                 )
-        if len({name.startswith("quality/") for name in self.at_most}) > 1:
+        if len({name.startswith(_QUALITY) for name in self.at_most}) > 1:
             raise ValueError(
                 "hydra.sweeper.at_most bounds quality and cost at once, which pull the amount both ways: bound one, "
                 "and name the other in hydra.sweeper.best"
@@ -47,7 +50,7 @@ class Budget:
     @property
     def on_quality(self) -> bool:
         """True where quality is bounded (and the largest amount wanted) rather than cost (the smallest)."""
-        return next(iter(self.at_most)).startswith("quality/")
+        return next(iter(self.at_most)).startswith(_QUALITY)
 
     def holds(self, metrics: Mapping[str, float]) -> bool:
         """True where a run keeps to it; a metric that it lacks (it diverged, or was not measured) does not."""

@@ -22,6 +22,17 @@ def as_folder(name: str) -> Path | None:
         return None
 
 
+def as_place(name: str) -> Path | None:
+    """The folder or regular file of that name on this machine, if there is one."""
+    if (folder := as_folder(name)) is not None:
+        return folder
+    try:
+        file = as_path(name)
+        return file if name and file.is_file() else None
+    except (OSError, ValueError):
+        return None
+
+
 def is_hub_id(name: str) -> bool:
     """True where a repository on the Hub could have that name."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id

@@ -34,7 +34,7 @@ from floors import SIZE, Shape, Step
 from stages import HEADER, Row, Stages
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from prune_lab.measure.perplexity import measure_quality
+from prune_lab.measure.perplexity import measure_losses, quality_of
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.speed import Paired, measure_latency
 from prune_lab.methods.base import Method
@@ -144,8 +144,8 @@ class Case:
         """Perplexity of a model."""
         text, batch_size, device = self.evaluation, self.load.measure.batch_size, self.stages.device
         self.stages.run(
-            self.name, stage, steps, lambda: measure_quality(model, text, 1.0, batch_size, device, QUIET),
-            lambda quality: f"perplexity {quality.perplexity:.8g}",
+            self.name, stage, steps, lambda: measure_losses(model, text, batch_size, device, QUIET),
+            lambda losses: f"perplexity {quality_of(losses, 1.0).perplexity:.8g}",
         )  # fmt: skip
 
     def prune(self, stage: str, method: Method, steps: Sequence[Step], dense: Any) -> Any:

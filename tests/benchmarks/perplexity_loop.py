@@ -16,7 +16,7 @@ from statistics import median
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prune_lab.measure.perplexity import measure_quality
+from prune_lab.measure.perplexity import measure_losses, quality_of
 from prune_lab.models.load import Tiny
 from prune_lab.system import device as devices
 from prune_lab.system.console import Console
@@ -61,7 +61,7 @@ def print_memory(windows: torch.Tensor) -> None:
         )
         model = LlamaForCausalLM(config).eval()
         bare(model, windows[:1])  # the warm-up
-        ours = peak_mb(lambda model=model: measure_quality(model, windows, 1.0, BATCH, device, Console()))  # type: ignore[misc]
+        ours = peak_mb(lambda model=model: measure_losses(model, windows, BATCH, device, Console()))  # type: ignore[misc]
         print(f"| {vocabulary:,} | {ours:.0f} MB | {peak_mb(lambda model=model: bare(model, windows)):.0f} MB |")  # type: ignore[misc]
 
 
@@ -72,7 +72,7 @@ if __name__ == "__main__":
     ratios = []
     for repeat in range(REPEATS + 1):
         began = time.perf_counter(), time.process_time()
-        found = measure_quality(model.model, windows, 1.0, BATCH, device, Console())
+        found = quality_of(measure_losses(model.model, windows, BATCH, device, Console()), 1.0)
         between = time.perf_counter(), time.process_time()
         bare(model.model, windows)
         end = time.perf_counter(), time.process_time()

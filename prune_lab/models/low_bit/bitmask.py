@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from prune_lab.models.formats import BITMASK as FILE
 from prune_lab.models.shards import Shards, Span, open_file
 
-FILE = "model.bitmask.safetensors"
 _PARTS = ("bitmask", "values", "shape")
 _T = TypeVar("_T")
 _BITS = torch.arange(8, dtype=torch.uint8)
