@@ -68,10 +68,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
 
 def test_it_is_adamw_on_the_outputs_of_each_mlp(models: dict[str, Loaded], tmp_path: Path) -> None:
     """A loop written out: the MLP module of each block of Llama by itself, on what enters it in the dense model."""
-    dense = models["llama"]
-    found, training = pruned_and_trained(dense, tmp_path, UNITS)
+    dense, both = models["llama"], Structured(amount=0.5, units=("mlp", "heads"))
+    found, training = pruned_and_trained(dense, tmp_path, both)
     plain = copy.deepcopy(dense.model)
-    UNITS.prune(Anatomy(plain), 0.5, 0)
+    both.prune(Anatomy(plain), 0.5, 0)
     for index in range(2):
         name = f"model.layers.{index}.mlp"
         mlp = plain.get_submodule(name)
@@ -84,7 +84,8 @@ def test_it_is_adamw_on_the_outputs_of_each_mlp(models: dict[str, Loaded], tmp_p
             optimizer.step()
             optimizer.zero_grad()
     for name, weight in plain.named_parameters():
-        torch.testing.assert_close(found.get_parameter(name), weight.detach(), rtol=1e-4, atol=1e-5)
+        if ".mlp." in name:
+            torch.testing.assert_close(found.get_parameter(name), weight.detach(), rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
