@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from prune_lab.config.parts import Parts
 from prune_lab.errors import Refused
+from prune_lab.methods.depth import Depth
 from prune_lab.post.none import NoPost
 from prune_lab.schedules import Event, Rewind
 from prune_lab.system import launch
@@ -16,6 +17,7 @@ def check_parts(parts: Parts, choices: Mapping[str, str]) -> None:
     pruning_events(parts)
     _check_streaming(parts, choices)
     _check_target(parts)
+    _check_reconstruction(parts, choices)
     if parts.post.is_low_bit and not parts.export.takes_low_bits:
         raise Refused(
             f"export={choices.get('export')} cannot hold quantized weights, which post={choices.get('post')} makes: "
@@ -66,6 +68,23 @@ def _check_target(parts: Parts) -> None:
             "dense model's inputs, so that it is the same as inputs: give method.refit=inputs, or "
             "dataset.calibration.propagate=pruned"
         )
+
+
+def _check_reconstruction(parts: Parts, choices: Mapping[str, str]) -> None:
+    """Refuses what a recovery cannot follow that goes through the blocks of a pruned model once."""
+    if not parts.recovery.follows_pruning:
+        return
+    events, rewinding = pruning_events(parts)
+    for is_wanted, reason in (
+        (
+            any(event.step > 0 for event in events) or rewinding is not None,
+            f"schedule={choices.get('schedule')} prunes while a model trains; give schedule=one_shot schedule.start=0",
+        ),
+        (isinstance(parts.method, Depth), "the blocks that method=depth leaves are whole; give recovery=finetune"),
+        (launch.size() > 1, "it is computed by one process; start one"),
+    ):
+        if is_wanted:
+            raise Refused(f"recovery={choices.get('recovery')}: {reason}")
 
 
 def _refit_of(parts: Parts) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.offload.states import StateList, States
@@ -61,8 +62,16 @@ class BlockStream:
     @torch.no_grad()
     def output(self, block: int, number: int) -> Tensor:
         """Output of a block for the states of one batch."""
-        states = self.states[number]
+        return self.call(block, self.states[number])
+
+    def call(self, block: int, states: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Output of a block for any states of the shape of a batch; in another number type, if its weights have it."""
         args, kwargs = self._calls[len(states)][block]
+        if dtype is not None:
+            states, args, kwargs = tree_map(
+                lambda part: part.to(dtype) if isinstance(part, Tensor) and part.is_floating_point() else part,
+                (states, args, kwargs),
+            )
         out = self._blocks[block](states, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
@@ -101,6 +110,25 @@ def _instead_of(blocks: list[nn.Module], forward: Callable[..., Tensor]) -> Iter
     finally:
         for block in blocks:
             del block.forward
+
+
+@contextmanager
+def recorded(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Context in which input and output of each Linear are kept, of its last call; without gradients or with."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str, args: tuple[Any, ...], out: Tensor) -> None:
+        found[name] = args[0], out
+
+    hooks = [
+        linear.register_forward_hook(lambda _, args, out, name=name: keep(name, args, out))
+        for name, linear in linears.items()
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

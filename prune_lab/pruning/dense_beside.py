@@ -8,8 +8,6 @@ Behind pruned blocks the inputs X of a Linear differ from those it has in the de
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,13 +16,13 @@ from torch import Tensor, nn
 
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import Anatomy
-from prune_lab.models.blocks import BlockStream
+from prune_lab.models.blocks import BlockStream, recorded
 from prune_lab.pruning.refit import Error
 from prune_lab.pruning.statistics import BlockObserver, LinearStatistics, Needs
 
 OF_TARGETS = ("dense_error", "residual_error")  # needs that bring LinearStatistics.error
 
-Call = dict[str, tuple[Tensor, Tensor]]  # rows of inputs and outputs by Linear, of one call of a block
+Call = dict[str, tuple[Tensor, Tensor]]  # input and output by Linear, of one call of a block
 
 
 class DenseBeside:
@@ -41,22 +39,21 @@ class DenseBeside:
         """Passes one batch of both models through a block, and moves the dense one on; the sums take the errors."""
         block = self._anatomy.blocks[index]
         linears = {name: linear for name, linear in self._anatomy.linears_by_block()[index] if name in self._of}
-        with _record(linears) as of_dense:
+        with recorded(linears) as of_dense:
             out_of_dense = self._stream.output(index, number)
-        with _record(linears) as of_pruned, observer.watch(block):
+        with recorded(linears) as of_pruned, observer.watch(block):
             out_of_pruned = pruned.output(index, number)
         carrier, also = self._carrier(index)
         if carrier is not None and index == number == 0:
             self._check_added(carrier)
         for name in linears:
-            (_, wanted), (inputs, given) = of_dense[name], of_pruned[name]
-            error = wanted.float() - given.float()
+            inputs, error = _rows(of_pruned[name][0]), _difference(of_dense, of_pruned, name)
             if name == carrier and self._is_attention(name):
                 error += _rows(self._stream.states[number]).float() - _rows(pruned.states[number]).float()
             elif name == carrier:
                 error = _rows(out_of_dense).float() - _rows(out_of_pruned).float()
                 if also is not None:  # which its own refit takes on
-                    error -= of_dense[also][1].float() - of_pruned[also][1].float()
+                    error -= _difference(of_dense, of_pruned, also)
             sums.add(name, inputs, error)
         self._stream.states[number] = out_of_dense
 
@@ -136,20 +133,6 @@ def _rows(states: Tensor) -> Tensor:
     return states.reshape(-1, states.shape[-1])
 
 
-@contextmanager
-def _record(linears: dict[str, nn.Module]) -> Iterator[Call]:
-    """Context in which the inputs and outputs of Linears are kept; of the last call, where there are more."""
-    call: Call = {}
-
-    def note(name: str, args: tuple[Any, ...], out: Tensor) -> None:
-        call[name] = _rows(args[0]), _rows(out)
-
-    hooks = [
-        linear.register_forward_hook(lambda _, args, out, name=name: note(name, args, out))
-        for name, linear in linears.items()
-    ]
-    try:
-        yield call
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _difference(of_dense: Call, of_pruned: Call, name: str) -> Tensor:
+    """Rows of the outputs of a Linear in the dense model, less those behind pruned blocks; float32."""
+    return _rows(of_dense[name][1]).float() - _rows(of_pruned[name][1]).float()

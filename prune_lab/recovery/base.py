@@ -20,6 +20,7 @@ class Recovery:
     batch_size: int = 16
 
     not_applicable: ClassVar[tuple[str, ...]] = ()
+    follows_pruning: ClassVar[bool] = False  # True where everything must be pruned before it begins
 
     def __post_init__(self) -> None:
         if self.steps < 1:

@@ -42,7 +42,7 @@ class Checkpoint:
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
 
     @torch.no_grad()
-    def fill(self, model: Any, optimizer: Optimizer) -> None:
+    def fill(self, model: Any, optimizer: Optimizer | None) -> None:
         """Puts weights, optimizer state and random state back."""
         torch.set_rng_state(self.tensors["rng"])
         of_optimizer: dict[str, dict[str, Tensor]] = {}
@@ -52,11 +52,13 @@ class Checkpoint:
                 of_optimizer.setdefault(name, {})[field] = value
         for name, weight in model.named_parameters():
             weight.copy_(self.tensors[f"weight/{name}"])
+            if optimizer is None:
+                continue
             optimizer.state[weight] = {field: v.to(weight.device) for field, v in of_optimizer.get(name, {}).items()}
 
 
 def save(
-    path: Path, step: int, model: Any, optimizer: Optimizer, pruned: Pruned, *,
+    path: Path, step: int, model: Any, optimizer: Optimizer | None, pruned: Pruned, *,
     kept: dict[str, dict[str, Tensor]], best: dict[str, Any], writes: bool = True,
 ) -> None:  # fmt: skip
     """Writes weights, shape, optimizer state, masks and random state after `step` steps, and other weights it needs.
@@ -67,7 +69,8 @@ def save(
     spread = {}
     for name, weight in model.named_parameters():
         spread[f"weight/{name}"] = weight.detach()
-        for key, value in optimizer.state.get(weight, {}).items():
+        of_weight = {} if optimizer is None else optimizer.state.get(weight, {})
+        for key, value in of_weight.items():
             spread[f"optimizer/{key}/{name}"] = value
     spread |= {f"kept/{what}/{name}": value for what, of in kept.items() for name, value in of.items()}
     tensors = {"rng": torch.get_rng_state()}
