@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prune_lab.errors import Refused
-from prune_lab.pruning.gram import DAMPING, damped_cholesky
+from prune_lab.pruning.gram import DAMPING, centred, damped_cholesky
 
 ITERATIONS = 10  # of conjugate gradients
 CONSTANT = 1e-6  # of the mean square of the inputs: a variance below is rounding, of inputs that never change
@@ -47,7 +47,7 @@ def refit_columns(
     target, size = weight.to(gram.dtype), gram.diagonal().mean()
     if mean is not None:
         mean = mean.to(gram.dtype)
-        gram = gram - tokens * torch.outer(mean, mean)
+        gram = centred(gram, mean, tokens)
     kept, gone = keep.nonzero().flatten(), (~keep).nonzero().flatten()
     inner, cross = gram[kept[:, None], kept], gram[kept[:, None], gone]
     # W' = W_K + W_R G_RK Gd_KK^-1: equal to W Gd_:K Gd_KK^-1, and exact where nothing is removed.
