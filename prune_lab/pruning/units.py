@@ -37,6 +37,7 @@ def _choose_by_removal(
         return keep, 0.0
     assert statistics.gram is not None
     assert statistics.tokens is not None
+    assert statistics.mean is not None or not centred
     unit_of_column = reader.lines(torch.arange(units))
     columns = unit_of_column.argsort(stable=True).view(units, -1).to(device)
     mean, tokens = (statistics.mean, int(statistics.tokens)) if centred else (None, 0)
