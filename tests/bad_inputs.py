@@ -117,6 +117,7 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
     ("method.pattern=5:4", ("method.pattern='5:4'", "from 1 to M")),
     ("method.pattern=2-4", ("method.pattern='2-4'", "N:M")),
     ("method.scope=nope", ("method.scope='nope'", "layer", "global")),
+    ("method=sparsegpt method.scope=layer", ("method.scope='layer'", "window, row")),
     ("method=structured method.units=[nope]", ("method.units=['nope']", "mlp", "heads")),
     ("method=structured method.units=[]", ("method.units=[]", "mlp", "heads")),
     ("method=structured method.refit=rows", ("method.refit='rows'", "none, bias, inputs, dense, residual")),

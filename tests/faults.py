@@ -365,6 +365,21 @@ FAULTS = (
         "torch.sub(was, columns[part], out=changes[part])", "pass",
         ("test_sparsegpt.py::test_the_solver_is_the_textbook_loop",),
     ),
+    Fault(
+        "rows_of_a_window_ranked_together", "prune_lab/pruning/sparsegpt_solver.py",
+        "if pattern is None and by_row:", "if False:",
+        ("test_sparsegpt.py::test_by_row_every_row_loses_the_same_number",),
+    ),
+    Fault(
+        "inputs_removed_without_an_update_of_the_others", "prune_lab/pruning/obs.py",
+        "values[rows].addmm_(cross.T, errors, alpha=-1)", "values[rows]",
+        ("test_obs.py::test_what_goes_is_what_costs_least",),
+    ),
+    Fault(
+        "units_chosen_as_if_no_bias_moved", "prune_lab/methods/structured.py",
+        'self.refit != "none" and reader.linear.bias is not None', "False",
+        ("test_obs.py::test_units_go_as_their_loss_was_tried",),
+    ),
     # How much goes where, and when
     Fault(
         "allocation_loses_the_total", "prune_lab/pruning/allocation.py",

@@ -288,7 +288,7 @@ def test_other_packages_are_let_in_by_the_environment_alone(tmp_path: Path) -> N
     ("overrides", "says"),
     [
         (["method.amount=half"], r"^method\.amount: .*'half'.*"),
-        (["method=sparsegpt", "method.scope=row"], r"^method\.scope='row' is not one of window"),
+        (["method=sparsegpt", "method.scope=layer"], r"^method\.scope='layer' is not one of window, row"),
         (["method.allocation=even"], r"^method\.allocation='even' is not one of uniform, global, owl, sensitivity"),
         (["method=structured", "method.units=mlp"], r"^method\.units"),
         (["+method.amont=0.5"], r"^method\.amont: no such key; allowed are amount, pattern, scope"),

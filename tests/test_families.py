@@ -150,7 +150,7 @@ def test_masked_groups_are_those_zeroed_by_hand(models: dict[str, Loaded], famil
 
 
 SCORED: list[tuple[str, dict[str, Any]]] = [
-    (family, {"score": "wanda", "units": ("mlp", "heads")}) for family in ALL_FAMILIES
+    (family, {"score": score, "units": ("mlp", "heads")}) for family in ALL_FAMILIES for score in ("wanda", "obs")
 ]
 SCORED += [
     (family, keys)

@@ -68,7 +68,7 @@ for scope in ("row", "layer", "global"):
 CASES += [(name, {"allocation": "owl"}) for name in ("magnitude", "sparsegpt", "wanda")]
 CASES += [("magnitude", {"allocation": "sensitivity"}), ("depth", {"by": "perplexity"})]
 CASES += [("unstructured", {"score": s}) for s in ("taylor2", "wifv")]
-CASES += [(name, {"units": ["mlp", "heads"]}) for name in UNIT_OPTIONS]
+CASES += [(name, {"units": ["mlp", "heads"]}) for name in UNIT_OPTIONS] + [("structured", {"score": "obs"})]
 PRUNING = [(name, keys) for name, keys in CASES if prunes(method(name))]
 OF_WEIGHTS = [(name, keys) for name, keys in PRUNING if name in WEIGHT_OPTIONS]
 # Methods that leave every shape: whole units too, zeroed.
@@ -635,7 +635,7 @@ def test_amounts_outside_0_to_1_are_refused_when_built(amount: float) -> None:
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"scope": "column"}, r"^method\.scope='column' is not one of (row, layer, global|window)$"),
+        ({"scope": "column"}, r"^method\.scope='column' is not one of (row, layer, global|window, row)$"),
         ({"pattern": "5:4"}, r"^method\.pattern='5:4'.* N must be from 1 to M"),
         ({"pattern": "2of4"}, r"^method\.pattern='2of4' is not of the form N:M"),
         ({"allocation": "even"}, r"^method\.allocation='even' is not one of uniform, global, owl, sensitivity"),
@@ -664,8 +664,8 @@ def test_one_ranking_of_all_weights_has_no_other_allocation(allocation: str) -> 
 @pytest.mark.parametrize(
     ("option", "keys", "says"),
     [
-        ("sparsegpt", {"scope": "row"}, r"scope='row' is not one of window"),
-        ("sparsegpt", {"scope": "global"}, r"scope='global' is not one of window"),
+        ("sparsegpt", {"scope": "layer"}, r"scope='layer' is not one of window, row"),
+        ("sparsegpt", {"scope": "global"}, r"scope='global' is not one of window, row"),
         ("sparsegpt", {"allocation": "global"}, r"allocation='global': .*no one ranking.*uniform, owl, sensitivity"),
         (
             "unstructured",

@@ -397,7 +397,8 @@ def test_the_solved_width_is_that_of_what_is_solved(models: dict[str, Any]) -> N
     for method, expected in (
         (Wanda(), None), (Wanda(refit="inputs"), 48), (SparseGPT(), 48), (Structured(), None),
         (Structured(refit="bias"), None), (Structured(refit="inputs"), 48),
-        (Structured(refit="inputs", units=("heads",)), 32),
+        (Structured(refit="inputs", units=("heads",)), 32), (Structured(score="obs"), 48),
+        (Structured(score="obs", units=("heads",)), 32),
     ):  # fmt: skip
         assert method.solved_width(anatomy) == expected, method
 

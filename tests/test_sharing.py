@@ -33,6 +33,7 @@ from prune_lab.measure.settings import Measure
 from prune_lab.methods.depth import Depth
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.sensitivity import Sensitivity
+from prune_lab.methods.structured import Structured
 from prune_lab.methods.unstructured import Unstructured
 from prune_lab.methods.wanda import Wanda
 from prune_lab.models.anatomy import Anatomy
@@ -228,6 +229,7 @@ def test_a_changed_model_has_no_facts(loaded: Loaded) -> None:
     [
         Unstructured(score="taylor"), Unstructured(score="taylor2"), Wanda(allocation="owl"),
         Wanda(allocation="sensitivity"), Depth(), Depth(by="perplexity"), Magnitude(scope="global"),
+        Structured(score="obs", refit="inputs", physical=False),
     ],
     ids=lambda method: f"{type(method).__name__} {getattr(method, 'score', '')}",
 )  # fmt: skip

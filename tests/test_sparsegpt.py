@@ -62,9 +62,12 @@ class Textbook:
 
 
 def textbook(
-    weight: Tensor, gram: Tensor, amount: float, pattern: str | None = None, damping: float = 0.01
+    weight: Tensor, gram: Tensor, amount: float, pattern: str | None = None, damping: float = 0.01, by_row: bool = False
 ) -> Textbook:
-    """The definition, one column after the other, each error spread over all columns to come at once."""
+    """The definition, one column after the other, each error spread over all columns to come at once.
+
+    by_row: the columns up to the end of a window have lost the amount of every row, rounded half up.
+    """
     values, damped = weight.double().clone(), gram.double().clone()
     columns = values.shape[1]
     for j in range(columns):
@@ -75,7 +78,14 @@ def textbook(
     upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     keep, errors = torch.ones_like(values, dtype=torch.bool), torch.zeros_like(values)
     for i in range(columns):
-        if pattern is None and i % 128 == 0:
+        if pattern is None and i % 128 == 0 and by_row:
+            last = min(i + 128, columns)
+            remove = math.floor(last * amount + 0.5) - math.floor(i * amount + 0.5)
+            for row in range(len(values)):
+                scores = (values[row, i:last] ** 2 / upper.diagonal()[i:last] ** 2).tolist()
+                for j in sorted(range(last - i), key=lambda j: (scores[j], j))[:remove]:
+                    keep[row, i + j] = False
+        elif pattern is None and i % 128 == 0:
             last = min(i + 128, columns)
             scores = (values[:, i:last] ** 2 / upper.diagonal()[i:last] ** 2).flatten().tolist()
             for index in sorted(range(len(scores)), key=lambda n: (scores[n], n))[
@@ -139,6 +149,37 @@ def test_the_solver_is_the_textbook_loop(rows: int, columns: int, amount: float,
     assert torch.equal(solved.keep, expected.keep)
     torch.testing.assert_close(solved.weight, expected.weight.float(), atol=2e-4, rtol=1e-3)
     assert torch.equal(solved.weight != 0, solved.keep)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "amount"), [(24, 256, 0.5), (16, 300, 0.6), (7, 129, 0.3), (9, 37, 0.9), (5, 640, 0.05)]
+)
+def test_by_row_every_row_loses_the_same_number(rows: int, columns: int, amount: float) -> None:
+    """Of each 128 columns, and of all: not one more than Wanda takes of a row."""
+    weight, gram = correlated(rows, columns, seed=columns)
+    expected = textbook(weight, gram, amount, by_row=True)
+    solved = solve(weight, gram, amount, by_row=True)
+    assert torch.equal(solved.keep, expected.keep)
+    torch.testing.assert_close(solved.weight, expected.weight.float(), atol=2e-4, rtol=1e-3)
+    assert (~solved.keep).sum(1).tolist() == [math.floor(columns * amount + 0.5)] * rows
+    for first in range(0, columns, 128):
+        assert len({*(~solved.keep[:, first : first + 128]).sum(1).tolist()}) == 1
+
+
+def test_by_row_what_is_zero_stays_zero_and_goes_first() -> None:
+    weight, gram = correlated(16, 192, seed=7)
+    first = solve(weight, gram, 0.3, by_row=True)
+    second = solve(first.weight, gram, 0.6, by_row=True)
+    assert not (second.keep & ~first.keep).any()
+    assert not second.weight[~second.keep].any()
+    assert (~second.keep).sum(1).tolist() == [115] * 16
+
+
+def test_a_pattern_is_the_same_by_row() -> None:
+    weight, gram = correlated(16, 256, seed=9)
+    one, other = (solve(weight, gram, 0.5, parsed("2:4"), by_row=by_row) for by_row in (False, True))
+    assert torch.equal(one.weight, other.weight)
+    assert torch.equal(one.keep, other.keep)
 
 
 @pytest.mark.parametrize("pattern", [None, "2:4"])
@@ -336,6 +377,21 @@ def test_the_method_prunes_a_linear_and_its_transpose_alike(keys: dict[str, Any]
     assert torch.equal(straight.bias, biases[0])
     assert torch.equal(transposed.bias, biases[1])
     assert pruned.warnings == []
+
+
+def test_the_scope_of_the_method() -> None:
+    weight, gram = correlated(12, 200, seed=15)
+    for scope, by_row in (("window", False), ("row", True)):
+        module = nn.Linear(200, 12, bias=False).requires_grad_(False)
+        module.weight.copy_(weight)
+        keep = SparseGPT(scope=scope).prune_linear("x", module, 0.5, LinearStatistics(gram=gram), Pruned())
+        expected = solve(weight, gram, 0.5, by_row=by_row)
+        assert torch.equal(keep, expected.keep)
+        assert torch.equal(module.weight, expected.weight)
+        assert (len({*keep.sum(1).tolist()}) == 1) == by_row
+    for scope in ("layer", "global", "nope"):
+        with pytest.raises(ValueError, match=f"scope='{scope}' is not one of window, row"):
+            SparseGPT(scope=scope)
 
 
 def test_an_amount_of_zero_changes_no_bit() -> None:

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 class SparseGPT(WeightMethod):
     """One-shot pruning with second-order weight updates (Frantar & Alistarh, 2301.00774).
 
-    Updated weights are ranked within all rows x 128 columns ("window"), or within N:M groups.
+    Updated weights are ranked within all rows x 128 columns (scope="window"), each row of them alone ("row"), or N:M
+    groups, whatever the scope.
     """
 
     scope: str = "window"
 
     needs = ("gram",)
-    scopes: ClassVar[tuple[str, ...]] = ("window",)
+    scopes: ClassVar[tuple[str, ...]] = ("window", "row")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,7 +56,7 @@ class SparseGPT(WeightMethod):
 
         assert statistics.gram is not None
         pattern = None if self.pattern is None else Pattern.parse(self.pattern)
-        solved = sparsegpt_solver.prune_linear(linear, statistics.gram, amount, pattern)
+        solved = sparsegpt_solver.prune_linear(linear, statistics.gram, amount, pattern, self.scope == "row")
         if solved.damping > DAMPING:
             pruned.warnings.append(f"{name}: its inputs' gram needed damping {solved.damping:g} instead of {DAMPING:g}")
         return solved.keep

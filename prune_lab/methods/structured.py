@@ -11,7 +11,7 @@ from prune_lab.methods.base import Method
 from prune_lab.models.anatomy import UNIT_KINDS, UnitKind, unit_kind
 from prune_lab.pruning.pruned import Pruned
 from prune_lab.pruning.refit_targets import NEEDS_OF_TARGET, TARGETS
-from prune_lab.pruning.scores import OF_UNITS, SCORES
+from prune_lab.pruning.scores import OF_UNITS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,10 +29,11 @@ class Structured(Method):
     """MLP channels and KV groups of lowest score (by L2 norm: Li et al., 1608.08710), the same count in every block.
 
     A stock config holds one width for all blocks, so each block drops its own units, but as many as the others.
-    units: their kinds. score: a name in pruning/scores.py, summed over a unit. round_to: the number of MLP channels
-    that stay is a multiple of it. refit: the Linear that reads the units makes up for those that go; none, by its bias
-    (FLAP: An et al., 2312.11983), or by its other weights and its bias, for a target (pruning/refit_targets.py).
-    physical: the matrices get smaller; else the units are zeroed.
+    units: their kinds. score: a name in OF_UNITS of pruning/scores.py, summed over a unit; or obs, which removes what
+    the weights that stay can best make up for (pruning/obs.py: OSSCAR, 2403.12983). round_to: the number of MLP
+    channels that stay is a multiple of it. refit: the Linear that reads the units makes up for those that go; none, by
+    its bias (FLAP: An et al., 2312.11983), or by its other weights and its bias, for a target
+    (pruning/refit_targets.py). physical: the matrices get smaller; else the units are zeroed.
     """
 
     units: tuple[str, ...] = ("mlp",)
@@ -55,12 +56,12 @@ class Structured(Method):
 
     @property
     def calibrated(self) -> bool:
-        """True where the score or the refit needs calibration text."""
-        return bool(SCORES[self.score].needs) or self.refit != "none"
+        """True where the choice or the refit needs calibration text."""
+        return bool(OF_UNITS[self.score].needs) or self.refit != "none"
 
     def solved_width(self, anatomy: Anatomy) -> int | None:
-        """Most inputs of a Linear that reads units, where the refit solves with their gram matrix."""
-        if self.refit not in TARGETS:
+        """Most inputs of a Linear that reads units, where the choice or the refit solves with their gram matrix."""
+        if self.refit not in TARGETS and "gram" not in OF_UNITS[self.score].needs:
             return None
         return max(of_block[-1].weight.shape[1] for kind in self.units for of_block in anatomy.unit_linears(kind))
 
@@ -81,9 +82,8 @@ class Structured(Method):
         change at the end, all at once.
         """
         from prune_lab.models.resize import dense_count
-        from prune_lab.pruning.selection import keep_rows
         from prune_lab.pruning.surgery import remove_units, unit_masks, zero_units
-        from prune_lab.pruning.units import rows_of_table, unit_scores
+        from prune_lab.pruning.units import rows_of_table
 
         pruned = Pruned()
         kept = {kind: self._count_to_keep(anatomy, kind, amount) for kind in self.units}
@@ -92,8 +92,7 @@ class Structured(Method):
         for index, statistics in enumerate(self._block_statistics(anatomy, self.units, seed, calibrator)):
             for kind, count in kept.items():
                 linears = linears_of[kind][index]
-                scores = unit_scores(self.score, linears, statistics)
-                keep[kind].append(keep_rows(scores[None], max(0, len(scores) - count))[0])
+                keep[kind].append(self._choose(linears, statistics, anatomy.unit_count(kind) - count, pruned))
                 if not keep[kind][-1].all():
                     self._refit(linears[-1], keep[kind][-1], statistics, pruned)
                 zero_units(linears, keep[kind][-1])
@@ -142,6 +141,20 @@ class Structured(Method):
             "method.physical=false, which leaves zeros"
         )
 
+    def _choose(
+        self, linears: list[UnitLinear], statistics: dict[str, LinearStatistics], remove: int, pruned: Pruned
+    ) -> Tensor:
+        """The units of a block that stay when `remove` go, bools (units,)."""
+        from prune_lab.pruning.gram import DAMPING
+        from prune_lab.pruning.units import choose_units
+
+        reader = linears[-1]
+        centred = self.refit != "none" and reader.linear.bias is not None  # then the refit moves the bias, too
+        keep, damping = choose_units(self.score, linears, statistics, remove, centred)
+        if damping > DAMPING:
+            pruned.warnings.append(f"{reader.name}: score={self.score} needed damping {damping:g}, not {DAMPING:g}")
+        return keep
+
     def _needs_of_refit(self, reader: UnitLinear) -> frozenset[str]:
         """The statistics that the refit of a Linear reads: of one with a bias the means, too."""
         if self.refit == "none":
@@ -175,11 +188,11 @@ class Structured(Method):
         calibrator: Calibrator | None,
         behind_dense: bool = False,
     ) -> Iterator[dict[str, LinearStatistics]]:
-        """The statistics that the score and the refit read, of those Linears that they read, block by block."""
+        """The statistics that the choice and the refit read, of those Linears that they read, block by block."""
         from prune_lab.pruning.calibration import block_statistics
         from prune_lab.pruning.surgery import unit_sums
 
-        score = SCORES[self.score]
+        score = OF_UNITS[self.score]
         linears = [linear for kind in kinds for of_block in anatomy.unit_linears(kind) for linear in of_block]
         by_name = {linear.name: linear for linear in linears}
         readers = {linear.name for linear in linears if linear.side == "columns"}
@@ -202,15 +215,14 @@ class Structured(Method):
     ) -> list[list[float]]:
         """increases[block][i]: loss increase in nats when one block alone loses amounts[i] of its units of a kind."""
         from prune_lab.pruning.loss_increase import loss_increases
-        from prune_lab.pruning.selection import count_to_remove, keep_rows
+        from prune_lab.pruning.selection import count_to_remove
         from prune_lab.pruning.surgery import zero_units
-        from prune_lab.pruning.units import unit_scores
 
-        linears = anatomy.unit_linears(kind)
+        linears, units = anatomy.unit_linears(kind), anatomy.unit_count(kind)
 
         def prune_block(block: int, statistics: dict[str, LinearStatistics], amount: float) -> None:
-            scores = unit_scores(self.score, linears[block], statistics)
-            zero_units(linears[block], keep_rows(scores[None], count_to_remove(len(scores), amount))[0])
+            keep = self._choose(linears[block], statistics, count_to_remove(units, amount), Pruned())
+            zero_units(linears[block], keep)
 
         statistics = self._block_statistics(anatomy, (kind,), seed, calibrator, behind_dense=True)
         key = {"method": asdict(self) | {"amount": None, "units": None}, "kind": kind, "seed": seed}  # neither is used

@@ -11,6 +11,11 @@ DAMPING = 0.01  # of the mean of the gram's diagonal
 LARGEST_DAMPING = 1e4
 
 
+def centred(gram: Tensor, mean: Tensor, tokens: int) -> Tensor:
+    """X^T X of the inputs less their mean (in,), from that of the inputs and the number of tokens."""
+    return gram - tokens * torch.outer(mean, mean)
+
+
 def damped_cholesky(matrix: Tensor, mean: Tensor, damping: float) -> tuple[Tensor, float]:
     """Lower Cholesky factor of a matrix plus `damping` times `mean` on its diagonal, and the damping that was used.
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from prune_lab.errors import Refused
-from prune_lab.pruning.gram import DAMPING, damped_cholesky
+from prune_lab.pruning.gram import DAMPING, centred, damped_cholesky
 
 ITERATIONS = 10  # of conjugate gradients
 CONSTANT = 1e-6  # of the mean square of the inputs: a variance below is rounding, of inputs that never change
@@ -60,7 +60,7 @@ def refit_columns(
     wanted = None if error is None else error.product.to(gram.dtype)
     if mean is not None:
         mean = mean.to(gram.dtype)
-        gram = gram - tokens * torch.outer(mean, mean)
+        gram = centred(gram, mean, tokens)
         wanted = None if error is None or wanted is None else wanted - tokens * torch.outer(mean, error.mean)
     kept, gone = keep.nonzero().flatten(), (~keep).nonzero().flatten()
     inner, cross = gram[kept[:, None], kept], gram[kept[:, None], gone]

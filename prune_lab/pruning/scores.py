@@ -1,7 +1,8 @@
 """Importance scores: pure functions of a weight (out, in) and of the calibration statistics of its Linear.
 
 The lowest scores are removed first. The score of a unit (an MLP channel, a KV group) is the sum over its weights, so
-every score serves unstructured and structured pruning.
+every score serves unstructured and structured pruning. Units have a criterion more that is no score: obs, an order in
+which they go (obs.py).
 """
 
 from __future__ import annotations
@@ -71,17 +72,23 @@ def wifv(weight: Tensor, statistics: LinearStatistics) -> Tensor:
     return weight.float().square() * statistics.variance
 
 
-@dataclass(frozen=True)
-class Score:
-    """A score, the calibration statistics that it needs, and the Linears of a unit that it is summed over.
+@dataclass(frozen=True, kw_only=True)
+class Criterion:
+    """Choice of weights or units: the calibration statistics that it needs, and the Linears of a unit that it reads.
 
     output_only: only the Linear that reads the unit (an MLP's down projection, attention's output projection), where
-    the activation is the unit's own. by_weight_alone: the score depends on nothing but the weight.
+    the activation is the unit's own.
     """
 
-    function: Callable[[Tensor, LinearStatistics], Tensor]
     needs: frozenset[str] = frozenset()
     output_only: bool = False
+
+
+@dataclass(frozen=True)
+class Score(Criterion):
+    """A number for each weight, summed over a unit's. by_weight_alone: it depends on nothing but the weight."""
+
+    function: Callable[[Tensor, LinearStatistics], Tensor]
     by_weight_alone: bool = False
 
 
@@ -90,11 +97,14 @@ SCORES = {
     "l1": Score(magnitude, by_weight_alone=True),
     "l2": Score(square, by_weight_alone=True),
     "random": Score(random),
-    "wanda": Score(wanda, frozenset({"input_norm"}), output_only=True),
-    "ria": Score(ria, frozenset({"input_norm"}), output_only=True),
-    "wifv": Score(wifv, frozenset({"variance"}), output_only=True),
-    "taylor": Score(taylor, frozenset({"saliency"})),
-    "taylor2": Score(taylor2, frozenset({"saliency2"})),
+    "wanda": Score(wanda, needs=frozenset({"input_norm"}), output_only=True),
+    "ria": Score(ria, needs=frozenset({"input_norm"}), output_only=True),
+    "wifv": Score(wifv, needs=frozenset({"variance"}), output_only=True),
+    "taylor": Score(taylor, needs=frozenset({"saliency"})),
+    "taylor2": Score(taylor2, needs=frozenset({"saliency2"})),
 }
 OF_WEIGHTS = ("magnitude", "random", "wanda", "ria", "taylor", "taylor2", "wifv")
-OF_UNITS = ("l2", "l1", "random", "wanda", "ria", "taylor", "taylor2", "wifv")
+OF_UNITS: dict[str, Criterion] = {
+    **{name: SCORES[name] for name in ("l2", "l1", "random", "wanda", "ria", "taylor", "taylor2", "wifv")},
+    "obs": Criterion(needs=frozenset({"gram"}), output_only=True),
+}

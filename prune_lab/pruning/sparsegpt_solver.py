@@ -18,10 +18,17 @@ from torch import Tensor
 from prune_lab.models.anatomy import out_in
 from prune_lab.pruning.gram import DAMPING, damped_cholesky
 from prune_lab.pruning.pattern import Pattern
-from prune_lab.pruning.selection import RANKED_BY_PAIRS, count_to_remove, keep_in_fixed_steps, keep_layer, keep_pattern
+from prune_lab.pruning.selection import (
+    RANKED_BY_PAIRS,
+    count_to_remove,
+    keep_in_fixed_steps,
+    keep_layer,
+    keep_pattern,
+    keep_rows,
+)
 from prune_lab.system.cuda_graph import captured
 
-WINDOW = 128  # columns whose weights are ranked together
+WINDOW = 128  # columns whose weights are ranked together, in all rows or in each
 STRIP = 16  # columns that are updated one by one before the rest of the window is, in one product
 
 
@@ -35,19 +42,23 @@ class Solved:
 
 
 @torch.no_grad()
-def prune_linear(linear: Any, gram: Tensor, amount: float, pattern: Pattern | None = None) -> Solved:
+def prune_linear(
+    linear: Any, gram: Tensor, amount: float, pattern: Pattern | None = None, by_row: bool = False
+) -> Solved:
     """Prunes and updates a Linear's weight in place, as `solve` does; its keep-mask has shape (out, in)."""
     weight = out_in(linear, linear.weight)
     if pattern is None and count_to_remove(weight.numel(), amount) == 0:
         return Solved(weight, torch.ones_like(weight, dtype=torch.bool), damping=0.0)
-    solved = solve(weight, gram, amount, pattern)
+    solved = solve(weight, gram, amount, pattern, by_row)
     weight.copy_(solved.weight)
     return solved
 
 
 @torch.no_grad()
-def solve(weight: Tensor, gram: Tensor, amount: float, pattern: Pattern | None = None) -> Solved:
+def solve(weight: Tensor, gram: Tensor, amount: float, pattern: Pattern | None = None, by_row: bool = False) -> Solved:
     """Prunes `amount` of every WINDOW columns, or to a pattern (Frantar & Alistarh, 2301.00774).
+
+    by_row: of every row of a window, so many that up to its end the row has lost `amount`; else of all rows together.
 
     weight: (out, in). gram: X^T X (in, in), float32; its scale does not matter. What is zero stays zero, and the
     weights of inputs that were never anything but zero become it; all these count as removed, even beyond `amount`.
@@ -68,7 +79,10 @@ def solve(weight: Tensor, gram: Tensor, amount: float, pattern: Pattern | None =
         inverse = torch.linalg.solve_triangular(diagonal_block, one, upper=True)
         was = columns[part].clone()
         columns[part].addmm_(inverse.T, factor[:first, part].T @ changes[:first])
-        if pattern is None:
+        if pattern is None and by_row:
+            remove = count_to_remove(last, amount) - count_to_remove(first, amount)
+            keep[part] = _chosen_by_row(columns[part], zero[part], inverse, remove)
+        elif pattern is None:
             keep[part] = _chosen(columns[part], zero[part], inverse, amount)
         _sweep(columns[part], keep[part], zero[part], inverse, pattern, repeated=last - first == window)
         torch.sub(was, columns[part], out=changes[part])
@@ -82,6 +96,15 @@ def _chosen(columns: Tensor, zero: Tensor, inverse: Tensor, amount: float) -> Te
     # A GPU is not waited for: while it sweeps through a window, the next one's work is handed to it.
     keep = keep_in_fixed_steps(scores, remove) if scores.is_cuda else keep_layer(scores, amount)
     return keep.T
+
+
+def _chosen_by_row(columns: Tensor, zero: Tensor, inverse: Tensor, remove: int) -> Tensor:
+    """Keep-mask of a window of whose every row `remove` go, shape (columns, out)."""
+    scores = _scores(columns, zero, inverse.diagonal()[:, None])
+    if not scores.is_cuda:
+        return keep_rows(scores, remove).T
+    lowest = scores.argsort(dim=1, stable=True)[:, :remove]  # rows are short, and the GPU is not waited for
+    return torch.ones_like(scores, dtype=torch.bool).scatter_(1, lowest, False).T
 
 
 def _scores(columns: Tensor, zero: Tensor, scale: Tensor) -> Tensor:

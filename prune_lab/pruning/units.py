@@ -1,4 +1,4 @@
-"""Units of a block: their scores, and their rows in the per-layer table."""
+"""Units of a block: which of them stay, their scores, and their rows in the per-layer table."""
 
 from __future__ import annotations
 
@@ -7,10 +7,46 @@ from torch import Tensor
 
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import Anatomy, UnitLinear
+from prune_lab.pruning.obs import per_step, remove_inputs
 from prune_lab.pruning.pruned import LayerRow
 from prune_lab.pruning.scores import SCORES
+from prune_lab.pruning.selection import keep_rows
 from prune_lab.pruning.statistics import LinearStatistics
 from prune_lab.pruning.surgery import unit_sums
+
+
+def choose_units(
+    criterion: str, linears: list[UnitLinear], statistics: dict[str, LinearStatistics], remove: int, centred: bool
+) -> tuple[Tensor, float]:
+    """The units that stay when `remove` go, bools (units,), on the CPU; and the damping of the gram, if it was solved.
+
+    criterion: a score, of which the lowest go, or obs, which removes them in order. centred: the bias of the Linear
+    that reads the units makes up for what those that go gave on average.
+    """
+    if criterion in SCORES:
+        return keep_rows(unit_scores(criterion, linears, statistics)[None], remove)[0], 0.0
+    return _choose_by_removal(linears[-1], statistics[linears[-1].name], remove, centred)
+
+
+def _choose_by_removal(
+    reader: UnitLinear, statistics: LinearStatistics, remove: int, centred: bool
+) -> tuple[Tensor, float]:
+    units, device = reader.weight.shape[1] // sum(reader.widths), reader.weight.device
+    keep = torch.ones(units, dtype=torch.bool)
+    if remove == 0:
+        return keep, 0.0
+    assert statistics.gram is not None
+    assert statistics.tokens is not None
+    assert statistics.mean is not None or not centred
+    unit_of_column = reader.lines(torch.arange(units))
+    columns = unit_of_column.argsort(stable=True).view(units, -1).to(device)
+    mean, tokens = (statistics.mean, int(statistics.tokens)) if centred else (None, 0)
+    at_once = per_step(columns.shape[1], remove)
+    removal = remove_inputs(
+        reader.weight.detach(), statistics.gram, columns, remove, mean, tokens, at_once=at_once, name=reader.name
+    )
+    keep[removal.order.cpu()] = False
+    return keep, removal.damping
 
 
 def unit_scores(name: str, linears: list[UnitLinear], statistics: dict[str, LinearStatistics]) -> Tensor:
