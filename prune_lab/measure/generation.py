@@ -93,7 +93,7 @@ def _first(settings: Measure) -> Sequence[str]:
 def _fitting(
     text: str, tokenizer: Any, is_chat: bool, bos: Bos, room: int | None, key: str
 ) -> tuple[str, tuple[int, ...]]:
-    """As many of a text's words as fit into `room` tokens (None: all), and the tokens."""
+    """The beginning of a text, in whole words, that fits into `room` tokens (None: all of it), and its tokens."""
     words = text.split(" ")
     for count in range(len(words), 0, -1):
         shorter = " ".join(words[:count])
