@@ -336,7 +336,7 @@ def test_a_chat_template_is_used(roomy: Loaded, template: str, bos: Bos, begins:
 def test_a_template_that_takes_no_prompt_is_refused(roomy: Loaded) -> None:
     roomy.tokenizer.chat_template = "{{ raise_exception('no system message') }}"
     with pytest.raises(
-        Refused, match=r"measure\.generation_prompts=3 .*chat template does not take: no system message"
+        Refused, match=r"measure\.generation_prompts=3: .*chat template does not take: no system message"
     ):
         prompts_of(roomy)
     roomy.tokenizer.chat_template = "{# nothing #}"

@@ -112,8 +112,10 @@ def _fitting(
 
 def _ids(text: str, tokenizer: Any, is_chat: bool, bos: Bos, key: str) -> list[int]:
     if is_chat:
-        place = f"{key} (0 generates nothing): a prompt"
-        text = Chat([{"role": "user", "content": text}], place).rendered(tokenizer, answered=True)
+        try:
+            text = Chat([{"role": "user", "content": text}], f"{key}: a prompt").rendered(tokenizer, answered=True)
+        except Refused as error:
+            raise Refused(f"{error}; give measure.generation_prompts=0, or a template that does") from error
     (ids,) = encode(tokenizer, [text], special=False)
     begins_itself = ids[:1] == [bos.id]  # as a chat template may
     return ids if bos.id is None or begins_itself else [bos.id, *ids]

@@ -19,6 +19,7 @@ from prune_lab.system.files import write_text
 TEMPLATE = Path(__file__).parent / "page.html"
 _SHOWN = (  # in the box beside a point, where the run has them; the two axes come in addition
     "quality/perplexity", "quality/perplexity_ratio", "quality/kl", "quality/same_top", "quality/bits_per_byte",
+    "generation/repetition", "generation/loops",
     "amount/realized", "params/nonzero", "params/total", "size/disk_mb", "memory/peak_mb", "latency/prefill_speedup",
     "latency/decode_speedup",
 )  # fmt: skip
