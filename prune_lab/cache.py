@@ -43,6 +43,7 @@ KINDS = {
     "block_losses": "losses with blocks left out",
     "sensitivity": "loss increases of single blocks",
     "baseline": "quality, size and task scores of dense models",
+    "continuations": "greedy continuations of prompts by dense models",
     "token_losses": "losses of dense models on the test text, for the interval of a ratio of perplexities",
 }
 _CANNOT_KEEP = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)

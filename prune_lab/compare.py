@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from prune_lab.measure.continuations import generation_of
 from prune_lab.measure.divergence import flips
 from prune_lab.measure.macs import Macs
 from prune_lab.measure.measurements import Measurements
@@ -19,7 +20,7 @@ def compare(
 ) -> dict[str, float]:
     """Metrics by name, each an entry of METRICS in results/metrics.py; MLflow opens on the first.
 
-    Each field of Quality and of Divergence is a metric of its name. timings: None where nothing was timed.
+    Each field of Quality, Divergence and Generation is a metric of its name. timings: None where nothing was timed.
     """
     metrics: dict[str, float] = {}
     for (name, value), was in zip(asdict(compressed.quality).items(), asdict(dense.quality).values(), strict=True):
@@ -53,6 +54,10 @@ def compare(
             metrics |= {f"tasks/{prefix}{task}_{score}": float(value) for score, value in scores.items()}
     for task, answers in compressed.answers.items():
         metrics[f"tasks/{task}_flips"] = flips(dense.answers[task], answers)
+    if compressed.continuations:
+        after, before = (asdict(generation_of(one.continuations, dense.continuations)) for one in (compressed, dense))
+        for name, value in after.items():
+            metrics |= _both(f"generation/{name}", value, before[name])
     return metrics | (latency_figures(timings) if timings is not None else {})
 
 

@@ -104,6 +104,10 @@ def _check_streaming(parts: Parts, choices: Mapping[str, str]) -> None:
         (measure.memory, "peak memory is that of a model in memory; give measure.memory=false"),
         (bool(measure.tasks), "tasks put short texts through the model one batch at a time; give measure.tasks=[]"),
         (
+            measure.generation_prompts > 0,
+            "every generated token would read all blocks from disk; give measure.generation_prompts=0",
+        ),
+        (
             not parts.export.takes_streamed,
             f"export={choices.get('export')} is made of a model in memory; give export=hf or export=none",
         ),

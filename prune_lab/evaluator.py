@@ -17,9 +17,11 @@ from prune_lab.errors import Refused
 from prune_lab.export.base import Export
 from prune_lab.export.hf import HuggingFace
 from prune_lab.fingerprint import baseline_key
+from prune_lab.measure.continuations import Continuation
 from prune_lab.measure.divergence import POSITIONS, ratio_interval
+from prune_lab.measure.generation import Prompts, continue_prompts, prepare_prompts, samples_of
 from prune_lab.measure.macs import Macs, count_macs
-from prune_lab.measure.measurements import Measurements
+from prune_lab.measure.measurements import Measurements, continuations_from
 from prune_lab.measure.memory import measure_memory
 from prune_lab.measure.perplexity import measure_beside, measure_losses, quality_of
 from prune_lab.measure.prompts import PromptShape, cut_grid, cut_headline
@@ -33,6 +35,7 @@ from prune_lab.models.load import Loaded, ModelSource
 from prune_lab.models.offload.on_disk import own_copy
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.results.run_warnings import SAME_TEXT
+from prune_lab.results.samples import Sample
 from prune_lab.results.summary import write_json
 from prune_lab.system.console import Console
 from prune_lab.system.device import Device, uses_bfloat16
@@ -68,6 +71,7 @@ class Evaluator:
         room = None if self.context is None else self.context - self.bos.length
         self.prompt: Tensor = self.bos.before(cut_headline(stream, measure, room))
         grid = cut_grid(stream, measure, room)
+        self.prompts: Prompts | None = prepare_prompts(measure, self.dense, self.bos, self.context)
         self.grid: dict[PromptShape, Tensor] = {shape: self.bos.before(prompt) for shape, prompt in grid.items()}
 
     def _check_length(self, key: str, seq_len: int) -> None:
@@ -93,6 +97,7 @@ class Evaluator:
             "windows": len(self.windows),
             "join": JOIN,
             "divergence": POSITIONS.format(windows=self.compared) if self.compared else None,
+            "generation": self.prompts.stamp if self.prompts is not None else None,
             "bos": self.bos.stamp,  # `seq_len` and `prompt_tokens` are without it
             "calibration": None,  # of a run whose method looks at any: see `calibrator`
             "training": None,  # of a run that trains: see `training_text`
@@ -176,7 +181,7 @@ class Evaluator:
         return count_macs(Anatomy(loaded.model), self.prompt.shape[1])
 
     def evaluate(self, loaded: Loaded, folder: Path, export: Export, console: Console) -> Measurements:
-        """Quality, size, memory and task scores of a model that `export` wrote into `folder`, and its divergence."""
+        """Measurements of a model that `export` wrote into `folder`, and its divergence from the dense one."""
         losses, divergence = measure_beside(
             loaded.model, self.dense.model, self.compared, self.windows, self.measure.batch_size, self.device, console,
             self.bos,
@@ -184,6 +189,7 @@ class Evaluator:
         return replace(
             self._repeatable_measurements(loaded, losses, folder, export, console),
             memory_mb=self._memory(loaded, folder, export, console),
+            continuations=continue_prompts(loaded.model, self.prompts, self.device, console),
             divergence=divergence,
             ratio_interval=ratio_interval(self._dense_losses(console), losses),
         )
@@ -206,8 +212,9 @@ class Evaluator:
     def baseline(self, sweep_folder: Path | None, console: Console) -> Measurements:
         """The dense model's figures, once in a process, and once in a sweep whoever runs its jobs.
 
-        Quality, size and task scores come from the cache of earlier sweeps where they are there; memory is measured
-        anew in each sweep, since it is not the same to the last bit, and latency in each run, beside the compressed.
+        Quality, size, task scores and continuations come from the cache of earlier sweeps where they are there; memory
+        is measured anew in each sweep, since it is not the same to the last bit, and latency in each run, beside the
+        compressed.
         """
         if self._baseline is None:
             if sweep_folder is None:
@@ -238,7 +245,22 @@ class Evaluator:
             of = self._of_windows | {"tasks": self.protocol["tasks"]}
             of["bytes_per_token"] = self.tokens.bytes_per_token("test")
             figures = Measurements.from_dict(self.dense_cache.value("baseline", of, lasting))
-            return replace(figures, memory_mb=self._memory(self.dense, folder, export, console))
+            memory = self._memory(self.dense, folder, export, console)
+            return replace(figures, memory_mb=memory, continuations=self._dense_continuations(console))
+
+    def _dense_continuations(self, console: Console) -> tuple[Continuation, ...]:
+        """The dense model's continuations, from the cache."""
+        if self.prompts is None:
+            return ()
+
+        def found() -> list[dict[str, Any]]:
+            return [asdict(one) for one in continue_prompts(self.dense.model, self.prompts, self.device, console)]
+
+        return continuations_from(self.dense_cache.value("continuations", self.prompts.stamp, found))
+
+    def samples(self, dense: Measurements, compressed: Measurements) -> list[Sample]:
+        """Continuations of both models as text; none where no prompts are asked for."""
+        return samples_of(self.prompts, self.dense.tokenizer, dense.continuations, compressed.continuations)
 
     @property
     def _of_windows(self) -> dict[str, Any]:

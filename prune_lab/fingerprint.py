@@ -4,12 +4,13 @@
 |---|---|---|---|
 | finished run, its export, its training checkpoints | tracker, cache | `fingerprint` | C P M T X S E L |
 | measurements of the dense model | the sweep's folder | `baseline_key` | P M T X E S L |
-| results about a dense model (statistics, gradients, losses, quality) | cache | `DenseCache.key` | W M T H S L |
+| results about a dense model (statistics, gradients, losses, quality, texts) | cache | `DenseCache.key` | W M T H S L |
 | tokens of a text | cache | `tokens_key` | X T S L |
 
 C: configuration, every key but those that say where results go (NO_FIGURE) and where parts lie (_PLACES); of the
    export its identity (export/base.py), which is the same for none and hf.
-P: protocol, what `Evaluator.protocol` stamps: token ids and sizes of windows, BOS, calibration, dtype, device, tasks.
+P: protocol, what `Evaluator.protocol` stamps: token ids and sizes of windows, BOS, calibration, dtype, device, tasks,
+   token ids of the prompts that are continued.
 M: model, sha256 of all its tensors and of config.json as it is used (models/contents.py): rope, eps, activation ...
 T: tokenizer, sha256 of all by which it turns text into ids (text/encode.py).
 X: text, sha256 of all documents. W: windows, sha256 of token ids, and the sizes in which they pass.

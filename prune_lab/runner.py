@@ -28,7 +28,7 @@ from prune_lab.models.offload.on_disk import weights_on_disk
 from prune_lab.out_of_memory import explained
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.pruned import Pruned
-from prune_lab.results import outcome, run_warnings
+from prune_lab.results import outcome, run_warnings, samples
 from prune_lab.results.card import is_card_of, model_card
 from prune_lab.results.summary import Summary
 from prune_lab.system import device as devices
@@ -69,6 +69,8 @@ def run(parts: Parts, config: dict[str, Any], context: JobContext, console: Cons
         metrics = compare(parts.method, dense, figures, timings, compressed.pruned)
         metrics |= compute_figures(evaluator.macs, compressed.macs) | compressed.seconds
         summary.set_metrics(metrics)
+        texts = evaluator.samples(dense, figures)
+        summary.samples = [asdict(sample) for sample in texts[: samples.SHOWN]]
         told = [*evaluator.dense.warnings, *evaluator.bos.warnings, *compressed.pruned.warnings]
         told += [parts.export.note] if parts.export.note is not None else []
         summary.warnings += told + run_warnings.of_run(summary)
@@ -78,6 +80,8 @@ def run(parts: Parts, config: dict[str, Any], context: JobContext, console: Cons
             card = model_card(summary, evaluator.dense.name, context.command, reading)
             write_text(_export_of(context.folder) / "README.md", card)
         files = _write_files(context.folder, compressed.pruned)
+        if evaluator.prompts is not None:
+            files.append(write_text(context.folder / samples.FILE, samples.markdown(texts, evaluator.prompts.said)))
         log.result(summary, [summary.write(context.folder), *files])  # it is safe before it is tracked
     if summary.unlogged is not None:
         summary.warnings.append(summary.unlogged)

@@ -102,6 +102,10 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
         "model.stream=true measure=quality_only method=wanda export=bitmask",
         ("model.stream=true", "export=bitmask", "give export=hf or export=none"),
     ),
+    (
+        "model.stream=true measure=quality_only measure.generation_prompts=2 method=wanda",
+        ("model.stream=true", "give measure.generation_prompts=0"),
+    ),
     ("name=''", ("name=''", "1 to 250")),
     (f"name={LONG}", ("name='xxx", "1 to 250")),
     ("name='a\tb'", ("name='a\\tb'", "control")),
@@ -160,6 +164,9 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
     ("measure.pairs=3", ("measure.pairs=3", "at least 10")),
     ("measure.max_windows=0", ("measure.max_windows=0", "at least 1")),
     ("measure.kl_windows=-1", ("measure.kl_windows=-1", "at least 0")),
+    ("measure.generation_prompts=-1", ("measure.generation_prompts=-1", "at least 0")),
+    ("measure.generation_prompts=9", ("measure.generation_prompts=9", "at most 8")),
+    ("measure.generation_tokens=15", ("measure.generation_tokens=15", "at least 16")),
     ("measure.lengths=[1000000000000]", ("measure.lengths=[1000000000000]", "context of 128")),
     ("measure.batch_sizes=[-1]", ("measure.batch_sizes=[-1]", "at least 1")),
     ("measure.tasks=[nope]", ("measure.tasks", "nope")),
@@ -614,6 +621,14 @@ def _tokenizer_code(model: Path) -> None:
     (model / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+def _tokenizer_settings(**changes: Any) -> Prepare:
+    def change(model: Path) -> None:
+        config = json.loads((model / "tokenizer_config.json").read_text())
+        (model / "tokenizer_config.json").write_text(json.dumps(config | changes))
+
+    return change
+
+
 def _other_tokenizer(model: Path) -> None:
     for file in Path(TINY).glob("tokenizer*"):
         shutil.copy(file, model)
@@ -733,6 +748,18 @@ CHECKPOINTS = [
     for name, (damage, says) in _CHECKPOINTS.items()
 ]
 CHECKPOINTS += [
+    Bad("checkpoint", "with a chat template that takes no prompt",
+        ["model.name=PLACE/model", "measure.generation_prompts=2"],
+        ("measure.generation_prompts=2", "does not take: no\\x1b[2J system message", "measure.generation_prompts=0"),
+        _of_copy(_tokenizer_settings(chat_template="{{ raise_exception('no\x1b[2J system message') }}"))),
+    Bad("checkpoint", "with a chat template that renders no prompt",
+        ["model.name=PLACE/model", "measure.generation_prompts=2"],
+        ("measure.generation_prompts=2", "no token", "measure.generation_prompts=0"),
+        _of_copy(_tokenizer_settings(chat_template="{# nothing #}"))),
+    Bad("checkpoint", "with a chat template beyond its context",
+        ["model.name=PLACE/model", "measure.generation_prompts=2"],
+        ("measure.generation_prompts=2", "room for 64", "measure.generation_prompts=0"),
+        _of_copy(_tokenizer_settings(chat_template="x" * 500))),
     # Llama's config wants the query heads to divide the hidden size, and 3 do not divide 40.
     Bad("checkpoint", "whose config cannot hold what is left",
         ["model.name=PLACE/odd", "method=structured", "method.units=[heads]", "amount=0.25", "tracking=none"],

@@ -553,6 +553,37 @@ FAULTS = (
         ("test_divergence.py::test_golden_flips",),
     ),
     Fault(
+        "repetition_of_what_is_not_repeated", "prune_lab/measure/continuations.py",
+        "1 - len(set(grams)) / len(grams)", "len(set(grams)) / len(grams)",
+        ("test_generation.py::test_golden_repetition",),
+    ),
+    Fault(
+        "loops_that_were_left", "prune_lab/measure/continuations.py",
+        "half = ids[len(ids) // 2 :]", "half = ids[: len(ids) // 2]",
+        ("test_generation.py::test_loops_by_hand",),
+    ),
+    Fault(
+        "texts_end_at_one_token_alone", "prune_lab/measure/generation.py",
+        "if ids[-1] in ends:", "if ids[-1] in ends[:1]:",
+        ("test_generation.py::test_it_ends_at_the_first_of_several_tokens",),
+    ),
+    Fault(
+        "dense_texts_of_other_prompts", "prune_lab/evaluator.py",
+        'value("continuations", self.prompts.stamp, found)', 'value("continuations", {}, found)',
+        ("test_generation.py::test_dense_continuations_are_kept",),
+    ),
+    Fault(
+        "tokens_without_their_cache", "prune_lab/measure/inference.py",
+        "return model(input_ids=last, use_cache=True, **{name: getattr(output, name)})",
+        "return model(input_ids=last, use_cache=True)",
+        ("test_generation.py::test_greedy_as_without_a_cache_and_as_generate",),
+    ),
+    Fault(
+        "texts_as_markup_in_the_page", "prune_lab/report/page.py",
+        "return escape(printable(text))", "return printable(text)",
+        ("test_generation.py::test_texts_are_text_in_the_page",),
+    ),
+    Fault(
         "queries_in_the_kv_cache", "prune_lab/measure/size.py",
         "width += rows - _shape(block.get_submodule(family.attention_output))[1]", "width += rows",
         ("test_divergence.py::test_the_cache_holds_what_is_counted",),

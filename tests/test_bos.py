@@ -50,7 +50,9 @@ def bench_of(model: Path, corpus: Path, add_bos: str = "auto", **changes: Any) -
     text = TextFiles(
         path=str(corpus), seq_len=SEQ_LEN, add_bos=add_bos, calibration=Calibration(n_samples=8, seq_len=20)
     )
-    measure = Measure(latency=False, memory=False, max_windows=6, prompt_tokens=9, **changes)
+    measure = Measure(
+        latency=False, memory=False, max_windows=6, prompt_tokens=9, **{"generation_prompts": 0, **changes}
+    )
     return Evaluator(HubModel(name=str(model)), text, measure, CPU, 0, QUIET)
 
 

@@ -247,7 +247,8 @@ def test_blocks_gone_and_fewer_bits_are_compared_too(loaded: Loaded) -> None:
 
 def evaluator_of(folder: Path, corpus: Path, **changes: Any) -> Evaluator:
     text = TextFiles(path=str(corpus), seq_len=24, add_bos=changes.pop("add_bos", "auto"))
-    measure = Measure(latency=False, memory=False, prompt_tokens=9, **{"max_windows": 6, "batch_size": 4} | changes)
+    keys = {"max_windows": 6, "batch_size": 4, "generation_prompts": 0} | changes
+    measure = Measure(latency=False, memory=False, prompt_tokens=9, **keys)
     return Evaluator(HubModel(name=str(folder)), text, measure, CPU, 0, QUIET)
 
 

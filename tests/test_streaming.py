@@ -252,7 +252,7 @@ def test_a_streamed_run_is_the_run_in_memory(tmp_path: Path, folders: Folders, c
 def parts(folder: Path, **changes: Any) -> Parts:
     chosen: dict[str, Any] = {
         "method": Wanda(), "recovery": NoRecovery(), "post": NoPost(), "export": HuggingFace(),
-        "measure": Measure(latency=False, memory=False),
+        "measure": Measure(latency=False, memory=False, generation_prompts=0),
     }  # fmt: skip
     model = HubModel(name=str(folder), stream=True)
     return Parts(Settings(), model, dataset=None, schedule=OneShot(), tracking=None, **{**chosen, **changes})
@@ -267,6 +267,7 @@ def parts(folder: Path, **changes: Any) -> Parts:
         ({"measure": Measure(memory=False)}, "cannot be timed; give measure=quality_only"),
         ({"measure": Measure(latency=False)}, "give measure.memory=false"),
         ({"measure": Measure(latency=False, memory=False, tasks=("piqa",))}, "give measure.tasks=[]"),
+        ({"measure": Measure(latency=False, memory=False)}, "give measure.generation_prompts=0"),
         ({"method": Structured()}, "give a method for single weights"),
         ({"method": Depth()}, "give a method for single weights"),
         ({"method": Magnitude(scope="global")}, "one ranking over all blocks"),

@@ -17,10 +17,15 @@ def prefill(model: Any, prompt: Tensor) -> Any:
 @torch.no_grad()
 def decode(model: Any, output: Any, tokens: int) -> None:
     """Decodes `tokens` tokens greedily, one forward pass each, after `prefill`."""
-    name = "cache" if hasattr(output, "cache") else "past_key_values"  # renamed in transformers 5.24
     for _ in range(tokens):
-        last = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=last, use_cache=True, **{name: getattr(output, name)})
+        output = step(model, output, output.logits[:, -1:].argmax(-1))
+
+
+@torch.no_grad()
+def step(model: Any, output: Any, last: Tensor) -> Any:
+    """Runs one token of each row, shape (batch, 1), after the tokens whose key-value cache `output` has."""
+    name = "cache" if hasattr(output, "cache") else "past_key_values"  # renamed in transformers 5.24
+    return model(input_ids=last, use_cache=True, **{name: getattr(output, name)})
 
 
 class Inference:

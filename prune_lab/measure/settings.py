@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from prune_lab.measure.accelerate import CHOICES
+from prune_lab.measure.beginnings import BEGINNINGS
+from prune_lab.measure.continuations import LEAST
 from prune_lab.system.files import as_path
 
 MIN_PAIRS = 10
@@ -18,6 +20,8 @@ class Measure:
     batch_size: windows of a forward pass of the perplexity, and texts of one of the tasks.
     max_windows: the first so many windows of the test split; None: all.
     kl_windows: the first so many of these, on which the dense model runs beside the compressed one; None: all, 0: none.
+    generation_prompts: how many of the BEGINNINGS both models continue greedily, the first so many; 0: none.
+    generation_tokens: tokens put after each, at least LEAST, fewer in a short context.
     latency: prefill and decode, timed in `pairs` of dense and compressed, at least MIN_PAIRS, after `warmup` pairs that
     do not count, on a prompt of `prompt_tokens` with `decode_tokens` after it: the sizes of memory and energy too.
     batch_sizes, lengths: prompts that are timed beside that one, each number of rows with each number of tokens.
@@ -30,6 +34,8 @@ class Measure:
     batch_size: int = 8
     max_windows: int | None = None
     kl_windows: int | None = 32
+    generation_prompts: int = 8
+    generation_tokens: int = 64
     latency: bool = True
     pairs: int = 20
     warmup: int = 3
@@ -51,11 +57,14 @@ class Measure:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, least in (
             ("batch_size", 1), ("max_windows", 1), ("kl_windows", 0), ("pairs", MIN_PAIRS), ("warmup", 1),
-            ("prompt_tokens", 1), ("decode_tokens", 1), ("task_limit", 1), ("task_shots", 0),
+            ("prompt_tokens", 1), ("decode_tokens", 1), ("task_limit", 1), ("task_shots", 0), ("generation_prompts", 0),
+            ("generation_tokens", LEAST),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
+        if self.generation_prompts > len(BEGINNINGS):
+            raise ValueError(f"generation_prompts={self.generation_prompts} must be at most {len(BEGINNINGS)}")
         if twice := [name for name, count in Counter(self.tasks).items() if count > 1]:
             raise ValueError(f"tasks={list(self.tasks)} names {twice[0]} twice: name each task once")
         if self.task_path is not None and not as_path(self.task_path).is_dir():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prune_lab.results.summary import Summary
 
-STAMP = ("dataset", "test_tokens_sha256", "seq_len", "windows", "divergence", "bos", "dtype", "device")
+STAMP = ("dataset", "test_tokens_sha256", "seq_len", "windows", "divergence", "generation", "bos", "dtype", "device")
 _HASH = 36  # as much of a hash as MLflow keeps; a tenth of that is enough to read
 
 
@@ -18,12 +18,19 @@ def warnings(runs: list[tuple[str, str, Summary]]) -> list[str]:
         holders: dict[str, list[tuple[str, str]]] = {}
         for source, label, summary in runs:
             if (value := summary.protocol.get(key)) is not None:
-                holders.setdefault(str(value)[:_HASH] if "sha256" in key else str(value), []).append((source, label))
+                holders.setdefault(_value(key, value), []).append((source, label))
         if len(holders) > 1:
             sources = {source for source, _, _ in runs}
             parts = [f"{_short(key, value)} in {_who(who, sources)}" for value, who in holders.items()]
             found.append(f"{key} is " + ", ".join(parts))
     return found
+
+
+def _value(key: str, value: object) -> str:
+    """A part's value as text; of a part with parts of its own, each with its name."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_short(name, _value(name, inner))}" for name, inner in value.items())
+    return str(value)[:_HASH] if "sha256" in key else str(value)
 
 
 def _short(key: str, value: str) -> str:

@@ -12,12 +12,14 @@ from typing import Any
 from prune_lab.report.runs import Report
 from prune_lab.results.metrics import axis
 from prune_lab.results.pareto import Point, front, lines, steps
+from prune_lab.results.samples import printable
 from prune_lab.results.summary import Summary
 from prune_lab.system.files import write_text
 
 TEMPLATE = Path(__file__).parent / "page.html"
 _SHOWN = (  # in the box beside a point, where the run has them; the two axes come in addition
     "quality/perplexity", "quality/perplexity_ratio", "quality/kl", "quality/same_top", "quality/bits_per_byte",
+    "generation/repetition", "generation/loops",
     "amount/realized", "params/nonzero", "params/total", "size/disk_mb", "memory/peak_mb", "latency/prefill_speedup",
     "latency/decode_speedup",
 )  # fmt: skip
@@ -33,6 +35,7 @@ def write(report: Report, path: Path, x: str | None = None, y: str | None = None
         "WARNINGS": _warnings(report),
         "ABOUT": escape(about(report)),
         "MISSING": _missing(report),
+        "SAMPLES": _samples(report),
         "DATA": _json({**_data(report), "start": report.pair(x, y)}),
         "PLOTLY": get_plotlyjs(),  # the last one: it is long, and not ours
     }
@@ -72,6 +75,34 @@ def _missing(report: Report) -> str:
     )
     head = "<tr><th>run</th><th>status</th><th>reason</th></tr>"
     return f'<h2>Not on the plot, or not on every axis</h2><table id="missing">{head}{rows}</table>'
+
+
+def _samples(report: Report) -> str:
+    """Continuations of each prompt: of the dense models, each text once, and of each run."""
+    rows: dict[str, dict[str, list[str]]] = {}  # names of those that wrote a text, by prompt and text
+    for point, summary in zip(report.points, report.summaries, strict=True):
+        name = f"{point.position.series} {point.position.step}".strip()
+        for sample in summary.samples:
+            texts = rows.setdefault(sample["prompt"], {})
+            of_dense = texts.setdefault(f"{sample['dense']}\n({sample['dense_length']})", [])
+            of_dense += ["dense"] if "dense" not in of_dense else []
+            texts.setdefault(f"{sample['compressed']}\n({sample['compressed_length']})", []).append(
+                f"{name} ({point.job})"
+            )
+    if not rows:
+        return ""
+    shown = []
+    for prompt, texts in rows.items():
+        shown.append(f"<tr><th>prompt</th><th><pre>{_text(prompt)}</pre></th></tr>")
+        shown += [
+            f"<tr><td>{'<br>'.join(map(_text, names))}</td><td><pre>{_text(text)}</pre></td></tr>"
+            for text, names in texts.items()
+        ]
+    return f'<h2>Greedy continuations</h2><table id="samples">{"".join(shown)}</table>'
+
+
+def _text(text: str) -> str:
+    return escape(printable(text))
 
 
 def _json(value: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from prune_lab.errors import Refused
 from prune_lab.report.runs import Run
+from prune_lab.results.samples import Sample
 from prune_lab.results.summary import RESULTS, Summary, from_dict
 from prune_lab.system.hub import as_folder
 from prune_lab.tracking.mlflow_reader import read_experiment
@@ -42,11 +43,15 @@ def _sweep(name: str, folder: Path) -> list[Run]:
 
 
 def _summary(entry: dict[str, Any]) -> Summary:
-    """A summary whose metrics are finite numbers."""
+    """A summary whose metrics are finite numbers, and whose samples are texts."""
     summary = from_dict(entry)
     for metric, value in list(summary.metrics.items()):
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{metric}={value}")
+    for sample in summary.samples:
+        Sample(**sample)
+        if not all(isinstance(text, str) for text in sample.values()):
+            raise ValueError(f"samples={sample}")
     return summary
 
 

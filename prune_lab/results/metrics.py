@@ -100,6 +100,19 @@ METRICS = (
                     "the first"),
     Metric("quality/bits_per_byte", "bits", "lower", MEASURED, title="bits per byte", row="bits per byte", form=".4f",
            measured="the same mean, in bits, for a byte of the test text in place of a token"),
+    Metric("generation/repetition", "fraction", "lower", MEASURED, title="repeated 4-grams of continuations",
+           row="repeated 4-grams", form=".4f",
+           measured="1 - different 4-grams / all 4-grams of a greedy continuation, mean over the prompts "
+                    "([below](#generation)); `measure.generation_prompts`, as all of `generation/`"),
+    Metric("generation/loops", "fraction", "lower", MEASURED, title="continuations that end in a loop",
+           row="continuations in a loop", form=".3f",
+           measured="share of continuations whose last half is one n-gram, of any n, again and again"),
+    Metric("generation/common_prefix", "tokens", "higher", MEASURED, title="first tokens as the dense model's",
+           row="first tokens as the dense model's", form=".1f",
+           measured="tokens that a continuation and the dense model's begin with alike, mean over the prompts; the "
+                    "dense figure is the length of its own"),
+    Metric("generation/ended", "fraction", None, MEASURED, title="continuations that ended", form=".3f",
+           measured="share of continuations that the model ended by a token that ends a text"),
     Metric("amount/requested", "fraction", "higher", 0.0,  # of two equally good runs, removing more is better
            measured="`method.amount`; 0 where the method does not use it"),
     Metric("amount/realized", "fraction", "higher", 0.0,

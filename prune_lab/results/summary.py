@@ -29,6 +29,7 @@ class Summary:
     environment: dict[str, Any] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    samples: list[dict[str, str]] = field(default_factory=list)  # continuations, each what Sample of samples.py has
     diverged: list[str] = field(default_factory=list)  # metrics that came out as no finite number
     warnings: list[str] = field(default_factory=list)
     not_applicable: dict[str, list[str]] = field(default_factory=dict)  # keys of a group that its option ignores

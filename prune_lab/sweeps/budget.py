@@ -9,7 +9,7 @@ from typing import Any
 
 from prune_lab.results.metrics import axis
 
-_QUALITY = ("quality/", "tasks/")  # what pruning costs; other metrics are what it saves
+_QUALITY = ("quality/", "tasks/", "generation/")  # what pruning costs; other metrics are what it saves
 
 
 @dataclass(frozen=True)

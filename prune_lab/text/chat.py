@@ -34,8 +34,11 @@ class Chat:
         """True where no message has text."""
         return not any(message.keys() - {"role", "content"} or message["content"] for message in self.messages)
 
-    def rendered(self, tokenizer: Any) -> str:
-        """Its text by the tokenizer's chat template; raises Refused where there is none or it does not take it."""
+    def rendered(self, tokenizer: Any, answered: bool = False) -> str:
+        """Its text by the tokenizer's chat template; raises Refused where there is none or it does not take it.
+
+        answered: with what begins the model's answer at the end.
+        """
         if not getattr(tokenizer, "chat_template", None):
             raise Refused(
                 f"{self.place} holds chat messages, and the model's tokenizer has no chat template: give a model that "
@@ -44,7 +47,9 @@ class Chat:
         try:
             template = tokenizer.get_chat_template()
             template = _TODAY + template if "strftime_now" in template else template
-            text: str = tokenizer.apply_chat_template(self.messages, chat_template=template, tokenize=False)
+            text: str = tokenizer.apply_chat_template(
+                self.messages, chat_template=template, tokenize=False, add_generation_prompt=answered
+            )
         except Exception as error:  # what a template raises is its own
             why = " ".join(str(error).split())[:120] or type(error).__name__
             raise Refused(f"{self.place} holds what the tokenizer's chat template does not take: {why}") from error
