@@ -300,6 +300,17 @@ FAULTS = (
         ("test_depth.py::test_the_blocks_of_least_influence_go",),
     ),
     Fault(
+        "blocks_apart_counted_as_a_run", "prune_lab/pruning/block_importance.py",
+        "(distances[start][start + remove], start)", "(distances[start][start + 1], start)",
+        ("test_depth.py::test_by_angle_a_run_of_blocks_goes",),
+    ),
+    Fault(
+        "divergence_of_dense_from_pruned", "prune_lab/pruning/block_importance.py",
+        "position_divergences(logits_of(model, dense), logits_of(model, states))[0]",
+        "-position_divergences(logits_of(model, dense), logits_of(model, states))[0]",
+        ("test_depth.py::test_by_kl_each_step_drops_the_block_that_is_missed_least",),
+    ),
+    Fault(
         "most_influential_blocks_go", "prune_lab/pruning/block_importance.py",
         "key=lambda index: (influence[index], index)", "key=lambda index: (-influence[index], index)",
         ("test_depth.py::test_the_blocks_of_least_influence_go",),

@@ -34,7 +34,9 @@ RECIPES = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
 # Keys without which an option cannot be built.
 REQUIRED = {"model/hf": "model.name", "dataset/text": "dataset.path"}
 # Options of another option's class, and the keys in which they differ from it.
-PRESETS = {"method/taylor": {"score"}, "method/wifv": {"score", "refit"}}
+PRESETS = {
+    "method/structured": {"score", "refit"}, "method/taylor": {"score"}, "method/wifv": {"score", "refit"},
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="module")

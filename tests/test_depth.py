@@ -132,6 +132,47 @@ def test_by_perplexity_each_step_drops_the_block_that_is_missed_least(models: di
     torch.testing.assert_close(logits(model), logits(stock_without(dense, dropped)), atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def naive_divergence(dense: Any, model: Any) -> float:
+    """KL(dense || model) of every next token but the first of a window, from whole logits, in float64."""
+    p, q = (logits(of)[:, :-1].double().log_softmax(-1) for of in (dense, model))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt"])
+def test_by_kl_each_step_drops_the_block_that_is_missed_least(models: dict[str, Loaded], family: str) -> None:
+    dense, model = models[family].model, copied(models[family]).model
+    dropped: list[int] = []
+    for _ in range(2):
+        left = [index for index in range(BLOCKS) if index not in dropped]
+        dropped.append(min(left, key=lambda index: naive_divergence(dense, stock_without(dense, [*dropped, index]))))
+    assert said(prune(model, 0.5, by="kl", batch_size=2)) == sorted(dropped)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_by_angle_a_run_of_blocks_goes(models: dict[str, Loaded], family: str, count: int) -> None:
+    """The run whose entrance and exit are nearest in angle, from the hidden states of a stock forward pass."""
+    dense, model = models[family].model, copied(models[family]).model
+    places: list[Tensor] = []
+
+    def look(block: Any, args: Any, kwargs: Any, out: Any) -> None:
+        if not places:
+            places.append((args[0] if args else kwargs["hidden_states"])[:, -1].double())
+        places.append((out[0] if isinstance(out, tuple) else out)[:, -1].double())
+
+    hooks = [block.register_forward_hook(look, with_kwargs=True) for block in Anatomy(dense).blocks]
+    logits(dense)
+    for hook in hooks:
+        hook.remove()
+    angles = [
+        float(torch.cosine_similarity(places[first], places[first + count]).arccos().mean())
+        for first in range(BLOCKS - count + 1)
+    ]
+    first = angles.index(min(angles))
+    assert said(prune(model, count / BLOCKS, by="angle", batch_size=2)) == list(range(first, first + count))
+
+
 @pytest.mark.parametrize(
     ("family", "dropped"), [*((family, [1, 2]) for family in ALL_FAMILIES), ("llama", [0]), ("gpt2", [3])], ids=str
 )
@@ -149,7 +190,7 @@ def test_a_bypassed_block_is_as_if_it_were_not_there(
     assert not any(block._forward_hooks for block in Anatomy(model).blocks)
 
 
-@pytest.mark.parametrize(("by", "amount"), [("bi", 0.9), ("perplexity", 0.99)])
+@pytest.mark.parametrize(("by", "amount"), [("bi", 0.9), ("perplexity", 0.99), ("kl", 0.8), ("angle", 0.9)])
 def test_one_block_always_stays(models: dict[str, Loaded], by: str, amount: float) -> None:
     model = copied(models["llama"]).model
     pruned = prune(model, amount, by)
@@ -159,7 +200,7 @@ def test_one_block_always_stays(models: dict[str, Loaded], by: str, amount: floa
     assert logits(model).isfinite().all()
 
 
-@pytest.mark.parametrize(("by", "amount"), [("bi", 0.1), ("perplexity", 0.0)])
+@pytest.mark.parametrize(("by", "amount"), [("bi", 0.1), ("perplexity", 0.0), ("kl", 0.1), ("angle", 0.0)])
 def test_less_than_half_a_block_changes_nothing(models: dict[str, Loaded], by: str, amount: float) -> None:
     model = copied(models["gemma2"]).model
     before = model.config.to_dict()
@@ -263,7 +304,7 @@ def test_tied_embeddings_are_counted_once(tmp_path: Path, tied: bool) -> None:
     assert 0 <= held < 10_000  # float32, and a header
 
 
-@pytest.mark.parametrize("by", ["bi", "perplexity"])
+@pytest.mark.parametrize("by", ["bi", "perplexity", "kl"])
 def test_more_blocks_go_beside_those_that_went_before(models: dict[str, Loaded], by: str) -> None:
     """A larger amount of the dense model drops what a smaller one dropped."""
     gone = [set(said(prune(copied(models["llama"]).model, amount, by))) for amount in (0.25, 0.5, 0.75)]
@@ -271,5 +312,5 @@ def test_more_blocks_go_beside_those_that_went_before(models: dict[str, Loaded],
 
 
 def test_an_unknown_way_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"by='nope' is not one of bi, perplexity"):
+    with pytest.raises(ValueError, match=r"by='nope' is not one of bi, angle, perplexity, kl"):
         Depth(by="nope")

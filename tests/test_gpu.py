@@ -40,11 +40,14 @@ from prune_lab.post.sparse_2_4 import Sparse24
 from prune_lab.pruning import thresholds
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.pattern import Pattern
+from prune_lab.pruning.refit_targets import TARGETS
 from prune_lab.pruning.selection import count_to_remove, keep_global, keep_layer, keep_pattern, keep_rows
 from prune_lab.pruning.sparsegpt_solver import solve
 from prune_lab.recovery.distill import Distill
 from prune_lab.recovery.finetune import Finetune
 from prune_lab.recovery.lora import Lora
+from prune_lab.recovery.reconstruct import Reconstruct
+from prune_lab.schedules import OneShot
 from prune_lab.system.console import Console
 from prune_lab.system.device import Device, native_bfloat16, resolve
 
@@ -135,6 +138,9 @@ METHODS: list[Method] = [
     Random(amount=0.5), Wanda(amount=0.5), Wanda(amount=0.5, allocation="owl"), Ria(amount=0.5),
     SparseGPT(amount=0.5), SparseGPT(amount=0.5, pattern="2:4"), Structured(amount=0.4),
     Structured(amount=0.4, score="wanda"), Structured(amount=0.4, score="taylor"), Depth(amount=0.5),
+    Depth(amount=0.5, by="kl"), Depth(amount=0.5, by="angle"), SparseGPT(amount=0.5, scope="row"),
+    *(Wanda(amount=0.5, refit=refit) for refit in TARGETS), SparseGPT(amount=0.5, refit="inputs"),
+    *(Structured(amount=0.4, score="obs", refit=refit) for refit in TARGETS),
     Unstructured(amount=0.5, score="taylor"), Unstructured(amount=0.5, score="wifv"),
 ]  # fmt: skip
 
@@ -263,6 +269,21 @@ def test_training_lowers_the_loss_and_holds_the_zeros(folder: Path, tmp_path: Pa
         assert weight.dtype == torch.bfloat16
         if name in zeros:
             assert not weight[zeros[name]].any()
+
+
+def test_a_reconstruction_is_that_of_a_cpu(folder: Path, tmp_path: Path) -> None:
+    found = []
+    for place in (CPU, GPU):
+        device = Device(place, torch.float32)
+        dense, loaded = (HubModel(name=str(folder)).load(device, seed=0) for _ in range(2))
+        recipe, method = Reconstruct(steps=6, lr=1e-3, batch_size=2, autocast="none"), Wanda(amount=0.5)
+        training = training_of(
+            loaded, tmp_path / place.type, None, method, OneShot(), steps=6, dense=dense, device=device
+        )
+        recipe.recover(loaded.model, training)
+        found.append({name: weight.cpu() for name, weight in weights_of(loaded.model).items()})
+    for name, weight in found[0].items():
+        assert float((found[1][name] - weight).norm() / weight.norm()) < 1e-2, name
 
 
 def test_a_whole_run(cli: Cli, small: list[str], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from prune_lab.methods.base import Method
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from prune_lab.models.anatomy import Anatomy
     from prune_lab.pruning.calibration import Calibrator
 
-WAYS = ("bi", "perplexity")
+WAYS = ("bi", "angle", "perplexity", "kl")
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,9 @@ class Depth(Method):
     """Removes the blocks that matter least; at least one stays.
 
     by: bi, the blocks that change the direction of the states least in the dense model (ShortGPT: Men et al.,
-    2403.03853); perplexity, one block after the other, each time the one whose absence hurts calibration text least
-    (SLEB: Song et al., 2402.09025).
+    2403.03853); angle, the run of consecutive blocks that together turn them least (Gromov et al., 2403.17887);
+    perplexity, one block after the other, each time the one whose absence hurts calibration text least (SLEB: Song et
+    al., 2402.09025); kl, likewise by the divergence from the dense model's predictions.
     """
 
     by: str = "bi"
@@ -34,7 +36,7 @@ class Depth(Method):
 
     @property
     def calibrated(self) -> bool:
-        """True: both ways need calibration text."""
+        """True: every way needs calibration text."""
         return True
 
     def check(self, config: Any, amounts: Iterable[float]) -> None:
@@ -49,13 +51,13 @@ class Depth(Method):
     def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
         """Removes blocks from the model and returns the table of what was removed."""
         from prune_lab.models.resize import dense_count, keep_blocks, original_blocks
-        from prune_lab.pruning.block_importance import least_influential, least_needed
+        from prune_lab.pruning.block_importance import least_distant, least_influential, least_needed
         from prune_lab.pruning.selection import count_to_remove
 
         assert calibrator is not None
         count, total = len(anatomy.blocks), dense_count(anatomy, "blocks")
         remove = max(0, count - max(1, total - count_to_remove(total, amount)))
-        least = least_influential if self.by == "bi" else least_needed
+        least = {"bi": least_influential, "angle": least_distant}.get(self.by) or partial(least_needed, by=self.by)
         dropped = least(anatomy, remove, calibrator) if remove else []
         if dropped:
             keep_blocks(anatomy, [index for index in range(count) if index not in dropped])

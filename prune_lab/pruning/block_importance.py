@@ -1,14 +1,18 @@
-"""Importance of whole decoder blocks: by how they change the states (ShortGPT), or by the loss without them (SLEB)."""
+"""Importance of whole decoder blocks: by how they change the states, or by what the model loses without them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from prune_lab.measure.divergence import position_divergences
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import BlockStream, bypassed
+from prune_lab.models.loss import by_chunks, logits_of, target_states
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.loss_increase import WINDOWS
 
@@ -50,27 +54,87 @@ def _of_each_block(calibrator: Calibrator, anatomy: Anatomy) -> list[float]:
     return found
 
 
-def least_needed(anatomy: Anatomy, remove: int, calibrator: Calibrator) -> list[int]:
-    """Blocks in the order of their removal; each is the one without which the loss is lowest at that point."""
+def least_distant(anatomy: Anatomy, remove: int, calibrator: Calibrator) -> list[int]:
+    """The run of `remove` blocks whose entrance and exit are nearest in angle, the first one among equals."""
+    distances: list[list[float]] = calibrator.remember(
+        anatomy, "block_distances", {}, lambda: _distances(calibrator, anatomy)
+    )
+    starts = range(len(distances) - remove)
+    first = min(starts, key=lambda start: (distances[start][start + remove], start))
+    return list(range(first, first + remove))
+
+
+@torch.no_grad()
+def _distances(calibrator: Calibrator, anatomy: Anatomy) -> list[list[float]]:
+    """Angle between the states at two places, as a share of a half turn: before each block, and after the last one.
+
+    arccos(cos) / pi of the last token of each window, the mean over windows (Gromov et al., 2403.17887).
+    """
+    stream, count = BlockStream(anatomy, calibrator.windows, calibrator.batch_size), len(anatomy.blocks)
+
+    def last_tokens() -> Tensor:
+        return torch.cat([stream.states[number][:, -1].double() for number in range(len(stream.states))])
+
+    places = [last_tokens()]
+    with calibrator.console.progress(count * calibrator.windows.numel(), "angles of blocks", unit="tok") as bar:
+        for index in range(count):
+            calibrator.forward(stream, index, bar, keep=True)
+            places.append(last_tokens())
+    units = torch.nn.functional.normalize(torch.stack(places), dim=-1)  # (places, windows, hidden)
+    cosines = torch.einsum("pwh,qwh->pqw", units, units).clamp(-1, 1)
+    found: list[list[float]] = (cosines.arccos() / math.pi).mean(-1).tolist()
+    return found
+
+
+def least_needed(anatomy: Anatomy, remove: int, calibrator: Calibrator, by: str) -> list[int]:
+    """Blocks in the order of their removal; each is the one without which the model loses least at that point.
+
+    by: perplexity, the loss on the calibration text; kl, the divergence from the whole model on it.
+    """
+    measure = calibrator.loss if by == "perplexity" else divergence_from(anatomy, calibrator)
     left, dropped = list(range(len(anatomy.blocks))), list[int]()
     passes = sum(len(left) - step for step in range(remove))
     with calibrator.console.progress(passes, "trying blocks", unit="pass") as bar:
 
         def without_each() -> list[float]:
-            """The loss without each block that is left."""
+            """The measure without each block that is left."""
             losses = []
             for index in left:
                 with bypassed(anatomy, [*dropped, index]):
-                    losses.append(calibrator.loss(anatomy.model))
+                    losses.append(measure(anatomy.model))
                 bar.update()
             return losses
 
         for _ in range(remove):
-            losses = calibrator.remember(anatomy, "block_losses", {"dropped": dropped}, without_each)
+            losses = calibrator.remember(anatomy, "block_losses", {"dropped": dropped, "by": by}, without_each)
             _, index = min(zip(losses, left, strict=True))
             dropped.append(index)
             left.remove(index)
     return dropped
+
+
+@torch.no_grad()
+def divergence_from(anatomy: Anatomy, calibrator: Calibrator) -> Callable[[Any], float]:
+    """Function of a model: its mean KL divergence in nats from the model as it is now, over all targets of the windows.
+
+    The last states of the whole model are held, windows x seq_len x hidden numbers.
+    """
+    device, prefix = next(anatomy.model.parameters()).device, calibrator.prefix
+    batches = [batch.to(device) for batch in calibrator.windows.split(calibrator.batch_size)]
+    whole = [target_states(anatomy.model, batch, prefix).flatten(0, 1) for batch in batches]
+
+    @torch.no_grad()
+    def divergence(model: Any) -> float:
+        def of_rows(dense: Tensor, states: Tensor) -> Tensor:
+            return position_divergences(logits_of(model, dense), logits_of(model, states))[0]
+
+        parts = [
+            by_chunks(model, of_rows, dense, target_states(model, batch, prefix).flatten(0, 1))
+            for dense, batch in zip(whole, batches, strict=True)
+        ]
+        return float(torch.cat(parts).mean())
+
+    return divergence
 
 
 def loss_increases(anatomy: Anatomy, calibrator: Calibrator, dense: float) -> list[list[float]]:
