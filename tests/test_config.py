@@ -36,6 +36,7 @@ REQUIRED = {"model/hf": "model.name", "dataset/text": "dataset.path"}
 # Options of another option's class, and the keys in which they differ from it.
 PRESETS = {
     "method/structured": {"score", "refit"}, "method/taylor": {"score"}, "method/wifv": {"score", "refit"},
+    "method/unstructured": {"score", "scope", "refit"},
 }  # fmt: skip
 
 
@@ -324,7 +325,7 @@ def test_what_is_wrong_is_refused_by_its_full_key(overrides: list[str], says: st
 def test_parts_are_hashable_whatever_their_values() -> None:
     """The evaluator of a sweep is found again by its parts."""
     one = config.build(composed("method=structured", "method.units=[heads,mlp]").method, "method")
-    two = Structured(units=("heads", "mlp"))
+    two = Structured(units=("heads", "mlp"), score="obs", refit="inputs")
     assert one == two
     assert {one: 1}[two] == 1
     assert hash(Stdlib()) == hash(config.build(composed().dataset, "dataset"))

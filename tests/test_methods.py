@@ -24,6 +24,7 @@ from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.pruned import Pruned
+from prune_lab.pruning.refit_targets import TARGETS
 from prune_lab.system.device import Device
 
 OPTIONS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
@@ -400,7 +401,8 @@ def test_masks_are_where_the_zeros_are_and_hold_them(
     for name, keep in pruned.masks.keep.items():
         weight, before = linears(model)[name].weight, linears(dense(family))[name].weight
         assert torch.equal(keep, weight != 0)
-        assert option == "sparsegpt" or torch.equal(weight, before * keep)  # what stays is as it was
+        is_updated = option == "sparsegpt" or method(option, **keys).refit in TARGETS
+        assert is_updated or torch.equal(weight, before * keep)  # what stays is as it was
         linears(moved)[name].weight.data.add_(1000)  # what an optimizer with momentum does
     pruned.masks.hold(moved)
     for name, weight in matrices(moved).items():
@@ -497,8 +499,8 @@ def test_allocation_global_is_scope_global(make: Make, option: str) -> None:
 
 @pytest.mark.parametrize("score", ["magnitude", "random", "wanda", "ria"])
 def test_a_score_is_the_same_under_its_own_name(make: Make, score: str) -> None:
-    scope = method(score).scope
-    named = make("llama", "unstructured", {"score": score, "scope": scope})[0].state_dict()
+    keys = {"score": score, "scope": method(score).scope, "refit": "none"}
+    named = make("llama", "unstructured", keys)[0].state_dict()
     assert same(named, make("llama", score, {})[0].state_dict())
 
 
@@ -680,7 +682,7 @@ def test_one_ranking_of_all_weights_has_no_other_allocation(allocation: str) -> 
         ("taylor", {"score": "hessian"}, r"score='hessian' is not one of"),
         ("wifv", {"units": ["block"]}, r"units=\['block'\] must be one or more of mlp, heads"),
         ("structured", {"round_to": 0}, r"round_to=0 must be at least 1"),
-        ("depth", {"by": "norm"}, r"by='norm' is not one of bi, perplexity"),
+        ("depth", {"by": "norm"}, r"by='norm' is not one of bi, angle, perplexity, kl"),
         ("sensitivity", {"score": "l2"}, r"score='l2' is not one of random, wanda, ria, taylor, taylor2, wifv"),
         ("sensitivity", {"parts": ["weights", "norms"]}, r"parts=\['weights', 'norms'\] must be some of weights, mlp"),
         ("sensitivity", {"amounts": []}, r"amounts=\[\] must rise, each between 0 and 1"),

@@ -24,6 +24,7 @@ FOLDER = ROOT / "experiments"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 STEPS = ["recovery.steps=16", "recovery.batch_size=2"]
 SHORT = [*STEPS, "recovery.validate_every=8", "recovery.validate_windows=2"]  # where recovery=none is not the first one
+OWN_TEXT = ["dataset.calibration.source=own", "dataset.calibration.name=null", "dataset.calibration.n_samples=4"]
 FEW_PAIRS = ["measure.prompt_tokens=16", "measure.decode_tokens=2", "measure.pairs=10"]
 # What makes each recipe short; a key given on the command line takes the place of that key in every grid.
 SHORTENED: dict[str, list[str]] = {
@@ -37,6 +38,8 @@ SHORTENED: dict[str, list[str]] = {
     "parallel": ["amount=0.5", "method=magnitude,random", "measure=quality_only"],
     "prune_then_quantize": ["amount=0.4", "dataset.calibration.n_samples=4", "post.group_size=8"],
     "ray": [],  # needs a cluster: tests/test_launchers.py
+    "real_structured": [*OWN_TEXT, "method.refit=inputs"],
+    "real_unstructured": OWN_TEXT,
     "recover": STEPS,
     "schedules": SHORT,
     "scores_and_structures": ["dataset.calibration.n_samples=4"],

@@ -47,7 +47,7 @@ class Watcher:
         self.after: list[Weights] = []
         self.keep: list[Weights] = []  # masks, by name of the weight
         self.blocks: list[list[int]] = []  # places, before it, of those that each pruning left
-        model.register_forward_pre_hook(self._look)
+        model.base_model.register_forward_pre_hook(self._look)
         training.prune = self._watch
 
     def _look(self, module: Any, inputs: Any) -> None:
