@@ -52,8 +52,8 @@ def compare(
     for prefix, tasks in (("", compressed.tasks), ("dense_", dense.tasks)):
         for task, scores in tasks.items():
             metrics |= {f"tasks/{prefix}{task}_{score}": float(value) for score, value in scores.items()}
-    for task, answers in compressed.answers.items():
-        metrics[f"tasks/{task}_flips"] = flips(dense.answers[task], answers)
+    for task in compressed.answers.keys() & dense.answers.keys():  # not where one model's answers are partly right
+        metrics[f"tasks/{task}_flips"] = flips(dense.answers[task], compressed.answers[task])
     if compressed.continuations:
         after, before = (asdict(generation_of(one.continuations, dense.continuations)) for one in (compressed, dense))
         for name, value in after.items():

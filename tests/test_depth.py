@@ -311,6 +311,22 @@ def test_more_blocks_go_beside_those_that_went_before(models: dict[str, Loaded],
     assert gone[0] < gone[1] < gone[2]
 
 
+@pytest.mark.parametrize("by", ["perplexity", "kl"])
+def test_the_block_that_overflows_goes_and_two_are_refused(models: dict[str, Loaded], by: str) -> None:
+    """NaN is neither below nor above anything: the block that makes it goes, not the first one. Two are refused."""
+    broken = copied(models["llama"]).model
+    with torch.no_grad():
+        Anatomy(broken).blocks[3].mlp.down_proj.weight.fill_(float("nan"))
+        Anatomy(broken).blocks[2].mlp.down_proj.weight.fill_(float("nan"))
+    with pytest.raises(Refused, match="not finite"):
+        prune(broken, 0.25, by=by)
+    one_nan = copied(models["llama"]).model
+    with torch.no_grad():
+        Anatomy(one_nan).blocks[3].mlp.down_proj.weight.fill_(float("nan"))
+    if by == "perplexity":
+        assert said(prune(one_nan, 0.25, by=by)) == [3]
+
+
 def test_an_unknown_way_is_refused() -> None:
     with pytest.raises(ValueError, match=r"by='nope' is not one of bi, angle, perplexity, kl"):
         Depth(by="nope")

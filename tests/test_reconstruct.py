@@ -126,6 +126,12 @@ def test_what_was_not_pruned_does_not_learn(models: dict[str, Loaded], tmp_path:
             assert torch.equal(weight, models["llama"].model.get_parameter(name)), name
 
 
+def test_where_nothing_was_pruned_it_says_so(models: dict[str, Loaded], tmp_path: Path) -> None:
+    found, training = pruned_and_trained(models["llama"], tmp_path, Structured(amount=0.0))
+    assert same(weights_of(found), weights_of(models["llama"].model))
+    assert training.pruned.warnings == ["recovery=reconstruct trained nothing: nothing was pruned"]
+
+
 @pytest.mark.parametrize("method", [MASKED, UNITS], ids=["weights", "units"])
 def test_an_interrupted_reconstruction_goes_on(models: dict[str, Loaded], tmp_path: Path, method: Method) -> None:
     def stop(block: int, values: dict[str, float]) -> None:

@@ -316,6 +316,21 @@ def test_errors_are_those_of_two_models_side_by_side(
         anatomy = Anatomy(model)
 
 
+@pytest.mark.parametrize("kept", ["heads", "mlp"])
+def test_a_kind_of_which_nothing_goes_takes_on_nothing(models: dict[str, Any], kept: str) -> None:
+    """Of both kinds asked for, one rounds to no unit: the other repairs the states as if it were asked for alone."""
+    keys = {"score": "wanda", "refit": "residual", "physical": False}
+    if kept == "heads":  # 0.2 of 2 groups is none, of 48 channels it is 10
+        both, alone = Structured(units=("mlp", "heads"), **keys), Structured(units=("mlp",), **keys)
+        amount = 0.2
+    else:  # all 48 channels stay, rounded to a multiple of 48, and one of 2 groups goes
+        both = Structured(units=("mlp", "heads"), round_to=48, **keys)
+        alone, amount = Structured(units=("heads",), **keys), 0.5
+    found, expected = (pruned(models["llama"], method, amount)[0] for method in (both, alone))
+    for (name, one), (_, other) in zip(Anatomy(found).linears(), Anatomy(expected).linears(), strict=True):
+        assert torch.equal(one.weight, other.weight), name
+
+
 @pytest.mark.parametrize("refit", ["inputs", "dense", "residual"])
 def test_nothing_is_refitted_where_nothing_goes(models: dict[str, Any], refit: str) -> None:
     for method in (Structured(refit=refit), Wanda(refit=refit), Magnitude(refit=refit, scope="global")):

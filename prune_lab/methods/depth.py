@@ -24,7 +24,7 @@ class Depth(Method):
     by: bi, the blocks that change the direction of the states least in the dense model (ShortGPT: Men et al.,
     2403.03853); angle, the run of consecutive blocks that together turn them least (Gromov et al., 2403.17887);
     perplexity, one block after the other, each time the one whose absence hurts calibration text least (SLEB: Song et
-    al., 2402.09025); kl, likewise by the divergence from the dense model's predictions.
+    al., 2402.09025); kl, likewise by the divergence from the predictions that the model had before this pruning.
     """
 
     by: str = "bi"

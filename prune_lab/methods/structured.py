@@ -81,6 +81,8 @@ class Structured(Method):
         Units are zeroed block by block, so that later blocks are calibrated on the outputs of the pruned ones; shapes
         change at the end, all at once.
         """
+        import torch
+
         from prune_lab.models.resize import dense_count
         from prune_lab.pruning.surgery import remove_units, unit_masks, zero_units
         from prune_lab.pruning.units import rows_of_table
@@ -88,13 +90,16 @@ class Structured(Method):
         pruned = Pruned()
         kept = {kind: self._count_to_keep(anatomy, kind, amount) for kind in self.units}
         linears_of = {kind: anatomy.unit_linears(kind) for kind in self.units}
-        keep: dict[str, list[Tensor]] = {kind: [] for kind in self.units}
-        for index, statistics in enumerate(self._block_statistics(anatomy, self.units, seed, calibrator)):
-            for kind, count in kept.items():
-                linears = linears_of[kind][index]
-                keep[kind].append(self._choose(linears, statistics, anatomy.unit_count(kind) - count, pruned))
-                if not keep[kind][-1].all():
-                    self._refit(linears[-1], keep[kind][-1], statistics, pruned)
+        losing = tuple(kind for kind, count in kept.items() if count < anatomy.unit_count(kind))
+        keep = {
+            kind: [] if kind in losing else [torch.ones(count, dtype=torch.bool) for _ in anatomy.blocks]
+            for kind, count in kept.items()
+        }
+        for index, statistics in enumerate(self._block_statistics(anatomy, losing, seed, calibrator)):
+            for kind in losing:
+                linears, remove = linears_of[kind][index], anatomy.unit_count(kind) - kept[kind]
+                keep[kind].append(self._choose(linears, statistics, remove, pruned))
+                self._refit(linears[-1], keep[kind][-1], statistics, pruned)
                 zero_units(linears, keep[kind][-1])
         for kind, count in kept.items():
             pruned.rows += rows_of_table(anatomy, kind, dense_count(anatomy, kind), count)
@@ -222,6 +227,8 @@ class Structured(Method):
 
         def prune_block(block: int, statistics: dict[str, LinearStatistics], amount: float) -> None:
             keep = self._choose(linears[block], statistics, count_to_remove(units, amount), Pruned())
+            if not keep.all():
+                self._refit(linears[block][-1], keep, statistics, Pruned())
             zero_units(linears[block], keep)
 
         statistics = self._block_statistics(anatomy, (kind,), seed, calibrator, behind_dense=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prune_lab.errors import Refused
 from prune_lab.measure.divergence import position_divergences
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import BlockStream, bypassed
@@ -91,23 +93,34 @@ def least_needed(anatomy: Anatomy, remove: int, calibrator: Calibrator, by: str)
 
     by: perplexity, the loss on the calibration text; kl, the divergence from the whole model on it.
     """
-    measure = calibrator.loss if by == "perplexity" else divergence_from(anatomy, calibrator)
+
+    @cache
+    def measure() -> Callable[[Any], float]:
+        return calibrator.loss if by == "perplexity" else divergence_from(anatomy, calibrator)
+
     left, dropped = list(range(len(anatomy.blocks))), list[int]()
     passes = sum(len(left) - step for step in range(remove))
     with calibrator.console.progress(passes, "trying blocks", unit="pass") as bar:
 
         def without_each() -> list[float]:
             """The measure without each block that is left."""
-            losses = []
+            of_model, losses = measure(), []
             for index in left:
                 with bypassed(anatomy, [*dropped, index]):
-                    losses.append(measure(anatomy.model))
+                    losses.append(of_model(anatomy.model))
                 bar.update()
             return losses
 
         for _ in range(remove):
             losses = calibrator.remember(anatomy, "block_losses", {"dropped": dropped, "by": by}, without_each)
-            _, index = min(zip(losses, left, strict=True))
+            if not any(math.isfinite(loss) for loss in losses):
+                raise Refused(
+                    f"method.by={by}: what the model loses without each block is not finite: its activations overflow; "
+                    "give dtype=float32 or bfloat16"
+                )
+            _, index = min(
+                (loss if math.isfinite(loss) else math.inf, index) for loss, index in zip(losses, left, strict=True)
+            )
             dropped.append(index)
             left.remove(index)
     return dropped

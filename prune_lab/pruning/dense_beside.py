@@ -1,9 +1,11 @@
 """Refit targets of the dense model: the text passes it beside the pruned one, block by block.
 
-Behind pruned blocks the inputs X of a Linear differ from those it has in the dense model. What its outputs should be:
+The dense model is the model as it was before this pruning, also where a schedule prunes more than once. Behind pruned
+blocks the inputs X of a Linear differ from those it has in it. What its outputs should be:
 - dense: the outputs that it has in the dense model, on the dense model's inputs (OSSCAR's: Meng et al., 2403.12983);
-- residual: those plus the difference of the states that they are added to, so that a block also repairs what the
-  blocks before it broke. One Linear of a block takes that on: the one by which its MLP writes, or its attention.
+- residual: those plus the difference of the states that they are added to, so that a block of which something goes also
+  repairs what the blocks before it broke. One refitted Linear of it takes that on: the one by which its MLP writes, or
+  its attention.
 """
 
 from __future__ import annotations
@@ -71,16 +73,21 @@ class DenseBeside:
     def _check_added(self, carrier: str) -> None:
         """Raises Refused where the outputs of a Linear are not added to the states as they are.
 
-        Twice its outputs must move those of the block by them once; that of an attention is looked at with an MLP that
+        More of its outputs must move those of the block by as much; that of an attention is looked at with an MLP that
         puts out nothing.
         """
         readers = [self._anatomy.unit_linears(kind)[0][-1].name for kind in self._anatomy.family.units]
         silent = [name for name in readers if name != carrier and self._is_attention(carrier)]
-        plain, outputs = self._with_outputs_times(1.0, carrier, silent)
-        moved, _ = self._with_outputs_times(2.0, carrier, silent)
-        rounding = 4 * torch.finfo(outputs.dtype).eps * plain.float().norm()
-        off = (moved.float() - plain.float() - outputs.float().view_as(plain)).norm()
-        if not off <= 0.02 * outputs.float().norm() + rounding:
+        plain, outputs = (found.float() for found in self._with_outputs_times(1.0, carrier, silent))
+        # As much more of them as moves the block's outputs by four times their size, beside which rounding is nothing.
+        more = max(1.0, 4 * float(plain.norm() / outputs.norm().clamp(min=torch.finfo(torch.float32).tiny)))
+        moved, expected = self._with_outputs_times(1 + more, carrier, silent)[0].float(), more * outputs.view_as(plain)
+        if not moved.isfinite().all():
+            raise Refused(
+                f"method.refit=residual: the outputs of {carrier} overflow; give dtype=float32 or bfloat16, or "
+                "method.refit=inputs"
+            )
+        if (moved - plain - expected).norm() > 0.1 * expected.norm():
             raise Refused(
                 f"method.refit=residual: in {self._anatomy.config.model_type} models the outputs of "
                 f"{carrier.rpartition('.')[2]} are not added to the states as they are (they are normed first); give "

@@ -47,9 +47,7 @@ def shift_bias(reader: UnitLinear, kept: Tensor, mean: Tensor) -> None:
     FLAP's bias compensation (2312.11983). `reader` reads the units by its columns and has a bias.
     """
     gone = ~reader.lines(kept)
-    shift = reader.weight.float()[:, gone] @ mean[gone]
-    check_finite(reader.name, shift)
-    reader.linear.bias.copy_(reader.linear.bias.float() + shift)
+    _move_bias(reader, reader.weight.float()[:, gone] @ mean[gone])
 
 
 @torch.no_grad()
@@ -67,8 +65,14 @@ def refit_reader(reader: UnitLinear, kept: Tensor, statistics: LinearStatistics)
     check_finite(reader.name, refitted)
     reader.weight[:, lines] = refitted
     if columns.shift is not None:
-        bias.copy_(bias.float() + columns.shift)
+        _move_bias(reader, columns.shift)
     return columns.damping
+
+
+def _move_bias(reader: UnitLinear, shift: Tensor) -> None:
+    moved = (reader.linear.bias.float() + shift).to(reader.linear.bias.dtype)
+    check_finite(reader.name, moved)
+    reader.linear.bias.copy_(moved)
 
 
 @dataclass(frozen=True)

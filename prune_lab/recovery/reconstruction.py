@@ -31,15 +31,19 @@ def reconstruct(model: Any, recipe: Reconstruct, training: TrainingContext) -> N
     first = _begin(model, training)
     model.requires_grad_(False)  # but for the weights that learn, while they do
     pruned, dense = Anatomy(model), Anatomy(training.dense.model)
+    changed = [_changed_parts(pruned, dense, index) for index in range(len(pruned.blocks))]
+    if not any(changed):
+        training.warn("recovery=reconstruct trained nothing: nothing was pruned")
+        return
     text = training.tokens.enough("train", training.seq_len)
     order = WindowOrder(text, training.seq_len, recipe.batch_size, training.seed)
     windows = training.bos.before(torch.cat([order.batch(step) for step in range(recipe.steps)]))
     of_dense = BlockStream(dense, windows, recipe.batch_size)
     of_pruned = BlockStream(pruned, windows[: recipe.batch_size], recipe.batch_size)  # for what blocks are called with
-    count = len(pruned.blocks)
+    count = len(changed)
     with training.console.progress(count * windows.numel(), "reconstructing", unit="tok") as bar:
         for index in range(count):
-            parts = _changed_parts(pruned, dense, index) if index >= first else []
+            parts = changed[index] if index >= first else []
             if parts:
                 error = _BlockTraining(index, pruned.blocks[index], parts, of_dense, of_pruned, recipe, training).run(
                     bar
