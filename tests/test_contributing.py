@@ -141,4 +141,4 @@ def test_docs_of_every_key_are_written_with_the_new_method(copy: Path) -> None:
     assert "| `deviation` | Weights x standard deviation of their input (an example: no paper)." in page
     method = page.split("\n## method\n")[1].split("\n## ")[0]
     scope = next(line for line in method.splitlines() if line.startswith("| `method.scope` "))
-    assert "deviation, wanda: `row`" in scope
+    assert "deviation, unstructured, wanda: `row`" in scope
