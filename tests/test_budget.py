@@ -149,7 +149,7 @@ def test_a_search(folder: Path, small: list[str], cli: Cli, tmp_path: Path) -> N
     assert done.returncode == 1
     jobs = json.loads((tmp_path / "sweep" / "results.json").read_text())
     asked = [(job["config"]["method"].get("score"), job["config"]["amount"], job["status"]) for job in jobs[:3]]
-    assert asked == [("l2", 0.5, "FINISHED"), (None, 0.5, "FINISHED"), ("nonsense", 0.5, "FAILED")]
+    assert asked == [("obs", 0.5, "FINISHED"), (None, 0.5, "FINISHED"), ("nonsense", 0.5, "FAILED")]
     said = (tmp_path / "sweep" / "results.md").read_text().splitlines()
     assert "by quality/perplexity: `method=structured amount=" in said[0]
     assert said[0].replace("*", "").replace("`", "") in done.stdout

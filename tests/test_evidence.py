@@ -88,10 +88,16 @@ def test_a_looser_pattern_costs_less(lab: Lab) -> None:
 
 def test_activations_tell_more_of_a_channel_than_its_norm_does(lab: Lab) -> None:
     """At the same size: design's trial saw 21 against 46 at 0.4."""
-    norm = lab.perplexity("structured", 0.4)
-    assert lab.perplexity("structured", 0.4, score="wanda") < norm
+    norm = lab.perplexity("structured", 0.4, score="l2", refit="none")
+    assert lab.perplexity("structured", 0.4, score="wanda", refit="none") < norm
     assert lab.perplexity("wifv", 0.4) < norm
     assert lab.perplexity("taylor", 0.4) < norm
+
+
+@pytest.mark.parametrize("units", ["mlp", "heads"])
+def test_the_default_choice_and_refit_beat_each_score_without(lab: Lab, units: str) -> None:
+    default = lab.perplexity("structured", 0.5, units=[units])
+    assert default < 0.97 * min(lab.perplexity(option, 0.5, units=[units]) for option in ("wifv", "taylor"))
 
 
 def test_trying_blocks_is_no_worse_than_their_influence(lab: Lab) -> None:

@@ -167,8 +167,8 @@ def test_the_params_are_flat_and_few(sweep: Sweep) -> None:
     expected = {
         "model": "hf", "dataset": "text", "method": "structured", "schedule": "one_shot", "recovery": "none",
         "post": "none", "export": "none", "amount": "0.2", "seed": "0", "dtype": "float32", "device": "cpu",
-        "method.units": "['mlp']", "method.score": "l2", "method.round_to": "None", "method.physical": "True",
-        "method.refit": "none", "schedule.start": "0",
+        "method.units": "['mlp']", "method.score": "obs", "method.round_to": "None", "method.physical": "True",
+        "method.refit": "inputs", "schedule.start": "0",
         "recovery.steps": "n/a", "recovery.lr": "n/a", "recovery.batch_size": "n/a", "post.group_size": "n/a",
     }  # fmt: skip
     first, second = sweep.children
