@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from conftest import CPU, ROOT, Cli, logits, story
 from gguf_files import TEMPLATE, dequantised, make_gguf
 from test_models import WITHOUT_PACKAGES
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from prune_lab import cache
 from prune_lab.errors import Refused
-from prune_lab.models.gguf_header import check_gguf
+from prune_lab.models.gguf_folder import check_tokenizer
+from prune_lab.models.gguf_header import check_gguf, read_header
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.system.device import Device
 
@@ -62,6 +64,17 @@ def test_the_tokenizer_is_the_files(file: Path) -> None:
     assert loaded.tokenizer.chat_template == TEMPLATE
     assert loaded.tokenizer_config["add_bos_token"] is True
     assert loaded.licence == "apache-2.0"
+
+
+def test_a_tokenizer_of_another_algorithm_than_the_files_is_refused(file: Path) -> None:
+    """As transformers 5.17 makes of Gemma's: another model of the same vocabulary."""
+    made = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    header = read_header(file)
+    check_tokenizer(made, header, "small.gguf")
+    scores = [(token, 0.0) for token in made.convert_ids_to_tokens(range(len(made)))]
+    other = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(tokenizers.models.Unigram(scores, 0)))
+    with pytest.raises(Refused, match=r"'small.gguf' has a tokenizer of the kind BPE.* makes Unigram"):
+        check_tokenizer(other, header, "small.gguf")
 
 
 def test_a_run_says_what_was_measured_and_exports_it(file: Path, small: list[str], cli: Cli, tmp_path: Path) -> None:

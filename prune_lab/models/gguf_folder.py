@@ -104,6 +104,7 @@ def _write_config(place: Path, folder: Path, name: str) -> dict[str, Any]:
     notes = _compare(header, config, name)
     _check_tensors(header, config, name)
     tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=_FILE)
+    check_tokenizer(tokenizer, header, name)
     notes += _write_tokenizer(tokenizer, header, folder)
     config.architectures = [type(skeleton(config)).__name__]
     config.save_pretrained(folder)
@@ -123,6 +124,24 @@ def _write_whole(small: cache.Entry, dtype: torch.dtype, place: Path, folder: Pa
         shutil.copy(small.folder / file, folder)
     _write_weights(place, folder, name, dtype)
     return small.metadata
+
+
+# Algorithm by which a file's tokenizer cuts words, by the names that GGUF has for it.
+_ALGORITHMS = {"gpt2": "BPE", "llama": "BPE", "bert": "WordPiece", "t5": "Unigram"}
+
+
+def check_tokenizer(tokenizer: Any, header: Header, name: str) -> None:
+    """Raises Refused where transformers made a tokenizer of another algorithm than the file's, whose tokens differ.
+
+    transformers 5.17 makes Unigram of Gemma's, with twice as many tokens; 5.24 makes BPE.
+    """
+    said = _ALGORITHMS.get(str(header.metadata.get("tokenizer.ggml.model")))
+    made = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["type"]
+    if said is not None and made != said:
+        raise Refused(
+            f"model.name={name!r} has a tokenizer of the kind {said}, and transformers {version('transformers')} makes "
+            f"{made} of it, which cuts text into other tokens: install a newer transformers"
+        )
 
 
 def _write_tokenizer(tokenizer: Any, header: Header, folder: Path) -> list[str]:
