@@ -38,7 +38,10 @@ SHORTENED: dict[str, list[str]] = {
     "parallel": ["amount=0.5", "method=magnitude,random", "measure=quality_only"],
     "prune_then_quantize": ["amount=0.4", "dataset.calibration.n_samples=4", "post.group_size=8"],
     "ray": [],  # needs a cluster: tests/test_launchers.py
+    "real_depth": ["amount=0.5", *OWN_TEXT],
+    "real_recover": [],  # chooses its own recoveries and steps: the job is that of `recover`
     "real_structured": [*OWN_TEXT, "method.refit=inputs"],
+    "real_targets": [],  # the keys are those of real_structured and real_unstructured
     "real_unstructured": OWN_TEXT,
     "recover": STEPS,
     "schedules": SHORT,
