@@ -18,7 +18,7 @@ os.environ["PRUNE_LAB_TURNS"] = tempfile.mkdtemp()  # what one of them times is 
 
 import pytest
 import torch
-from warm import run_module
+from warm import note_what_imports_left, run_module
 
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel, Loaded
@@ -87,6 +87,12 @@ def starts_processes(function: Any) -> bool:
                 known.add(one)
                 waiting.append(one)
     return False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Before a test's fixtures change the environment."""
+    note_what_imports_left()
 
 
 def pytest_unconfigure() -> None:
