@@ -18,7 +18,7 @@ os.environ["PRUNE_LAB_TURNS"] = tempfile.mkdtemp()  # what one of them times is 
 
 import pytest
 import torch
-from warm import run_module
+from warm import note_what_imports_left, run_module
 
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel, Loaded
@@ -60,7 +60,7 @@ STARTERS = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks as `process` what starts one of these: a test, one of its fixtures, or what they call in their file."""
+    """Marks as `process` what starts one of these: a test, one of its fixtures, or what they call in test files."""
     for item in items:
         fixtures = [found.func for of in item._fixtureinfo.name2fixturedefs.values() for found in of]
         here = (item.module.__name__, __name__)
@@ -71,7 +71,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @functools.cache
 def starts_processes(function: Any) -> bool:
-    """Whether one of STARTERS is named by a function, or by a function or class of its file that it leads to."""
+    """Whether one of STARTERS is named by a function, or by a function or class of a test file that it leads to."""
     waiting, known = [inspect.unwrap(function)], set[Any]()
     for found in waiting:
         names, codes = set[str](), [found.__code__]
@@ -83,10 +83,21 @@ def starts_processes(function: Any) -> bool:
         beside = [found.__globals__.get(name) for name in names]
         beside += [member for one in beside if inspect.isclass(one) for member in vars(one).values()]
         for one in [inspect.unwrap(one) for one in beside if inspect.isfunction(one)]:
-            if inspect.isfunction(one) and one.__module__ == function.__module__ and one not in known:
+            if inspect.isfunction(one) and is_of_tests(one, function.__module__) and one not in known:
                 known.add(one)
                 waiting.append(one)
     return False
+
+
+def is_of_tests(function: Any, here: str) -> bool:
+    """Whether a function is of the module `here` or of any file of tests."""
+    return function.__module__ == here or str(function.__module__).startswith("test_")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Before a test's fixtures change the environment."""
+    note_what_imports_left()
 
 
 def pytest_unconfigure() -> None:

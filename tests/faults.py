@@ -807,6 +807,11 @@ FAULTS = (
         ("test_sweep.py::test_a_speedup_whose_interval_contains_1_is_no_change",),
     ),
     Fault(
+        "a_mode_within_braces_is_overlooked", "prune_lab/config/composing.py",
+        'not keys & {"hydra", "hydra.mode", "hydra.searchpath"}', 'not keys & {"hydra.mode", "hydra.searchpath"}',
+        ("test_overrides.py::test_the_mode_is_the_one_that_hydra_finds",),
+    ),
+    Fault(
         "budget_kept_from_below", "prune_lab/sweeps/budget.py",
         'metrics.get(name, float("inf")) <= bound', 'metrics.get(name, float("inf")) >= bound',
         ("test_budget.py::test_a_run_without_the_metric_is_not_within",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import shutil
 import signal
@@ -17,6 +18,7 @@ import pytest
 from conftest import CPU, Cli, make_folder, story
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from warm import give_store
 
 from prune_lab import __main__ as program
 from prune_lab import evaluator, fingerprint
@@ -134,9 +136,11 @@ CARRIED: dict[str, Change] = {
 def test_an_input_that_changed_is_another_run_in_memory_and_on_disk(
     name: str, run: Run, places: tuple[Path, Path]
 ) -> None:
-    """The files are edited where they lie, between two runs of one process that share a cache folder."""
-    first, again = run(), run()
-    assert (first["computed"], again["computed"]) == (True, False)
+    """The files are edited where they lie, between two runs of one process that share a cache folder.
+
+    What is served where nothing changes: test_another_version_of_a_library_or_of_the_source_is_another_run.
+    """
+    first = run()
     words = (COMPUTES | CARRIED)[name](*places)
     found, fresh = run(*words), run(*words, cache="fresh")
     assert found["computed"]
@@ -147,24 +151,27 @@ def test_an_input_that_changed_is_another_run_in_memory_and_on_disk(
         assert found["quality/dense_perplexity"] != first["quality/dense_perplexity"]
 
 
-@pytest.mark.parametrize("tracking", ["mlflow", "none"])
 def test_a_sweep_over_equal_weights_with_other_configs(
-    tracking: str, run: Run, cli: Cli, places: tuple[Path, Path], tmp_path: Path
+    run: Run, cli: Cli, places: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Each job has its own figures, dense ones included; the sweep again is served each job's own."""
+    """Each job has its own figures, dense ones included; the sweep again is served each job's own.
+
+    From a store and from the cache folder.
+    """
     model, text = places
     other = tmp_path / "other"
     shutil.copytree(model, other)
     edit(other / "config.json", rope_parameters=ROPE | {"rope_theta": 500.0})
     alone = [run(f"model.name={name}", "tracking=none", cache=f"fresh{i}") for i, name in enumerate((model, other))]
     assert alone[0]["quality/dense_perplexity"] != alone[1]["quality/dense_perplexity"]
-    for number in range(2):
-        place = tmp_path / f"sweep{number}"
+    give_store(tmp_path)
+    for tracking, number in itertools.product(("mlflow", "none"), range(2)):
+        place = tmp_path / f"{tracking}{number}"
         done = cli(
             "-m", "model=hf", f"model.name={model},{other}", "dataset=text", f"dataset.path={text}",
             "dataset.seq_len=24", "dataset.calibration.n_samples=8", "dataset.calibration.propagate=dense",
             "method=wanda", "device=cpu", "measure=quality_only", "measure.max_windows=8", f"tracking={tracking}",
-            f"hydra.sweep.dir={place}", PRUNE_LAB_CACHE=str(tmp_path / "shared"),
+            f"hydra.sweep.dir={place}", PRUNE_LAB_CACHE=str(tmp_path / f"shared_{tracking}"),
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         for job, expected in zip("01", alone, strict=True):

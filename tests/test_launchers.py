@@ -59,9 +59,10 @@ class Ended:
         return parent
 
     @property
-    def children(self) -> dict[str, Run]:
-        """The others by their amount."""
-        return {run.data.params["amount"]: run for run in self.runs if run is not self.parent}
+    def children(self) -> dict[tuple[str, str], Run]:
+        """The others by their method and amount."""
+        children = [run for run in self.runs if run is not self.parent]
+        return {(run.data.params["method"], run.data.params["amount"]): run for run in children}
 
     def summary(self, job: int) -> dict[str, Any]:
         """summary.json of a job."""
@@ -134,21 +135,23 @@ def lab(tmp_path_factory: pytest.TempPathFactory, folder: Path, corpus: Path) ->
     return Lab(tmp_path_factory.mktemp("lab"), folder, corpus)
 
 
+# Options with keys that the others lack; the second job is refused for one of its own.
+METHODS = ["method=magnitude,depth,structured", "method.by=nope", "method.units=[heads]"]
+
+
 @pytest.fixture(scope="module")
 def joblib(lab: Lab) -> Ended:
     """Two jobs at a time, one of three refused, timed; the store is new."""
     needs("joblib")
     timed = ["measure.latency=true", "measure.pairs=10", "measure.prompt_tokens=16", "measure.decode_tokens=2"]
-    return lab.sweep("by_joblib", "method=magnitude", "amount=0.2,1.5,0.4", *timed, recipe="parallel")
+    return lab.sweep("by_joblib", *METHODS, "amount=0.5", *timed, recipe="parallel")
 
 
 @pytest.fixture(scope="module")
 def submitit(lab: Lab) -> Ended:
     """As on Slurm, but that submitit starts the processes here."""
     needs("submitit")
-    return lab.sweep(
-        "by_submitit", "method=magnitude", "amount=0.3,1.5,0.2", "hydra/launcher=submitit_local", recipe="slurm"
-    )
+    return lab.sweep("by_submitit", *METHODS, "amount=0.3", "hydra/launcher=submitit_local", recipe="slurm")
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +174,11 @@ def ended(request: pytest.FixtureRequest) -> Ended:
 def test_one_refused_job_does_not_stop_the_others_and_is_told(ended: Ended) -> None:
     assert ended.done.returncode == 1, ended.done.stderr
     board = ended.done.stdout[ended.done.stdout.index("Leaderboard") :]
-    assert "amount=1.5 is outside [0, 1)" in " ".join(board.split())
     entries = results(ended)
     assert [entry["status"] for entry in entries] == ["FINISHED", "FAILED"] + ["FINISHED"] * (len(entries) - 2)
-    assert "amount=1.5" in entries[1]["overrides"]
+    word = next(word for word in ("amount=1.5", "method.by=nope") if word in entries[1]["overrides"])
+    said = {"amount=1.5": "amount=1.5 is outside [0, 1)", "method.by=nope": "method.by='nope'"}[word]
+    assert said in " ".join(board.split())
     assert [entry["overrides"] for entry in entries] == [ended.summary(n)["overrides"] for n in range(len(entries))]
 
 
@@ -186,13 +190,18 @@ def results(ended: Ended) -> list[dict[str, Any]]:
 
 
 def test_all_jobs_are_children_of_one_parent(ended: Ended) -> None:
-    finished = [entry["config"]["amount"] for entry in results(ended) if entry["status"] == "FINISHED"]
-    assert sorted(map(float, ended.children)) == sorted(finished)
+    finished = {
+        (entry["choices"]["method"], str(entry["config"]["amount"])): entry
+        for entry in results(ended)
+        if entry["status"] == "FINISHED"
+    }
+    assert ended.children.keys() == finished.keys()
+    assert len(finished) == len(ended.runs) - 1
     assert ended.parent.info.status == "FAILED"
-    for amount, run in ended.children.items():
+    for job, run in ended.children.items():
         assert run.info.status == "FINISHED"
         assert run.data.tags["mlflow.parentRunId"] == ended.parent.info.run_id
-        (of_job,) = [e for e in results(ended) if str(e["config"]["amount"]) == amount]
+        of_job = finished[job]
         assert run.data.metrics == pytest.approx(of_job["metrics"], rel=1e-12)
     assert ended.parent.data.tags["mlflow.note.content"] == (ended.folder / "results.md").read_text()
 
@@ -200,6 +209,18 @@ def test_all_jobs_are_children_of_one_parent(ended: Ended) -> None:
 def test_jobs_ran_in_other_processes_than_the_sweep(ended: Ended) -> None:
     pids = {run.data.tags["prune_lab.pid"] for run in ended.children.values()}
     assert ended.parent.data.tags["prune_lab.pid"] not in pids
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit"])
+def test_jobs_elsewhere_leave_out_what_does_not_apply(launcher: str, request: pytest.FixtureRequest) -> None:
+    """Each job is told which keys only the others' options have; what its own option takes arrives."""
+    ended = request.getfixturevalue(launcher)
+    magnitude, depth, structured = (ended.summary(job) for job in range(3))
+    assert magnitude["not_applicable"]["method"] == ["by", "units"]
+    assert "method.by=nope" in depth["overrides"]
+    assert not any("units" in word for word in depth["overrides"])
+    assert structured["not_applicable"]["method"] == ["by"]
+    assert structured["config"]["method"]["units"] == ["heads"]
 
 
 def test_nothing_is_left_lying_about(ended: Ended, lab: Lab) -> None:
@@ -213,11 +234,11 @@ def test_nothing_is_left_lying_about(ended: Ended, lab: Lab) -> None:
 @pytest.mark.slow  # a cluster takes half a minute
 def test_a_launcher_finds_what_another_one_finished(submitit: Ended, ray: Ended) -> None:
     """Its child holds the figures and the id of the run that was computed."""
-    earlier, again = submitit.children["0.3"], ray.children["0.3"]
+    earlier, again = submitit.children["magnitude", "0.3"], ray.children["magnitude", "0.3"]
     assert again.data.tags["prune_lab.reused_from"] == earlier.info.run_id
     assert again.data.metrics == earlier.data.metrics
     assert ray.summary(0)["reused_from"] == earlier.info.run_id
-    computed = [run for amount, run in ray.children.items() if amount != "0.3"]
+    computed = [run for (_, amount), run in ray.children.items() if amount != "0.3"]
     assert len(computed) == 3
     assert all("prune_lab.fingerprint" in run.data.tags for run in computed)
 
@@ -236,7 +257,7 @@ def test_jobs_side_by_side_say_what_else_the_machine_did_while_they_were_timed(j
         assert 0 <= cores <= (os.cpu_count() or 1) + 0.5
         noted = any(f"other work took {cores:.2f} cores" in text for text in joblib.summary(job)["warnings"])
         assert noted == (cores > 0.25)
-        run = joblib.children[str(joblib.summary(job)["config"]["amount"])]
+        run = joblib.children[joblib.summary(job)["choices"]["method"], str(joblib.summary(job)["config"]["amount"])]
         assert run.data.tags["cores_used_by_others"] == str(cores)
 
 

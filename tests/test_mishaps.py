@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, make_folder
 from processes import PATIENCE, answers, free_port, wait_until
+from sqlalchemy import Engine, event
 from test_resume import Ended
 from test_tracking import read_store
 from warm import give_store, start_module
@@ -250,16 +252,33 @@ def locked(store: Path, seconds: float = PATIENCE) -> Iterator[None]:
         thread.join()
 
 
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    """SQLite gives up on a lock after 0.1 s, where MLflow has it wait for 20 s."""
+
+    def shorter(connection: Any, cursor: Any, statement: str, values: Any, context: Any, many: bool) -> tuple[str, Any]:
+        return statement.replace("busy_timeout = 20000", "busy_timeout = 100"), values
+
+    event.listen(Engine, "before_cursor_execute", shorter, retval=True)
+    yield
+    event.remove(Engine, "before_cursor_execute", shorter)
+
+
 @pytest.mark.process  # a real store, in this process
-def test_a_locked_store_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("impatient")
+def test_a_locked_store_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """SQLite's own patience is shorter than the lock here."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db?timeout=0.1")
+    give_store(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db?timeout=0.1")
     client, experiment = connection.connect("prune_lab")
-    with locked(tmp_path / "store.db", 1):
+    with locked(tmp_path / "mlflow.db", 1):
         run = client.create_run(experiment)
     assert client.get_run(run.info.run_id).info.status == "RUNNING"
+    assert "the store is locked by another process: waiting up to 60 s" in caplog.messages
     monkeypatch.setattr(connection, "PATIENCE", 0.0)
-    with locked(tmp_path / "store.db"), pytest.raises(Exception, match="database is locked"):
+    with locked(tmp_path / "mlflow.db"), pytest.raises(Exception, match="database is locked"):
         client.create_run(experiment)
 
 

@@ -10,12 +10,17 @@ from typing import Any
 
 import pytest
 from conftest import Cli
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from prune_lab.config import parts
 from prune_lab.config.command_line import in_order
+from prune_lab.config.composing import Loader
 from prune_lab.config.overrides import ambiguous, as_override, as_shell, unreadable
 from prune_lab.errors import Refused
 from prune_lab.results.summary import from_dict
@@ -104,6 +109,38 @@ def test_a_flag_that_is_none_is_named(words: list[str], says: str) -> None:
         in_order(words)
 
 
+# The mode: one run, or a sweep.
+
+
+@pytest.mark.parametrize(
+    ("words", "mode"),
+    [
+        ([], None), (["amount=0.2,0.4", "hydra/launcher=joblib"], None), (["+hydra.mode=RUN"], RunMode.RUN),
+        (["hydra.mode=MULTIRUN"], RunMode.MULTIRUN), (["++hydra={mode:MULTIRUN}"], RunMode.MULTIRUN),
+        (["hydra.searchpath=[file://PLACE]", "+mine=sweep"], RunMode.MULTIRUN),
+    ],
+)  # fmt: skip
+def test_the_mode_is_the_one_that_hydra_finds(words: list[str], mode: RunMode | None, tmp_path: Path) -> None:
+    """Nothing is composed for it where nothing can give it."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "sweep.yaml").write_text("# @package _global_\nhydra: {mode: MULTIRUN}\n")
+    words = [word.replace("PLACE", str(tmp_path)) for word in words]
+    parts.register_schema()
+    hydras, ours = [
+        loader(create_config_search_path(parts.CONF_DIR)).load_configuration(
+            "config", words, RunMode.MULTIRUN, validate_sweep_overrides=False
+        )
+        for loader in (ConfigLoaderImpl, Loader)
+    ]
+    assert hydras.hydra.mode == ours.hydra.mode == mode
+    assert ("amount" in ours) == (mode is not None)
+
+
+def test_no_shipped_option_has_a_mode() -> None:
+    for path in Path(parts.CONF_DIR).rglob("*.yaml"):
+        assert OmegaConf.select(OmegaConf.load(path), "hydra.mode") is None, path
+
+
 # Sweeps whose options have not all one key.
 
 
@@ -173,20 +210,6 @@ def test_a_recipe_may_give_what_only_one_of_its_options_takes(cli: Cli, small: l
     alone = cli(*shlex.split(command)[3:], "hydra.run.dir=alone")
     assert alone.returncode == 0, alone.stderr
     assert json.loads((tmp_path / "alone" / "summary.json").read_text())["fingerprint"] == found[2]["fingerprint"]
-
-
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_jobs_elsewhere_leave_out_what_does_not_apply(
-    launcher: str, cli: Cli, small: list[str], tmp_path: Path
-) -> None:
-    done = cli(
-        "-m", f"hydra/launcher={launcher}", *small, *FAST, "method=structured,wanda", "method.pattern=2:4",
-        "amount=0.25",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    structured, wanda = jobs(tmp_path)
-    assert structured["not_applicable"]["method"] == ["pattern"]
-    assert wanda["config"]["method"]["pattern"] == "2:4"
 
 
 def test_optuna_leaves_out_what_does_not_apply_and_takes_any_path(

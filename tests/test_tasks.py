@@ -273,7 +273,7 @@ def test_dense_and_compressed_side_by_side_and_nobody_is_asked(
     rows = arc_rows(40, words=(3, 3))
     write(tasks, "arc_easy", rows)
     asked = ["measure.tasks=[arc_easy,piqa]", f"measure.task_path={tasks}", "method=structured"]
-    asked += ["amount=0.9", "export=hf"]
+    asked += ["method.score=l2", "method.refit=none", "amount=0.9", "export=hf"]
     away = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
     done = cli(*small, "tracking=none", *asked, "hydra.run.dir=here", **away)
     assert (done.returncode, done.stderr) == (0, "")
@@ -313,7 +313,8 @@ def test_what_is_in_no_folder_comes_from_the_hub(small: list[str], cli: Cli, tas
         Dataset.from_list(rows).to_parquet(data / f"{split}-00000-of-00001.parquet")
     served = Hub({"datasets/baber/piqa": tmp_path / "repository"})
     away = {"HF_ENDPOINT": served.url, "HF_HOME": str(tmp_path / "hf")}
-    asked = [*small, "tracking=none", "measure.tasks=[piqa,arc_easy]", f"measure.task_path={tasks}", "resume=false"]
+    asked = [*small, "tracking=none", "measure.tasks=[piqa,arc_easy]", f"measure.task_path={tasks}", "resume=false",
+             "measure=quality_only", "measure.max_windows=4"]  # fmt: skip
     online = cli(*asked, "hydra.run.dir=online", HF_HUB_OFFLINE="0", **away)
     served.close()
     assert (online.returncode, online.stderr) == (0, "")
@@ -436,10 +437,9 @@ def test_an_answer_outside_the_choices_is_refused(tasks: Path) -> None:
         ("measure.tasks=[humaneval]", ("humaneval", "code")),
     ],
 )
-def test_what_cannot_be_scored_is_refused(
-    overrides: str, parts: tuple[str, ...], cli: Cli, small: list[str], tmp_path: Path
-) -> None:
-    done = cli(*small, "tracking=none", *overrides.split(), HF_HOME=str(tmp_path / "hf"))
+def test_what_cannot_be_scored_is_refused(overrides: str, parts: tuple[str, ...], cli: Cli, small: list[str]) -> None:
+    """The Hub's cache is empty."""
+    done = cli(*small, "tracking=none", *overrides.split())
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert len(done.stderr) <= 400

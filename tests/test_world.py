@@ -53,8 +53,8 @@ def test_two_processes_train_what_one_does(
     A launcher is a real one, or none: two processes with the variables that it would set.
     """
     arguments = [
-        *small, *TRAINING, f"recovery={recovery}", "method=structured", "amount=0.25", "schedule=iterative",
-        "schedule.rounds=2", "tracking=none", "resume=false",
+        *small, *TRAINING, f"recovery={recovery}", "method=structured", "method.score=l2", "method.refit=none",
+        "amount=0.25", "schedule=iterative", "schedule.rounds=2", "tracking=none", "resume=false",
     ]  # fmt: skip
     alone = cli(*arguments, f"hydra.run.dir={tmp_path / 'one'}", OMP_NUM_THREADS="1")
     assert alone.returncode == 0, alone.stderr

@@ -24,6 +24,8 @@ from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+BEGAN_WITH = dict(os.environ)  # the environment in which the tests were started
+LEFT = dict[str, str]()  # what modules that a test imported have set in it since
 PRELOADED = (
     "torch", "transformers.modeling_utils", "transformers.models.auto.modeling_auto", "datasets", "matplotlib.pyplot",
     "mlflow.store.tracking.sqlalchemy_store", "mlflow.artifacts", "prune_lab.job", "prune_lab.runner",
@@ -73,7 +75,7 @@ class Nursery:
     def __init__(self) -> None:
         self._place = tempfile.TemporaryDirectory()
         self.always = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": f"{self._place.name}/hub"}
-        self.environment = {**os.environ, **self.always}
+        self.environment = {**BEGAN_WITH, **self.always}
         command, pipe = [sys.executable, __file__, self._place.name], subprocess.PIPE
         self._process = subprocess.Popen(command, env=self.environment, stdin=pipe, stdout=pipe, text=True)
 
@@ -102,9 +104,21 @@ def nursery() -> Nursery:
     return started
 
 
+def note_what_imports_left() -> None:
+    """Notes down what is set between two tests: lm_eval, joblib and MLflow, for instance, set what they read.
+
+    A command line does not inherit it: it would have to be started anew each time, which takes seconds.
+    """
+    LEFT.clear()
+    changed = {name: value for name, value in os.environ.items() if BEGAN_WITH.get(name) != value}
+    LEFT.update({name: value for name, value in changed.items() if name not in READ_LATE})
+
+
 def environment_of(**changes: str | None) -> dict[str, str]:
     """That of the tests with the package and no Hub, changed; None takes a name away."""
-    env: dict[str, str | None] = {**os.environ, **nursery().always, **changes}
+    own = {name: value for name, value in os.environ.items() if LEFT.get(name) != value}
+    as_begun = {name: BEGAN_WITH[name] for name in LEFT.keys() - own.keys() if name in BEGAN_WITH}
+    env: dict[str, str | None] = {**own, **as_begun, **nursery().always, **changes}
     return {name: value for name, value in env.items() if value is not None}
 
 

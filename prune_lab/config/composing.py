@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from prune_lab.config.overrides import parse, readable
-from prune_lab.config.parts import GROUPS, fields_of
+from prune_lab.config.parts import CONF_DIR, GROUPS, fields_of
 from prune_lab.errors import Refused
 from prune_lab.explain import no_such_key
 
@@ -47,6 +47,8 @@ class Loader(ConfigLoaderImpl):
         validate_sweep_overrides: bool = True,
     ) -> DictConfig:
         """The configuration of a single run, a job, or a sweep as a whole. Raises Refused, or Hydra's errors."""
+        if not validate_sweep_overrides and self._has_no_mode(config_name, overrides):
+            return OmegaConf.create({"hydra": {"mode": None}})
         return _with_safe_folders(self._load(config_name, overrides, run_mode, from_shell, validate_sweep_overrides))
 
     def _load(
@@ -67,6 +69,16 @@ class Loader(ConfigLoaderImpl):
         if validates:  # Hydra makes a single run of what is refused while it looks for the mode
             self._check(config)
         return config
+
+    def _has_no_mode(self, config_name: str | None, overrides: list[str]) -> bool:
+        """True where nothing gives hydra.mode, for which alone Hydra composes everything once more before each run.
+
+        No option of prune_lab gives it; a recipe, an option in somebody else's folder or an override may.
+        """
+        ours = {("hydra", "pkg://hydra.conf"), ("main", CONF_DIR), ("schema", "structured://")}
+        places = {(place.provider, place.path) for place in self.config_search_path.get_path()}
+        keys = {word.lstrip("+~").partition("=")[0] for word in overrides}
+        return config_name == "config" and places == ours and not keys & {"hydra", "hydra.mode", "hydra.searchpath"}
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         """The configuration of a job without what its options lack, which hydra.job.not_applicable names."""
