@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.compare import compare, compute_figures
-from prune_lab.compatibility import check_low_bit_model, pruning_events
+from prune_lab.compatibility import check_found_layout, check_low_bit_model, pruning_events
 from prune_lab.compress import Compressed, checkpoints, compress, stopwatch
 from prune_lab.config.parts import Parts
 from prune_lab.evaluator import Evaluator, open_evaluator
@@ -106,6 +106,8 @@ def _open(parts: Parts, context: JobContext, device: Device, console: Console) -
     evaluator = open_evaluator(parts.model, parts.dataset, parts.measure, device, seed_of_weights, console)
     if evaluator.dense.is_low_bit:
         check_low_bit_model(parts, context.choices, evaluator.dense.name)
+    if (layout := Anatomy(evaluator.dense.model).found) is not None:
+        check_found_layout(parts, context.choices, evaluator.dense.family, layout)
     return evaluator
 
 
