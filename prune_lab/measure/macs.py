@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +48,13 @@ def count_macs(anatomy: Anatomy, context: int) -> Macs:
 
 def _of_found(anatomy: Anatomy, layout: Layout) -> Macs:
     head = anatomy.model.get_output_embeddings()
-    counts = [] if head is None else [(head.weight.numel(), int(torch.count_nonzero(head.weight)))]
+    counts: list[tuple[float, float]] = (
+        [] if head is None else [(head.weight.numel(), int(torch.count_nonzero(head.weight)))]
+    )
     for of_block in layout.matrices:
         for matrix in of_block:
             linear = matrix_of(anatomy.model, matrix.name)
-            weight = _matrix(linear) if matrix.is_linear else linear.weight
+            weight: Any = _matrix(linear) if matrix.is_linear else linear.weight
             counts.append((matrix.active * weight.numel(), matrix.active * int(torch.count_nonzero(weight))))
     return Macs(round(sum(total for total, _ in counts)), round(sum(effective for _, effective in counts)))
 

@@ -1,6 +1,8 @@
-"""The one place that knows architectures: where a model's blocks, Linears and units are.
+"""Architectures: where a model's blocks, Linears and units are.
 
-A further family is one entry in FAMILIES. Names are those of `transformers`, relative to a decoder block.
+FAMILIES describes those whose units can be removed; names are those of `transformers`, relative to a decoder block. Of
+any other type that stock transformers has, blocks and matrices are found by running it (models/found.py), and single
+weights can be pruned.
 """
 
 from __future__ import annotations
@@ -210,8 +212,8 @@ def check_type(model_type: str) -> None:
     """Raises Refused for a type of model that stock transformers does not have."""
     if not is_known(model_type):
         raise Refused(
-            f"model_type={model_type!r} in config.json is none of the types that transformers {_version()} has: install "
-            "a newer transformers, if the model is newer; code that comes with a model is not run"
+            f"model family {model_type!r} (model_type in config.json) is not known: transformers {_version()} has none "
+            "such. Install a newer transformers, if the model is newer; code that comes with a model is not run"
         )
 
 
@@ -222,7 +224,7 @@ def _version() -> str:
 
 
 def needs_bos(model_type: str) -> bool | None:
-    """Whether a type of model needs a BOS token before its text; None where nobody has said so."""
+    """True for a type of model that needs a BOS token before its text; None where nobody has said so."""
     if model_type in FAMILIES:
         return FAMILIES[model_type].needs_bos
     return True if "gemma" in model_type else None
@@ -241,8 +243,8 @@ def family_of(model_type: str) -> Family:
     """The family of a config's model_type; raises Refused with what to add and where."""
     if model_type not in FAMILIES:
         raise Refused(
-            f"model family {model_type!r} is not known; known are {', '.join(sorted(FAMILIES))}. To add it, describe "
-            "its blocks, MLP and attention Linears as one entry of FAMILIES in prune_lab/models/anatomy.py"
+            f"model family {model_type!r} is not described; described are {', '.join(sorted(FAMILIES))}. To add it, "
+            "describe its blocks, MLP and attention Linears as one entry of FAMILIES in prune_lab/models/anatomy.py"
         )
     return FAMILIES[model_type]
 
@@ -381,6 +383,29 @@ def _layout_of(model: Any) -> Layout:
     from prune_lab.models.found import layout_of
 
     return layout_of(model)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Matrices of a model that methods of single weights prune: their number, weights, and share of the blocks'.
+
+    left_alone: reason by full name of each other matrix inside the blocks, with its number of weights.
+    """
+
+    matrices: int
+    weights: int
+    share: float
+    left_alone: dict[str, tuple[str, int]]
+
+
+def scope_of(anatomy: Anatomy) -> Scope:
+    """The scope of a model that is not post-compressed."""
+    sizes = [out_in(linear, linear.weight).numel() for _, linear in anatomy.linears()]
+    blocks = anatomy.model.get_submodule(anatomy.family.blocks)
+    total = sum(parameter.numel() for parameter in blocks.parameters())
+    reasons = anatomy.found.left_alone if anatomy.found is not None else {}
+    left = {name: (reason, anatomy.model.get_parameter(name).numel()) for name, reason in reasons.items()}
+    return Scope(len(sizes), sum(sizes), sum(sizes) / total, left)
 
 
 def unit_kind(config: Any, kind: str) -> UnitKind:

@@ -58,6 +58,11 @@ def build(
             model = _start_at_random(config, device, seed)
         else:
             folder = Path(source)
+            if stream and config.model_type not in FAMILIES:
+                raise Refused(
+                    f"model.stream=true: the blocks of {config.model_type} models are found by running the model in "
+                    f"memory; give stream=false (described families, which can be streamed: {', '.join(FAMILIES)})"
+                )
             if stream:
                 streamed.check(folder, config, name)
             if config.model_type not in FAMILIES:

@@ -41,7 +41,9 @@ class Products(TorchDispatchMode):
 
     def __init__(self, parameters: Mapping[str, Tensor], tell: Tell) -> None:
         super().__init__()
-        self._names = {p.untyped_storage().data_ptr(): (name, p.storage_offset()) for name, p in parameters.items()}
+        self._names = {
+            p.untyped_storage().data_ptr(): (name, int(p.storage_offset())) for name, p in parameters.items()
+        }
         self._tell = tell
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -59,7 +61,7 @@ class Products(TorchDispatchMode):
             inputs, weight, out = inputs.flatten(0, 1), weight[0], out.flatten(0, 1)
         parts = [(inputs, weight, out)] if weight.dim() == 2 else zip(inputs, weight, out, strict=True)
         for x, w, y in parts:
-            place = Place(name, (w.shape[1], w.shape[0]), (w.stride(1), w.stride(0)), w.storage_offset() - start)
+            place = Place(name, (w.shape[1], w.shape[0]), (w.stride(1), w.stride(0)), int(w.storage_offset()) - start)
             self._tell(place, x.detach(), y.detach())
 
 

@@ -214,8 +214,8 @@ def _observe_found(
     """
     if calibrator.bfloat16 and anatomy.model.dtype != torch.bfloat16:
         raise Refused(
-            f"dataset.calibration.autocast: products in bfloat16 of a {anatomy.config.model_type} model with weights in "
-            f"{anatomy.model.dtype} cannot be observed: give dtype=bfloat16, or dataset.calibration.autocast=none"
+            f"dataset.calibration.autocast: products in bfloat16 of a {anatomy.config.model_type} model with weights "
+            f"in {anatomy.model.dtype} cannot be observed: give dtype=bfloat16, or dataset.calibration.autocast=none"
         )
     if not layout.one_by_one:
         yield from _observe_whole(anatomy, layout, calibrator, needs)
