@@ -21,9 +21,11 @@ from prune_lab.models.products import FusedMatrix, Place, seen_on
 
 _KEPT = "_found_layout"  # with the model and its copies; in no export
 _PROBE = (2, 24)  # windows and tokens that a model is looked at with
-ROUTER = "router of experts"
-NO_PRODUCT = "no matrix that states are multiplied by"
-IN_PARTS = "multiplied by in parts that do not lie one after the other"
+# Reasons why a tensor of two dimensions or more is left alone; the last for all that no matrix product has.
+ROUTER, CONVOLUTION, BIAS = "router of experts", "kernel of a convolution", "bias"
+UNUSED = "Linear that text alone does not use"  # such as cross-attention without an encoder
+IN_PARTS = "matrix used in parts that do not lie one after the other"
+NO_PRODUCT = "parameter that is no matrix of a product"
 _ROUTER_NAME = re.compile(r"(^|[._])(gate|router|classifier|wg)([._]|$)|layer\.weight$")
 
 
@@ -164,7 +166,7 @@ def _find_matrices(model: Any, blocks: str) -> tuple[tuple[tuple[Matrix, ...], .
     for name, parameter in parameters.items():
         block = int(name[len(blocks) + 1 :].split(".")[0])
         places = seen.get(name, {})
-        reason = _reason_to_leave(name, parameter, places, counts)
+        reason = _reason_to_leave(model, name, places, counts)
         if reason is not None:
             left_alone[name] = reason
             continue
@@ -174,9 +176,15 @@ def _find_matrices(model: Any, blocks: str) -> tuple[tuple[tuple[Matrix, ...], .
     return tuple(tuple(of_block[block]) for block in range(len(listed))), left_alone, inside / total
 
 
-def _reason_to_leave(name: str, parameter: Tensor, places: dict[Place, int], experts: set[int]) -> str | None:
+def _reason_to_leave(model: Any, name: str, places: dict[Place, int], experts: set[int]) -> str | None:
+    owner, _, leaf = name.rpartition(".")
+    module, parameter = model.get_submodule(owner), model.get_parameter(name)
     if not places:
-        return NO_PRODUCT
+        if isinstance(module, nn.Conv1d | nn.Conv2d) or "conv" in name:
+            return CONVOLUTION
+        if leaf.endswith("bias"):
+            return BIAS
+        return UNUSED if isinstance(module, nn.Linear) else NO_PRODUCT
     rows = {place.shape[0] for place in places}
     if rows <= experts and _ROUTER_NAME.search(name):
         return ROUTER
