@@ -227,6 +227,26 @@ def test_blocks_that_cannot_be_called_alone_are_calibrated_in_whole_passes(place
     assert found.layout_of(loaded_of(place, "mixtral").model).one_by_one
 
 
+def test_time_of_a_model_that_has_no_cache_is_refused(cli: Cli, place: Path, text: str) -> None:
+    loaded_of(place, "rwkv")
+    done = cli("model=hf", f"model.name={place / 'rwkv'}", text, *TEXT, "measure=quick", "method=magnitude")
+    assert done.returncode != 0
+    assert "measure=quality_only" in done.stderr
+
+
+def test_a_run_of_an_unusual_model_measures_everything(cli: Cli, place: Path, tmp_path: Path, text: str) -> None:
+    loaded_of(place, "bamba")
+    keys = ["measure.pairs=10", "measure.prompt_tokens=16", "measure.decode_tokens=2", "hydra.run.dir=run"]
+    keys += ["measure.generation_prompts=2", "measure.generation_tokens=16", "method=ria", "method.refit=inputs"]
+    done = cli("model=hf", f"model.name={place / 'bamba'}", text, *TEXT, *keys)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {"latency/decode_speedup", "memory/peak_mb", "generation/loops"} <= summary["metrics"].keys()
+    assert "memory/kv_cache_bytes_per_token" not in summary["metrics"]
+    assert summary["protocol"]["calibration"]["pass"] == "the whole model"
+    assert summary["protocol"]["calibration"]["propagate"] == "dense"
+
+
 @pytest.mark.parametrize(
     ("model_type", "why"), [("hrm_text", "several lists of blocks"), ("blt", "several lists of blocks")]
 )
@@ -262,7 +282,7 @@ def test_a_run_says_what_is_in_scope_and_its_export_is_stocks(cli: Cli, place: P
     assert scope["left_alone"] == {"router of experts": [f"model.layers.{i}.mlp.gate.weight" for i in range(3)]}
     assert summary["metrics"]["scope/share"] == scope["share"] == pytest.approx(0.9956, abs=1e-3)
     assert summary["metrics"]["amount/realized"] == 0.5
-    rows = list(csv.DictReader((tmp_path / "run" / "layers.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "run" / "layers.csv").read_text().splitlines()))
     assert {row["layer"]: row["removed"] for row in rows if row["left_alone"]} == dict.fromkeys(
         scope["left_alone"]["router of experts"], "0"
     )
@@ -283,6 +303,7 @@ def test_a_run_says_what_is_in_scope_and_its_export_is_stocks(cli: Cli, place: P
         (["method=magnitude", "post=int8_weight_only"], ["post=int8_weight_only", "post=none"]),
         (["method=magnitude", "recovery=reconstruct"], ["recovery=reconstruct", "recovery=finetune"]),
         (["method=magnitude", "recovery=finetune", "recovery.dropout=0.1"], ["recovery.dropout"]),
+        (["method=sensitivity"], ["method=sensitivity", "method.parts=[weights,block]"]),
         (["method=magnitude", "model.stream=true"], ["model.stream=true", "stream=false"]),
     ],
 )

@@ -58,6 +58,7 @@ class Layout:
     share: float = 1.0
     one_by_one: bool = True
     whole_logits: bool = False
+    decodes: bool = True
 
     @property
     def is_fused(self) -> bool:
@@ -102,7 +103,8 @@ def _find(model: Any) -> Layout:
         matrices, left_alone, share = _find_matrices(model, blocks)
         layout = Layout(blocks, matrices, left_alone, share)
         model.__dict__[_KEPT] = layout  # the stream of blocks asks for it
-        return Layout(blocks, matrices, left_alone, share, _is_one_by_one(model), _has_more_than_head(model))
+        facts = _is_one_by_one(model), _has_more_than_head(model), _decodes(model)
+        return Layout(blocks, matrices, left_alone, share, *facts)
     except Refused:
         raise
     except Exception as error:  # of any modelling code of transformers
@@ -258,6 +260,20 @@ def _has_more_than_head(model: Any) -> bool:
     except Exception:  # of any modelling code of transformers: then it has
         return True
     return not _is_same(found, wanted)
+
+
+@torch.no_grad()
+def _decodes(model: Any) -> bool:
+    """True where one token after the cache of those before it has the logits that it has in the whole text."""
+    tokens = probe_tokens(model)[:1]
+    try:
+        output = model(input_ids=tokens[:, :-1], use_cache=True, logits_to_keep=1)
+        name = "cache" if hasattr(output, "cache") else "past_key_values"
+        found = model(input_ids=tokens[:, -1:], use_cache=True, **{name: getattr(output, name)}).logits
+        wanted = model(input_ids=tokens, use_cache=False).logits
+    except Exception:  # of any modelling code of transformers: then it does not
+        return False
+    return output.logits.shape[1] == 1 and _is_same(found[:, -1:], wanted[:, -1:])
 
 
 def _is_same(found: Tensor, wanted: Tensor) -> bool:
