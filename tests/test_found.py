@@ -235,10 +235,10 @@ def test_time_of_a_model_that_has_no_cache_is_refused(cli: Cli, place: Path, tex
 
 
 def test_a_run_of_an_unusual_model_measures_everything(cli: Cli, place: Path, tmp_path: Path, text: str) -> None:
-    loaded_of(place, "bamba")
+    loaded_of(place, "zamba2")
     keys = ["measure.pairs=10", "measure.prompt_tokens=16", "measure.decode_tokens=2", "hydra.run.dir=run"]
     keys += ["measure.generation_prompts=2", "measure.generation_tokens=16", "method=ria", "method.refit=inputs"]
-    done = cli("model=hf", f"model.name={place / 'bamba'}", text, *TEXT, *keys)
+    done = cli("model=hf", f"model.name={place / 'zamba2'}", text, *TEXT, *keys)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert {"latency/decode_speedup", "memory/peak_mb", "generation/loops"} <= summary["metrics"].keys()
