@@ -42,8 +42,9 @@ def compare(
         **_both("size/disk_mb", size.disk_mb, full.disk_mb),
         "size/reduction": 1 - size.disk_mb / full.disk_mb,
         **_both("memory/weights_mb", size.weights_mb, full.weights_mb),
-        **_both("memory/kv_cache_bytes_per_token", size.kv_cache_bytes, full.kv_cache_bytes),
     }
+    if size.kv_cache_bytes is not None and full.kv_cache_bytes is not None:
+        metrics |= _both("memory/kv_cache_bytes_per_token", size.kv_cache_bytes, full.kv_cache_bytes)
     if compressed.memory_mb is not None and dense.memory_mb is not None:
         metrics |= {
             **_both("memory/peak_mb", compressed.memory_mb, dense.memory_mb),

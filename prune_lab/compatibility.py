@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from prune_lab.config.parts import Parts
 from prune_lab.errors import Refused
 from prune_lab.methods.depth import Depth
+from prune_lab.methods.sensitivity import Sensitivity
 from prune_lab.post.none import NoPost
+from prune_lab.recovery.lora import Lora
 from prune_lab.schedules import Event, Rewind
 from prune_lab.system import launch
+
+if TYPE_CHECKING:
+    from prune_lab.models.found import Layout
 
 
 def check_parts(parts: Parts, choices: Mapping[str, str]) -> None:
@@ -37,6 +43,39 @@ def check_low_bit_model(parts: Parts, choices: Mapping[str, str], name: str) -> 
             f"export={choices.get('export')} cannot hold quantized weights, which model.name={name!r} has: give "
             "export=hf or export=none"
         )
+
+
+def check_found_layout(parts: Parts, choices: Mapping[str, str], family: str, layout: Layout) -> None:
+    """Raises Refused for what cannot be done to a model of a `family` whose layout was found, not described."""
+    method, recovery, measure = choices.get("method"), choices.get("recovery"), parts.measure
+    for is_wanted, reason in (
+        (
+            isinstance(parts.method, Depth),
+            f"method={method} removes blocks, whose settings are not known; prune weights",
+        ),
+        (parts.recovery.follows_pruning, f"recovery={recovery} trains attention and MLP apart; give recovery=finetune"),
+        (getattr(parts.recovery, "dropout", 0.0) > 0, "recovery.dropout is of attention and MLP; give 0"),
+        (launch.size() > 1, "a training in several processes is for families that are described; start one"),
+        (
+            isinstance(parts.method, Sensitivity) and bool({"mlp", "heads"} & {*parts.method.parts}),
+            f"method={method} of units is for families that are described; give method.parts=[weights,block]",
+        ),
+        (
+            not layout.decodes and (measure.latency or measure.memory or measure.generation_prompts > 0),
+            "a text cannot be gone on with from their cache, so that neither time nor memory of decoding can be "
+            "measured and nothing is generated; give measure=quality_only",
+        ),
+        (
+            layout.is_fused and isinstance(parts.recovery, Lora),
+            f"recovery={recovery} has updates of Linears, and its experts are none; give recovery=finetune",
+        ),
+        (
+            layout.is_fused and not isinstance(parts.post, NoPost),
+            f"post={choices.get('post')} is for Linears, and its experts are none; give post=none",
+        ),
+    ):
+        if is_wanted:
+            raise Refused(f"models of the type {family}: {reason}")
 
 
 def pruning_events(parts: Parts) -> tuple[list[Event], Rewind | None]:

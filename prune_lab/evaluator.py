@@ -29,7 +29,7 @@ from prune_lab.measure.settings import Measure
 from prune_lab.measure.size import measure_size
 from prune_lab.measure.task_setup import ReadyTask, prepare_tasks
 from prune_lab.measure.tasks import measure_tasks
-from prune_lab.models.anatomy import Anatomy, family_of
+from prune_lab.models.anatomy import Anatomy, context_of, needs_bos
 from prune_lab.models.export import save_dense
 from prune_lab.models.load import Loaded, ModelSource
 from prune_lab.models.offload.on_disk import own_copy
@@ -61,11 +61,13 @@ class Evaluator:
         self._tasks: tuple[ReadyTask, ...] = prepare_tasks(measure)
         corpus = text.corpus()
         self.dense: Loaded = model.load(device, seed)
-        self.context: int | None = getattr(self.dense.model.config, "max_position_embeddings", None)
-        needed = family_of(self.dense.family).needs_bos
+        self.context: int | None = context_of(self.dense.model.config)
+        needed = needs_bos(self.dense.family)
         self.bos: Bos = resolve_bos(text.add_bos, self.dense.family, needed, self.dense.tokenizer)
         self._check_length("dataset.seq_len", text.seq_len)
-        self.tokens = Tokens(corpus, self.dense.tokenizer, console, self.dense.model.config.vocab_size)
+        self.tokens = Tokens(
+            corpus, self.dense.tokenizer, console, self.dense.model.config.get_text_config().vocab_size
+        )
         self.windows = self.tokens.windows("test", text.seq_len)[: measure.max_windows]
         stream = self.tokens.stream("test")
         room = None if self.context is None else self.context - self.bos.length
@@ -132,19 +134,25 @@ class Evaluator:
             corpus = calibration_corpus(asked, self.tokens.corpus, self.dense.tokenizer)
             tokens = self.tokens
             if corpus is not None:
-                tokens = Tokens(corpus, self.dense.tokenizer, console, self.dense.model.config.vocab_size)
+                tokens = Tokens(
+                    corpus, self.dense.tokenizer, console, self.dense.model.config.get_text_config().vocab_size
+                )
             bfloat16 = uses_bfloat16(asked.autocast, self.device.torch_device)
             # However it is cut into documents; two splits of one text share what it repeats, and no more.
             is_other = corpus is not None or tokens.corpus.read_test is not None
             drawn = tokens.calibration_windows(
                 asked.n_samples, asked.seq_len, seed, spread=corpus is not None, join=asked.join
             )
+            found = Anatomy(self.dense.model).found
+            one_by_one = found is None or found.one_by_one
+            propagate = asked.propagate if one_by_one else "dense"  # its text passes the whole model at once
             stamp = {
                 "source": tokens.corpus.name,
                 "own": corpus is None,
                 "n_samples": asked.n_samples,
                 "seq_len": asked.seq_len,
-                "propagate": asked.propagate,
+                "propagate": propagate,
+                "pass": "blocks one by one" if one_by_one else "the whole model",
                 "bfloat16": bfloat16,
                 "seed": seed,
                 "sampling": drawn.sampling,
@@ -158,7 +166,7 @@ class Evaluator:
                 "tokens_sha256": sha256(drawn.windows),
             }
             seen, prefix = self.bos.before(drawn.windows), self.bos.length
-            self._calibrators[seed] = Calibrator(seen, asked.propagate, asked.batch_size, bfloat16, prefix), stamp
+            self._calibrators[seed] = Calibrator(seen, propagate, asked.batch_size, bfloat16, prefix), stamp
         calibrator, stamp = self._calibrators[seed]
         return replace(calibrator, console=console), stamp
 

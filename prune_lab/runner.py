@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.compare import compare, compute_figures
-from prune_lab.compatibility import check_low_bit_model, pruning_events
+from prune_lab.compatibility import check_found_layout, check_low_bit_model, pruning_events
 from prune_lab.compress import Compressed, checkpoints, compress, stopwatch
 from prune_lab.config.parts import Parts
 from prune_lab.evaluator import Evaluator, open_evaluator
@@ -22,7 +22,7 @@ from prune_lab.job_context import JobContext
 from prune_lab.measure.accelerate import check_acceleration
 from prune_lab.measure.measurements import Measurements
 from prune_lab.measure.timing import Timings, measure_timings
-from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.anatomy import Anatomy, scope_of
 from prune_lab.models.load import Loaded
 from prune_lab.models.offload.on_disk import weights_on_disk
 from prune_lab.out_of_memory import explained
@@ -68,6 +68,8 @@ def run(parts: Parts, config: dict[str, Any], context: JobContext, console: Cons
         figures, timings = _measure(parts, evaluator, compressed, summary, context.folder, console)
         metrics = compare(parts.method, dense, figures, timings, compressed.pruned)
         metrics |= compute_figures(evaluator.macs, compressed.macs) | compressed.seconds
+        if (scope := summary.model["scope"]) is not None:
+            metrics |= {"scope/share": scope["share"]}
         summary.set_metrics(metrics)
         texts = evaluator.samples(dense, figures)
         summary.samples = [asdict(sample) for sample in texts[: samples.SHOWN]]
@@ -79,7 +81,7 @@ def run(parts: Parts, config: dict[str, Any], context: JobContext, console: Cons
             reading = parts.export.reading(compressed.loaded)
             card = model_card(summary, evaluator.dense.name, context.command, reading)
             write_text(_export_of(context.folder) / "README.md", card)
-        files = _write_files(context.folder, compressed.pruned)
+        files = _write_files(context.folder, compressed.pruned, evaluator.dense)
         if evaluator.prompts is not None:
             files.append(write_text(context.folder / samples.FILE, samples.markdown(texts, evaluator.prompts.said)))
         log.result(summary, [summary.write(context.folder), *files])  # it is safe before it is tracked
@@ -106,6 +108,8 @@ def _open(parts: Parts, context: JobContext, device: Device, console: Console) -
     evaluator = open_evaluator(parts.model, parts.dataset, parts.measure, device, seed_of_weights, console)
     if evaluator.dense.is_low_bit:
         check_low_bit_model(parts, context.choices, evaluator.dense.name)
+    if (layout := Anatomy(evaluator.dense.model).found) is not None:
+        check_found_layout(parts, context.choices, evaluator.dense.family, layout)
     return evaluator
 
 
@@ -220,13 +224,16 @@ def _saved(loaded: Loaded, run_folder: Path, export: Export) -> Iterator[Path]:
         yield folder
 
 
-def _write_files(folder: Path, pruned: Pruned) -> list[Path]:
-    """layers.csv, what was removed from each Linear; and the files that the method leaves."""
+def _write_files(folder: Path, pruned: Pruned, dense: Loaded) -> list[Path]:
+    """layers.csv, what was removed from each Linear and what was left alone; and the files that the method leaves."""
+    left = {} if dense.is_low_bit else scope_of(Anatomy(dense.model)).left_alone
     path = folder / "layers.csv"
     with atomic_write(path) as half, half.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, ["layer", "before", "removed"])
+        table = csv.DictWriter(file, ["layer", "before", "removed", "left_alone"], restval="")
         table.writeheader()
         table.writerows(asdict(row) for row in pruned.rows)
+        for name, (reason, weights) in left.items():
+            table.writerow({"layer": name, "before": weights, "removed": 0, "left_alone": reason})
     for name, content in pruned.files.items():
         with atomic_write(folder / name) as half:
             half.write_bytes(content)

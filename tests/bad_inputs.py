@@ -661,9 +661,9 @@ _NOT_JSON = ("model.name=", "PLACE/model", "config.json", "JSON")
 _NOT_LOADED = ("model.name=", "PLACE/model", "cannot be loaded")
 _CHECKPOINTS: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     "of an unknown family": (
-        _config(model_type="bert"), ("bert", "llama", "qwen3", "FAMILIES in prune_lab/models/anatomy.py"),
+        _config(model_type="mystery"), ("'mystery'", "model_type in config.json", "newer transformers"),
     ),
-    "of a family that is code": (_code, ("'mine'", "llama", "qwen3")),
+    "of a family that is code": (_code, ("'mine'", "code that comes with a model is not run")),
     "with attention from the Hub": (
         _config(attn_implementation="someone/kernel"), ("model.name=", "config.json", "'someone/kernel'"),
     ),

@@ -251,7 +251,7 @@ FAULTS = (
     ),
     Fault(
         "conv1d_not_transposed", "prune_lab/models/anatomy.py",
-        "tensor if isinstance(module, nn.Linear) else tensor.T", "tensor",
+        "tensor.T if isinstance(module, Conv1D) else tensor", "tensor",
         ("test_families.py::test_a_pattern_runs_along_the_inputs_of_a_transposed_matrix",),
     ),
     Fault(

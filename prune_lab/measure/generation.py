@@ -77,7 +77,7 @@ def prepare_prompts(settings: Measure, loaded: Loaded, bos: Bos, context: int | 
     key = f"measure.generation_prompts={settings.generation_prompts}"
     made = [_fitting(text, loaded.tokenizer, is_chat, bos, room, key) for text in _first(settings)]
     texts, ids = zip(*made, strict=True)
-    largest, size = max(map(max, ids)), loaded.model.config.vocab_size
+    largest, size = max(map(max, ids)), loaded.model.config.get_text_config().vocab_size
     if largest >= size:
         raise Refused(
             f"{key}: the tokenizer gives a prompt the id {largest} and the model's vocabulary has {size} entries: give "

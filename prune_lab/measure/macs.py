@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prune_lab.models.anatomy import Anatomy, out_in
+from prune_lab.models.found import Layout, matrix_of
 from prune_lab.models.low_bit.linears import LowBitLinear
 
 
@@ -25,7 +27,12 @@ def count_macs(anatomy: Anatomy, context: int) -> Macs:
     By the dense formula: a Linear costs inputs x outputs; attention costs each query head head_dim for every token of
     the context in QK^T and again in AV, without a discount for the causal mask or a sliding window. Embeddings, norms,
     activations, softmax and biases are left out. Attention is effective in full.
+
+    Of a model whose layout was found: its matrices, routed experts by the share of tokens that each saw, and the head;
+    what attention or a recurrence multiplies without a matrix is not in it.
     """
+    if anatomy.found is not None:
+        return _of_found(anatomy, anatomy.found)
     head = anatomy.model.get_output_embeddings().weight
     total, effective, heads = head.numel(), int(torch.count_nonzero(head)), 0
     for index, block in enumerate(anatomy.blocks):
@@ -37,6 +44,19 @@ def count_macs(anatomy: Anatomy, context: int) -> Macs:
             heads += matrices[id(block.get_submodule(anatomy.family.attention_output))].shape[1]
     attention = 2 * context * heads
     return Macs(total + attention, effective + attention)
+
+
+def _of_found(anatomy: Anatomy, layout: Layout) -> Macs:
+    head = anatomy.model.get_output_embeddings()
+    counts: list[tuple[float, float]] = (
+        [] if head is None else [(head.weight.numel(), int(torch.count_nonzero(head.weight)))]
+    )
+    for of_block in layout.matrices:
+        for matrix in of_block:
+            linear = matrix_of(anatomy.model, matrix.name)
+            weight: Any = _matrix(linear) if matrix.is_linear else linear.weight
+            counts.append((matrix.active * weight.numel(), matrix.active * int(torch.count_nonzero(weight))))
+    return Macs(round(sum(total for total, _ in counts)), round(sum(effective for _, effective in counts)))
 
 
 def _matrix(module: nn.Module) -> Tensor | None:

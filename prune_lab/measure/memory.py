@@ -24,6 +24,7 @@ from prune_lab.export.base import Export
 from prune_lab.measure.inference import decode, prefill
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.size import MB, held_bytes
+from prune_lab.models.anatomy import FAMILIES
 from prune_lab.system.device import Device
 
 # glibc then gives freed pages back at once instead of keeping them in per-thread pools: four runs on a model of 11 MB
@@ -65,10 +66,15 @@ def _peak_of_this_process(folder: str, export: Export, prompt_tokens: int, decod
     importlib.import_module("prune_lab.models.export")  # the code that reads is not what is measured
 
     config = AutoConfig.from_pretrained(folder)
-    # A first, tiny model brings in the code, the thread pool and the kernels that every model needs.
-    config_small = AutoConfig.from_pretrained(folder, num_hidden_layers=1)
+    # A first, tiny model brings in the code, the thread pool and the kernels that every model needs; of a type that is
+    # not described, one that is much like any.
+    one_block: dict[str, Any] = {"num_hidden_layers": 1}
+    if config.model_type in FAMILIES:
+        config_small = AutoConfig.from_pretrained(folder, **one_block)
+    else:
+        config_small = AutoConfig.for_model("llama", hidden_size=64, intermediate_size=64, **one_block)
     small = AutoModelForCausalLM.from_config(config_small, dtype=config.dtype).eval()
-    prompt = torch.arange(prompt_tokens)[None] % config.vocab_size
+    prompt = torch.arange(prompt_tokens)[None] % config.get_text_config().vocab_size
     decode(small, prefill(small, prompt[:, :2]), 1)
     del small
     before = psutil.Process().memory_info().rss

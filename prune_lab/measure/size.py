@@ -18,14 +18,14 @@ MB = 1e6
 class Size:
     """Counts of a model's own tensors, and their megabytes (10^6 bytes); a tied matrix counts once.
 
-    kv_cache_bytes: what the key-value cache holds of each token.
+    kv_cache_bytes: what the key-value cache holds of each token; None where the layout of attention is not known.
     """
 
     params: int
     nonzero: int
     weights_mb: float
     disk_mb: float
-    kv_cache_bytes: int
+    kv_cache_bytes: int | None
 
 
 def held_bytes(tensor: Any) -> int:
@@ -47,12 +47,14 @@ def measure_size(model: Any, files: Iterable[Path]) -> Size:
     )
 
 
-def kv_cache_bytes(anatomy: Anatomy) -> int:
+def kv_cache_bytes(anatomy: Anatomy) -> int | None:
     """Bytes of keys and values that generation keeps for a token, over all blocks, in the number type of the model.
 
     Counted from the shapes of the attention's Linears. A block with a sliding window keeps a token while it is within
     the window, and counts as the others.
     """
+    if anatomy.found is not None:
+        return None
     family, width = anatomy.family, 0
     for block in anatomy.blocks:
         written = {slot.linear for slot in family.units["heads"].slots if slot.side == "rows"}

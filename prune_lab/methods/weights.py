@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from prune_lab.pruning.statistics import LinearStatistics
     from prune_lab.pruning.thresholds import ScoreCounts
 
+# Tokens of the calibration text under which an expert's inputs say more of those tokens than of the expert.
+FEW_TOKENS = 16
 ALLOCATIONS = ("uniform", "global", "owl", "sensitivity")
 REFITS = ("none", *TARGETS)
 
@@ -130,6 +132,12 @@ class WeightMethod(Method):
         keep = prune(anatomy, amount, seed, calibrator, pruned)
         pruned.masks = Masks({name: out_in(linear, keep[name]) for name, linear in anatomy.linears() if name in keep})
         pruned.masks.hold(anatomy.model)
+        if pruned.unseen:
+            pruned.warnings.append(
+                f"{len(pruned.unseen)} of {len(pruned.rows)} matrices ({', '.join(pruned.unseen[:3])}"
+                f"{', ...' * (len(pruned.unseen) > 3)}) saw fewer than {FEW_TOKENS} tokens of the calibration text and "
+                "were pruned by magnitude: give more, dataset.calibration.n_samples"
+            )
         if self.pattern is not None and abs(pruned.realized - amount) > 1e-6:
             pruned.warnings.append(
                 f"method.pattern={self.pattern} fixes the amount at {pruned.realized:g}; amount={amount:g} was not used"
@@ -155,6 +163,8 @@ class WeightMethod(Method):
         self, name: str, linear: Any, amount: float, statistics: LinearStatistics, pruned: Pruned
     ) -> Tensor:
         """Prunes one Linear, refits the weights that stay, and returns its keep-mask, shape (out, in)."""
+        if statistics.rows is not None and statistics.rows < FEW_TOKENS and self.calibrated:
+            return self._prune_unseen(name, linear, amount, pruned)
         if self.refit == "none":
             return self.prune_linear(name, linear, amount, statistics, pruned)
         dense = out_in(linear, linear.weight.detach()).clone()
@@ -163,20 +173,27 @@ class WeightMethod(Method):
             _refit(name, linear, dense, keep, statistics)
         return keep
 
+    def _prune_unseen(self, name: str, linear: Any, amount: float, pruned: Pruned) -> Tensor:
+        """Zeroes the smallest weights of a matrix that hardly a token of the calibration text came to."""
+        pruned.unseen.append(name)
+        return self._zero_lowest(linear, out_in(linear, linear.weight.detach()).float().abs(), amount)
+
     def prune_linear(
         self, name: str, linear: Any, amount: float, statistics: LinearStatistics, pruned: Pruned
     ) -> Tensor:
         """Zeroes weights of one Linear in place and returns its keep-mask, shape (out, in)."""
+        return self._zero_lowest(linear, self._scores(name, linear, statistics), amount, statistics.score_counts)
+
+    def _zero_lowest(self, linear: Any, scores: Tensor, amount: float, counts: ScoreCounts | None = None) -> Tensor:
         from prune_lab.pruning.masks import clear
         from prune_lab.pruning.selection import count_to_remove, keep_layer, keep_pattern, keep_rows
 
-        scores = self._scores(name, linear, statistics)
         if self.pattern is not None:
             keep = keep_pattern(scores, Pattern.parse(self.pattern))
         elif self.scope == "row":
             keep = keep_rows(scores, count_to_remove(scores.shape[1], amount))
         else:
-            keep = keep_layer(scores, amount, statistics.score_counts)
+            keep = keep_layer(scores, amount, counts)
         clear(out_in(linear, linear.weight), keep)
         return keep
 
@@ -187,6 +204,13 @@ class WeightMethod(Method):
         from prune_lab.pruning.selection import keep_global
 
         statistics = [*self._block_statistics(anatomy, seed, calibrator, behind_dense=True)]
+        few = [n for of in statistics for n, s in of.items() if s.rows is not None and s.rows < FEW_TOKENS]
+        if few and self.statistics_needed:
+            raise Refused(
+                f"method.scope=global: {len(few)} matrices ({few[0]}, ...) saw fewer than {FEW_TOKENS} tokens of the "
+                "calibration text, so that their scores cannot be ranked with others: give scope=layer or row, or more "
+                "text (dataset.calibration.n_samples)"
+            )
         scores = {
             name: self._scores(name, linear, of_block[name])
             for of_block, linears in zip(statistics, anatomy.linears_by_block(), strict=True)
@@ -227,6 +251,11 @@ class WeightMethod(Method):
         """
         if self.refit == "none":
             return {}
+        if anatomy.found is not None and self.refit != "inputs":
+            raise Refused(
+                f"method.refit={self.refit}: which matrices of a {anatomy.config.model_type} model write to its states "
+                "is not known; give method.refit=inputs"
+            )
         writers = {of_block[-1].name for kind in anatomy.family.units for of_block in anatomy.unit_linears(kind)}
         return {name: NEEDS_OF_TARGET[self.refit if name in writers else "inputs"] for name, _ in anatomy.linears()}
 

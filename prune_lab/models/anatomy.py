@@ -1,6 +1,8 @@
-"""The one place that knows architectures: where a model's blocks, Linears and units are.
+"""Architectures: where a model's blocks, Linears and units are.
 
-A further family is one entry in FAMILIES. Names are those of `transformers`, relative to a decoder block.
+FAMILIES describes those whose units can be removed; names are those of `transformers`, relative to a decoder block. Of
+any other type that stock transformers has, blocks and matrices are found by running it (models/found.py), and single
+weights can be pruned.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ if TYPE_CHECKING:  # checking a configuration asks for the family alone, and has
     from torch import Tensor, nn
 
     from prune_lab.dense_cache import DenseCache
+    from prune_lab.models.found import Layout
 
 UNIT_KINDS = ("mlp", "heads")  # of any family, as method.units names them; which ones it has, a family says
 HEADS_OF_RUN = {"kv": 1, "qkv": 3}  # a run named "query" has all query heads of a KV group
@@ -198,21 +201,59 @@ FAMILIES = {
 }
 
 
+def is_known(model_type: str) -> bool:
+    """True for a type that is in FAMILIES or that stock transformers has; PyTorch is not imported to say so."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return model_type in FAMILIES or model_type in CONFIG_MAPPING_NAMES
+
+
+def check_type(model_type: str) -> None:
+    """Raises Refused for a type of model that stock transformers does not have."""
+    if not is_known(model_type):
+        raise Refused(
+            f"model family {model_type!r} (model_type in config.json) is not known: transformers {_version()} has none "
+            "such. Install a newer transformers, if the model is newer; code that comes with a model is not run"
+        )
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("transformers")
+
+
+def needs_bos(model_type: str) -> bool | None:
+    """True for a type of model that needs a BOS token before its text; None where nobody has said so."""
+    if model_type in FAMILIES:
+        return FAMILIES[model_type].needs_bos
+    return True if "gemma" in model_type else None
+
+
+def context_of(config: Any) -> int | None:
+    """Most tokens that a model of this config sees at once; None where it does not say."""
+    try:
+        said = getattr(config.get_text_config(), "max_position_embeddings", None)
+    except KeyError:  # of a config that names it as another field, which it lacks
+        return None
+    return int(said) if isinstance(said, int) and said > 0 else None
+
+
 def family_of(model_type: str) -> Family:
     """The family of a config's model_type; raises Refused with what to add and where."""
     if model_type not in FAMILIES:
         raise Refused(
-            f"model family {model_type!r} is not known; known are {', '.join(sorted(FAMILIES))}. To add it, describe "
-            "its blocks, MLP and attention Linears as one entry of FAMILIES in prune_lab/models/anatomy.py"
+            f"model family {model_type!r} is not described; described are {', '.join(sorted(FAMILIES))}. To add it, "
+            "describe its blocks, MLP and attention Linears as one entry of FAMILIES in prune_lab/models/anatomy.py"
         )
     return FAMILIES[model_type]
 
 
 def out_in(module: nn.Module, tensor: Tensor) -> Tensor:
     """A view of a weight, or of its mask, as (out, in); and back, since GPT-2's Conv1D stores (in, out)."""
-    from torch import nn
+    from transformers.pytorch_utils import Conv1D
 
-    return tensor if isinstance(module, nn.Linear) else tensor.T
+    return tensor.T if isinstance(module, Conv1D) else tensor
 
 
 @dataclass(frozen=True)
@@ -245,7 +286,8 @@ class Anatomy:
     def __init__(self, model: Any, dense: DenseCache | None = None) -> None:
         self.model, self._dense = model, dense
         self.config = model.config
-        self.family = family_of(model.config.model_type)
+        self.found = None if model.config.model_type in FAMILIES else _layout_of(model)
+        self.family = family_of(model.config.model_type) if self.found is None else Family(self.found.blocks, {})
 
     @property
     def dense_cache(self) -> DenseCache | None:
@@ -282,6 +324,8 @@ class Anatomy:
         from torch import nn
         from transformers.pytorch_utils import Conv1D
 
+        if self.found is not None:
+            return [self.found.modules(self.model, index) for index in range(len(self.found.matrices))]
         return [
             [
                 (f"{self.family.blocks}.{index}.{name}", module)
@@ -335,8 +379,42 @@ class Anatomy:
         return self.family.units[kind].possible(self.config, self.unit_count(kind))
 
 
+def _layout_of(model: Any) -> Layout:
+    from prune_lab.models.found import layout_of
+
+    return layout_of(model)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Matrices of a model that methods of single weights prune: their number, weights, and share of the blocks'.
+
+    left_alone: reason by full name of each other matrix inside the blocks, with its number of weights.
+    """
+
+    matrices: int
+    weights: int
+    share: float
+    left_alone: dict[str, tuple[str, int]]
+
+
+def scope_of(anatomy: Anatomy) -> Scope:
+    """The scope of a model that is not post-compressed."""
+    sizes = [out_in(linear, linear.weight).numel() for _, linear in anatomy.linears()]
+    blocks = anatomy.model.get_submodule(anatomy.family.blocks)
+    total = sum(parameter.numel() for parameter in blocks.parameters())
+    reasons = anatomy.found.left_alone if anatomy.found is not None else {}
+    left = {name: (reason, anatomy.model.get_parameter(name).numel()) for name, reason in reasons.items()}
+    return Scope(len(sizes), sum(sizes), sum(sizes) / total, left)
+
+
 def unit_kind(config: Any, kind: str) -> UnitKind:
     """A kind of unit of the family of a config of transformers; raises Refused where the family has none such."""
+    if config.model_type not in FAMILIES:
+        raise Refused(
+            f"method.units: whole units of {config.model_type} models cannot be removed yet, single weights can "
+            f"(method=unstructured, wanda, sparsegpt ...); units are known of {', '.join(sorted(FAMILIES))}"
+        )
     units = family_of(config.model_type).units
     if kind not in units:
         raise Refused(
@@ -351,6 +429,8 @@ def check_matrices(model: Any) -> None:
     It would be left out of every amount without a word. Matrices are parameters of two dimensions or more.
     """
     anatomy = Anatomy(model)
+    if anatomy.found is not None:  # it says what it leaves alone
+        return
     prunable = {f"{name}.weight" for name, _ in anatomy.linears()}
     for index, block in enumerate(anatomy.blocks):
         for name, parameter in block.named_parameters(f"{anatomy.family.blocks}.{index}"):

@@ -10,7 +10,7 @@ import torch
 
 from prune_lab.errors import Refused
 from prune_lab.models import formats
-from prune_lab.models.anatomy import check_matrices, family_of
+from prune_lab.models.anatomy import FAMILIES, check_matrices, check_type
 from prune_lab.models.checkpoint import read_checkpoint
 from prune_lab.models.contents import check_finite
 from prune_lab.models.folder_check import check_config
@@ -29,7 +29,7 @@ def read_config(source: str, revision: str | None, name: str) -> Any:
     logging.set_verbosity_error()
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-        family_of(config.model_type)
+        check_type(config.model_type)
         check_config(config, name)
     except Refused:
         raise
@@ -58,14 +58,22 @@ def build(
             model = _start_at_random(config, device, seed)
         else:
             folder = Path(source)
+            if stream and config.model_type not in FAMILIES:
+                raise Refused(
+                    f"model.stream=true: the blocks of {config.model_type} models are found by running the model in "
+                    f"memory; give stream=false (described families, which can be streamed: {', '.join(FAMILIES)})"
+                )
             if stream:
                 streamed.check(folder, config, name)
-            checkpoint = read_checkpoint(folder, config, name)
-            notes = checkpoint.warnings
-            if stream:
-                model = streamed.build(folder, config, checkpoint, device)
+            if config.model_type not in FAMILIES:
+                model, notes = _load_other(source, config, name, device)
             else:
-                model = _load_weights(source, config, name, device)
+                checkpoint = read_checkpoint(folder, config, name)
+                notes = checkpoint.warnings
+                if stream:
+                    model = streamed.build(folder, config, checkpoint, device)
+                else:
+                    model = _load_weights(source, config, name, device)
     except Refused:
         raise
     except Exception as error:  # transformers, the Hub's client and safetensors each have their own
@@ -123,6 +131,21 @@ def _load_weights(source: str, config: Any, name: str, device: Device) -> Any:
         raise Refused(f"model.name={name!r} lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}")
     model._weight_conversions = None  # it is saved under the usual names of its family, whatever those here were
     return model.to(device.torch_device)
+
+
+def _load_other(source: str, config: Any, name: str, device: Device) -> tuple[Any, list[str]]:
+    """A model of a type that is not in FAMILIES, and notes: transformers says whether its files and config agree.
+
+    Its tensors may have other names in files (experts one by one), and it is saved under those again.
+    """
+    loaded: Any = formats.load(Path(source), config, dtype=device.dtype, output_loading_info=True)
+    model, report = loaded
+    mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    if wrong := sorted({*report["missing_keys"], *mismatched}):
+        raise Refused(f"model.name={name!r} lacks the weights {', '.join(wrong[:3])}, or has them in another shape")
+    unused = sorted(report["unexpected_keys"])
+    notes = [f"{len(unused)} tensors of the checkpoint are not used: {', '.join(unused[:3])}"] if unused else []
+    return model.to(device.torch_device), notes
 
 
 def _start_at_random(config: Any, device: Device, seed: int) -> Any:

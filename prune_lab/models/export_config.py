@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from prune_lab.models.anatomy import FAMILIES
+
 _CODE = ("auto_map", "custom_pipelines")  # they name classes in Python files beside the weights
 # Classes that version 4 does not have: tokenizer.json is all that they read, as its class for any such file does.
 _ONLY_IN_5 = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend", "MistralCommonBackend")
@@ -27,8 +29,13 @@ def rewrite_configs(folder: Path, tokenizer_config: dict[str, Any]) -> None:
 
 
 def with_older_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """A config as version 5 writes it, with the names that version 4 has for the same settings."""
+    """A config as version 5 writes it, with the names that version 4 has for the same settings.
+
+    Of the families of models/anatomy.py alone: others have such fields of other kinds, or are newer than version 4.
+    """
     config = without_code(config)
+    if config.get("model_type") not in FAMILIES:
+        return config
     if "dtype" in config:
         config["torch_dtype"] = config["dtype"]
     if isinstance(rope := config.get("rope_parameters"), dict) and rope:

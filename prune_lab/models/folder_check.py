@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.errors import Refused
-from prune_lab.models.anatomy import family_of
+from prune_lab.models.anatomy import check_type
 
 # Fields of a config that say how large a model is, and the most that any model has by far: what is beyond is damaged,
 # and building it would take all memory or all day.
@@ -49,7 +49,7 @@ def check_folder(folder: Path, weights: str, called: str | None = None) -> None:
         values = dict(json.loads(config.read_text(encoding="utf-8")).items())
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{name}: config.json is not a JSON object ({error})") from error
-    family_of(str(values.get("model_type", "")))
+    check_type(str(values.get("model_type", "")))
     _check_sizes(values, name)
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
@@ -77,9 +77,13 @@ def check_config(config: Any, name: str) -> None:
 
 
 def _check_sizes(config: dict[str, Any], name: str) -> None:
+    for part in config.values():
+        if isinstance(part, dict):
+            _check_sizes(part, name)
     for key, most in _MOST.items():
         value = config.get(key)
-        if value is not None and not (isinstance(value, int) and 1 <= value <= most):
+        counts = value if isinstance(value, list) and value else [value]  # some types have one for each block
+        if value is not None and not all(isinstance(count, int) and 1 <= count <= most for count in counts):
             raise ValueError(f"{name}: config.json has {key}={str(value)[:40]}, not a whole number from 1 to {most}")
 
 

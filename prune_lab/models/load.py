@@ -38,15 +38,28 @@ class Loaded:
     tokenizer_config: dict[str, Any] = field(default_factory=dict)  # the file of this name that it came with
 
     def describe(self) -> dict[str, Any]:
-        """Name, family, parameters (a tied matrix once), revision and licence."""
+        """Name, family, parameters (a tied matrix once), revision, licence, and the scope of single weights.
+
+        The scope: number of matrices, their share of the blocks' weights, and names by the reason why they are left
+        alone; None of weights that are quantized already.
+        """
+        from prune_lab.models.anatomy import Anatomy, scope_of
         from prune_lab.models.contents import count_weights
 
+        scope: dict[str, Any] | None = None
+        if not self.is_low_bit:
+            found = scope_of(Anatomy(self.model))
+            left_alone: dict[str, list[str]] = {}
+            for name, (reason, _) in found.left_alone.items():
+                left_alone.setdefault(reason, []).append(name)
+            scope = {"matrices": found.matrices, "share": round(found.share, 6), "left_alone": left_alone}
         return {
             "name": self.name,
             "family": self.family,
             "parameters": count_weights(self.model),
             "revision": self.revision,
             "licence": self.licence,
+            "scope": scope,
         }
 
     @property

@@ -14,19 +14,42 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from prune_lab.models.anatomy import Anatomy
+
 LOGITS_AT_ONCE = 2**22  # elements; so peak memory does not grow with vocabulary x window
 TIMES_ON_GPU = 16  # as many there: products of few positions, 32 of a vocabulary of 128,256, only read the head
 LEAST = 128  # positions, however large the vocabulary: with 16 of 262,144 a loss takes thrice as long, to read the head
 
 
 def last_states(model: Any, batch: Tensor) -> Tensor:
-    """Hidden states that the head reads, shape (windows, tokens, hidden)."""
+    """Hidden states that the head reads, shape (windows, tokens, hidden).
+
+    Of a model that does more to its logits than the head does, the logits themselves: then `logits_of` leaves them.
+    """
+    if _has_whole_logits(model):
+        whole: Tensor = model(input_ids=batch, use_cache=False).logits
+        return whole
+    return states_before_head(model, batch)
+
+
+def _has_whole_logits(model: Any) -> bool:
+    found = Anatomy(model).found
+    return found is not None and found.whole_logits
+
+
+def states_before_head(model: Any, batch: Tensor) -> Tensor:
+    """Last states of the base model, shape (windows, tokens, hidden)."""
     states: Tensor = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
     return states
 
 
 def logits_of(model: Any, states: Tensor) -> Tensor:
-    """Logits of some states, shape (rows, hidden): (rows, vocabulary), fp32."""
+    """Logits of some states, as `last_states` gives them, shape (rows, hidden): (rows, vocabulary), fp32."""
+    return states.float() if _has_whole_logits(model) else head_logits(model, states)
+
+
+def head_logits(model: Any, states: Tensor) -> Tensor:
+    """Logits of the output embeddings, soft-capped where the config says so: (rows, vocabulary), fp32."""
     logits: Tensor = model.get_output_embeddings()(states).float()
     cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2 soft-caps its logits
     return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prune_lab.errors import Refused
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import BlockStream
+from prune_lab.models.found import Layout
 from prune_lab.models.loss import window_losses
 from prune_lab.pruning import gradients
 from prune_lab.pruning.dense_beside import OF_TARGETS, DenseBeside, ErrorSums
 from prune_lab.pruning.dense_statistics import dense_statistics
 from prune_lab.pruning.scores import GRADIENTS
-from prune_lab.pruning.statistics import BlockObserver, LinearStatistics, Needs
+from prune_lab.pruning.statistics import BlockObserver, LinearStatistics, Needs, ProductObserver
 from prune_lab.system.console import Console
 from prune_lab.text.tokens import sha256
 
@@ -164,7 +167,9 @@ def _activations(
                 yield {}
         return
     cache = None if propagate_pruned else anatomy.dense_cache
-    if cache is None:
+    if anatomy.found is not None:
+        yield from _observe_found(anatomy, anatomy.found, calibrator, propagate_pruned, needs)
+    elif cache is None:
         yield from _observe(anatomy, calibrator, propagate_pruned, needs)
     else:
         observe = partial(_observe, anatomy, calibrator, False)
@@ -197,3 +202,46 @@ def _observe(
                     yield sums.put_into(observer.statistics())
                 if propagate_pruned and index < last:
                     calibrator.forward(stream, index, bar, keep=True)
+
+
+def _observe_found(
+    anatomy: Anatomy, layout: Layout, calibrator: Calibrator, propagate_pruned: bool, needs: Needs
+) -> Iterator[dict[str, LinearStatistics]]:
+    """Statistics of a model whose layout was found: block by block, or of all blocks in one pass through the model.
+
+    In one pass, where blocks cannot be called one by one: then the statistics of all of them are held at once, behind
+    dense blocks.
+    """
+    if calibrator.bfloat16 and anatomy.model.dtype != torch.bfloat16:
+        raise Refused(
+            f"dataset.calibration.autocast: products in bfloat16 of a {anatomy.config.model_type} model with weights "
+            f"in {anatomy.model.dtype} cannot be observed: give dtype=bfloat16, or dataset.calibration.autocast=none"
+        )
+    if not layout.one_by_one:
+        yield from _observe_whole(anatomy, layout, calibrator, needs)
+        return
+    count, stream = len(layout.matrices), BlockStream(anatomy, calibrator.windows, calibrator.batch_size)
+    passes = count + (count - 1) * propagate_pruned
+    with calibrator.console.progress(passes * calibrator.windows.numel(), "calibrating", unit="tok") as bar:
+        for index, matrices in enumerate(layout.matrices):
+            observer = ProductObserver(anatomy.model, matrices, needs)
+            with observer.watch():
+                calibrator.forward(stream, index, bar, keep=not propagate_pruned)
+            yield observer.statistics()
+            if propagate_pruned and index < count - 1:
+                calibrator.forward(stream, index, bar, keep=True)
+
+
+@torch.no_grad()
+def _observe_whole(
+    anatomy: Anatomy, layout: Layout, calibrator: Calibrator, needs: Needs
+) -> Iterator[dict[str, LinearStatistics]]:
+    observer = ProductObserver(anatomy.model, chain.from_iterable(layout.matrices), needs)
+    with calibrator.console.progress(calibrator.windows.numel(), "calibrating", unit="tok") as bar:
+        for batch in calibrator.windows.split(calibrator.batch_size):
+            with observer.watch():
+                anatomy.model(input_ids=batch.to(anatomy.model.device, torch.int64), use_cache=False)
+            bar.update(batch.numel())
+    found = observer.statistics()
+    for matrices in layout.matrices:
+        yield {matrix.name: found[matrix.name] for matrix in matrices if matrix.name in found}

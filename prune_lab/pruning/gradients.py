@@ -11,6 +11,7 @@ from torch import Tensor
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import Anatomy, out_in
 from prune_lab.models.loss import token_losses
+from prune_lab.models.products import FusedMatrix
 from prune_lab.system.console import Console
 
 Reduce = Callable[[str, Tensor], Tensor]
@@ -37,21 +38,31 @@ def saliency(
     linears = {name: linear for name, linear in anatomy.linears() if only is None or name in only}
     scale = FLOAT16_SCALE if next(iter(linears.values())).weight.dtype == torch.float16 else 1.0
 
-    def take(name: str, linear: Any) -> Callable[[Tensor], None]:
+    by_parameter = dict[int, tuple[Any, list[tuple[str, Any]]]]()  # all experts of a fused one
+    for name, linear in linears.items():
+        of = linear.parameter if isinstance(linear, FusedMatrix) else linear.weight
+        by_parameter.setdefault(id(of), (of, []))[1].append((name, linear))
+
+    def take(parts: list[tuple[str, Any]]) -> Callable[[Tensor], None]:
         def gather(weight: Tensor) -> None:
             assert weight.grad is not None
             value = (weight.detach().float() * weight.grad.float() / scale).abs()
-            part = reduce(name, out_in(linear, value if order == 1 else value.square()))
-            sums[name] = part if name not in sums else sums[name].add_(part)
+            value = value if order == 1 else value.square()
+            for name, linear in parts:
+                of_linear = linear.of(value) if isinstance(linear, FusedMatrix) else out_in(linear, value)
+                part = reduce(name, of_linear)
+                # A part of a fused one is a view of all its experts, which would stay.
+                part = part.clone() if isinstance(linear, FusedMatrix) and part is of_linear else part
+                sums[name] = part if name not in sums else sums[name].add_(part)
             weight.grad = None
 
         return gather
 
     hooks, learned = [], {weight: weight.requires_grad for weight in model.parameters()}
     model.requires_grad_(False)
-    for name, linear in linears.items():
-        linear.weight.requires_grad_(True)
-        hooks.append(linear.weight.register_post_accumulate_grad_hook(take(name, linear)))
+    for weight, parts in by_parameter.values():
+        weight.requires_grad_(True)
+        hooks.append(weight.register_post_accumulate_grad_hook(take(parts)))
     try:
         device = next(model.parameters()).device
         with console.progress(windows.numel(), "gradients", unit="tok") as bar, torch.enable_grad():

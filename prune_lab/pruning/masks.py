@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prune_lab.models.found import matrix_of
+
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 
 
@@ -19,7 +21,7 @@ class Masks:
     def hold(self, model: Any) -> None:
         """Sets every pruned weight to exactly zero; after each optimizer step, since momentum moves them."""
         for name, keep in self.keep.items():
-            weight = model.get_submodule(name).weight
+            weight = matrix_of(model, name).weight
             clear(weight, keep.to(weight.device))
 
 

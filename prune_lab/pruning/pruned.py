@@ -27,13 +27,17 @@ class LayerRow:
 
 @dataclass
 class Pruned:
-    """Result of a method: the table of its scope, masks to hold, warnings, files to keep, parameters it replaced."""
+    """Result of a method: the table of its scope, masks to hold, warnings, files to keep, parameters it replaced.
+
+    unseen: matrices that too few tokens of the calibration text came to (experts), pruned by magnitude.
+    """
 
     rows: list[LayerRow] = field(default_factory=list)
     masks: Masks = field(default_factory=_no_masks)
     warnings: list[str] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
     cuts: list[Cut] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
 
     def after(self, earlier: Pruned) -> Pruned:
         """This pruning as one that followed an earlier one of the same model: with the warnings of both."""

@@ -6,7 +6,7 @@ tensor share its statistics, which are running sums in float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.models.blocks import ReachedError
+from prune_lab.models.found import Matrix
+from prune_lab.models.products import Place, Products, eager_experts
 from prune_lab.pruning.refit import Error
 from prune_lab.pruning.thresholds import ScoreCounts
 
@@ -38,7 +40,7 @@ class LinearStatistics:
     error: how far its outputs are from those that a refit is to give, where these are not its own (dense_beside.py).
     saliency: mean over windows of |w * gradient|, saliency2: of (w * gradient)^2, both (out, in). random: the run's
     generator, for scores that draw. score_counts: counts of this Linear's scores, where those depend on the weight
-    alone, for all amounts.
+    alone, for all amounts. rows: tokens that it saw, of a matrix that does not see all of them (an expert).
     """
 
     input_norm: Tensor | None = None
@@ -52,6 +54,7 @@ class LinearStatistics:
     saliency2: Tensor | None = None
     random: torch.Generator = field(default_factory=torch.Generator)
     score_counts: ScoreCounts | None = None
+    rows: int | None = None
 
 
 class RunningStatistics:
@@ -188,6 +191,56 @@ class BlockObserver:
         self._waiting.discard(key)
         if self._stop and not self._waiting:
             raise ReachedError
+
+
+class ProductObserver:
+    """Observer of matrices by the products with them: those of several blocks, whatever modules they are in.
+
+    matrices: what to observe, of a model whose layout was found. needs: by full name.
+    """
+
+    def __init__(self, model: Any, matrices: Iterable[Matrix], needs: Needs) -> None:
+        self._model = model
+        self._of = {matrix.place: matrix for matrix in matrices if needs.get(matrix.name)}
+        self._needs = needs
+        self._gathered = {
+            (place, is_output): RunningStatistics() for place in self._of for is_output in (False, True)
+        }  # fmt: skip
+        self._rows = dict.fromkeys(self._of, 0)
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Context in which every product with the matrices is observed."""
+        names = {place.parameter for place in self._of}
+        parameters = {name: self._model.get_parameter(name) for name in names}
+        with eager_experts(self._model), Products(parameters, self._tell):
+            yield
+
+    def statistics(self) -> dict[str, LinearStatistics]:
+        """Statistics that were gathered, by full name; zeros of a matrix that saw no token."""
+        found = {}
+        for place, matrix in self._of.items():
+            fields: dict[str, Any] = {}
+            for is_output in (False, True):
+                if not (wanted := _of_side(self._needs[matrix.name], is_output)):
+                    continue
+                running = self._gathered[place, is_output]
+                if not self._rows[place]:
+                    parameter = self._model.get_parameter(place.parameter)
+                    running.add(parameter.new_zeros(1, place.shape[0 if is_output else 1]), wanted)
+                results = running.result()
+                fields |= {_field(one, is_output): results[one] for of in wanted for one in _RESULTS[of]}
+            found[matrix.name] = LinearStatistics(**fields, rows=self._rows[place])
+        return found
+
+    def _tell(self, place: Place, inputs: Tensor, outputs: Tensor) -> None:
+        matrix = self._of.get(place)
+        if matrix is None:
+            return
+        self._rows[place] += len(inputs)
+        for is_output, rows in ((False, inputs), (True, outputs)):
+            if wanted := _of_side(self._needs[matrix.name], is_output):
+                self._gathered[place, is_output].add(rows, wanted)
 
 
 _RESULTS = {"norm": ("norm",), "variance": ("mean", "variance"), "gram": ("gram", "tokens")}  # by what is asked for

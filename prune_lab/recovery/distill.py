@@ -48,7 +48,7 @@ class Distill(Finetune):
         if self.teacher is None:
             return {}
         teacher = _load(self.teacher, device)
-        other, mine = (loaded.model.config.vocab_size for loaded in (teacher, dense))
+        other, mine = (loaded.model.config.get_text_config().vocab_size for loaded in (teacher, dense))
         if other != mine or tokenizer_sha256(teacher.tokenizer) != tokenizer_sha256(dense.tokenizer):
             raise Refused(
                 f"recovery.teacher={self.teacher!r} has another tokenizer (vocabulary of {other}) than the model "

@@ -118,6 +118,9 @@ METRICS = (
     Metric("amount/realized", "fraction", "higher", 0.0,
            measured="weights removed or zeroed in the pruned scope / weights in it before; counts are exact, also with "
                     "ties"),
+    Metric("scope/share", "fraction", None, None,
+           measured="weights of the matrices that methods of single weights prune / all weights of the decoder blocks: "
+                    "1 less what is left alone, such as norms, biases, routers of experts, convolutions"),
     Metric("params/total", "parameters", "lower", MEASURED, title="parameters (millions)", millions=True,
            row="parameters", form=",.0f", measured="parameters that are there, a tied matrix once"),
     Metric("params/nonzero", "parameters", "lower", MEASURED, title="non-zero parameters (millions)", millions=True,

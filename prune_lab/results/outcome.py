@@ -20,6 +20,10 @@ def header(summary: Summary, console: Console) -> None:
     model, protocol = summary.model, summary.protocol
     at = f" at {model['revision'][:12]}" if model["revision"] else ""
     console.note(f"model     {model['name']}{at} ({model['family']}), {model['parameters']:,} parameters")
+    if (scope := model["scope"]) is not None:
+        left = ", ".join(f"{len(names)} {reason}" for reason, names in scope["left_alone"].items())
+        beside = f"; left alone: {left}" if left else ""
+        console.note(f"scope     {scope['matrices']:,} matrices, {scope['share']:.1%} of the blocks' weights{beside}")
     windows, seq_len = protocol["windows"], protocol["seq_len"]
     tokens = f"{windows} test windows of {seq_len} tokens, {windows * seq_len:,} in all"
     before = "" if protocol["bos"] == "none" else f", token {protocol['bos']} (BOS) before each"

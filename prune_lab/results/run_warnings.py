@@ -13,6 +13,7 @@ SPARSE = 0.005  # of the parameters; a row of zeros for padding is less
 OVERLAP = 2  # calibration windows that may share a token before it is said
 SAME_TEXT = 32  # tokens in a row that two texts do not share by chance
 TOKENS_PER_INPUT = 10  # distinct ones, of what is solved for
+LEAST_SHARE = 0.9  # of the blocks' weights, under which an amount is of something else than a reader expects
 PASSES = 4  # over training text (Muennighoff et al., 2305.16264)
 KNOWS_NOTHING = 4.5  # bits per byte; letters and spaces of English by their frequency alone take 4.1 (Shannon, 1951)
 
@@ -23,8 +24,19 @@ def of_run(summary: Summary) -> list[str]:
     warnings = (
         of_rows(protocol) + of_calibration(protocol, metrics) + of_calibration_windows(protocol) + of_training(protocol)
     )
-    warnings += of_figures(metrics) + of_energy(protocol, metrics)
+    warnings += of_scope(summary.model["scope"]) + of_figures(metrics) + of_energy(protocol, metrics)
     return warnings + of_load(summary.environment)
+
+
+def of_scope(scope: dict[str, Any] | None) -> list[str]:
+    """Warning where much of a model's blocks is in no matrix that is pruned."""
+    if scope is None or scope["share"] >= LEAST_SHARE:
+        return []
+    reasons = ", ".join(f"{reason} ({len(names)})" for reason, names in scope["left_alone"].items())
+    return [
+        f"amounts of single weights are of {scope['share']:.1%} of the weights of the decoder blocks; the rest is left "
+        f"alone: {reasons or 'norms and biases'}"
+    ]
 
 
 def of_calibration(protocol: dict[str, Any], metrics: dict[str, float]) -> list[str]:

@@ -1,0 +1,283 @@
+"""A model's layout, found by running it on a few tokens: for types that the table of models/anatomy.py does not have.
+
+Which of its modules are the decoder blocks, by which matrices they multiply (Linears, parts of fused experts, in either
+orientation), what in them is left alone and why, and whether blocks can be called one by one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prune_lab.errors import Refused
+from prune_lab.models.products import FusedMatrix, Place, seen_on
+
+_KEPT = "_found_layout"  # with the model and its copies; in no export
+_PROBE = (2, 24)  # windows and tokens that a model is looked at with
+# Reasons why a tensor of two dimensions or more is left alone; the last for all that no matrix product has.
+ROUTER, CONVOLUTION, BIAS = "router of experts", "kernel of a convolution", "bias"
+UNUSED = "Linear that text alone does not use"  # such as cross-attention without an encoder
+IN_PARTS = "matrix used in parts that do not lie one after the other"
+NO_PRODUCT = "parameter that is no matrix of a product"
+_ROUTER_NAME = re.compile(r"(^|[._])(gate|router|classifier|wg)([._]|$)|layer\.weight$")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A prunable matrix: a Linear by its full name, or a part of a parameter that is no Linear's (`is_linear` False).
+
+    active: share of the tokens that it sees, below 1 for routed experts.
+    """
+
+    name: str
+    place: Place
+    is_linear: bool
+    active: float = 1.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Layout of a model's decoder blocks.
+
+    blocks: full name of the list of blocks. matrices: those of each block. left_alone: reason by full name, for each
+    matrix of two dimensions or more inside a block that is not pruned. share: of the blocks' parameters in `matrices`.
+    one_by_one: whether blocks called one by one give the model's states. whole_logits: whether the logits are more than
+    the output embeddings of the last states (a scale), so that the head cannot be run on some positions alone.
+    """
+
+    blocks: str
+    matrices: tuple[tuple[Matrix, ...], ...]
+    left_alone: dict[str, str] = field(default_factory=dict)
+    share: float = 1.0
+    one_by_one: bool = True
+    whole_logits: bool = False
+    decodes: bool = True
+
+    @property
+    def is_fused(self) -> bool:
+        """True where a matrix is no Linear's weight: experts, as a rule."""
+        return any(not matrix.is_linear for of_block in self.matrices for matrix in of_block)
+
+    def modules(self, model: Any, block: int) -> list[tuple[str, Any]]:
+        """The matrices of a block with their full names, each as an object with a `weight`."""
+        return [(m.name, _module(model, m)) for m in self.matrices[block]]
+
+
+def layout_of(model: Any) -> Layout:
+    """The layout of a model, found once and kept with it; raises Refused where there is none."""
+    kept = model.__dict__.get(_KEPT)
+    if kept is None:
+        kept = model.__dict__[_KEPT] = _find(model)
+    found: Layout = kept
+    return found
+
+
+def matrix_of(model: Any, name: str) -> Any:
+    """The Linear or fused matrix of a full name."""
+    layout: Layout | None = model.__dict__.get(_KEPT)
+    if layout is not None and layout.is_fused:
+        for matrix in itertools.chain.from_iterable(layout.matrices):
+            if matrix.name == name:
+                return _module(model, matrix)
+    return model.get_submodule(name)
+
+
+def _module(model: Any, matrix: Matrix) -> Any:
+    if matrix.is_linear:
+        return model.get_submodule(matrix.name)
+    return FusedMatrix(model.get_parameter(matrix.place.parameter), matrix.place)
+
+
+def _find(model: Any) -> Layout:
+    was_training = model.training
+    model.eval()
+    try:
+        blocks = _find_blocks(model)
+        matrices, left_alone, share = _find_matrices(model, blocks)
+        layout = Layout(blocks, matrices, left_alone, share)
+        model.__dict__[_KEPT] = layout  # the stream of blocks asks for it
+        facts = _is_one_by_one(model), _has_more_than_head(model), _decodes(model)
+        return Layout(blocks, matrices, left_alone, share, *facts)
+    except Refused:
+        raise
+    except Exception as error:  # of any modelling code of transformers
+        raise Refused(
+            f"model family {model.config.model_type!r}: its blocks and matrices cannot be found, as it does not run on "
+            f"plain text ({type(error).__name__}: {str(error)[:100]})"
+        ) from error
+    finally:
+        model.__dict__.pop(_KEPT, None)
+        model.train(was_training)
+
+
+def probe_tokens(model: Any) -> Tensor:
+    """A few tokens, the same for every model of a vocabulary, shape _PROBE."""
+    size = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(min(4, size - 1), min(size, 1000), _PROBE, generator=generator).to(model.device)
+
+
+def _find_blocks(model: Any) -> str:
+    """Full name of the outermost list of modules with most parameters, of those whose members ran on text."""
+    ran, hooks = set[int](), list[Any]()
+    for module in model.modules():
+        hooks.append(module.register_forward_pre_hook(lambda module, _: ran.add(id(module))))
+    try:
+        with torch.no_grad():
+            model(input_ids=probe_tokens(model), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    sizes: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or 2 * sum(id(part) in ran for part in module) <= len(module):
+            continue
+        if not any(name.startswith(f"{outer}.") for outer in sizes):
+            sizes[name] = sum(parameter.numel() for parameter in module.parameters())
+    if not sizes:
+        raise Refused(f"model family {model.config.model_type!r} has no list of decoder blocks that runs on plain text")
+    best = max(sizes, key=lambda name: sizes[name])
+    if sizes[best] < 0.7 * sum(sizes.values()):
+        raise Refused(
+            f"model family {model.config.model_type!r} has several lists of blocks ({', '.join(sizes)}), of which the "
+            f"largest holds {sizes[best] / sum(sizes.values()):.0%} of their parameters: only one stack of decoder "
+            "blocks can be pruned"
+        )
+    return best
+
+
+def _find_matrices(model: Any, blocks: str) -> tuple[tuple[tuple[Matrix, ...], ...], dict[str, str], float]:
+    """Matrices of each block, what is left alone and why, and the share of the blocks' parameters in matrices."""
+    listed = model.get_submodule(blocks)
+    parameters = {
+        name: p for name, p in model.named_parameters() if name.startswith(f"{blocks}.") and p.dim() >= 2
+    }  # fmt: skip
+    tokens = probe_tokens(model)
+    seen: dict[str, dict[Place, int]] = defaultdict(dict)
+    for place, rows in seen_on(model, parameters, tokens).items():
+        seen[place.parameter][place] = rows
+    counts, of_block = _expert_counts(model.config), defaultdict[int, list[Matrix]](list)
+    left_alone, inside = dict[str, str](), 0
+    for name, parameter in parameters.items():
+        block = int(name[len(blocks) + 1 :].split(".")[0])
+        places = seen.get(name, {})
+        reason = _reason_to_leave(model, name, places, counts)
+        if reason is not None:
+            left_alone[name] = reason
+            continue
+        of_block[block] += _matrices_of(model, name, parameter, places, tokens.numel())
+        inside += parameter.numel()
+    total = sum(parameter.numel() for parameter in listed.parameters())
+    return tuple(tuple(of_block[block]) for block in range(len(listed))), left_alone, inside / total
+
+
+def _reason_to_leave(model: Any, name: str, places: dict[Place, int], experts: set[int]) -> str | None:
+    owner, _, leaf = name.rpartition(".")
+    module, parameter = model.get_submodule(owner), model.get_parameter(name)
+    if not places:
+        if isinstance(module, nn.Conv1d | nn.Conv2d) or "conv" in name:
+            return CONVOLUTION
+        if leaf.endswith("bias"):
+            return BIAS
+        return UNUSED if isinstance(module, nn.Linear) else NO_PRODUCT
+    rows = {place.shape[0] for place in places}
+    if rows <= experts and _ROUTER_NAME.search(name):
+        return ROUTER
+    place = next(iter(places))
+    size = place.shape[0] * place.shape[1]
+    alike = all(p.shape == place.shape and p.strides == place.strides and p.offset % size == 0 for p in places)
+    if not alike or parameter.numel() % size or not parameter.is_contiguous():
+        return IN_PARTS
+    return None
+
+
+def _matrices_of(model: Any, name: str, parameter: Tensor, places: dict[Place, int], tokens: int) -> Iterator[Matrix]:
+    """The matrices of a parameter: one, or one for each expert, seen or not, since all of them lie alike."""
+    from transformers.pytorch_utils import Conv1D
+
+    one = next(iter(places))
+    size = one.shape[0] * one.shape[1]
+    count = parameter.numel() // size
+    owner, _, leaf = name.rpartition(".")
+    active = min(1.0, sum(places.values()) / count / tokens)
+    if count == 1:
+        is_linear = leaf == "weight" and isinstance(model.get_submodule(owner), nn.Linear | Conv1D)
+        yield Matrix(owner if is_linear else name, one, is_linear, active)
+        return
+    for number in range(count):
+        yield Matrix(f"{name}.{number}", Place(name, one.shape, one.strides, number * size), False, active)
+
+
+def _expert_counts(config: Any) -> set[int]:
+    """Numbers of experts that a config speaks of, and sums of two (routed and idle ones)."""
+    found = set[int]()
+
+    def walk(values: dict[str, Any]) -> None:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                walk(value)
+            elif "expert" in str(key) and isinstance(value, int) and not isinstance(value, bool) and value > 1:
+                found.add(value)
+
+    walk(config.to_dict())
+    return found | {a + b for a, b in itertools.combinations(found, 2)}
+
+
+@torch.no_grad()
+def _is_one_by_one(model: Any) -> bool:
+    """True where calling block after block gives the model's logits, of a batch that no call was recorded of."""
+    from prune_lab.models.anatomy import Anatomy
+    from prune_lab.models.blocks import BlockStream
+
+    tokens = probe_tokens(model)
+    try:
+        stream = BlockStream(Anatomy(model), tokens, 1)  # calls are recorded of the last batch
+        stream.run(lambda _: None)
+        with stream.replayed(0):
+            found = model(input_ids=tokens[:1], use_cache=False).logits
+        wanted = model(input_ids=tokens[:1], use_cache=False).logits
+    except Exception:  # of any modelling code of transformers: then it is not
+        return False
+    return _is_same(found, wanted)
+
+
+@torch.no_grad()
+def _has_more_than_head(model: Any) -> bool:
+    """True where the output embeddings of the last states are not the model's logits."""
+    from prune_lab.models.loss import head_logits, states_before_head
+
+    tokens = probe_tokens(model)[:1]
+    wanted = model(input_ids=tokens, use_cache=False).logits
+    try:
+        found = head_logits(model, states_before_head(model, tokens))
+    except Exception:  # of any modelling code of transformers: then it has
+        return True
+    return not _is_same(found, wanted)
+
+
+@torch.no_grad()
+def _decodes(model: Any) -> bool:
+    """True where one token after the cache of those before it has the logits that it has in the whole text."""
+    tokens = probe_tokens(model)[:1]
+    try:
+        output = model(input_ids=tokens[:, :-1], use_cache=True, logits_to_keep=1)
+        name = "cache" if hasattr(output, "cache") else "past_key_values"
+        found = model(input_ids=tokens[:, -1:], use_cache=True, **{name: getattr(output, name)}).logits
+        wanted = model(input_ids=tokens, use_cache=False).logits
+    except Exception:  # of any modelling code of transformers: then it does not
+        return False
+    return output.logits.shape[1] == 1 and _is_same(found[:, -1:], wanted[:, -1:])
+
+
+def _is_same(found: Tensor, wanted: Tensor) -> bool:
+    if found.shape != wanted.shape or not bool(torch.isfinite(wanted).all()):
+        return False
+    tolerance = 1e-4 if wanted.dtype == torch.float32 else 2e-2
+    return float((found.float() - wanted.float()).abs().max()) <= tolerance * float(wanted.float().abs().max())

@@ -1,0 +1,113 @@
+"""Matrix products with watched parameters, seen as they are computed, whatever module computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@dataclass(frozen=True)
+class Place:
+    """A matrix (out, in) as it lies in a parameter's storage: all of it, or one expert's part of a fused one."""
+
+    parameter: str
+    shape: tuple[int, int]
+    strides: tuple[int, int]
+    offset: int
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """This part of a tensor that is laid out as the parameter is, shape (out, in)."""
+        return tensor.as_strided(self.shape, self.strides, tensor.storage_offset() + self.offset)
+
+
+# Told of each product: the matrix, its inputs (rows, in) and its outputs (rows, out), without a bias or with.
+Tell = Callable[[Place, Tensor, Tensor], None]
+# Operands of products by name of the operator: inputs and matrix.
+_OPERANDS = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2)}
+
+
+class Products(TorchDispatchMode):
+    """Mode in which every product of activations with a watched parameter is told of.
+
+    A product is recognised by the storage of its second operand, so that Linears, GPT-2's Conv1D, weights that are used
+    without their module, and the parts of fused experts are seen alike. Casts of a weight (autocast) are not.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], tell: Tell) -> None:
+        super().__init__()
+        self._names = {
+            p.untyped_storage().data_ptr(): (name, int(p.storage_offset())) for name, p in parameters.items()
+        }
+        self._tell = tell
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        operands = _OPERANDS.get(func.overloadpacket.__name__)
+        if operands is not None:
+            inputs, weight = args[operands[0]], args[operands[1]]
+            named = self._names.get(weight.untyped_storage().data_ptr())
+            if named is not None:
+                self._look(*named, inputs, weight, out)
+        return out
+
+    def _look(self, name: str, start: int, inputs: Tensor, weight: Tensor, out: Tensor) -> None:
+        if weight.dim() == 3 and weight.stride(0) == 0:  # one matrix for the whole batch
+            inputs, weight, out = inputs.flatten(0, 1), weight[0], out.flatten(0, 1)
+        parts = [(inputs, weight, out)] if weight.dim() == 2 else zip(inputs, weight, out, strict=True)
+        for x, w, y in parts:
+            place = Place(name, (w.shape[1], w.shape[0]), (w.stride(1), w.stride(0)), int(w.storage_offset()) - start)
+            self._tell(place, x.detach(), y.detach())
+
+
+@contextmanager
+def eager_experts(model: Any) -> Iterator[None]:
+    """Context in which experts compute one after the other, so that products with each of them are seen."""
+    config = model.config.get_text_config()
+    before = getattr(config, "_experts_implementation", None)
+    if before in (None, "eager") or not hasattr(model, "set_experts_implementation"):
+        yield
+        return
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+class FusedMatrix:
+    """A matrix (out, in) that is a part of a parameter, or a parameter without a Linear of its own.
+
+    It has what pruning asks of a Linear: a `weight`, which is a view, so that what is written to it is the model's.
+    """
+
+    bias = None
+
+    def __init__(self, parameter: Tensor, place: Place) -> None:
+        self.parameter, self.place = parameter, place
+
+    @property
+    def weight(self) -> Tensor:
+        """View of the parameter, shape (out, in)."""
+        return self.place.view(self.parameter.detach())
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This matrix's part of a tensor of the parameter's shape, such as its gradient."""
+        return self.place.view(tensor.contiguous())
+
+
+def seen_on(model: Any, parameters: Mapping[str, Tensor], tokens: Tensor) -> dict[Place, int]:
+    """Matrices that a forward pass on `tokens`, shape (windows, tokens), multiplies by, with the rows that each saw."""
+    rows: dict[Place, int] = {}
+
+    def count(place: Place, inputs: Tensor, _: Tensor) -> None:
+        rows[place] = rows.get(place, 0) + len(inputs)
+
+    with torch.no_grad(), eager_experts(model), Products(parameters, count):
+        model(input_ids=tokens, use_cache=False)
+    return rows

@@ -1,0 +1,170 @@
+"""The table of docs/models.md: what works of each type of causal language model that stock transformers builds.
+
+python tests/model_table.py [TYPE ...]     prints the rows of some types, or writes docs/models.md with those of all
+
+A type is a small model with random weights (model_types.py), loaded from its folder as any model is. `yes` says of a
+method that exactly half of the weights in scope are zero afterwards, that no number is infinite, that what is left
+alone is as it was, and that stock transformers reads what was written with the same logits.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from model_types import tiny_folder
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from prune_lab.methods.base import Method
+from prune_lab.methods.magnitude import Magnitude
+from prune_lab.methods.sparsegpt import SparseGPT
+from prune_lab.methods.wanda import Wanda
+from prune_lab.models.anatomy import FAMILIES, Anatomy, out_in, scope_of
+from prune_lab.models.export import save_model
+from prune_lab.models.load import HubModel, Loaded
+from prune_lab.pruning.calibration import Calibrator
+from prune_lab.system.device import Device
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+CPU = Device(torch.device("cpu"), torch.float32)
+WINDOWS = torch.randint(4, 300, (6, 24), generator=torch.Generator().manual_seed(7))
+METHODS = {
+    "magnitude": Magnitude(amount=0.5),
+    "wanda": Wanda(amount=0.5),
+    "sparsegpt": SparseGPT(amount=0.5),
+    "2:4": Wanda(amount=0.5, pattern="2:4"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: cells by method, "yes" or the reason; the rest of a type that cannot be loaded is empty."""
+
+    model_type: str
+    share: float | None
+    cells: dict[str, str]
+    whole: bool = False
+    remark: str = ""
+
+    @property
+    def works(self) -> bool:
+        """True where every method does."""
+        return all(cell == "yes" for cell in self.cells.values()) and bool(self.cells)
+
+    def __str__(self) -> str:
+        share = "" if self.share is None else f"{self.share:.1%}"
+        cells = [self.cells.get(name, "no") if self.cells.get(name, "no") == "yes" else "no" for name in METHODS]
+        units = "yes" if self.model_type in FAMILIES else "no"
+        calibrated = "" if self.share is None else "whole model" if self.whole else "block by block"
+        return f"| {self.model_type} | {share} | {' | '.join(cells)} | {units} | {calibrated} | {self.remark} |"
+
+
+def row_of(model_type: str, place: Path) -> Row:
+    """The row of a type; `place` is for its files."""
+    try:
+        loaded = HubModel(name=str(tiny_folder(place / "model", model_type))).load(CPU, seed=0)
+        anatomy = Anatomy(loaded.model)
+        scope, layout = scope_of(anatomy), anatomy.found
+    except Exception as error:  # of any modelling code of transformers: the reason is what the table is for
+        return Row(model_type, None, {}, remark=_said(error))
+    left = sorted({reason for reason, _ in scope.left_alone.values()})
+    cells = {name: _try(loaded, method, place / name.replace(":", "_")) for name, method in METHODS.items()}
+    whys = sorted({cell for cell in cells.values() if cell != "yes"})
+    whole = layout is not None and not layout.one_by_one
+    return Row(
+        model_type, scope.share, cells, whole, "; ".join(whys or [f"left alone: {', '.join(left)}"] * bool(left))
+    )
+
+
+def _try(dense: Loaded, method: Method, folder: Path) -> str:
+    """Result of a method on a copy: "yes", or the reason why not."""
+    loaded = Loaded(copy.deepcopy(dense.model), dense.tokenizer, dense.name, dense.family)
+    try:
+        calibrator = Calibrator(WINDOWS) if method.calibrated else None
+        method.prune(Anatomy(loaded.model), method.amount, 0, calibrator)
+        for name, linear in Anatomy(loaded.model).linears():
+            weight = out_in(linear, linear.weight)
+            if int((weight == 0).sum()) != weight.numel() // 2 or not bool(weight.isfinite().all()):
+                return f"{name} has {int((weight == 0).sum())} zeros of {weight.numel()}"
+        for name in scope_of(Anatomy(loaded.model)).left_alone:
+            if not torch.equal(loaded.model.get_parameter(name), dense.model.get_parameter(name)):
+                return f"{name} changed"
+        save_model(loaded, folder)
+        again: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+        with torch.no_grad():
+            found, wanted = (m(input_ids=WINDOWS[:1].long(), use_cache=False).logits for m in (again, loaded.model))
+        gap = float((found - wanted).abs().max() / wanted.abs().max())
+        return "yes" if gap < 1e-4 else f"the logits differ by {gap:.1g} when read again"
+    except Exception as error:  # as above
+        return _said(error)
+
+
+def _said(error: Exception) -> str:
+    text = " ".join(str(error).split()).replace("|", "/")
+    text = text.partition("' ")[2] or text  # without the name of a folder
+    return f"{type(error).__name__}: {text[:90]}" if text else type(error).__name__
+
+
+def rows_of(types: Iterable[str]) -> Iterable[Row]:
+    """Rows one after the other, each type in a folder of its own."""
+    for model_type in types:
+        with tempfile.TemporaryDirectory() as place:
+            yield row_of(model_type, Path(place))
+
+
+def types_of_transformers() -> list[str]:
+    """Types that AutoModelForCausalLM has, but for those that cannot be built from a config of their own."""
+    return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - NOT_BUILT)
+
+
+# timm is missing; drafters that need the states of another model; configs that AutoModelForCausalLM does not take; no
+# small config was found.
+NOT_BUILT = {
+    "gemma3n", "gemma4_assistant", "gemma4_unified_assistant", "musicgen", "musicgen_melody", "dots3_note",
+}  # fmt: skip
+
+HEAD = """# Models
+
+Written by `python tests/model_table.py` with transformers {transformers}: every type of causal language model that it
+builds ({count}), as a small model with random weights. Of {works} of them all four methods work.
+
+- Share: the part of the weights of the decoder blocks that methods of single weights prune. The rest is left alone:
+  norms and biases, routers of experts, convolutions and state parameters of recurrent layers. Experts that are fused
+  into one tensor are matrices like any other, each with its own tokens.
+- magnitude, wanda, sparsegpt, 2:4 (Wanda's): `yes` where exactly half of the weights in scope are zero afterwards, what
+  is left alone is as it was, and stock transformers reads the result with the same logits.
+- Units and blocks: whether `method=structured` and `method=depth` remove whole channels, KV groups and blocks. They do
+  so in the families that `prune_lab/models/anatomy.py` describes.
+- Calibrated: behind pruned blocks, block by block; or behind dense blocks in passes through the whole model, where a
+  block cannot be called by itself.
+
+| type | share | magnitude | wanda | sparsegpt | 2:4 | units, blocks | calibrated | remark |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def main(asked: list[str]) -> None:
+    """Prints rows, and writes the page where all of them were asked for."""
+    logging.set_verbosity_error()
+    rows = []
+    for row in rows_of(asked or types_of_transformers()):
+        print(row, flush=True)
+        rows.append(row)
+    if not asked:
+        head = HEAD.format(transformers=version("transformers"), count=len(rows), works=sum(row.works for row in rows))
+        PAGE.write_text(head + "\n".join(map(str, rows)) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PRUNE_LAB_TURNS", tempfile.mkdtemp())
+    main(sys.argv[1:])
