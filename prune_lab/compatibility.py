@@ -103,8 +103,9 @@ def _check_target(parts: Parts) -> None:
     refit = _refit_of(parts)
     if refit in ("dense", "residual") and parts.dataset.calibration.propagate == "dense":
         raise Refused(
-            f"method.refit={refit} with dataset.calibration.propagate=dense: behind dense blocks a Linear has the "
-            "dense model's inputs, so that it is the same as inputs: give method.refit=inputs, or "
+            f"method.refit={refit} with dataset.calibration.propagate=dense: it makes up for what the pruned blocks "
+            "before have changed, and behind dense blocks nothing has: give "
+            f"method.refit={'none' if isinstance(parts.method, Depth) else 'inputs'}, or "
             "dataset.calibration.propagate=pruned"
         )
 

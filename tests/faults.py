@@ -224,8 +224,8 @@ FAULTS = (
     ),
     Fault(
         "states_repaired_with_the_wrong_sign", "prune_lab/pruning/dense_beside.py",
-        "error = _rows(out_of_dense).float() - _rows(out_of_pruned).float()",
-        "error = _rows(out_of_pruned).float() - _rows(out_of_dense).float()",
+        "error = rows(out_of_dense).float() - rows(out_of_pruned).float()",
+        "error = rows(out_of_pruned).float() - rows(out_of_dense).float()",
         ("test_refit.py::test_errors_are_those_of_two_models_side_by_side",
          "test_refit.py::test_a_block_that_repairs_the_states_ends_nearer_to_the_dense_model"),
     ),
@@ -314,6 +314,17 @@ FAULTS = (
         "most_influential_blocks_go", "prune_lab/pruning/block_importance.py",
         "key=lambda index: (influence[index], index)", "key=lambda index: (-influence[index], index)",
         ("test_depth.py::test_the_blocks_of_least_influence_go",),
+    ),
+    Fault(
+        "blocks_before_removed_ones_repair_nothing", "prune_lab/pruning/depth_refit.py",
+        "for index in range(at, run.stop):", "for index in range(at, run.start):",
+        ("test_depth.py::test_a_refit_is_the_least_squares_of_two_models_side_by_side",
+         "test_depth.py::test_whichever_blocks_go_the_states_come_nearer"),
+    ),
+    Fault(
+        "later_refits_do_not_see_earlier_ones", "prune_lab/pruning/depth_refit.py",
+        "calibrator.forward(pruned, before, bar, keep=True)", "pruned.states = list(dense.states)",
+        ("test_depth.py::test_a_refit_is_the_least_squares_of_two_models_side_by_side",),
     ),
     Fault(
         "blocks_not_renumbered", "prune_lab/models/resize.py",

@@ -19,8 +19,9 @@ from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import bypassed
 from prune_lab.models.export import check_reload, save_model
 from prune_lab.models.load import HubModel, Loaded
-from prune_lab.models.resize import keep_blocks
+from prune_lab.models.resize import keep_blocks, original_blocks
 from prune_lab.pruning.calibration import Calibrator
+from prune_lab.pruning.depth_refit import refit_before
 from prune_lab.pruning.pruned import Pruned
 
 BLOCKS = 4
@@ -46,8 +47,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
     return made
 
 
-def prune(model: Any, amount: float, by: str = "bi", batch_size: int = 16) -> Pruned:
-    method = Depth(amount=amount, by=by)
+def prune(model: Any, amount: float, by: str = "bi", batch_size: int = 16, refit: str = "none") -> Pruned:
+    method = Depth(amount=amount, by=by, refit=refit)
     return method.prune(Anatomy(model), amount, 0, Calibrator(WINDOWS, batch_size=batch_size))
 
 
@@ -200,11 +201,13 @@ def test_one_block_always_stays(models: dict[str, Loaded], by: str, amount: floa
     assert logits(model).isfinite().all()
 
 
+@pytest.mark.parametrize("refit", ["none", "residual"])
 @pytest.mark.parametrize(("by", "amount"), [("bi", 0.1), ("perplexity", 0.0), ("kl", 0.1), ("angle", 0.0)])
-def test_less_than_half_a_block_changes_nothing(models: dict[str, Loaded], by: str, amount: float) -> None:
+def test_less_than_half_a_block_changes_nothing(models: dict[str, Loaded], by: str, amount: float, refit: str) -> None:
+    """Nor is there anything to refuse where what is added is normed."""
     model = copied(models["gemma2"]).model
     before = model.config.to_dict()
-    pruned = prune(model, amount, by)
+    pruned = prune(model, amount, by, refit=refit)
     assert pruned.realized == 0
     assert pruned.warnings == []
     assert torch.equal(logits(model), logits(models["gemma2"].model))
@@ -330,3 +333,177 @@ def test_the_block_that_overflows_goes_and_two_are_refused(models: dict[str, Loa
 def test_an_unknown_way_is_refused() -> None:
     with pytest.raises(ValueError, match=r"by='nope' is not one of bi, angle, perplexity, kl"):
         Depth(by="nope")
+    with pytest.raises(ValueError, match=r"refit='inputs' is not one of none, residual"):
+        Depth(refit="inputs")
+
+
+ADDED = [family for family in ALL_FAMILIES if family not in ("gemma2", "gemma3_text")]  # these norm what is added
+WRITERS = {"gpt2": "mlp.c_proj", "opt": "fc2", "gpt_neox": "mlp.dense_4h_to_h"}
+
+
+def writer_of(model: Any, family: str, block: int) -> Any:
+    return Anatomy(model).blocks[block].get_submodule(WRITERS.get(family, "mlp.down_proj"))
+
+
+@torch.no_grad()
+def seen(model: Any, family: str, block: int) -> tuple[Tensor, Tensor]:
+    """Rows of what the MLP's last matrix of a block is given, and of what leaves the block, in a stock forward pass."""
+    found: list[Tensor] = []
+
+    def look(_: Any, args: Any, out: Any) -> None:
+        found.append(out[0] if isinstance(out, tuple) else out)
+
+    hooks = [
+        writer_of(model, family, block).register_forward_hook(lambda _, args, out: found.append(args[0])),
+        Anatomy(model).blocks[block].register_forward_hook(look),
+    ]
+    model(input_ids=WINDOWS, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    inputs, outputs = (rows.reshape(-1, rows.shape[-1]).double() for rows in found)
+    return inputs, outputs
+
+
+@torch.no_grad()
+def naive_refit(model: Any, family: str, dropped: list[int]) -> Any:
+    """A stock model without these blocks, refitted in float64: least squares over rows, a ridge as further rows."""
+    dense, changed = copy.deepcopy(model).double(), copy.deepcopy(model).double()
+    kept = [index for index in range(BLOCKS) if index not in dropped]
+    for block, following in zip(kept, [*kept[1:], BLOCKS], strict=True):
+        if following == block + 1:
+            continue
+        inputs, given = seen(stock_without(changed, dropped).double(), family, kept.index(block))
+        wanted = seen(dense, family, following - 1)[1] - given
+        writer = writer_of(changed, family, block)
+        mean_in, mean_out = inputs.mean(0), wanted.mean(0)
+        if writer.bias is None:
+            mean_in, mean_out = torch.zeros_like(mean_in), torch.zeros_like(mean_out)
+        inputs, wanted = inputs - mean_in, wanted - mean_out
+        ridge = (0.01 * inputs.square().sum(0).mean()).sqrt() * torch.eye(inputs.shape[1])
+        rows, targets = torch.cat([inputs, ridge]), torch.cat([wanted, torch.zeros(len(ridge), wanted.shape[1])])
+        change = torch.linalg.lstsq(rows, targets).solution  # (in, out), as GPT-2 has it
+        writer.weight += change if family == "gpt2" else change.T
+        if writer.bias is not None:
+            writer.bias += mean_out - mean_in @ change
+    return stock_without(changed, dropped)
+
+
+def refitted(model: Any, dropped: list[int], batch_size: int = 2) -> list[str]:
+    warnings = refit_before(Anatomy(model), dropped, Calibrator(WINDOWS, batch_size=batch_size))
+    keep_blocks(Anatomy(model), [index for index in range(BLOCKS) if index not in dropped])
+    return warnings
+
+
+def check_refitted(weight: Tensor, expected: Tensor, plain: Tensor) -> None:
+    """As expected but for the rounding of sums in float32, of which the means are a part."""
+    largest = float((expected - plain).abs().max()) + float(plain.abs().max()) * (not torch.equal(expected, plain))
+    torch.testing.assert_close(weight, expected, rtol=0, atol=5e-3 * largest)
+
+
+@pytest.mark.parametrize("family", ADDED)
+@pytest.mark.parametrize("dropped", [[1, 2], [3, 1], [2, 3], [2, 0]], ids=str)
+def test_a_refit_is_the_least_squares_of_two_models_side_by_side(
+    models: dict[str, Loaded], family: str, dropped: list[int]
+) -> None:
+    """One run of blocks or two, at the end, and at the beginning, for which nothing makes up: every weight, by hand."""
+    dense, model = models[family].model, copied(models[family]).model
+    warnings = refitted(model, dropped)
+    first = ["method.refit=residual: no block stands before 0 that could make up for them"]
+    assert warnings == (first if 0 in dropped else [])
+    expected, plain = naive_refit(dense, family, dropped).state_dict(), stock_without(dense, dropped).state_dict()
+    for name, weight in model.state_dict().items():
+        check_refitted(weight, expected[name], plain[name])
+    changed = {name.rpartition(".")[0] for name in expected if not torch.equal(expected[name], plain[name])}
+    assert len(changed) == sum(index > 0 and index - 1 not in dropped for index in dropped)
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"), [("llama", {"mlp_bias": True}), ("gpt_neox", {"use_parallel_residual": False})]
+)
+def test_a_bias_takes_part_and_so_does_a_block_of_another_order(
+    family: str, keys: dict[str, Any], tmp_path: Path
+) -> None:
+    loaded = HubModel(name=str(make_folder(tmp_path / family, family, **deep(family), **keys))).load(CPU, seed=0)
+    model = copied(loaded).model
+    assert refitted(model, [1, 2]) == []
+    expected = naive_refit(loaded.model, family, [1, 2])
+    of_each = [writer_of(one, family, 0).state_dict() for one in (model, expected, loaded.model)]
+    for name in ("weight", "bias"):
+        one, other, before = (of_one[name] for of_one in of_each)
+        assert (other - before).abs().max() > 1e-3
+        check_refitted(one, other, before)
+
+
+@pytest.mark.parametrize("by", ["bi", "angle", "perplexity", "kl"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_whichever_blocks_go_the_states_come_nearer(tmp_path: Path, family: str, by: str) -> None:
+    """The same blocks go; behind the last of them, the states of calibration text are nearer to the dense model's."""
+    loaded = HubModel(name=str(make_folder(tmp_path / family, family, **deep(family)))).load(CPU, seed=0)
+    with torch.no_grad():
+        for linears, strength in zip(Anatomy(loaded.model).linears_by_block(), (1, 0.7, 0.5, 0.6), strict=True):
+            for _, linear in linears:
+                linear.weight.mul_(strength)
+    errors, gone = {}, {}
+    for refit in ("none", "residual"):
+        model = copied(loaded).model
+        pruned = prune(model, 0.5, by, refit=refit)
+        gone[refit] = said(Pruned(warnings=pruned.warnings[:1]))
+        last = max(gone[refit])
+        assert last >= len(gone[refit])  # one before it stays
+        behind = seen(model, family, last - len(gone[refit]))[1]
+        errors[refit] = float((behind - seen(loaded.model, family, last)[1]).square().sum())
+    assert gone["none"] == gone["residual"]
+    assert errors["residual"] < 0.9 * errors["none"]
+
+
+def test_nothing_makes_up_for_the_first_blocks_and_the_run_says_so(models: dict[str, Loaded]) -> None:
+    """By their numbers in the dense model, also where others went in an earlier pruning."""
+    model = copied(models["llama"]).model
+    keep_blocks(Anatomy(model), [1, 2, 3])
+    calibrator = Calibrator(WINDOWS)
+    before = copy.deepcopy(model.state_dict())
+    assert refit_before(Anatomy(model), [0, 1], calibrator) == [
+        "method.refit=residual: no block stands before 1, 2 that could make up for them"
+    ]
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_a_second_pruning_is_refitted_to_the_model_before_it(models: dict[str, Loaded]) -> None:
+    once, twice = copied(models["llama"]).model, copied(models["llama"]).model
+    prune(once, 0.25, refit="residual")
+    prune(twice, 0.25, refit="residual")
+    kept = original_blocks(Anatomy(once))
+    before = copy.deepcopy(once)
+    pruned = prune(twice, 0.5, refit="residual")
+    (gone,) = set(kept) - set(original_blocks(Anatomy(twice)))
+    where = kept.index(gone)
+    assert where > 0
+    assert len(pruned.warnings) == 1
+    refit_before(Anatomy(before), [where], Calibrator(WINDOWS))
+    keep_blocks(Anatomy(before), [index for index in range(3) if index != where])
+    assert all(torch.equal(weight, before.state_dict()[name]) for name, weight in twice.state_dict().items())
+
+
+@pytest.mark.parametrize("by", ["bi", "kl"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "opt"])
+def test_a_model_that_norms_what_is_added_repairs_no_states(
+    models: dict[str, Loaded], family: str, by: str, tmp_path: Path
+) -> None:
+    """Gemma 2 and 3, and an OPT whose norms stand behind the blocks: refused before anything is changed."""
+    model = copied(models[family]).model
+    if family == "opt":
+        folder = make_folder(tmp_path / "opt", "opt", do_layer_norm_before=False, **deep("opt"))
+        model = HubModel(name=str(folder)).load(CPU, seed=0).model
+    before = logits(model)
+    with pytest.raises(Refused, match=r"not added to the states as they are.*give method.refit=none"):
+        prune(model, 0.5, by, refit="residual")
+    assert torch.equal(logits(model), before)
+    assert len(Anatomy(model).blocks) == BLOCKS
+
+
+def test_activations_that_overflow_are_not_refitted(models: dict[str, Loaded]) -> None:
+    model = copied(models["llama"]).model
+    with torch.no_grad():
+        Anatomy(model).blocks[3].mlp.down_proj.weight.fill_(float("nan"))
+    with pytest.raises(Refused, match="not finite"):
+        prune(model, 0.25, "perplexity", refit="residual")

@@ -13,6 +13,7 @@ from test_sparsegpt import correlated
 from torch import Tensor
 
 from prune_lab.errors import Refused
+from prune_lab.methods.depth import Depth
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.sparsegpt import SparseGPT
 from prune_lab.methods.structured import Structured
@@ -413,7 +414,7 @@ def test_the_solved_width_is_that_of_what_is_solved(models: dict[str, Any]) -> N
         (Wanda(), None), (Wanda(refit="inputs"), 48), (SparseGPT(), 48), (Structured(), None),
         (Structured(refit="bias"), None), (Structured(refit="inputs"), 48),
         (Structured(refit="inputs", units=("heads",)), 32), (Structured(score="obs"), 48),
-        (Structured(score="obs", units=("heads",)), 32),
+        (Structured(score="obs", units=("heads",)), 32), (Depth(), None), (Depth(refit="residual"), 48),
     ):  # fmt: skip
         assert method.solved_width(anatomy) == expected, method
 

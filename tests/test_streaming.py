@@ -270,6 +270,7 @@ def parts(folder: Path, **changes: Any) -> Parts:
         ({"measure": Measure(latency=False, memory=False)}, "give measure.generation_prompts=0"),
         ({"method": Structured()}, "give a method for single weights"),
         ({"method": Depth()}, "give a method for single weights"),
+        ({"method": Depth(refit="residual")}, "give a method for single weights"),
         ({"method": Magnitude(scope="global")}, "one ranking over all blocks"),
         ({"method": Wanda(allocation="sensitivity")}, "give uniform or owl"),
         ({"method": Unstructured(score="taylor")}, "gradients of the whole model"),

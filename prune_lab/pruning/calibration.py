@@ -46,24 +46,25 @@ class Calibrator:
 
     def forward(self, stream: BlockStream, block: int, bar: Any, keep: bool) -> None:
         """Passes all states through a block; `keep`: its outputs become the states. Each batch moves the bar."""
-        device = stream.states[0].device.type
-        for number in range(len(stream.states)):
-            with torch.autocast(device, torch.bfloat16, enabled=self.bfloat16):
-                if keep:
-                    stream.states[number] = stream.output(block, number)
-                else:
-                    stream.look(block, number)
-            bar.update(stream.states[number].shape[:2].numel())
 
-    def forward_beside(
-        self, stream: BlockStream, beside: DenseBeside, block: int, bar: Any, observer: BlockObserver, sums: ErrorSums
-    ) -> None:
-        """Passes all states of both models through a block that is not pruned yet, and keeps those of the dense one."""
+        def step(number: int) -> None:
+            if keep:
+                stream.states[number] = stream.output(block, number)
+            else:
+                stream.look(block, number)
+
+        self.by_batch(stream, bar, step)
+
+    def by_batch(self, stream: BlockStream, bar: Any, step: Callable[[int], None], passes: int = 1) -> None:
+        """Calls `step` with the number of each batch of the states; what it multiplies is as `bfloat16` says.
+
+        passes: how many blocks a step passes the states of a batch through, by which each of them moves the bar.
+        """
         device = stream.states[0].device.type
         for number in range(len(stream.states)):
             with torch.autocast(device, torch.bfloat16, enabled=self.bfloat16):
-                beside.observe(block, number, stream, observer, sums)
-            bar.update(2 * stream.states[number].shape[:2].numel())
+                step(number)
+            bar.update(passes * stream.states[number].shape[:2].numel())
 
     @cached_property
     def key(self) -> dict[str, Any]:
@@ -198,7 +199,8 @@ def _observe(
                     yield observer.statistics()
                 else:
                     sums = ErrorSums()
-                    calibrator.forward_beside(stream, beside, index, bar, observer, sums)
+                    observe = partial(beside.observe, index, pruned=stream, observer=observer, sums=sums)
+                    calibrator.by_batch(stream, bar, observe, passes=2)
                     yield sums.put_into(observer.statistics())
                 if propagate_pruned and index < last:
                     calibrator.forward(stream, index, bar, keep=True)

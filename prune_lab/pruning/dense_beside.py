@@ -47,69 +47,25 @@ class DenseBeside:
             out_of_pruned = pruned.output(index, number)
         carrier, also = self._carrier(index)
         if carrier is not None and index == number == 0:
-            self._check_added(carrier)
+            check_added(self._anatomy, self._stream, carrier, "method.refit=dense or inputs")
         for name in linears:
-            inputs, error = _rows(of_pruned[name][0]), _difference(of_dense, of_pruned, name)
-            if name == carrier and self._is_attention(name):
-                error += _rows(self._stream.states[number]).float() - _rows(pruned.states[number]).float()
+            inputs, error = rows(of_pruned[name][0]), _difference(of_dense, of_pruned, name)
+            if name == carrier and _is_attention(self._anatomy, name):
+                error += rows(self._stream.states[number]).float() - rows(pruned.states[number]).float()
             elif name == carrier:
-                error = _rows(out_of_dense).float() - _rows(out_of_pruned).float()
+                error = rows(out_of_dense).float() - rows(out_of_pruned).float()
                 if also is not None:  # which its own refit takes on
                     error -= _difference(of_dense, of_pruned, also)
             sums.add(name, inputs, error)
         self._stream.states[number] = out_of_dense
 
-    def _is_attention(self, name: str) -> bool:
-        return name.endswith(f".{self._anatomy.family.attention_output}")
-
     def _carrier(self, index: int) -> tuple[str | None, str | None]:
         """The Linear of a block that takes on the difference of the states, and another that writes, if refitted."""
         linears = self._anatomy.linears_by_block()[index]
         writers = [name for name, _ in linears if self._of.get(name) == "residual_error"]
-        attention = next((name for name in writers if self._is_attention(name)), None)
+        attention = next((name for name in writers if _is_attention(self._anatomy, name)), None)
         of_mlp = next((name for name in writers if name != attention), None)
         return (attention, None) if of_mlp is None else (of_mlp, attention)
-
-    def _check_added(self, carrier: str) -> None:
-        """Raises Refused where the outputs of a Linear are not added to the states as they are.
-
-        More of its outputs must move those of the block by as much; that of an attention is looked at with an MLP that
-        puts out nothing.
-        """
-        readers = [self._anatomy.unit_linears(kind)[0][-1].name for kind in self._anatomy.family.units]
-        silent = [name for name in readers if name != carrier and self._is_attention(carrier)]
-        plain, outputs = (found.float() for found in self._with_outputs_times(1.0, carrier, silent))
-        # As much more of them as moves the block's outputs by four times their size, beside which rounding is nothing.
-        more = max(1.0, 4 * float(plain.norm() / outputs.norm().clamp(min=torch.finfo(torch.float32).tiny)))
-        moved, expected = self._with_outputs_times(1 + more, carrier, silent)[0].float(), more * outputs.view_as(plain)
-        if not moved.isfinite().all():
-            raise Refused(
-                f"method.refit=residual: the outputs of {carrier} overflow; give dtype=float32 or bfloat16, or "
-                "method.refit=inputs"
-            )
-        if (moved - plain - expected).norm() > 0.1 * expected.norm():
-            raise Refused(
-                f"method.refit=residual: in {self._anatomy.config.model_type} models the outputs of "
-                f"{carrier.rpartition('.')[2]} are not added to the states as they are (they are normed first); give "
-                "method.refit=dense or inputs"
-            )
-
-    def _with_outputs_times(self, factor: float, carrier: str, silent: list[str]) -> tuple[Tensor, Tensor]:
-        """Outputs of the first block with those of `carrier` times a factor and of others silenced; and its own."""
-        linears, found = dict(self._anatomy.linears_by_block()[0]), list[Tensor]()
-
-        def scale(linear: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-            found.append(out)
-            return factor * out
-
-        hooks = [linears[name].register_forward_hook(lambda _, args, out: torch.zeros_like(out)) for name in silent]
-        hooks.append(linears[carrier].register_forward_hook(scale))
-        try:
-            out = self._stream.output(0, 0)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return out, found[0]
 
 
 class ErrorSums:
@@ -136,10 +92,59 @@ class ErrorSums:
         return {name: replace(of_linear, error=errors.get(name)) for name, of_linear in statistics.items()}
 
 
-def _rows(states: Tensor) -> Tensor:
+def check_added(anatomy: Anatomy, stream: BlockStream, carrier: str, instead: str) -> None:
+    """Raises Refused where the outputs of a Linear of the first block are not added to the states as they are.
+
+    More of its outputs must move those of the block by as much; that of an attention is looked at with an MLP that puts
+    out nothing. stream: states at the entrance of the first block. instead: what else a person can give.
+    """
+    readers = [anatomy.unit_linears(kind)[0][-1].name for kind in anatomy.family.units]
+    silent = [name for name in readers if name != carrier and _is_attention(anatomy, carrier)]
+    plain, outputs = (found.float() for found in _with_outputs_times(1.0, anatomy, stream, carrier, silent))
+    # As much more of them as moves the block's outputs by four times their size, beside which rounding is nothing.
+    more = max(1.0, 4 * float(plain.norm() / outputs.norm().clamp(min=torch.finfo(torch.float32).tiny)))
+    moved = _with_outputs_times(1 + more, anatomy, stream, carrier, silent)[0].float()
+    expected = more * outputs.view_as(plain)
+    if not moved.isfinite().all():
+        raise Refused(
+            f"method.refit=residual: the outputs of {carrier} overflow; give dtype=float32 or bfloat16, or {instead}"
+        )
+    if (moved - plain - expected).norm() > 0.1 * expected.norm():
+        raise Refused(
+            f"method.refit=residual: in {anatomy.config.model_type} models the outputs of {carrier.rpartition('.')[2]} "
+            f"are not added to the states as they are (they are normed first); give {instead}"
+        )
+
+
+def _with_outputs_times(
+    factor: float, anatomy: Anatomy, stream: BlockStream, carrier: str, silent: list[str]
+) -> tuple[Tensor, Tensor]:
+    """Outputs of the first block with those of `carrier` times a factor and of others silenced; and its own."""
+    linears, found = dict(anatomy.linears_by_block()[0]), list[Tensor]()
+
+    def scale(linear: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        found.append(out)
+        return factor * out
+
+    hooks = [linears[name].register_forward_hook(lambda _, args, out: torch.zeros_like(out)) for name in silent]
+    hooks.append(linears[carrier].register_forward_hook(scale))
+    try:
+        out = stream.output(0, 0)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return out, found[0]
+
+
+def _is_attention(anatomy: Anatomy, name: str) -> bool:
+    return name.endswith(f".{anatomy.family.attention_output}")
+
+
+def rows(states: Tensor) -> Tensor:
+    """Activations (windows, seq_len, width) as rows (tokens, width)."""
     return states.reshape(-1, states.shape[-1])
 
 
 def _difference(of_dense: Call, of_pruned: Call, name: str) -> Tensor:
     """Rows of the outputs of a Linear in the dense model, less those behind pruned blocks; float32."""
-    return _rows(of_dense[name][1]).float() - _rows(of_pruned[name][1]).float()
+    return rows(of_dense[name][1]).float() - rows(of_pruned[name][1]).float()
