@@ -74,7 +74,7 @@ def coverage(noise: Noise, pairs: int, truth: float, series: int = 600) -> float
     return held / series
 
 
-@pytest.mark.parametrize("pairs", [10, 11, 20])
+@pytest.mark.parametrize("pairs", [10, 11])  # the fewest, and an odd number
 @pytest.mark.parametrize("noise", [independent, drifting, spiked, lasting])
 def test_95_percent_of_the_intervals_hold_the_truth(noise: Noise, pairs: int) -> None:
     assert 0.90 <= coverage(noise, pairs, truth=1.0) <= 0.98

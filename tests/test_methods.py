@@ -69,7 +69,9 @@ for scope in ("row", "layer", "global"):
 CASES += [(name, {"allocation": "owl"}) for name in ("magnitude", "sparsegpt", "wanda")]
 CASES += [("magnitude", {"allocation": "sensitivity"}), ("depth", {"by": "perplexity"})]
 CASES += [("unstructured", {"score": s}) for s in ("taylor2", "wifv")]
-CASES += [(name, {"units": ["mlp", "heads"]}) for name in UNIT_OPTIONS] + [("structured", {"score": "obs"})]
+CASES += [(name, {"units": ["mlp", "heads"]}) for name in UNIT_OPTIONS] + [
+    ("structured", {"score": "l2", "refit": "none"})
+]
 PRUNING = [(name, keys) for name, keys in CASES if prunes(method(name))]
 OF_WEIGHTS = [(name, keys) for name, keys in PRUNING if name in WEIGHT_OPTIONS]
 # Methods that leave every shape: whole units too, zeroed.
@@ -93,7 +95,7 @@ WIDE = ("wanda", "sparsegpt", "structured", "depth")
 def families(of: list[Case]) -> pytest.MarkDecorator:
     pairs = []
     for number, (name, keys) in enumerate(of):
-        wide = name in WIDE and (set(keys) <= {"physical"} or name == "structured")
+        wide = name in WIDE and set(keys) <= {"physical", "units"}
         some = ["llama", "gpt2"] if set(keys) <= {"physical"} else [["llama", "gpt2"][number % 2]]
         pairs += [(family, name, keys) for family in (ALL_FAMILIES if wide else some)]
     return pytest.mark.parametrize(("family", "option", "keys"), pairs, ids=name_of)
