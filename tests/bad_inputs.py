@@ -670,6 +670,10 @@ _CHECKPOINTS: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     "with attention from the Hub": (
         _config(attn_implementation="someone/kernel"), ("model.name=", "config.json", "'someone/kernel'"),
     ),
+    "with attention of its text part from the Hub": (
+        _config(model_type="gemma3", attn_implementation={"text_config": "someone/kernel"}),
+        ("model.name=", "config.json", "'someone/kernel'"),
+    ),
     "an adapter": (_text("adapter_config.json", _ADAPTER), ("model.name=", "adapter_config.json", "merge")),
     "quantized by others": (
         _config(quantization_config={"quant_method": "gptq", "bits": 4}), ("quantized already", "gptq"),

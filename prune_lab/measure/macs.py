@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.models.anatomy import Anatomy, out_in
-from prune_lab.models.found import Layout, matrix_of
+from prune_lab.models.found import Layout
 from prune_lab.models.low_bit.linears import LowBitLinear
 
 
@@ -51,9 +51,8 @@ def _of_found(anatomy: Anatomy, layout: Layout) -> Macs:
     counts: list[tuple[float, float]] = (
         [] if head is None else [(head.weight.numel(), int(torch.count_nonzero(head.weight)))]
     )
-    for of_block in layout.matrices:
-        for matrix in of_block:
-            linear = matrix_of(anatomy.model, matrix.name)
+    for index, of_block in enumerate(layout.matrices):
+        for matrix, (_, linear) in zip(of_block, layout.modules(anatomy.model, index), strict=True):
             weight: Any = _matrix(linear) if matrix.is_linear else linear.weight
             counts.append((matrix.active * weight.numel(), matrix.active * int(torch.count_nonzero(weight))))
     return Macs(round(sum(total for total, _ in counts)), round(sum(effective for _, effective in counts)))

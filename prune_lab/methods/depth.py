@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from prune_lab.methods.base import Method
+from prune_lab.models.anatomy import check_described
 from prune_lab.pruning.pruned import LayerRow, Pruned
 
 if TYPE_CHECKING:
@@ -51,10 +52,11 @@ class Depth(Method):
         return int(max(of_block[-1].weight.shape[1] for of_block in anatomy.unit_linears("mlp")))
 
     def check(self, config: Any, amounts: Iterable[float]) -> None:
-        """Raises Refused where a block's number is part of what it computes, and blocks would go."""
+        """Raises Refused where the family is not described, or a block's number is part of what it computes."""
         from prune_lab.models.resize import check_removable
         from prune_lab.pruning.selection import count_to_remove
 
+        check_described(config, "method=depth")
         count = config.num_hidden_layers
         if any(min(count - 1, count_to_remove(count, amount)) for amount in amounts):
             check_removable(config)

@@ -202,10 +202,12 @@ FAMILIES = {
 
 
 def is_known(model_type: str) -> bool:
-    """True for a type that is in FAMILIES or that stock transformers has; PyTorch is not imported to say so."""
+    """True for a type that is in FAMILIES or that stock transformers has, which is imported to say so of others."""
+    if model_type in FAMILIES:
+        return True
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    return model_type in FAMILIES or model_type in CONFIG_MAPPING_NAMES
+    return model_type in CONFIG_MAPPING_NAMES
 
 
 def check_type(model_type: str) -> None:
@@ -408,13 +410,19 @@ def scope_of(anatomy: Anatomy) -> Scope:
     return Scope(len(sizes), sum(sizes), sum(sizes) / total, left)
 
 
-def unit_kind(config: Any, kind: str) -> UnitKind:
-    """A kind of unit of the family of a config of transformers; raises Refused where the family has none such."""
+def check_described(config: Any, key: str) -> None:
+    """Raises Refused where the family of a config is not in FAMILIES, which what a person gave as `key` needs."""
     if config.model_type not in FAMILIES:
         raise Refused(
-            f"method.units: whole units of {config.model_type} models cannot be removed yet, single weights can "
-            f"(method=unstructured, wanda, sparsegpt ...); units are known of {', '.join(sorted(FAMILIES))}"
+            f"{key}: units and blocks of {config.model_type} models cannot be removed yet; single weights can "
+            "(method=unstructured, wanda, sparsegpt ...), and units and blocks of the families "
+            f"{', '.join(sorted(FAMILIES))}"
         )
+
+
+def unit_kind(config: Any, kind: str) -> UnitKind:
+    """A kind of unit of the family of a config of transformers; raises Refused where the family has none such."""
+    check_described(config, "method.units")
     units = family_of(config.model_type).units
     if kind not in units:
         raise Refused(

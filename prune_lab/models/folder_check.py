@@ -68,8 +68,10 @@ def check_folder(folder: Path, weights: str, called: str | None = None) -> None:
 def check_config(config: Any, name: str) -> None:
     """Refuses a config of transformers with absurd sizes, or one that would have code for attention fetched."""
     _check_sizes(config.to_dict(), f"name={name!r}")
-    asked = getattr(config, "_attn_implementation", None)
-    if asked is not None and asked not in _ATTENTION:
+    parts = [config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", ()))]
+    given = (getattr(part, "_attn_implementation", None) for part in parts)
+    asked = next((one for one in given if one is not None and one not in _ATTENTION), None)
+    if asked is not None:
         raise Refused(
             f"model.name={name!r}: its config.json asks for attn_implementation={str(asked)[:80]!r}, which could be "
             f"code from the Hub: allowed are {', '.join(_ATTENTION)}; take it out of config.json"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,14 +79,12 @@ def layout_of(model: Any) -> Layout:
     return found
 
 
-def matrix_of(model: Any, name: str) -> Any:
-    """The Linear or fused matrix of a full name."""
+def matrices_of(model: Any, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """The Linears and fused matrices of full names, each with its name."""
     layout: Layout | None = model.__dict__.get(_KEPT)
-    if layout is not None and layout.is_fused:
-        for matrix in itertools.chain.from_iterable(layout.matrices):
-            if matrix.name == name:
-                return _module(model, matrix)
-    return model.get_submodule(name)
+    fused = {m.name: m for of in layout.matrices for m in of if not m.is_linear} if layout is not None else {}
+    for name in names:
+        yield name, _module(model, fused[name]) if name in fused else model.get_submodule(name)
 
 
 def _module(model: Any, matrix: Matrix) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_lab.models.found import matrix_of
+from prune_lab.models.found import matrices_of
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 
@@ -20,9 +20,9 @@ class Masks:
 
     def hold(self, model: Any) -> None:
         """Sets every pruned weight to exactly zero; after each optimizer step, since momentum moves them."""
-        for name, keep in self.keep.items():
-            weight = matrix_of(model, name).weight
-            clear(weight, keep.to(weight.device))
+        for name, linear in matrices_of(model, self.keep):
+            weight = linear.weight
+            clear(weight, self.keep[name].to(weight.device))
 
 
 @torch.no_grad()
