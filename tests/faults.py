@@ -250,6 +250,31 @@ FAULTS = (
         ("test_refit.py::test_a_refit_of_rows_keeps_zeros_and_lowers_the_error",),
     ),
     Fault(
+        "experts_seen_as_the_first_one", "prune_lab/models/products.py",
+        "int(w.storage_offset()) - start)", "0)",
+        ("test_found.py::test_an_expert_is_observed_on_its_own_tokens",),
+    ),
+    Fault(
+        "routers_are_pruned", "prune_lab/models/found.py",
+        "        return ROUTER", "        pass",
+        ("test_found.py::test_routers_are_left_alone",),
+    ),
+    Fault(
+        "unseen_experts_are_scored", "prune_lab/methods/weights.py",
+        "if statistics.rows is not None and statistics.rows < FEW_TOKENS and self.calibrated:", "if False:",
+        ("test_found.py::test_an_expert_that_saw_hardly_a_token_is_pruned_by_magnitude_and_the_run_says_so",),
+    ),
+    Fault(
+        "scaled_logits_without_their_scale", "prune_lab/models/loss.py",
+        "return found is not None and found.whole_logits", "return False",
+        ("test_found.py::test_losses_are_those_of_the_models_own_logits",),
+    ),
+    Fault(
+        "blocks_called_alone_that_cannot_be", "prune_lab/pruning/calibration.py",
+        "if not layout.one_by_one:", "if False:",
+        ("test_found.py::test_blocks_that_cannot_be_called_alone_are_calibrated_in_whole_passes",),
+    ),
+    Fault(
         "conv1d_not_transposed", "prune_lab/models/anatomy.py",
         "tensor.T if isinstance(module, Conv1D) else tensor", "tensor",
         ("test_families.py::test_a_pattern_runs_along_the_inputs_of_a_transposed_matrix",),

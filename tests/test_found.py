@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import csv
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ALL_FAMILIES, CPU, Cli, copied, logits, make_folder, observed, story
+from model_table import PAGE, row_of, types_of_transformers
 from model_types import tiny_folder, tiny_model
 from safetensors.torch import load_file
 from torch import Tensor
@@ -222,9 +224,44 @@ def test_losses_are_those_of_the_models_own_logits(model_type: str, place: Path)
     torch.testing.assert_close(window_losses(model, WINDOWS.long()), wanted.mean(1))
 
 
-def test_blocks_that_cannot_be_called_alone_are_calibrated_in_whole_passes(place: Path) -> None:
-    assert not found.layout_of(loaded_of(place, "bamba").model).one_by_one
-    assert found.layout_of(loaded_of(place, "mixtral").model).one_by_one
+@pytest.mark.parametrize(("model_type", "one_by_one"), [("bamba", False), ("mixtral", True)])
+def test_blocks_that_cannot_be_called_alone_are_calibrated_in_whole_passes(
+    model_type: str, one_by_one: bool, place: Path
+) -> None:
+    """Their inputs are those that hooks see in the model's own forward pass."""
+    model = loaded_of(place, model_type).model
+    assert found.layout_of(model).one_by_one == one_by_one
+    squares: dict[str, Tensor] = {}
+    linears = {name: linear for name, linear in Anatomy(model).linears() if isinstance(linear, torch.nn.Linear)}
+    hooks = [
+        linear.register_forward_pre_hook(
+            lambda _, args, name=name: squares.update({name: args[0].flatten(0, -2).square().sum(0)})
+        )
+        for name, linear in linears.items()
+    ]
+    with torch.no_grad():
+        model(input_ids=WINDOWS.long(), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    blocks = observed(Calibrator(WINDOWS, "dense", batch_size=6), Anatomy(model), frozenset({"input_norm"}))
+    seen = {name: statistics.input_norm for of_block in blocks for name, statistics in of_block.items()}
+    assert squares
+    for name, wanted in squares.items():
+        got = seen[name]
+        assert got is not None
+        torch.testing.assert_close(got, wanted.sqrt(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "routers"), [("mixtral", "mlp.gate.weight"), ("gpt_oss", "mlp.router.weight"),
+                                ("jamba", "feed_forward.router.weight")]
+)  # fmt: skip
+def test_routers_are_left_alone(model_type: str, routers: str, place: Path) -> None:
+    """And nothing that multiplies states but they, of the matrices in these models."""
+    model = loaded_of(place, model_type).model
+    left = {name for name, reason in found.layout_of(model).left_alone.items() if reason == found.ROUTER}
+    named = {name for name, _ in model.named_parameters() if name.endswith(routers)}
+    assert left == named != set()
 
 
 def test_time_of_a_model_that_has_no_cache_is_refused(cli: Cli, place: Path, text: str) -> None:
@@ -316,3 +353,13 @@ def test_what_is_not_done_to_a_found_layout_is_refused(
     assert "Traceback" not in done.stderr
     for word in words:
         assert word in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", types_of_transformers())
+def test_the_page_says_what_works(model_type: str, tmp_path: Path) -> None:
+    """Every type that stock transformers builds, as docs/models.md has it for the version that is named there."""
+    page = PAGE.read_text(encoding="utf-8")
+    if f"transformers {version('transformers')}:" not in page:
+        pytest.skip("docs/models.md is of another version of transformers")
+    assert str(row_of(model_type, tmp_path)) in page
