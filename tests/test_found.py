@@ -214,7 +214,7 @@ def test_gradients_of_fused_experts_are_those_of_autograd(place: Path) -> None:
     prune(loaded, Unstructured(amount=0.5, score="taylor", scope="layer", refit="none"))
 
 
-@pytest.mark.parametrize("model_type", ["granite", "cohere", "gemma4_text", "mixtral"])
+@pytest.mark.parametrize("model_type", ["granite", "cohere", "gemma4_text", "mixtral", "llama4"])
 def test_losses_are_those_of_the_models_own_logits(model_type: str, place: Path) -> None:
     """Some scale or cap their logits behind the head."""
     model = loaded_of(place, model_type).model

@@ -49,9 +49,14 @@ def logits_of(model: Any, states: Tensor) -> Tensor:
 
 
 def head_logits(model: Any, states: Tensor) -> Tensor:
-    """Logits of the output embeddings, soft-capped where the config says so: (rows, vocabulary), fp32."""
+    """Logits of the output embeddings, scaled or soft-capped where the config says so: (rows, vocabulary), fp32."""
+    config = model.config.get_text_config()
     logits: Tensor = model.get_output_embeddings()(states).float()
-    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2 soft-caps its logits
+    if isinstance(scale := getattr(config, "logit_scale", None), int | float):  # Cohere
+        logits = logits * scale
+    if isinstance(scale := getattr(config, "logits_scaling", None), int | float):  # Granite
+        logits = logits / scale
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and 4
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from inspect import signature
 from itertools import chain
 from typing import Any
 
@@ -238,11 +239,13 @@ def _observe_found(
 def _observe_whole(
     anatomy: Anatomy, layout: Layout, calibrator: Calibrator, needs: Needs
 ) -> Iterator[dict[str, LinearStatistics]]:
-    observer = ProductObserver(anatomy.model, chain.from_iterable(layout.matrices), needs)
+    model, observer = anatomy.model, ProductObserver(anatomy.model, chain.from_iterable(layout.matrices), needs)
+    # Not the logits of every token, which nobody looks at.
+    few = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     with calibrator.console.progress(calibrator.windows.numel(), "calibrating", unit="tok") as bar:
         for batch in calibrator.windows.split(calibrator.batch_size):
             with observer.watch():
-                anatomy.model(input_ids=batch.to(anatomy.model.device, torch.int64), use_cache=False)
+                model(input_ids=batch.to(model.device, torch.int64), use_cache=False, **few)
             bar.update(batch.numel())
     found = observer.statistics()
     for matrices in layout.matrices:
