@@ -45,8 +45,13 @@ def check_low_bit_model(parts: Parts, choices: Mapping[str, str], name: str) -> 
         )
 
 
-def check_found_layout(parts: Parts, choices: Mapping[str, str], family: str, layout: Layout) -> None:
-    """Raises Refused for what cannot be done to a model of a `family` whose layout was found, not described."""
+def check_found_layout(
+    parts: Parts, choices: Mapping[str, str], family: str, layout: Layout, checkpointing: bool
+) -> None:
+    """Raises Refused for what cannot be done to a model of a `family` whose layout was found, not described.
+
+    checkpointing: whether its blocks can be computed again in the backward pass.
+    """
     method, recovery, measure = choices.get("method"), choices.get("recovery"), parts.measure
     for is_wanted, reason in (
         (
@@ -55,6 +60,10 @@ def check_found_layout(parts: Parts, choices: Mapping[str, str], family: str, la
         ),
         (parts.recovery.follows_pruning, f"recovery={recovery} trains attention and MLP apart; give recovery=finetune"),
         (getattr(parts.recovery, "dropout", 0.0) > 0, "recovery.dropout is of attention and MLP; give 0"),
+        (
+            getattr(parts.recovery, "gradient_checkpointing", False) and not checkpointing,
+            "transformers has no gradient checkpointing for them; give recovery.gradient_checkpointing=false",
+        ),
         (launch.size() > 1, "a training in several processes is for families that are described; start one"),
         (
             isinstance(parts.method, Sensitivity) and bool({"mlp", "heads"} & {*parts.method.parts}),

@@ -109,7 +109,8 @@ def _open(parts: Parts, context: JobContext, device: Device, console: Console) -
     if evaluator.dense.is_low_bit:
         check_low_bit_model(parts, context.choices, evaluator.dense.name)
     if (layout := Anatomy(evaluator.dense.model).found) is not None:
-        check_found_layout(parts, context.choices, evaluator.dense.family, layout)
+        checkpointing = bool(getattr(evaluator.dense.model, "supports_gradient_checkpointing", False))
+        check_found_layout(parts, context.choices, evaluator.dense.family, layout, checkpointing)
     return evaluator
 
 

@@ -33,6 +33,7 @@ from prune_lab.models.load import HubModel, Loaded
 from prune_lab.models.loss import window_losses
 from prune_lab.models.products import FusedMatrix
 from prune_lab.pruning.calibration import Calibrator
+from prune_lab.system.device import Device
 
 WINDOWS = torch.randint(4, 300, (6, 24), generator=torch.Generator().manual_seed(7))
 # At least one of each kind: dense with norms elsewhere, scaled logits, multi-query, latent attention, fused experts of
@@ -41,7 +42,7 @@ TYPES = [
     "olmo2", "granite", "cohere", "falcon", "gptj", "bloom", "stablelm", "smollm3", "exaone4", "nemotron",
     "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text", "dbrx", "glm4_moe",
     "bamba", "jamba", "mamba2", "falcon_h1", "lfm2", "qwen3_next", "nemotron_h", "rwkv",
-    "bert", "gemma3", "gemma4_text", "xlnet", "minicpm3",
+    "bert", "gemma3", "gemma4_text", "qwen2_moe", "minicpm3",
 ]  # fmt: skip
 
 
@@ -284,6 +285,67 @@ def test_a_run_of_an_unusual_model_measures_everything(cli: Cli, place: Path, tm
     assert summary["protocol"]["calibration"]["propagate"] == "dense"
 
 
+def test_experts_that_are_given_zeros_saw_no_token(place: Path) -> None:
+    """Llama 4 multiplies each expert's inputs by 0 where they are not its own: all rows are there."""
+    loaded = loaded_of(place, "llama4_text")
+    moe = next(block.feed_forward for block in loaded.model.model.layers if hasattr(block.feed_forward, "experts"))
+    with torch.no_grad():
+        moe.router.weight.zero_()  # every token goes to one of them
+    pruned = prune(loaded, SparseGPT(amount=0.5))
+    shares = [float((expert == 0).float().mean()) for expert in moe.experts.gate_up_proj]
+    assert shares == [0.5] * len(shares)
+    assert any("pruned by magnitude" in warning for warning in pruned.warnings)
+
+
+def test_an_expert_without_a_gradient_is_pruned_by_magnitude(place: Path) -> None:
+    loaded = loaded_of(place, "mixtral")
+    with torch.no_grad():
+        loaded.model.model.layers[1].mlp.gate.weight.zero_()
+    taylor = Unstructured(amount=0.5, score="taylor", scope="layer", refit="none")
+    other = copied(loaded)
+    pruned = prune(other, taylor)
+    unseen = [name for name in pruned.unseen if "layers.1.mlp.experts.down_proj" in name]
+    assert unseen
+    for name in unseen:
+        number = int(name.rpartition(".")[2])
+        before = loaded.model.model.layers[1].mlp.experts.down_proj[number].abs().flatten()
+        after = other.model.model.layers[1].mlp.experts.down_proj[number].flatten()
+        assert before[after == 0].max() <= before[after != 0].min()
+
+
+@pytest.mark.parametrize("model_type", ["sarvam_moe", "mixtral", "qwen2_moe"])
+def test_the_layout_of_a_loaded_model_is_that_of_a_built_one(model_type: str, place: Path) -> None:
+    """Loading leaves parameters that are parts of one tensor of the checkpoint."""
+    built, loaded = (found.layout_of(model) for model in (tiny_model(model_type), loaded_of(place, model_type).model))
+    assert (built.matrices, built.left_alone) == (loaded.matrices, loaded.left_alone)
+
+
+def test_a_gate_of_a_shared_expert_is_no_router(place: Path) -> None:
+    layout = found.layout_of(loaded_of(place, "qwen2_moe").model)
+    names = {matrix.name for of_block in layout.matrices for matrix in of_block}
+    assert "model.layers.1.mlp.shared_expert.gate_proj" in names
+    assert "model.layers.1.mlp.shared_expert_gate.weight" in layout.left_alone
+
+
+def test_a_model_that_sees_what_follows_is_refused() -> None:
+    with pytest.raises(Refused, match="is_decoder=true"):
+        found.layout_of(tiny_model("bert", is_decoder=False))
+
+
+def test_what_a_type_keeps_in_float32_is_so_after_a_training(cli: Cli, place: Path, tmp_path: Path, text: str) -> None:
+    loaded_of(place, "glm4_moe_lite")
+    keys = [f"model.name={place / 'glm4_moe_lite'}", text, *TEXT, "measure=quality_only", "hydra.run.dir=run"]
+    done = cli("model=hf", *keys, "method=magnitude", "amount=0.5", "export=hf", "dtype=bfloat16", "recovery=finetune",
+               "recovery.steps=2", "recovery.batch_size=2", "recovery.validate_every=0")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    dense = HubModel(name=str(place / "glm4_moe_lite")).load(Device(torch.device("cpu"), torch.bfloat16), seed=0)
+    kept = {name for name, weight in dense.model.named_parameters() if weight.dtype == torch.float32}
+    kept |= {name for name, buffer in dense.model.named_buffers() if buffer.dtype == torch.float32}
+    stored = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    assert kept & stored.keys()
+    assert all(stored[name].dtype == torch.float32 for name in kept & stored.keys())
+
+
 @pytest.mark.parametrize(
     ("model_type", "why"), [("hrm_text", "several lists of blocks"), ("blt", "several lists of blocks")]
 )
@@ -356,6 +418,7 @@ def test_what_is_not_done_to_a_found_layout_is_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.process  # not in the daily loop either
 @pytest.mark.parametrize("model_type", types_of_transformers())
 def test_the_page_says_what_works(model_type: str, tmp_path: Path) -> None:
     """Every type that stock transformers builds, as docs/models.md has it for the version that is named there."""

@@ -163,7 +163,7 @@ class WeightMethod(Method):
         self, name: str, linear: Any, amount: float, statistics: LinearStatistics, pruned: Pruned
     ) -> Tensor:
         """Prunes one Linear, refits the weights that stay, and returns its keep-mask, shape (out, in)."""
-        if statistics.rows is not None and statistics.rows < FEW_TOKENS and self.calibrated:
+        if self.calibrated and _is_unseen(statistics):
             return self._prune_unseen(name, linear, amount, pruned)
         if self.refit == "none":
             return self.prune_linear(name, linear, amount, statistics, pruned)
@@ -204,7 +204,7 @@ class WeightMethod(Method):
         from prune_lab.pruning.selection import keep_global
 
         statistics = [*self._block_statistics(anatomy, seed, calibrator, behind_dense=True)]
-        few = [n for of in statistics for n, s in of.items() if s.rows is not None and s.rows < FEW_TOKENS]
+        few = [name for of_block in statistics for name, found in of_block.items() if _is_unseen(found)]
         if few and self.statistics_needed:
             raise Refused(
                 f"method.scope=global: {len(few)} matrices ({few[0]}, ...) saw fewer than {FEW_TOKENS} tokens of the "
@@ -340,6 +340,14 @@ class WeightMethod(Method):
             inputs = out_in(linear, linear.weight).shape[1]
             if inputs % m:
                 raise Refused(f"method.pattern={self.pattern}: {name} has {inputs} inputs, not a multiple of {m}")
+
+
+def _is_unseen(statistics: LinearStatistics) -> bool:
+    """True for a matrix that hardly a token came to, or none with a gradient (an expert, what a choice is made by)."""
+    if statistics.rows is not None and statistics.rows < FEW_TOKENS:
+        return True
+    gradients = [value for value in (statistics.saliency, statistics.saliency2) if value is not None]
+    return bool(gradients) and not any(bool(value.any()) for value in gradients)
 
 
 def _outlier_ratios(anatomy: Anatomy, seed: int, calibrator: Calibrator) -> list[float]:

@@ -232,13 +232,13 @@ def needs_bos(model_type: str) -> bool | None:
     return True if "gemma" in model_type else None
 
 
+_CONTEXTS = ("max_position_embeddings", "max_target_positions", "n_positions", "max_seq_len")
+
+
 def context_of(config: Any) -> int | None:
     """Most tokens that a model of this config sees at once; None where it does not say."""
-    try:
-        said = getattr(config.get_text_config(), "max_position_embeddings", None)
-    except KeyError:  # of a config that names it as another field, which it lacks
-        return None
-    return int(said) if isinstance(said, int) and said > 0 else None
+    values = config.get_text_config().to_dict()
+    return next((values[key] for key in _CONTEXTS if isinstance(values.get(key), int) and values[key] > 0), None)
 
 
 def family_of(model_type: str) -> Family:

@@ -138,6 +138,8 @@ def _load_other(source: str, config: Any, name: str, device: Device) -> tuple[An
 
     Its tensors may have other names in files (experts one by one), and it is saved under those again.
     """
+    if getattr(config, "rescale_every", 0):  # RWKV would divide its weights as it runs; states are the same without
+        config.rescale_every = 0
     loaded: Any = formats.load(Path(source), config, dtype=device.dtype, output_loading_info=True)
     model, report = loaded
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]

@@ -6,7 +6,6 @@ orientation), what in them is left alone and why, and whether blocks can be call
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -25,15 +24,15 @@ _PROBE = (2, 24)  # windows and tokens that a model is looked at with
 ROUTER, CONVOLUTION, BIAS = "router of experts", "kernel of a convolution", "bias"
 UNUSED = "Linear that text alone does not use"  # such as cross-attention without an encoder
 IN_PARTS = "matrix used in parts that do not lie one after the other"
-NO_PRODUCT = "parameter that is no matrix of a product"
-_ROUTER_NAME = re.compile(r"(^|[._])(gate|router|classifier|wg)([._]|$)|layer\.weight$")
+NO_PRODUCT = "parameter of no product that is followed"
+_ROUTER = re.compile(r".*router.*|.*expert_gate|wg")  # parts of a name; "gate" is one only beside experts
 
 
 @dataclass(frozen=True)
 class Matrix:
     """A prunable matrix: a Linear by its full name, or a part of a parameter that is no Linear's (`is_linear` False).
 
-    active: share of the tokens that it sees, below 1 for routed experts.
+    active: rows that it multiplies for each token: below 1 for routed experts, above for a block that is used twice.
     """
 
     name: str
@@ -97,6 +96,7 @@ def _find(model: Any) -> Layout:
     was_training = model.training
     model.eval()
     try:
+        _check_causal(model)
         blocks = _find_blocks(model)
         matrices, left_alone, share = _find_matrices(model, blocks)
         layout = Layout(blocks, matrices, left_alone, share)
@@ -108,7 +108,7 @@ def _find(model: Any) -> Layout:
     except Exception as error:  # of any modelling code of transformers
         raise Refused(
             f"model family {model.config.model_type!r}: its blocks and matrices cannot be found, as it does not run on "
-            f"plain text ({type(error).__name__}: {str(error)[:100]})"
+            f"plain text in {model.dtype} ({type(error).__name__}: {str(error)[:100]})"
         ) from error
     finally:
         model.__dict__.pop(_KEPT, None)
@@ -120,6 +120,20 @@ def probe_tokens(model: Any) -> Tensor:
     size = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     return torch.randint(min(4, size - 1), min(size, 1000), _PROBE, generator=generator).to(model.device)
+
+
+@torch.no_grad()
+def _check_causal(model: Any) -> None:
+    """Raises Refused where a token changes the logits of those before it: a perplexity would look at the answer."""
+    tokens = probe_tokens(model)[:1]
+    other = tokens.clone()
+    other[0, -1] = tokens[0, 0]
+    of_both = [model(input_ids=text, use_cache=False).logits[:, :-1] for text in (tokens, other)]
+    if int(tokens[0, 0]) != int(tokens[0, -1]) and not _is_same(*of_both):
+        raise Refused(
+            f"model family {model.config.model_type!r}: a token changes what is predicted of those before it, so that "
+            "its perplexity is none; if it is a decoder, its config.json needs is_decoder=true"
+        )
 
 
 def _find_blocks(model: Any) -> str:
@@ -161,22 +175,35 @@ def _find_matrices(model: Any, blocks: str) -> tuple[tuple[tuple[Matrix, ...], .
     seen: dict[str, dict[Place, int]] = defaultdict(dict)
     for place, rows in seen_on(model, parameters, tokens).items():
         seen[place.parameter][place] = rows
-    counts, of_block = _expert_counts(model.config), defaultdict[int, list[Matrix]](list)
+    of_block = defaultdict[int, list[Matrix]](list)
     left_alone, inside = dict[str, str](), 0
     for name, parameter in parameters.items():
         block = int(name[len(blocks) + 1 :].split(".")[0])
         places = seen.get(name, {})
-        reason = _reason_to_leave(model, name, places, counts)
+        reason = _reason_to_leave(model, name, places)
         if reason is not None:
             left_alone[name] = reason
             continue
         of_block[block] += _matrices_of(model, name, parameter, places, tokens.numel())
         inside += parameter.numel()
     total = sum(parameter.numel() for parameter in listed.parameters())
-    return tuple(tuple(of_block[block]) for block in range(len(listed))), left_alone, inside / total
+    return tuple(tuple(of_block[block]) for block in range(len(listed))), left_alone, inside / max(1, total)
 
 
-def _reason_to_leave(model: Any, name: str, places: dict[Place, int], experts: set[int]) -> str | None:
+def _is_of_router(model: Any, name: str) -> bool:
+    """True for a parameter of what chooses experts, by the names of the modules that it is in."""
+    path = name.split(".")
+    for index, part in enumerate(path):
+        if _ROUTER.fullmatch(part):
+            return True
+        if part in ("gate", "classifier"):
+            beside = model.get_submodule(".".join(path[:index]))
+            if any("expert" in other for other, _ in [*beside.named_children(), *beside.named_parameters()]):
+                return True
+    return False
+
+
+def _reason_to_leave(model: Any, name: str, places: dict[Place, int]) -> str | None:
     owner, _, leaf = name.rpartition(".")
     module, parameter = model.get_submodule(owner), model.get_parameter(name)
     if not places:
@@ -185,13 +212,14 @@ def _reason_to_leave(model: Any, name: str, places: dict[Place, int], experts: s
         if leaf.endswith("bias"):
             return BIAS
         return UNUSED if isinstance(module, nn.Linear) else NO_PRODUCT
-    rows = {place.shape[0] for place in places}
-    if rows <= experts and _ROUTER_NAME.search(name):
+    if _is_of_router(model, name):
         return ROUTER
     place = next(iter(places))
     size = place.shape[0] * place.shape[1]
     alike = all(p.shape == place.shape and p.strides == place.strides and p.offset % size == 0 for p in places)
-    if not alike or parameter.numel() % size or not parameter.is_contiguous():
+    is_whole = parameter.numel() == size
+    in_rows = place.strides in ((place.shape[1], 1), (1, place.shape[0]))  # each expert's numbers next to each other
+    if not alike or parameter.numel() % size or not (is_whole or (in_rows and parameter.is_contiguous())):
         return IN_PARTS
     return None
 
@@ -204,28 +232,13 @@ def _matrices_of(model: Any, name: str, parameter: Tensor, places: dict[Place, i
     size = one.shape[0] * one.shape[1]
     count = parameter.numel() // size
     owner, _, leaf = name.rpartition(".")
-    active = min(1.0, sum(places.values()) / count / tokens)
+    active = sum(places.values()) / count / tokens
     if count == 1:
         is_linear = leaf == "weight" and isinstance(model.get_submodule(owner), nn.Linear | Conv1D)
         yield Matrix(owner if is_linear else name, one, is_linear, active)
         return
     for number in range(count):
         yield Matrix(f"{name}.{number}", Place(name, one.shape, one.strides, number * size), False, active)
-
-
-def _expert_counts(config: Any) -> set[int]:
-    """Numbers of experts that a config speaks of, and sums of two (routed and idle ones)."""
-    found = set[int]()
-
-    def walk(values: dict[str, Any]) -> None:
-        for key, value in values.items():
-            if isinstance(value, dict):
-                walk(value)
-            elif "expert" in str(key) and isinstance(value, int) and not isinstance(value, bool) and value > 1:
-                found.add(value)
-
-    walk(config.to_dict())
-    return found | {a + b for a, b in itertools.combinations(found, 2)}
 
 
 @torch.no_grad()

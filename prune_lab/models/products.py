@@ -41,9 +41,11 @@ class Products(TorchDispatchMode):
 
     def __init__(self, parameters: Mapping[str, Tensor], tell: Tell) -> None:
         super().__init__()
-        self._names = {
-            p.untyped_storage().data_ptr(): (name, int(p.storage_offset())) for name, p in parameters.items()
-        }
+        # By storage, which several parameters may share: views of one tensor of a checkpoint.
+        self._spans: dict[int, list[tuple[int, int, str]]] = {}
+        for name, p in parameters.items():
+            start = int(p.storage_offset())
+            self._spans.setdefault(p.untyped_storage().data_ptr(), []).append((start, start + p.numel(), name))
         self._tell = tell
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -51,9 +53,10 @@ class Products(TorchDispatchMode):
         operands = _OPERANDS.get(func.overloadpacket.__name__)
         if operands is not None:
             inputs, weight = args[operands[0]], args[operands[1]]
-            named = self._names.get(weight.untyped_storage().data_ptr())
-            if named is not None:
-                self._look(*named, inputs, weight, out)
+            place = int(weight.storage_offset())
+            for start, end, name in self._spans.get(weight.untyped_storage().data_ptr(), ()):
+                if start <= place < end:
+                    self._look(name, start, inputs, weight, out)
         return out
 
     def _look(self, name: str, start: int, inputs: Tensor, weight: Tensor, out: Tensor) -> None:

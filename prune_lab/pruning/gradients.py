@@ -75,6 +75,9 @@ def saliency(
             hook.remove()
         for weight, learns in learned.items():
             weight.requires_grad_(learns)
+    for name, linear in linears.items():  # behind a choice of tokens, which has no gradient
+        if name not in sums:
+            sums[name] = reduce(name, torch.zeros_like(out_in(linear, linear.weight.detach()), dtype=torch.float32))
     for name, value in sums.items():
         if not value.isfinite().all():
             raise Refused(f"the gradient of {name} is not finite: give dtype=float32 or bfloat16")

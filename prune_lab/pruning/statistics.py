@@ -237,7 +237,8 @@ class ProductObserver:
         matrix = self._of.get(place)
         if matrix is None:
             return
-        self._rows[place] += len(inputs)
+        # Llama 4 gives every expert all tokens, times zero where they are not its own.
+        self._rows[place] += len(inputs) if matrix.is_linear else int((inputs != 0).any(1).sum())
         for is_output, rows in ((False, inputs), (True, outputs)):
             if wanted := _of_side(self._needs[matrix.name], is_output):
                 self._gathered[place, is_output].add(rows, wanted)

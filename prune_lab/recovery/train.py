@@ -35,7 +35,10 @@ def train(model: Any, recipe: TrainingRecipe, training: TrainingContext) -> None
     with _gradient_checkpointing(model, recipe.gradient_checkpointing), residual_dropout(model, recipe.dropout):
         loop = _Loop(model, recipe, training, recipe.loss(training))
         loop.run()
-    _cast_weights(model, training.device.dtype)
+    dense = training.dense.model  # a type may keep some weights in float32, such as its routers
+    kept = {name: weight.dtype for name, weight in dense.named_parameters() if weight.dtype != dense.dtype}
+    for name, weight in model.named_parameters():
+        weight.data = weight.data.to(kept.get(name, training.device.dtype))
     training.pruned.masks.hold(model)
 
 
@@ -73,7 +76,8 @@ class _Loop:
             training.prune_before(0)
             self.rewinder.follow(names, model, training.pruned.cuts)
         self.validation = Validation(self.recipe, training)
-        _cast_weights(model, torch.float32)
+        for weight in model.parameters():  # not the buffers: rotary frequencies are float32 anyway
+            weight.data = weight.data.float()
         if saved is None and training.is_due(0):
             self.rewinder.go_back(model, 0)
             training.pruned.masks.hold(model)
@@ -201,9 +205,3 @@ def _gradient_checkpointing(model: Any, wanted: bool) -> Iterator[None]:
 
 def _names(model: Any) -> dict[Tensor, str]:
     return {weight: name for name, weight in model.named_parameters()}
-
-
-def _cast_weights(model: Any, dtype: torch.dtype) -> None:
-    """Casts the weights, not the buffers: rotary frequencies stay float32, as in a model loaded from disk."""
-    for weight in model.parameters():
-        weight.data = weight.data.to(dtype)
