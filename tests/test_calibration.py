@@ -28,7 +28,7 @@ from prune_lab.models.blocks import bypassed
 from prune_lab.models.load import HubModel
 from prune_lab.pruning.block_importance import block_influence, influence
 from prune_lab.pruning.calibration import Calibrator, block_statistics
-from prune_lab.pruning.statistics import LinearStatistics
+from prune_lab.pruning.statistics import LinearStatistics, RunningStatistics
 from prune_lab.system.console import Console
 from prune_lab.text.source import Calibration
 from prune_lab.text.splits import split_of
@@ -476,3 +476,18 @@ def test_outputs_are_observed_as_inputs_are(models: dict[str, Any], propagate: s
     for name, out in rows.items():
         torch.testing.assert_close(found[name].output_norm.double(), out.norm(dim=0), rtol=1e-4, atol=1e-5)
         assert found[name].input_norm is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gram_matrix_is_exact_to_float32_and_no_setting_stays(dtype: torch.dtype) -> None:
+    """Of inputs of six orders of magnitude; products of bfloat16 factors lose nothing."""
+    spread = torch.randn(300, 70, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 70)
+    rows, running = spread.to(dtype), RunningStatistics()
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    was = getattr(settings, "fp32_precision", None)
+    for part in rows.split(90):
+        running.add(part, frozenset({"gram"}))
+    found, wanted = running.result()["gram"].double(), rows.double().T @ rows.double()
+    norms = wanted.diagonal().sqrt()
+    assert float(((found - wanted).abs() / norms.outer(norms)).max()) < 2e-6
+    assert getattr(settings, "fp32_precision", None) == was

@@ -7,7 +7,7 @@ tensor share its statistics, which are running sums in float32.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,13 +99,15 @@ class RunningStatistics:
             self._gram = torch.zeros(width, width, dtype=torch.float32, device=rows.device)
         panel = PANEL_ON_GPU if rows.is_cuda else PANEL
         narrow = rows.is_cuda and _ADDS_IN_FLOAT32 and rows.dtype in (torch.bfloat16, torch.float16)
+        were_bfloat16 = rows.dtype == torch.bfloat16
         rows = rows if narrow else rows.float()
-        for first in range(0, width, panel):
-            left, right = rows[:, first : first + panel].T, rows[:, first:]
-            if narrow:
-                self._gram[first : first + panel, first:] += torch.mm(left, right, out_dtype=torch.float32)
-            else:
-                self._gram[first : first + panel, first:].addmm_(left, right)
+        with _multiplying_in_bfloat16() if were_bfloat16 and not rows.is_cuda else nullcontext():
+            for first in range(0, width, panel):
+                left, right = rows[:, first : first + panel].T, rows[:, first:]
+                if narrow:
+                    self._gram[first : first + panel, first:] += torch.mm(left, right, out_dtype=torch.float32)
+                else:
+                    self._gram[first : first + panel, first:].addmm_(left, right)
 
     def _add_moments(self, rows: Tensor) -> None:
         """Welford's update, a batch at a time (Chan, Golub & LeVeque, 1979)."""
@@ -119,6 +121,23 @@ class RunningStatistics:
         apart = mean - self._mean
         self._deviations = self._deviations + deviations + apart.square() * (n * more / (n + more))
         self._mean = self._mean + apart * (more / (n + more))
+
+
+@contextmanager
+def _multiplying_in_bfloat16() -> Iterator[None]:
+    """Context in which float32 products on a CPU take their factors as bfloat16, where it has instructions for it.
+
+    Of factors that were bfloat16 nothing is lost: products are exact in float32, in which they are added up.
+    """
+    if not hasattr(torch.backends.mkldnn, "matmul"):  # before PyTorch 2.9
+        yield
+        return
+    settings: Any = torch.backends.mkldnn.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def _squares(rows: Tensor) -> Tensor:

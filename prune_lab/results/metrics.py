@@ -132,7 +132,8 @@ METRICS = (
     Metric("compute/macs_per_token", "multiply-accumulates", "lower", MEASURED,
            row="multiply-accumulates per token", form=",.0f",
            measured="of Linears, attention and head, from shapes, at `measure.prompt_tokens` of context: what could be "
-                    "saved; `latency/` is what was"),
+                    "saved; `latency/` is what was. Experts count by the tokens that come to them. Of types that "
+                    "`models/anatomy.py` does not describe, without what attention multiplies by itself"),
     Metric("compute/effective_macs_per_token", "multiply-accumulates", "lower", None,
            measured="the same without those of zero weights"),
     Metric("size/disk_mb", "MB", "lower", MEASURED, title="bytes on disk (MB)", row="on disk, MB", form=".2f",

@@ -21,7 +21,7 @@ def header(summary: Summary, console: Console) -> None:
     at = f" at {model['revision'][:12]}" if model["revision"] else ""
     console.note(f"model     {model['name']}{at} ({model['family']}), {model['parameters']:,} parameters")
     if (scope := model["scope"]) is not None:
-        left = ", ".join(f"{len(names)} {reason}" for reason, names in scope["left_alone"].items())
+        left = ", ".join(f"{reason} ({len(names)})" for reason, names in scope["left_alone"].items())
         beside = f"; left alone: {left}" if left else ""
         console.note(f"scope     {scope['matrices']:,} matrices, {scope['share']:.1%} of the blocks' weights{beside}")
     windows, seq_len = protocol["windows"], protocol["seq_len"]
