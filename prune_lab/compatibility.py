@@ -54,10 +54,6 @@ def check_found_layout(
     """
     method, recovery, measure = choices.get("method"), choices.get("recovery"), parts.measure
     for is_wanted, reason in (
-        (
-            isinstance(parts.method, Depth),
-            f"method={method} removes blocks, whose settings are not known; prune weights",
-        ),
         (parts.recovery.follows_pruning, f"recovery={recovery} trains attention and MLP apart; give recovery=finetune"),
         (getattr(parts.recovery, "dropout", 0.0) > 0, "recovery.dropout is of attention and MLP; give 0"),
         (

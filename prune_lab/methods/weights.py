@@ -135,8 +135,8 @@ class WeightMethod(Method):
         if pruned.unseen:
             pruned.warnings.append(
                 f"{len(pruned.unseen)} of {len(pruned.rows)} matrices ({', '.join(pruned.unseen[:3])}"
-                f"{', ...' * (len(pruned.unseen) > 3)}) saw fewer than {FEW_TOKENS} tokens of the calibration text and "
-                "were pruned by magnitude: give more, dataset.calibration.n_samples"
+                f"{', ...' * (len(pruned.unseen) > 3)}) saw fewer than {FEW_TOKENS} tokens of the calibration text, or "
+                "have no gradient there, and were pruned by magnitude: give more text (dataset.calibration.n_samples)"
             )
         if self.pattern is not None and abs(pruned.realized - amount) > 1e-6:
             pruned.warnings.append(

@@ -49,6 +49,7 @@ class Layout:
     matrix of two dimensions or more inside a block that is not pruned. share: of the blocks' parameters in `matrices`.
     one_by_one: whether blocks called one by one give the model's states. whole_logits: whether the logits are more than
     the output embeddings of the last states (a scale), so that the head cannot be run on some positions alone.
+    decodes: whether the next token, after the cache of those before it, has the logits that it has in the whole text.
     """
 
     blocks: str
