@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import family_of
 from prune_lab.models.checkpoint import Checkpoint
 from prune_lab.models.formats import format_of
 from prune_lab.models.offload.on_disk import DiskWeights, stored_tensors
+from prune_lab.models.rebuild import weights_on_meta
 from prune_lab.models.shards import Shards
 from prune_lab.system.device import Device
 
@@ -33,7 +31,7 @@ def build(folder: Path, config: Any, checkpoint: Checkpoint, device: Device) -> 
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     _give_freed_memory_back()
-    with _weights_on_meta():
+    with weights_on_meta():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=device.dtype)
     model.tie_weights()
     if (folder / "generation_config.json").is_file():
@@ -64,22 +62,6 @@ def _give_freed_memory_back() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**20)
     except (AttributeError, OSError, TypeError):
         return
-
-
-@contextmanager
-def _weights_on_meta() -> Iterator[None]:
-    """Context in which modules are made without memory for parameters; buffers, which no file holds, are computed."""
-
-    def move(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
-        if parameter is None or parameter.is_meta:
-            return None
-        return nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-    hook = register_module_parameter_registration_hook(move)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _put(model: Any, name: str, tensor: Tensor) -> None:

@@ -1,0 +1,110 @@
+"""A model rebuilt from an edited config: the class of transformers makes the modules, the tensors are the model's own.
+
+So no attribute of a module (counts of heads, sizes of parts) has to be known, and what was built is what stock
+transformers builds of the export.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+# Attributes of a model that stay when it is rebuilt; hooks do, too.
+_STAY = ("generation_config", "training", "_weight_conversions")
+_OF_TEXT = re.compile(r"text|decoder|ffn|attn")  # parts of a config that speak of the decoder
+
+
+def text_parts(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The dictionaries of a config that may speak of its decoder: itself, and its parts for text."""
+    inner = [value for key, value in data.items() if isinstance(value, dict) and _OF_TEXT.search(key)]
+    return [data, *(part for value in inner for part in text_parts(value))]
+
+
+def edited(config: Any, edit: Callable[[dict[str, Any]], None]) -> Any | None:
+    """A config whose dictionary was changed by `edit`; None where its class does not take it."""
+    data = copy.deepcopy(config.to_dict())
+    edit(data)
+    try:
+        return type(config).from_dict(data)
+    except Exception:  # of any config class of transformers
+        return None
+
+
+def skeleton(model: Any, config: Any) -> Any:
+    """A model of the class of `model` made from another config, its parameters on meta, its buffers computed."""
+    of = model.config
+    keys = {"dtype": model.dtype, "attn_implementation": of._attn_implementation}
+    experts = getattr(of.get_text_config(), "_experts_implementation", None)
+    with weights_on_meta(), torch.random.fork_rng(devices=[]):
+        made: Any = type(model)._from_config(config, **keys)
+    if experts is not None and hasattr(made, "set_experts_implementation"):
+        made.set_experts_implementation(experts)
+    return made
+
+
+def shapes(model: Any, config: Any) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of the tensors of a model of a config by name; None where its class cannot build it."""
+    try:
+        with torch.device("meta"):
+            made = type(model)._from_config(config, dtype=model.dtype)
+    except Exception:  # of any modelling code of transformers
+        return None
+    return {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
+
+
+def tensors_of(model: Any) -> dict[str, Tensor]:
+    """Parameters, the objects themselves, and stored buffers of a model by name; a tied one under each of its names."""
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return found | {name: tensor for name, tensor in model.state_dict().items() if name not in found}
+
+
+@torch.no_grad()
+def rebuild(model: Any, config: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Turns a model, the object stays, into one of another config with these parameters and stored buffers.
+
+    Raises ValueError where names or shapes differ from those of the config's model: then it is as before.
+    """
+    made, device, training = skeleton(model, config), model.device, model.training
+    wanted = {name: tensor.shape for name, tensor in made.state_dict().items()}
+    differing = [name for name in wanted.keys() | tensors.keys() if name not in wanted or name not in tensors]
+    differing += [name for name, shape in wanted.items() if name in tensors and tensors[name].shape != shape]
+    if differing:
+        raise ValueError(f"a model of the new config has other tensors: {', '.join(sorted(differing)[:3])}")
+    for name, module in made.named_modules():
+        prefix = f"{name}." if name else ""
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[key] = tensors[prefix + key]  # type: ignore[assignment]
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = tensors.get(prefix + key, buffer).to(device)
+    checkpointed = bool(getattr(model, "is_gradient_checkpointing", False))
+    model.__dict__.update(
+        {key: value for key, value in made.__dict__.items() if key not in _STAY and "hook" not in key}
+    )  # fmt: skip
+    model.train(training)
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+@contextmanager
+def weights_on_meta() -> Iterator[None]:
+    """Context in which modules are made without memory for parameters; buffers, which no file holds, are computed."""
+
+    def move(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    hook = register_module_parameter_registration_hook(move)
+    try:
+        yield
+    finally:
+        hook.remove()
