@@ -81,7 +81,7 @@ def rebuild(model: Any, config: Any, tensors: Mapping[str, Tensor]) -> None:
         prefix = f"{name}." if name else ""
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[key] = tensors[prefix + key]  # type: ignore[assignment]
+                module._parameters[key] = tensors[prefix + key]
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[key] = tensors.get(prefix + key, buffer).to(device)
