@@ -130,7 +130,7 @@ def _check_causal(model: Any) -> None:
     other = tokens.clone()
     other[0, -1] = tokens[0, 0]
     of_both = [model(input_ids=text, use_cache=False).logits[:, :-1] for text in (tokens, other)]
-    if int(tokens[0, 0]) != int(tokens[0, -1]) and not _is_same(*of_both):
+    if int(tokens[0, 0]) != int(tokens[0, -1]) and not is_same(*of_both):
         raise Refused(
             f"model family {model.config.model_type!r}: a token changes what is predicted of those before it, so that "
             "its perplexity is none; if it is a decoder, its config.json needs is_decoder=true"
@@ -257,7 +257,7 @@ def _is_one_by_one(model: Any) -> bool:
         wanted = model(input_ids=tokens[:1], use_cache=False).logits
     except Exception:  # of any modelling code of transformers: then it is not
         return False
-    return _is_same(found, wanted)
+    return is_same(found, wanted)
 
 
 @torch.no_grad()
@@ -271,7 +271,7 @@ def _has_more_than_head(model: Any) -> bool:
         found = head_logits(model, states_before_head(model, tokens))
     except Exception:  # of any modelling code of transformers: then it has
         return True
-    return not _is_same(found, wanted)
+    return not is_same(found, wanted)
 
 
 @torch.no_grad()
@@ -285,10 +285,10 @@ def _decodes(model: Any) -> bool:
         wanted = model(input_ids=tokens, use_cache=False).logits
     except Exception:  # of any modelling code of transformers: then it does not
         return False
-    return output.logits.shape[1] == 1 and _is_same(found[:, -1:], wanted[:, -1:])
+    return output.logits.shape[1] == 1 and is_same(found[:, -1:], wanted[:, -1:])
 
 
-def _is_same(found: Tensor, wanted: Tensor) -> bool:
+def is_same(found: Tensor, wanted: Tensor) -> bool:
     if found.shape != wanted.shape or not bool(torch.isfinite(wanted).all()):
         return False
     tolerance = 1e-4 if wanted.dtype == torch.float32 else 2e-2

@@ -40,7 +40,11 @@ def edited(config: Any, edit: Callable[[dict[str, Any]], None]) -> Any | None:
 def skeleton(model: Any, config: Any) -> Any:
     """A model of the class of `model` made from another config, its parameters on meta, its buffers computed."""
     of = model.config
-    keys = {"dtype": model.dtype, "attn_implementation": of._attn_implementation}
+    parts = {key: getattr(of, key, None) for key in of.sub_configs}
+    attention = {"": of._attn_implementation} | {
+        key: part._attn_implementation for key, part in parts.items() if part is not None
+    }
+    keys = {"dtype": model.dtype, "attn_implementation": attention}
     experts = getattr(of.get_text_config(), "_experts_implementation", None)
     with weights_on_meta(), torch.random.fork_rng(devices=[]):
         made: Any = type(model)._from_config(config, **keys)
@@ -63,6 +67,13 @@ def tensors_of(model: Any) -> dict[str, Tensor]:
     """Parameters, the objects themselves, and stored buffers of a model by name; a tied one under each of its names."""
     found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     return found | {name: tensor for name, tensor in model.state_dict().items() if name not in found}
+
+
+def rebuilt(model: Any, config: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """A second model of another config with these parameters and stored buffers, which it may share with the first."""
+    second = copy.copy(model)
+    rebuild(second, config, tensors)
+    return second
 
 
 @torch.no_grad()

@@ -1,0 +1,96 @@
+"""Units of a model whose layout was found: channels of its MLPs and experts, and KV groups.
+
+Found on a few tokens by moving outputs (unit_probe.py), counted by the config fields whose change the shapes follow
+(unit_fields.py), and offered where a block without some of them gives what it gives with zeros in their place
+(unit_cut.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from prune_lab.errors import Refused
+from prune_lab.models.found import layout_of
+from prune_lab.models.products import eager_experts
+from prune_lab.models.rebuild import shapes
+from prune_lab.models.unit_cut import check_cut
+from prune_lab.models.unit_fields import choices, group_of
+from prune_lab.models.unit_probe import Calls, find_sets
+from prune_lab.models.unit_sets import LABELS, FoundGroup, FoundSet
+
+_KEPT = "_found_units"  # with the model and its copies; in no export
+
+
+@dataclass(frozen=True)
+class FoundUnits:
+    """Groups of units by name, and the reason by kind where there are none of it or not of every block."""
+
+    groups: dict[str, FoundGroup]
+    why_not: dict[str, str]
+
+
+def units_of(model: Any) -> FoundUnits:
+    """The units of a model, found once and kept with it."""
+    kept = model.__dict__.get(_KEPT)
+    if kept is None:
+        kept = model.__dict__[_KEPT] = _find(model)
+    found: FoundUnits = kept
+    return found
+
+
+def keep_units(model: Any, units: FoundUnits | None) -> None:
+    """Has a model's units be these, or found anew when they are asked for."""
+    model.__dict__.pop(_KEPT, None)
+    if units is not None:
+        model.__dict__[_KEPT] = units
+
+
+def _find(model: Any) -> FoundUnits:
+    layout, was_training = layout_of(model), model.training
+    model.eval()
+    try:
+        with torch.no_grad(), eager_experts(model):
+            calls = Calls(model, layout)
+            sets = find_sets(model, layout, calls)
+            groups, why_not = dict[str, FoundGroup](), dict[str, str]()
+            for kind in LABELS:
+                found, why = _groups_of(model, kind, [s for of_kind, s in sets if of_kind == kind], calls)
+                for group in found:
+                    name = kind if len(found) == 1 else f"{kind}:{group.fields[0][1]}"
+                    groups[name] = replace(group, name=name)
+                if why is not None:
+                    why_not[kind] = why
+            return FoundUnits(groups, why_not)
+    finally:
+        model.train(was_training)
+
+
+def _groups_of(model: Any, kind: str, sets: list[FoundSet], calls: Calls) -> tuple[list[FoundGroup], str | None]:
+    """Groups of a kind, and why some sets of it are in none."""
+    label, was = LABELS[kind], shapes(model, model.config)
+    if not sets:
+        return [], f"no {label} are found that could go: outputs of a block's matrices move what several of them share"
+    if was is None:
+        return [], "its class of transformers cannot be built from its config"
+    left, groups, why = list(sets), list[FoundGroup](), f"no field of the config holds the number of {label} alone"
+    for fields, count in choices(model.config, kind, sets):
+        here = [s for s in left if s.units % count == 0]
+        group = group_of(model, kind, fields, count, here, was) if here else None
+        reason = check_cut(model, group, calls) if isinstance(group, FoundGroup) else group
+        if isinstance(group, FoundGroup) and reason is None:
+            groups.append(group)
+            gone = {id(s.sides[-1].matrix) for s in group.sets}
+            left = [s for s in left if id(s.sides[-1].matrix) not in gone]
+        why = reason or why
+    return groups, why if left else None
+
+
+def refuse(model: Any, kind: str) -> Refused:
+    """The refusal of a kind of unit that a model has not, or has in no form that can be cut."""
+    why = units_of(model).why_not.get(kind, f"it has no {LABELS[kind]}")
+    return Refused(
+        f"method.units=[{kind}]: {LABELS[kind]} of {model.config.model_type} models cannot be removed: {why}"
+    )
