@@ -102,7 +102,8 @@ def _resolve_device(parts: Parts) -> Device:
 
 def _open(parts: Parts, context: JobContext, device: Device, console: Console) -> Evaluator:
     """The dense model and its text."""
-    parts.method.check(parts.model.config(), [event.amount for event in pruning_events(parts)[0]])
+    amounts = [event.amount for event in pruning_events(parts)[0]]
+    parts.method.check(parts.model.config(), amounts)
     console.note("loading model and text")
     seed_of_weights = parts.settings.seed if parts.model.weights == "random" else 0
     evaluator = open_evaluator(parts.model, parts.dataset, parts.measure, device, seed_of_weights, console)
@@ -111,6 +112,7 @@ def _open(parts: Parts, context: JobContext, device: Device, console: Console) -
     if (layout := Anatomy(evaluator.dense.model).found) is not None:
         checkpointing = bool(getattr(evaluator.dense.model, "supports_gradient_checkpointing", False))
         check_found_layout(parts, context.choices, evaluator.dense.family, layout, checkpointing)
+    parts.method.check_model(Anatomy(evaluator.dense.model), amounts)
     return evaluator
 
 

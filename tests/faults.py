@@ -261,7 +261,7 @@ FAULTS = (
     ),
     Fault(
         "unseen_experts_are_scored", "prune_lab/methods/weights.py",
-        "if self.calibrated and _is_unseen(statistics):", "if False:",
+        "if self.calibrated and statistics.is_unseen:", "if False:",
         ("test_found.py::test_an_expert_that_saw_hardly_a_token_is_pruned_by_magnitude_and_the_run_says_so",),
     ),
     Fault(

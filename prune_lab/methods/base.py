@@ -48,6 +48,9 @@ class Method:
         Asked before a model is loaded; `config` is the dense model's.
         """
 
+    def check_model(self, anatomy: Anatomy, amounts: Iterable[float]) -> None:
+        """Raises Refused for one of the cumulative amounts that the dense model, which is there now, cannot lose."""
+
     def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
         """Removes, in place, `amount` of what the dense model had in scope; raises Refused where it cannot.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from prune_lab.methods.base import Method
 from prune_lab.methods.structured import Structured
 from prune_lab.methods.unstructured import Unstructured
-from prune_lab.models.anatomy import UNIT_KINDS
+from prune_lab.models.anatomy import LABELS
 from prune_lab.pruning.loss_increase import AMOUNTS, WINDOWS
 from prune_lab.pruning.pruned import Pruned
 from prune_lab.pruning.scores import OF_UNITS, OF_WEIGHTS
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from prune_lab.pruning.calibration import Calibrator
 
 SCORES = tuple(name for name in OF_WEIGHTS if name in OF_UNITS)
-PARTS = ("weights", *UNIT_KINDS, "block")
+PARTS = ("weights", *LABELS, "block")
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from prune_lab.errors import Refused
 from prune_lab.methods.base import Method
-from prune_lab.models.anatomy import UNIT_KINDS, UnitKind, unit_kind
+from prune_lab.models.anatomy import FAMILIES, LABELS, unit_kind
 from prune_lab.pruning.pruned import Pruned
 from prune_lab.pruning.refit_targets import NEEDS_OF_TARGET, TARGETS
 from prune_lab.pruning.scores import OF_UNITS
+from prune_lab.pruning.unseen import warning_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prune_lab.models.anatomy import Anatomy, UnitLinear
+    from prune_lab.models.anatomy import Anatomy, UnitLinear, UnitSet
     from prune_lab.pruning.calibration import Calibrator
     from prune_lab.pruning.statistics import LinearStatistics
 
@@ -45,8 +47,8 @@ class Structured(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "units", tuple(self.units))
-        if not self.units or set(self.units) - set(UNIT_KINDS) or len(set(self.units)) != len(self.units):
-            raise ValueError(f"units={list(self.units)} must be one or more of {', '.join(UNIT_KINDS)}, each once")
+        if not self.units or set(self.units) - set(LABELS) or len(set(self.units)) != len(self.units):
+            raise ValueError(f"units={list(self.units)} must be one or more of {', '.join(LABELS)}, each once")
         if self.score not in OF_UNITS:
             raise ValueError(f"score={self.score!r} is not one of {', '.join(OF_UNITS)}")
         if self.refit not in REFITS:
@@ -63,17 +65,36 @@ class Structured(Method):
         """Most inputs of a Linear that reads units, where the choice or the refit solves with their gram matrix."""
         if self.refit not in TARGETS and "gram" not in OF_UNITS[self.score].needs:
             return None
-        return max(of_block[-1].weight.shape[1] for kind in self.units for of_block in anatomy.unit_linears(kind))
+        sets = (s for group in self._groups(anatomy) for s in anatomy.unit_sets(group))
+        return max(s.parts[-1].weight.shape[1] for s in sets)
 
     def check(self, config: Any, amounts: Iterable[float]) -> None:
-        """Raises Refused for kinds of units that the model lacks, and for counts that its config cannot hold."""
+        """Raises Refused for kinds of units that a described family lacks, and for counts that its config cannot hold.
+
+        The units of other models are known when they are loaded (check_model).
+        """
+        if config.model_type not in FAMILIES:
+            return
         for kind in self.units:
             units = unit_kind(config, kind)
             total = getattr(config, units.counts[0], None)
             if total is None:  # left to a default: known when the model is there
                 continue
+            possible = units.possible(config, total)
             for amount in amounts:
-                self._check_count(config, kind, amount, self._count(units, total, amount), total)
+                if self.physical and (count := self._count(kind, total, amount)) not in possible:
+                    raise self._not_held(config.model_type, kind, amount, count, total, possible)
+
+    def check_model(self, anatomy: Anatomy, amounts: Iterable[float]) -> None:
+        """Raises Refused for kinds of units that a model lacks, and for counts that its config cannot hold."""
+        if anatomy.found is not None and self.refit in ("dense", "residual"):
+            raise Refused(
+                f"method.refit={self.refit}: which matrices of a {anatomy.config.model_type} model write to its states "
+                "is not known; give method.refit=inputs"
+            )
+        for group in self._groups(anatomy):
+            for amount in amounts:
+                self._count_to_keep(anatomy, group, amount)
 
     def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
         """Removes (or zeroes) units of every chosen kind and returns what was removed from each Linear.
@@ -88,63 +109,94 @@ class Structured(Method):
         from prune_lab.pruning.units import rows_of_table
 
         pruned = Pruned()
-        kept = {kind: self._count_to_keep(anatomy, kind, amount) for kind in self.units}
-        linears_of = {kind: anatomy.unit_linears(kind) for kind in self.units}
-        losing = tuple(kind for kind, count in kept.items() if count < anatomy.unit_count(kind))
-        keep = {
-            kind: [] if kind in losing else [torch.ones(count, dtype=torch.bool) for _ in anatomy.blocks]
-            for kind, count in kept.items()
-        }
+        kept = {group: self._count_to_keep(anatomy, group, amount) for group in self._groups(anatomy)}
+        losing = [group for group, count in kept.items() if count < anatomy.unit_count(group)]
+        sets = {group: anatomy.unit_sets(group) for group in kept}
+        keep = {group: [torch.ones(s.units, dtype=torch.bool) for s in of_group] for group, of_group in sets.items()}
+        of_block = defaultdict[int, list[tuple[str, int]]](list)
+        for group in losing:
+            for number, s in enumerate(sets[group]):
+                of_block[s.block].append((group, number))
         for index, statistics in enumerate(self._block_statistics(anatomy, losing, seed, calibrator)):
-            for kind in losing:
-                linears, remove = linears_of[kind][index], anatomy.unit_count(kind) - kept[kind]
-                keep[kind].append(self._choose(linears, statistics, remove, pruned))
-                self._refit(linears[-1], keep[kind][-1], statistics, pruned)
-                zero_units(linears, keep[kind][-1])
-        for kind, count in kept.items():
-            pruned.rows += rows_of_table(anatomy, kind, dense_count(anatomy, kind), count)
+            for group, number in of_block[index]:
+                s = sets[group][number]
+                keep[group][number] = self._prune_set(s, statistics, s.units - s.multiple * kept[group], pruned)
+                zero_units(s.parts, keep[group][number])
+        for group, count in kept.items():
+            pruned.rows += rows_of_table(anatomy, group, dense_count(anatomy, group), count)
             if self.physical:
-                pruned.cuts += remove_units(anatomy, kind, keep[kind])
+                pruned.cuts += remove_units(anatomy, group, keep[group])
             else:
-                for linears, mask in zip(linears_of[kind], keep[kind], strict=True):
-                    pruned.masks.keep.update(unit_masks(linears, mask))
-        pruned.warnings = list(dict.fromkeys(pruned.warnings))
+                for s, mask in zip(sets[group], keep[group], strict=True):
+                    pruned.masks.keep.update(unit_masks(s.parts, mask))
+        pruned.warnings += warning_of(pruned.unseen, sum(len(s.parts) for of in sets.values() for s in of))
+        pruned.warnings = list(dict.fromkeys(pruned.warnings + self._left_out(anatomy)))
         return pruned
 
-    def _count_to_keep(self, anatomy: Anatomy, kind: str, amount: float) -> int:
-        """Number of units of a kind that stay in each block; raises Refused where the config cannot hold it."""
+    def _groups(self, anatomy: Anatomy) -> list[str]:
+        """The groups of units of the chosen kinds."""
+        return [group for kind in self.units for group in anatomy.unit_groups(kind)]
+
+    def _left_out(self, anatomy: Anatomy) -> list[str]:
+        """Warnings of units of the chosen kinds that no group has."""
+        if anatomy.found is None:
+            return []
+        from prune_lab.models.found_units import units_of
+
+        why_not = units_of(anatomy.model).why_not
+        return [f"some {LABELS[kind]} stay: {why_not[kind]}" for kind in self.units if kind in why_not]
+
+    def _count_to_keep(self, anatomy: Anatomy, group: str, amount: float) -> int:
+        """Number of units of a group that stay in each block; raises Refused where the config cannot hold it."""
         from prune_lab.models.resize import dense_count
 
-        total = dense_count(anatomy, kind)
-        count = min(self._count(unit_kind(anatomy.config, kind), total, amount), anatomy.unit_count(kind))
-        self._check_count(anatomy.config, kind, amount, count, total)
+        total = dense_count(anatomy, group)
+        count = min(self._count(group, total, amount), anatomy.unit_count(group))
+        if self.physical and not anatomy.can_hold(group, count):
+            possible = anatomy.possible_counts(group, near=count)
+            raise self._not_held(anatomy.config.model_type, group, amount, count, total, possible)
         return count
 
-    def _count(self, units: UnitKind, total: int, amount: float) -> int:
+    def _count(self, group: str, total: int, amount: float) -> int:
         """Number of `total` units that stay after an amount and rounding."""
         from prune_lab.pruning.selection import count_to_remove
 
-        count = max(1, total - count_to_remove(total, amount))
-        if units.rounds and self.round_to is not None and amount > 0:
+        count, kind = max(1, total - count_to_remove(total, amount)), group.partition(":")[0]
+        if kind == "mlp" and self.round_to is not None and amount > 0:
             if self.round_to > total:
-                raise Refused(f"method.round_to={self.round_to} is more than the {total} {units.label} of a block")
+                raise Refused(f"method.round_to={self.round_to} is more than the {total} {LABELS[kind]} of a block")
             count = min(max(1, round(count / self.round_to)), total // self.round_to) * self.round_to
         return count
 
-    def _check_count(self, config: Any, kind: str, amount: float, count: int, total: int) -> None:
-        """Raises Refused where a config that holds `total` units of a kind, or fewer by now, cannot hold `count`."""
-        units = unit_kind(config, kind)
-        possible = units.possible(config, getattr(config, units.counts[0], None) or total)
-        if not self.physical or count in possible:
-            return
+    def _not_held(
+        self, model_type: str, group: str, amount: float, count: int, total: int, possible: list[int]
+    ) -> Refused:
+        """The refusal of a count of units, `total` of which there were, that a config cannot hold."""
+        kind, _, field = group.partition(":")
         amounts = ", ".join(f"{n} (amount={1 - n / total:g})" for n in possible)
         others = [other for other in self.units if other != kind]
         without = f"method.units=[{','.join(others)}] or " if others else ""
-        raise Refused(
-            f"method.units=[{','.join(self.units)}]: method.amount={amount:g} leaves {count} of {total} {units.label}, "
-            f"which a stock {config.model_type} config cannot hold: possible are {amounts}; or give {without}"
-            "method.physical=false, which leaves zeros"
+        return Refused(
+            f"method.units=[{','.join(self.units)}]: method.amount={amount:g} leaves {count} of {total} {LABELS[kind]}"
+            f"{field and f' ({field})'}, which a stock {model_type} config cannot hold: possible are {amounts}; or "
+            f"give {without}method.physical=false, which leaves zeros"
         )
+
+    def _prune_set(self, s: UnitSet, statistics: dict[str, LinearStatistics], remove: int, pruned: Pruned) -> Tensor:
+        """The units of a set that stay when `remove` go, bools (units,); the Linear that reads them is refitted.
+
+        Of an expert that hardly a token came to those of lowest norm go.
+        """
+        from prune_lab.pruning.units import choose_units
+
+        reader = s.parts[-1]
+        if self.calibrated and statistics[reader.name].is_unseen:
+            pruned.unseen += [part.name for part in s.parts]
+            return choose_units("l2", s.parts, statistics, remove, centred=False)[0]
+        keep = self._choose(s.parts, statistics, remove, pruned)
+        if not keep.all():
+            self._refit(reader, keep, statistics, pruned)
+        return keep
 
     def _choose(
         self, linears: list[UnitLinear], statistics: dict[str, LinearStatistics], remove: int, pruned: Pruned
@@ -188,7 +240,7 @@ class Structured(Method):
     def _block_statistics(
         self,
         anatomy: Anatomy,
-        kinds: tuple[str, ...],
+        groups: list[str],
         seed: int,
         calibrator: Calibrator | None,
         behind_dense: bool = False,
@@ -198,7 +250,7 @@ class Structured(Method):
         from prune_lab.pruning.surgery import unit_sums
 
         score = OF_UNITS[self.score]
-        linears = [linear for kind in kinds for of_block in anatomy.unit_linears(kind) for linear in of_block]
+        linears = [linear for group in groups for s in anatomy.unit_sets(group) for linear in s.parts]
         by_name = {linear.name: linear for linear in linears}
         readers = {linear.name for linear in linears if linear.side == "columns"}
         needs = {name: score.needs for name in by_name if name in readers or not score.output_only}
@@ -208,7 +260,7 @@ class Structured(Method):
         def saliency(order: int) -> dict[str, Tensor]:
             """Sums over units by Linear, (units,): the gradient of a weight is not kept."""
             assert calibrator is not None
-            granularity = " ".join(("units", *kinds))
+            granularity = " ".join(("units", *groups))
             return calibrator.saliency(
                 anatomy, order, granularity, lambda name, value: unit_sums(by_name[name], value), set(by_name)
             )
@@ -223,14 +275,15 @@ class Structured(Method):
         from prune_lab.pruning.selection import count_to_remove
         from prune_lab.pruning.surgery import zero_units
 
-        linears, units = anatomy.unit_linears(kind), anatomy.unit_count(kind)
+        units, (group,) = anatomy.unit_count(kind), anatomy.unit_groups(kind)
+        of_block = anatomy.unit_linears(group)
 
         def prune_block(block: int, statistics: dict[str, LinearStatistics], amount: float) -> None:
-            keep = self._choose(linears[block], statistics, count_to_remove(units, amount), Pruned())
+            keep = self._choose(of_block[block], statistics, count_to_remove(units, amount), Pruned())
             if not keep.all():
-                self._refit(linears[block][-1], keep, statistics, Pruned())
-            zero_units(linears[block], keep)
+                self._refit(of_block[block][-1], keep, statistics, Pruned())
+            zero_units(of_block[block], keep)
 
-        statistics = self._block_statistics(anatomy, (kind,), seed, calibrator, behind_dense=True)
+        statistics = self._block_statistics(anatomy, [group], seed, calibrator, behind_dense=True)
         key = {"method": asdict(self) | {"amount": None, "units": None}, "kind": kind, "seed": seed}  # neither is used
         return loss_increases(anatomy, statistics, prune_block, calibrator, amounts, type(self), key)

@@ -16,6 +16,7 @@ from prune_lab.pruning.pattern import Pattern
 from prune_lab.pruning.pruned import LayerRow, Pruned
 from prune_lab.pruning.refit_targets import NEEDS_OF_TARGET, TARGETS
 from prune_lab.pruning.scores import GRADIENTS, SCORES, Score
+from prune_lab.pruning.unseen import FEW_TOKENS, warning_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from prune_lab.pruning.statistics import LinearStatistics
     from prune_lab.pruning.thresholds import ScoreCounts
 
-# Tokens of the calibration text under which an expert's inputs say more of those tokens than of the expert.
-FEW_TOKENS = 16
 ALLOCATIONS = ("uniform", "global", "owl", "sensitivity")
 REFITS = ("none", *TARGETS)
 
@@ -132,12 +131,7 @@ class WeightMethod(Method):
         keep = prune(anatomy, amount, seed, calibrator, pruned)
         pruned.masks = Masks({name: out_in(linear, keep[name]) for name, linear in anatomy.linears() if name in keep})
         pruned.masks.hold(anatomy.model)
-        if pruned.unseen:
-            pruned.warnings.append(
-                f"{len(pruned.unseen)} of {len(pruned.rows)} matrices ({', '.join(pruned.unseen[:3])}"
-                f"{', ...' * (len(pruned.unseen) > 3)}) saw fewer than {FEW_TOKENS} tokens of the calibration text, or "
-                "have no gradient there, and were pruned by magnitude: give more text (dataset.calibration.n_samples)"
-            )
+        pruned.warnings += warning_of(pruned.unseen, len(pruned.rows))
         if self.pattern is not None and abs(pruned.realized - amount) > 1e-6:
             pruned.warnings.append(
                 f"method.pattern={self.pattern} fixes the amount at {pruned.realized:g}; amount={amount:g} was not used"
@@ -163,7 +157,7 @@ class WeightMethod(Method):
         self, name: str, linear: Any, amount: float, statistics: LinearStatistics, pruned: Pruned
     ) -> Tensor:
         """Prunes one Linear, refits the weights that stay, and returns its keep-mask, shape (out, in)."""
-        if self.calibrated and _is_unseen(statistics):
+        if self.calibrated and statistics.is_unseen:
             return self._prune_unseen(name, linear, amount, pruned)
         if self.refit == "none":
             return self.prune_linear(name, linear, amount, statistics, pruned)
@@ -204,7 +198,7 @@ class WeightMethod(Method):
         from prune_lab.pruning.selection import keep_global
 
         statistics = [*self._block_statistics(anatomy, seed, calibrator, behind_dense=True)]
-        few = [name for of_block in statistics for name, found in of_block.items() if _is_unseen(found)]
+        few = [name for of_block in statistics for name, found in of_block.items() if found.is_unseen]
         if few and self.statistics_needed:
             raise Refused(
                 f"method.scope=global: {len(few)} matrices ({few[0]}, ...) saw fewer than {FEW_TOKENS} tokens of the "
@@ -340,14 +334,6 @@ class WeightMethod(Method):
             inputs = out_in(linear, linear.weight).shape[1]
             if inputs % m:
                 raise Refused(f"method.pattern={self.pattern}: {name} has {inputs} inputs, not a multiple of {m}")
-
-
-def _is_unseen(statistics: LinearStatistics) -> bool:
-    """True for a matrix that hardly a token came to, or none with a gradient (an expert, what a choice is made by)."""
-    if statistics.rows is not None and statistics.rows < FEW_TOKENS:
-        return True
-    gradients = [value for value in (statistics.saliency, statistics.saliency2) if value is not None]
-    return bool(gradients) and not any(bool(value.any()) for value in gradients)
 
 
 def _outlier_ratios(anatomy: Anatomy, seed: int, calibrator: Calibrator) -> list[float]:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:  # checking a configuration asks for the family alone, and has
     from prune_lab.dense_cache import DenseCache
     from prune_lab.models.found import Layout
 
-UNIT_KINDS = ("mlp", "heads")  # of any family, as method.units names them; which ones it has, a family says
+# Kinds of units, as method.units names them, and what a person calls several of a kind.
+LABELS = {"mlp": "MLP channels", "heads": "KV groups"}
+MANY = 64  # counts that are tried one by one
 HEADS_OF_RUN = {"kv": 1, "qkv": 3}  # a run named "query" has all query heads of a KV group
 
 
@@ -47,19 +49,17 @@ def _any_count(config: Any, present: int) -> list[int]:
 class UnitKind:
     """A kind of unit that is removed in equal numbers from every block: its matrices, and where its count stands.
 
-    label: what a person calls several of them. slots: the Linears of a block that they are made of, the one that reads
-    them (by its columns) last. counts: config fields that are in proportion to the count, the first one equal to it;
-    one that is None stands for the count as built. in_modules: attributes of modules that are in proportion to it.
-    written_out: config fields whose default would change with the count. rounds: whether method.round_to is for them.
-    possible: the counts that a config of this family can hold, up to the present one, ascending.
+    slots: the Linears of a block that they are made of, the one that reads them (by its columns) last. counts: config
+    fields that are in proportion to the count, the first one equal to it; one that is None stands for the count as
+    built. in_modules: attributes of modules that are in proportion to it. written_out: config fields whose default
+    would change with the count. possible: the counts that a config of this family can hold, up to the present one,
+    ascending.
     """
 
-    label: str
     slots: tuple[Slot, ...]
     counts: tuple[str, ...]
     in_modules: tuple[str, ...] = ()
     written_out: tuple[str, ...] = ()
-    rounds: bool = False
     possible: Callable[[Any, int], list[int]] = _any_count
 
 
@@ -114,14 +114,13 @@ def _by_rope_factors(config: Any, present: int) -> list[int]:
 
 
 def _channels(*slots: Slot, count: str = "intermediate_size") -> UnitKind:
-    return UnitKind("MLP channels", slots, (count,), ("intermediate_size",), rounds=True)
+    return UnitKind(slots, (count,), ("intermediate_size",))
 
 
 _LLAMA_CHANNELS = _channels(
     Slot("mlp.gate_proj", "rows"), Slot("mlp.up_proj", "rows"), Slot("mlp.down_proj", "columns")
 )
 _LLAMA_GROUPS = UnitKind(
-    "KV groups",
     (
         Slot("self_attn.q_proj", "rows", ("query",)),
         Slot("self_attn.k_proj", "rows", ("kv",)),
@@ -136,7 +135,7 @@ _LLAMA_GROUPS = UnitKind(
 
 def _heads(*slots: Slot) -> UnitKind:
     """KV groups of a family in which every query head has its own key and value, and fewer would be other heads."""
-    return UnitKind("KV groups", slots, ("num_attention_heads",), possible=_present_alone)
+    return UnitKind(slots, ("num_attention_heads",), possible=_present_alone)
 
 
 _LLAMA_LIKE = Family("model.layers", {"mlp": _LLAMA_CHANNELS, "heads": _LLAMA_GROUPS})
@@ -279,6 +278,19 @@ class UnitLinear:
         return torch.cat([units.repeat_interleave(width) for width in self.widths]).to(self.linear.weight.device)
 
 
+@dataclass(frozen=True)
+class UnitSet:
+    """Units of a block that one Linear reads, which comes last in `parts`.
+
+    units: their number. multiple: how many of them there are for one that the config counts.
+    """
+
+    block: int
+    parts: list[UnitLinear]
+    units: int
+    multiple: int = 1
+
+
 class Anatomy:
     """A loaded causal language model with its parts named: the view of it that pruning works on.
 
@@ -352,8 +364,43 @@ class Anatomy:
             for index, block in enumerate(self.blocks)
         ]
 
+    def unit_groups(self, kind: str) -> list[str]:
+        """Names of the groups of units of a kind, each with a count of its own in the config; of a family, the kind.
+
+        Raises Refused where there are none.
+        """
+        if self.found is None:
+            return [kind]
+        from prune_lab.models.found_units import groups_of
+
+        return groups_of(self.model, kind)
+
+    def unit_sets(self, group: str) -> list[UnitSet]:
+        """The units of a group, block by block; a block with experts has many such sets, others may have none."""
+        if self.found is None:
+            count = self.unit_count(group)
+            return [UnitSet(index, parts, count) for index, parts in enumerate(self.unit_linears(group))]
+        from prune_lab.models.found import matrices_of
+        from prune_lab.models.found_units import units_of
+
+        sets = units_of(self.model).groups[group].sets
+        linears = dict(matrices_of(self.model, {side.matrix.name for s in sets for side in s.sides}))
+        return [
+            UnitSet(
+                s.block,
+                [UnitLinear(side.matrix.name, linears[side.matrix.name], side.side, side.widths) for side in s.sides],
+                s.units,
+                s.multiple,
+            )
+            for s in sets
+        ]
+
     def unit_count(self, kind: str) -> int:
-        """Number of units of a kind in each block; as built, where the config leaves it to a default."""
+        """Number of units of a group in each block; as built, where the config leaves it to a default."""
+        if self.found is not None:
+            from prune_lab.models.found_units import units_of
+
+            return units_of(self.model).groups[kind].count
         said = getattr(self.config, self.family.units[kind].counts[0], None)
         if said is not None:
             return int(said)
@@ -376,9 +423,23 @@ class Anatomy:
         heads = self.query_heads // self.unit_count("heads") if run == "query" else HEADS_OF_RUN[run]
         return heads * self.head_dim
 
-    def possible_counts(self, kind: str) -> list[int]:
-        """Unit counts that the family's config can hold, up to the present one, ascending."""
-        return self.family.units[kind].possible(self.config, self.unit_count(kind))
+    def can_hold(self, group: str, count: int) -> bool:
+        """True for a count of units of a group that the config can hold."""
+        if self.found is None:
+            return count in self.family.units[group].possible(self.config, self.unit_count(group))
+        from prune_lab.models.found_units import units_of
+        from prune_lab.models.unit_fields import can_hold
+
+        return can_hold(self.model, units_of(self.model).groups[group], count)
+
+    def possible_counts(self, group: str, near: int) -> list[int]:
+        """Counts that the config can hold, up to the present one, ascending: of many, the nearest to `near`."""
+        counts = range(1, self.unit_count(group) + 1)
+        if self.found is None or len(counts) <= MANY:
+            return [count for count in counts if self.can_hold(group, count)]
+        below, above = range(near - 1, max(0, near - MANY), -1), range(near + 1, min(len(counts), near + MANY) + 1)
+        found = [next((count for count in side if self.can_hold(group, count)), None) for side in (below, above)]
+        return [count for count in found if count is not None]
 
 
 def _layout_of(model: Any) -> Layout:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +80,11 @@ def layout_of(model: Any) -> Layout:
     return found
 
 
+def forget_layout(model: Any) -> None:
+    """Has the layout of a model, whose modules are others now, found anew when it is asked for."""
+    model.__dict__.pop(_KEPT, None)
+
+
 def matrices_of(model: Any, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
     """The Linears and fused matrices of full names, each with its name."""
     layout: Layout | None = model.__dict__.get(_KEPT)
@@ -114,6 +120,18 @@ def _find(model: Any) -> Layout:
     finally:
         model.__dict__.pop(_KEPT, None)
         model.train(was_training)
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Context without gradients, in which a model is in eval mode."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
 
 
 def probe_tokens(model: Any) -> Tensor:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from prune_lab.errors import Refused
+from prune_lab.models.anatomy import LABELS
 from prune_lab.models.found import layout_of
 from prune_lab.models.products import eager_experts
 from prune_lab.models.rebuild import shapes
 from prune_lab.models.unit_cut import check_cut
 from prune_lab.models.unit_fields import choices, group_of
 from prune_lab.models.unit_probe import Calls, find_sets
-from prune_lab.models.unit_sets import LABELS, FoundGroup, FoundSet
+from prune_lab.models.unit_sets import FoundGroup, FoundSet
 
 _KEPT = "_found_units"  # with the model and its copies; in no export
 
@@ -41,11 +42,9 @@ def units_of(model: Any) -> FoundUnits:
     return found
 
 
-def keep_units(model: Any, units: FoundUnits | None) -> None:
-    """Has a model's units be these, or found anew when they are asked for."""
+def forget_units(model: Any) -> None:
+    """Has the units of a model found anew when they are asked for."""
     model.__dict__.pop(_KEPT, None)
-    if units is not None:
-        model.__dict__[_KEPT] = units
 
 
 def _find(model: Any) -> FoundUnits:
@@ -88,9 +87,34 @@ def _groups_of(model: Any, kind: str, sets: list[FoundSet], calls: Calls) -> tup
     return groups, why if left else None
 
 
-def refuse(model: Any, kind: str) -> Refused:
-    """The refusal of a kind of unit that a model has not, or has in no form that can be cut."""
-    why = units_of(model).why_not.get(kind, f"it has no {LABELS[kind]}")
-    return Refused(
-        f"method.units=[{kind}]: {LABELS[kind]} of {model.config.model_type} models cannot be removed: {why}"
-    )
+def groups_of(model: Any, kind: str) -> list[str]:
+    """Names of the groups of a kind; raises Refused, with the reason, where none can be cut."""
+    units = units_of(model)
+    names = [name for name, group in units.groups.items() if group.kind == kind]
+    if not names:
+        why = units.why_not.get(kind, f"it has no {LABELS[kind]}")
+        raise Refused(
+            f"method.units=[{kind}]: {LABELS[kind]} of this {model.config.model_type} model cannot be removed: {why}"
+        )
+    return names
+
+
+def after_cut(model: Any, units: FoundUnits, name: str, count: int) -> None:
+    """Has the units of a model that was cut be those of before, with another count of one group."""
+    layout = layout_of(model)
+    matrices = {matrix.name: matrix for of_block in layout.matrices for matrix in of_block}
+
+    def now(group: FoundGroup) -> FoundGroup:
+        is_cut = group.name == name
+        sets = tuple(
+            replace(
+                s,
+                units=s.multiple * count if is_cut else s.units,
+                sides=tuple(replace(side, matrix=matrices[side.matrix.name]) for side in s.sides),
+            )
+            for s in group.sets
+        )
+        return replace(group, count=count if is_cut else group.count, sets=sets)
+
+    groups = {of: now(group) for of, group in units.groups.items()}
+    model.__dict__[_KEPT] = FoundUnits(groups, units.why_not)

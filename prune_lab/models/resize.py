@@ -24,8 +24,11 @@ class Shape:
 
 
 def shape_of(anatomy: Anatomy) -> Shape:
-    """The present shape."""
-    return Shape({kind: anatomy.unit_count(kind) for kind in anatomy.family.units}, original_blocks(anatomy))
+    """The present shape; of units that were found, those of groups that were cut."""
+    groups = (
+        anatomy.family.units if anatomy.found is None else anatomy.model.__dict__.get(_DENSE, {}).keys() - {"blocks"}
+    )
+    return Shape({group: anatomy.unit_count(group) for group in sorted(groups)}, original_blocks(anatomy))
 
 
 def dense_count(anatomy: Anatomy, kind: str) -> int:
@@ -39,9 +42,14 @@ def original_blocks(anatomy: Anatomy) -> list[int]:
     return list(anatomy.model.__dict__.get(_BLOCKS, range(len(anatomy.blocks))))
 
 
+def note_count(anatomy: Anatomy, group: str, was: int) -> None:
+    """Keeps the number of units of a group that there was before anything was removed."""
+    anatomy.model.__dict__.setdefault(_DENSE, {}).setdefault(group, was)
+
+
 def set_unit_count(anatomy: Anatomy, kind: str, count: int, was: int) -> None:
     """Writes a new unit count into the config, and into the modules that keep a copy of it; `was` is the old one."""
-    anatomy.model.__dict__.setdefault(_DENSE, {}).setdefault(kind, was)
+    note_count(anatomy, kind, was)
     config, units = anatomy.config, anatomy.family.units[kind]
     for name in units.written_out:
         setattr(config, name, getattr(anatomy, name))

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prune_lab.models.anatomy import LABELS
 from prune_lab.models.found import is_same, layout_of, probe_tokens
 from prune_lab.models.rebuild import rebuilt, skeleton, tensors_of
 from prune_lab.models.unit_fields import can_hold, config_of
 from prune_lab.models.unit_probe import Calls, generic
-from prune_lab.models.unit_sets import LABELS, FoundGroup, FoundSet, dimension, unit_of_line
+from prune_lab.models.unit_sets import FoundGroup, FoundSet, dimension, unit_of_line
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from prune_lab.models.anatomy import LABELS
 from prune_lab.models.rebuild import edited, shapes, text_parts
-from prune_lab.models.unit_sets import LABELS, Beside, FoundGroup, FoundSet, Side, dimension
+from prune_lab.models.unit_sets import Beside, FoundGroup, FoundSet, Side, dimension
 
 Shapes = dict[str, tuple[int, ...]]
 _MOST_EDITS = 64  # of a config, until its fields for a width are given up

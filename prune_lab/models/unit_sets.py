@@ -9,8 +9,6 @@ from torch import Tensor
 
 from prune_lab.models.found import Matrix
 
-LABELS = {"mlp": "MLP channels", "heads": "KV groups"}
-
 
 @dataclass(frozen=True)
 class Side:

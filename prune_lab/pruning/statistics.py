@@ -19,6 +19,7 @@ from prune_lab.models.found import Matrix
 from prune_lab.models.products import Place, Products, eager_experts
 from prune_lab.pruning.refit import Error
 from prune_lab.pruning.thresholds import ScoreCounts
+from prune_lab.pruning.unseen import FEW_TOKENS
 
 # Fields of LinearStatistics that are observed while text passes; `variance` brings `mean`.
 OF_INPUTS, OF_OUTPUTS = frozenset({"input_norm", "variance", "gram"}), frozenset({"output_norm"})
@@ -55,6 +56,14 @@ class LinearStatistics:
     random: torch.Generator = field(default_factory=torch.Generator)
     score_counts: ScoreCounts | None = None
     rows: int | None = None
+
+    @property
+    def is_unseen(self) -> bool:
+        """True for a matrix that hardly a token came to, or none with a gradient (an expert, what makes a choice)."""
+        if self.rows is not None and self.rows < FEW_TOKENS:
+            return True
+        gradients = [value for value in (self.saliency, self.saliency2) if value is not None]
+        return bool(gradients) and not any(bool(value.any()) for value in gradients)
 
 
 class RunningStatistics:

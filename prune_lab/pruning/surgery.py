@@ -7,8 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prune_lab.models.anatomy import Anatomy, UnitLinear, out_in
-from prune_lab.models.resize import Shape, keep_blocks, original_blocks, set_unit_count
+from prune_lab.errors import Refused
+from prune_lab.models.anatomy import LABELS, Anatomy, UnitLinear, out_in
+from prune_lab.models.found import evaluating, forget_layout, is_same, probe_tokens
+from prune_lab.models.found_units import after_cut, units_of
+from prune_lab.models.rebuild import rebuild, tensors_of
+from prune_lab.models.resize import Shape, keep_blocks, note_count, original_blocks, set_unit_count
+from prune_lab.models.unit_cut import Selection, selections
+from prune_lab.models.unit_fields import config_of
 from prune_lab.pruning.refit import check_finite, refit_columns
 from prune_lab.pruning.statistics import LinearStatistics
 
@@ -77,30 +83,77 @@ def _move_bias(reader: UnitLinear, shift: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Cut:
-    """A parameter that took another's place: what `old` has at `index` of dimension `dim`."""
+    """A parameter that took another's place: what `old` has where the selections say."""
 
     old: nn.Parameter
     new: nn.Parameter
-    dim: int
-    index: Tensor
+    selections: tuple[Selection, ...]
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """What stays of a tensor of the old one's shape, such as a moment of an optimizer."""
+        for selection in self.selections:
+            tensor = selection.of(tensor)
+        return tensor
 
 
 @torch.no_grad()
-def remove_units(anatomy: Anatomy, kind: str, keep: list[Tensor]) -> list[Cut]:
-    """Cuts the units that `keep` drops out of every block, writes the new count into the config, says what it cut.
+def remove_units(anatomy: Anatomy, group: str, keep: list[Tensor]) -> list[Cut]:
+    """Cuts the units that `keep` drops, bools (units,) of each set of a group, out of every block; says what it cut.
 
-    Every block must keep the same count: stock transformers builds all blocks from one config.
+    The new count is written into the config. Every block must keep the same count: stock transformers builds all blocks
+    from one config.
     """
-    counts = {int(kept.sum()) for kept in keep}
+    sets, was = anatomy.unit_sets(group), anatomy.unit_count(group)
+    counts = {int(kept.sum()) / s.multiple for s, kept in zip(sets, keep, strict=True)}
     if len(counts) != 1:
         raise ValueError(f"every block must keep the same number of units, not {sorted(counts)}")
-    count, was, cuts = counts.pop(), len(keep[0]), list[Cut]()
+    count = int(counts.pop())
     if count == was:
-        return cuts
-    for parts, kept in zip(anatomy.unit_linears(kind), keep, strict=True):
-        for part in parts:
-            cuts += _cut(part, part.lines(kept).nonzero().flatten())
-    set_unit_count(anatomy, kind, count, was)
+        return []
+    if anatomy.found is not None:
+        return _remove_found(anatomy, group, keep, count)
+    cuts = [
+        cut
+        for s, kept in zip(sets, keep, strict=True)
+        for part in s.parts
+        for cut in _cut(part, part.lines(kept).nonzero().flatten())
+    ]
+    set_unit_count(anatomy, group, count, was)
+    return cuts
+
+
+def _remove_found(anatomy: Anatomy, name: str, keep: list[Tensor], count: int) -> list[Cut]:
+    """Rebuilds a model without units of a found group; raises Refused where it is not what it was with zeros."""
+    model, units = anatomy.model, units_of(anatomy.model)
+    group = units.groups[name]
+    tokens, was = probe_tokens(model)[:1], group.count
+    for s, kept in zip(anatomy.unit_sets(name), keep, strict=True):
+        zero_units(s.parts, kept)
+    with evaluating(model):
+        wanted = model(input_ids=tokens, use_cache=False).logits
+    chosen, config, tensors = selections(model, group, keep), config_of(model, group, count), tensors_of(model)
+    cuts, places = list[Cut](), dict[int, Tensor]()
+    for tensor_name, of_tensor in chosen.items():
+        old = tensors[tensor_name]
+        new: Tensor = old.detach()
+        for selection in of_tensor:
+            new = selection.of(new)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new.contiguous(), requires_grad=old.requires_grad)
+            cuts.append(Cut(old, new, tuple(of_tensor)))
+        places[id(old)] = new
+    # A tied tensor has several names.
+    rebuild(model, config, {key: places.get(id(tensor), tensor) for key, tensor in tensors.items()})
+    note_count(anatomy, name, was)
+    forget_layout(model)
+    after_cut(model, units, name, count)
+    with evaluating(model):
+        found = model(input_ids=tokens, use_cache=False).logits
+    if not is_same(found, wanted):
+        raise Refused(
+            f"method.units: without {was - count} of {was} {LABELS[group.kind]} the {model.config.model_type} model is "
+            "not what it is with zeros in their place; give method.physical=false, which leaves zeros"
+        )
     return cuts
 
 
@@ -108,9 +161,9 @@ def take_shape(anatomy: Anatomy, shape: Shape) -> None:
     """Cuts a dense model to a shape, whatever its weights: those of a checkpoint are put in afterwards."""
     if shape.blocks != original_blocks(anatomy):
         keep_blocks(anatomy, shape.blocks)
-    for kind, count in shape.units.items():
-        first = torch.arange(anatomy.unit_count(kind)) < count
-        remove_units(anatomy, kind, [first for _ in anatomy.blocks])
+    for group, count in shape.units.items():
+        keep = [torch.arange(s.units) < s.multiple * count for s in anatomy.unit_sets(group)]
+        remove_units(anatomy, group, keep)
 
 
 def _cut(part: UnitLinear, index: Tensor) -> list[Cut]:
@@ -130,4 +183,4 @@ def _cut_parameter(linear: nn.Module, name: str, dim: int, index: Tensor) -> Cut
     old = linear.get_parameter(name)
     new = nn.Parameter(old.detach().index_select(dim, index).contiguous(), requires_grad=old.requires_grad)
     setattr(linear, name, new)
-    return Cut(old, new, dim, index)
+    return Cut(old, new, (Selection(dim, index),))

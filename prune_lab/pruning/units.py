@@ -69,17 +69,17 @@ def unit_scores(name: str, linears: list[UnitLinear], statistics: dict[str, Line
     return total
 
 
-def rows_of_table(anatomy: Anatomy, kind: str, total: int, count: int) -> list[LayerRow]:
+def rows_of_table(anatomy: Anatomy, group: str, total: int, count: int) -> list[LayerRow]:
     """Rows of the per-layer table, before shapes change: a unit owns an equal share of each of its Linears.
 
     total: units of the dense model. count: those that stay.
     """
-    rows, present = [], anatomy.unit_count(kind)
-    for linears in anatomy.unit_linears(kind):
-        for linear in linears:
-            owned = linear.linear.weight.numel()
-            if linear.side == "rows" and linear.linear.bias is not None:
-                owned += linear.linear.bias.numel()
-            unit = owned // present
-            rows.append(LayerRow(linear.name, unit * total, unit * (total - count)))
+    rows = []
+    for s in anatomy.unit_sets(group):
+        for part in s.parts:
+            owned = part.linear.weight.numel()
+            if part.side == "rows" and part.linear.bias is not None:
+                owned += part.linear.bias.numel()
+            unit = owned // s.units * s.multiple
+            rows.append(LayerRow(part.name, unit * total, unit * (total - count)))
     return rows

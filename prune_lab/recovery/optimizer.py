@@ -26,8 +26,7 @@ def follow(optimizer: torch.optim.Optimizer, model: Any, cuts: list[Cut]) -> Non
     for cut in cuts:
         state = optimizer.state.pop(cut.old, {})
         optimizer.state[cut.new] = {
-            key: value.index_select(cut.dim, cut.index) if value.shape == cut.old.shape else value
-            for key, value in state.items()
+            key: cut.of(value) if value.shape == cut.old.shape else value for key, value in state.items()
         }
     places, alive = {cut.old: cut.new for cut in cuts}, set(model.parameters())
     for group in optimizer.param_groups:

@@ -44,7 +44,7 @@ class Rewinder:
             return
         for cut in cuts:
             name = names[cut.new] = names[cut.old]
-            self.kept[name] = self.kept[name].index_select(cut.dim, cut.index.to(self.kept[name].device))
+            self.kept[name] = cut.of(self.kept[name])
         self.kept = {name: self.kept[names[weight]] for name, weight in model.named_parameters()}
 
     @torch.no_grad()
