@@ -31,10 +31,24 @@ def edited(config: Any, edit: Callable[[dict[str, Any]], None]) -> Any | None:
     """A config whose dictionary was changed by `edit`; None where its class does not take it."""
     data = copy.deepcopy(config.to_dict())
     edit(data)
+    with _silent():
+        try:
+            return type(config).from_dict(data)
+        except Exception:  # of any config class of transformers
+            return None
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Context in which transformers does not print what is wrong with a config that is but tried."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
     try:
-        return type(config).from_dict(data)
-    except Exception:  # of any config class of transformers
-        return None
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def skeleton(model: Any, config: Any) -> Any:
@@ -56,7 +70,7 @@ def skeleton(model: Any, config: Any) -> Any:
 def shapes(model: Any, config: Any) -> dict[str, tuple[int, ...]] | None:
     """Shapes of the tensors of a model of a config by name; None where its class cannot build it."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _silent():
             made = type(model)._from_config(config, dtype=model.dtype)
     except Exception:  # of any modelling code of transformers
         return None
