@@ -79,6 +79,11 @@ def layout_of(model: Any) -> Layout:
     return found
 
 
+def keep(model: Any, layout: Layout) -> None:
+    """Keeps with a model, which was rebuilt, the layout that it has now."""
+    model.__dict__[_KEPT] = layout
+
+
 def matrices_of(model: Any, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
     """The Linears and fused matrices of full names, each with its name."""
     layout: Layout | None = model.__dict__.get(_KEPT)
@@ -102,7 +107,7 @@ def _find(model: Any) -> Layout:
         matrices, left_alone, share = _find_matrices(model, blocks)
         layout = Layout(blocks, matrices, left_alone, share)
         model.__dict__[_KEPT] = layout  # the stream of blocks asks for it
-        facts = _is_one_by_one(model), _has_more_than_head(model), _decodes(model)
+        facts = _is_one_by_one(model), _has_more_than_head(model), decodes(model)
         return Layout(blocks, matrices, left_alone, share, *facts)
     except Refused:
         raise
@@ -130,7 +135,7 @@ def _check_causal(model: Any) -> None:
     other = tokens.clone()
     other[0, -1] = tokens[0, 0]
     of_both = [model(input_ids=text, use_cache=False).logits[:, :-1] for text in (tokens, other)]
-    if int(tokens[0, 0]) != int(tokens[0, -1]) and not _is_same(*of_both):
+    if int(tokens[0, 0]) != int(tokens[0, -1]) and not is_same(*of_both):
         raise Refused(
             f"model family {model.config.model_type!r}: a token changes what is predicted of those before it, so that "
             "its perplexity is none; if it is a decoder, its config.json needs is_decoder=true"
@@ -257,7 +262,7 @@ def _is_one_by_one(model: Any) -> bool:
         wanted = model(input_ids=tokens[:1], use_cache=False).logits
     except Exception:  # of any modelling code of transformers: then it is not
         return False
-    return _is_same(found, wanted)
+    return is_same(found, wanted)
 
 
 @torch.no_grad()
@@ -271,11 +276,11 @@ def _has_more_than_head(model: Any) -> bool:
         found = head_logits(model, states_before_head(model, tokens))
     except Exception:  # of any modelling code of transformers: then it has
         return True
-    return not _is_same(found, wanted)
+    return not is_same(found, wanted)
 
 
 @torch.no_grad()
-def _decodes(model: Any) -> bool:
+def decodes(model: Any) -> bool:
     """True where one token after the cache of those before it has the logits that it has in the whole text."""
     tokens = probe_tokens(model)[:1]
     try:
@@ -285,10 +290,10 @@ def _decodes(model: Any) -> bool:
         wanted = model(input_ids=tokens, use_cache=False).logits
     except Exception:  # of any modelling code of transformers: then it does not
         return False
-    return output.logits.shape[1] == 1 and _is_same(found[:, -1:], wanted[:, -1:])
+    return output.logits.shape[1] == 1 and is_same(found[:, -1:], wanted[:, -1:])
 
 
-def _is_same(found: Tensor, wanted: Tensor) -> bool:
+def is_same(found: Tensor, wanted: Tensor) -> bool:
     if found.shape != wanted.shape or not bool(torch.isfinite(wanted).all()):
         return False
     tolerance = 1e-4 if wanted.dtype == torch.float32 else 2e-2
