@@ -72,29 +72,28 @@ class Depth(Method):
     def check_model(self, anatomy: Anatomy, amounts: Iterable[float]) -> None:
         """Raises Refused where fewer blocks can go than one of the amounts asks for."""
         for amount in amounts:
-            self._removable(anatomy, _to_remove(anatomy, amount))
+            self._removable(anatomy, amount)
 
-    def _removable(self, anatomy: Anatomy, remove: int) -> list[int]:
-        """Blocks of which `remove` can go; raises Refused where that is too many."""
+    def _removable(self, anatomy: Anatomy, amount: float) -> list[int]:
+        """Blocks of which as many can go as a cumulative amount asks for; raises Refused where they are fewer."""
         from prune_lab.models.fewer_blocks import blocks_that_stay
         from prune_lab.models.resize import dense_count, original_blocks
         from prune_lab.pruning.block_importance import runs_among
 
-        count = len(anatomy.blocks)
+        count, remove = len(anatomy.blocks), _to_remove(anatomy, amount)
         if not remove or anatomy.found is None:
             return list(range(count))
         staying, numbers = blocks_that_stay(anatomy), original_blocks(anatomy)
         can_go = [index for index in range(count) if index not in staying]
-        runs = self.by == "angle"
-        if runs_among(can_go, remove) if runs else len(can_go) >= remove:
+        if runs_among(can_go, remove) if self.by == "angle" else len(can_go) >= remove:
             return can_go
-        words = "one after the other, " * runs
         first, reason = next(iter(staying.items()))
-        said = ", ".join(str(numbers[index]) for index in can_go) or "none"
+        row = " in a row" * (self.by == "angle")
+        said = f"only {', '.join(str(numbers[index]) for index in can_go)} can" if can_go else "none can"
         raise Refused(
-            f"method.amount: {remove} of {dense_count(anatomy, 'blocks')} blocks of a {anatomy.config.model_type} "
-            f"model, {words}are more than can go, which are, counted from 0: {said}. Block {numbers[first]} stays: "
-            f"{reason}. Give a smaller amount"
+            f"method.amount={amount:g} removes {remove}{row} of {dense_count(anatomy, 'blocks')} blocks, and of this "
+            f"{anatomy.config.model_type} model {said}, counted from 0. Block {numbers[first]} cannot: {reason}. "
+            "Give a smaller amount, or another method"
         )
 
     def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
@@ -107,7 +106,7 @@ class Depth(Method):
         assert calibrator is not None
         count, total = len(anatomy.blocks), dense_count(anatomy, "blocks")
         remove, of_refit, cuts = _to_remove(anatomy, amount), list[str](), list[Cut]()
-        among = self._removable(anatomy, remove)
+        among = self._removable(anatomy, amount)
         if remove:
             check_removable(anatomy.config)
             if self.refit != "none":

@@ -8,9 +8,9 @@ built as they were. So a block whose number or whose outputs enter what the othe
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,10 +85,9 @@ def _fewer_counted(key: str, value: int, count: int, kept: Sequence[int]) -> int
 
 def _unfolded(value: Sequence[Any]) -> list[Any] | None:
     """Entries of a list of (entries, times) pairs; None of any other list."""
-    if all(isinstance(p, list | tuple) and len(p) == 2 and isinstance(p[0], list | tuple) for p in value):
-        if all(isinstance(times, int) for _, times in value):
-            return [entry for entries, times in value for _ in range(times) for entry in entries]
-    return None
+    if not all(isinstance(p, list | tuple) and len(p) == 2 and isinstance(p[0], list | tuple) for p in value):
+        return None
+    return [entry for entries, times in value for _ in range(times) for entry in entries]
 
 
 def _are_numbers(key: str, value: Sequence[Any], count: int) -> bool:
@@ -125,12 +124,12 @@ def blocks_that_stay(anatomy: Anatomy) -> dict[int, str]:
 def _find_staying(anatomy: Anatomy) -> dict[int, str]:
     count, found_reasons = len(anatomy.blocks), dict[int, str]()
     try:
-        noise = _noise(anatomy)
+        whole = _whole(anatomy)
     except _StaysError as reason:
         return dict.fromkeys(range(count), str(reason))
     for block in range(count):
         try:
-            _without(anatomy, [block], noise)
+            _without(whole, [block])
         except _StaysError as reason:
             found_reasons[block] = str(reason)
     return found_reasons
@@ -143,11 +142,12 @@ def keep_found_blocks(anatomy: Anatomy, kept: Sequence[int]) -> list[Part]:
     """
     gone = [index for index in range(len(anatomy.blocks)) if index not in kept]
     try:
-        made, parts = _without(anatomy, gone, _noise(anatomy))
+        made, parts = _without(_whole(anatomy), gone)
     except _StaysError as reason:
         raise Refused(
-            f"method=depth: {named(gone)} of {len(anatomy.blocks)}, counted from 0, cannot be removed from a "
-            f"{anatomy.config.model_type} model together: {reason}. Give a smaller amount, or another method.by"
+            f"method=depth: {_named(gone)} of {len(anatomy.blocks)}, counted from 0, cannot be removed "
+            f"{'together ' * (len(gone) > 1)}from a {anatomy.config.model_type} model: {reason}. Give a smaller "
+            "amount, or another method.by"
         ) from reason
     assert anatomy.found is not None
     layout = _renumbered(anatomy.found, kept)
@@ -161,80 +161,93 @@ def keep_found_blocks(anatomy: Anatomy, kept: Sequence[int]) -> list[Part]:
     return parts
 
 
-def named(blocks: Sequence[int]) -> str:
+def _named(blocks: Sequence[int]) -> str:
     """Blocks as a message names them."""
     return f"block{'s' * (len(blocks) != 1)} {', '.join(map(str, blocks))}"
 
 
-@contextmanager
-def _evaluated(model: Any) -> Iterator[None]:
-    """Context without gradients in which a model is in eval mode."""
-    training = model.training
+@dataclass(frozen=True)
+class _Whole:
+    """The model built anew with all its blocks, in eval mode: what a smaller one is compared with.
+
+    Buffers are computed for both, as they are when an export is read; those of a model that was used may be rounded.
+    noise: the most by which logits of the probe differ when they are computed again, 0 on a CPU.
+    """
+
+    anatomy: Anatomy
+    noise: float
+
+
+@torch.no_grad()
+def _whole(anatomy: Anatomy) -> _Whole:
+    """Raises _StaysError where the config does not make the model."""
+    model, tokens, training = anatomy.model, found.probe_tokens(anatomy.model), anatomy.model.training
+    made, _ = _made(anatomy, range(len(anatomy.blocks)), others=True)
+    assert anatomy.found is not None
+    found.keep(made, anatomy.found)
+    first, again = _probed(made, anatomy.found.decodes), _probed(made, anatomy.found.decodes)
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        wanted = model(input_ids=tokens, use_cache=False).logits
     finally:
         model.train(training)
-
-
-def _noise(anatomy: Anatomy) -> float:
-    """The most by which logits of the probe differ where the model is rebuilt with all its blocks: 0 on a CPU.
-
-    Raises _StaysError where the config does not make the model.
-    """
-    model, tokens = anatomy.model, found.probe_tokens(anatomy.model)
-    with _evaluated(model):
-        wanted = model(input_ids=tokens, use_cache=False).logits
-        made, _ = _made(anatomy, range(len(anatomy.blocks)), others=True)
-        logits = made(input_ids=tokens, use_cache=False).logits
-    if not found.is_same(logits, wanted):
+    if not found.is_same(first[0], wanted, rebuild.loaded_dtype(model)):
         raise _StaysError("the model that its own config makes of its weights has other logits")
-    return float((logits - wanted).abs().max())
+    return _Whole(Anatomy(made), _apart(first, again))
 
 
-def _without(anatomy: Anatomy, gone: Sequence[int], noise: float) -> tuple[Any, list[Part]]:
+def _probed(model: Any, decodes: bool) -> list[Tensor]:
+    """Logits of the probe: of a whole text, and, of a model that decodes, of tokens after a cache."""
+    whole = model(input_ids=found.probe_tokens(model), use_cache=False).logits
+    return [whole, *(found.decoded(model) if decodes else ())]
+
+
+def _apart(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """The most by which logits differ."""
+    return max(
+        float((one - other).abs().max()) if one.shape == other.shape else math.inf
+        for one, other in zip(some, others, strict=True)
+    )
+
+
+@torch.no_grad()
+def _without(whole: _Whole, gone: Sequence[int]) -> tuple[Any, list[Part]]:
     """The model without some blocks, made anew with its tensors; raises _StaysError where it is not that."""
+    anatomy = whole.anatomy
+    assert anatomy.found is not None
     kept = [index for index in range(len(anatomy.blocks)) if index not in gone]
-    with _evaluated(anatomy.model):
-        wanted = _bypassed_logits(anatomy, gone)
-        try:
-            return _checked(anatomy, kept, wanted, noise, others=True)
-        except _StaysError as first:
-            try:
-                return _checked(anatomy, kept, wanted, noise, others=False)
-            except _StaysError:
-                raise first from None
-
-
-def _bypassed_logits(anatomy: Anatomy, gone: Sequence[int]) -> Tensor:
     try:
         with bypassed(anatomy, gone):
-            logits: Tensor = anatomy.model(input_ids=found.probe_tokens(anatomy.model), use_cache=False).logits
+            wanted = _probed(anatomy.model, anatomy.found.decodes)
     except Exception as error:  # of any modelling code of transformers
         raise _StaysError(f"the model does not run where states pass by it ({_said(error)})") from error
-    if not bool(logits.isfinite().all()):
+    if not all(bool(logits.isfinite().all()) for logits in wanted):
         raise _StaysError("without it the logits are not finite")
-    return logits
+    try:
+        return _checked(whole, kept, wanted, others=True)
+    except _StaysError as first:
+        try:
+            return _checked(whole, kept, wanted, others=False)
+        except _StaysError:
+            raise first from None
 
 
-def _checked(
-    anatomy: Anatomy, kept: Sequence[int], wanted: Tensor, noise: float, others: bool
-) -> tuple[Any, list[Part]]:
+def _checked(whole: _Whole, kept: Sequence[int], wanted: list[Tensor], others: bool) -> tuple[Any, list[Part]]:
+    """A model of the blocks that are kept that has the logits of the whole one with the rest bypassed."""
+    anatomy = whole.anatomy
     made, parts = _made(anatomy, kept, others)
     try:
-        logits = made(input_ids=found.probe_tokens(anatomy.model), use_cache=False).logits
+        logits = _probed(made, len(wanted) > 1)
     except Exception as error:  # of any modelling code of transformers
         raise _StaysError(f"the model does not run without it ({_said(error)})") from error
-    if logits.shape != wanted.shape or not float((logits - wanted).abs().max()) <= 4 * noise:
+    if not _apart(logits[:1], wanted[:1]) <= 4 * whole.noise:
         raise _StaysError(
             "without it the others compute something else: they use more of it than the states, or the number of a "
             "block or the count of blocks enters what they compute"
         )
-    _check_blocks(anatomy, made, kept)
-    assert anatomy.found is not None
-    if anatomy.found.decodes and not found.decodes(made):
+    if not _apart(logits, wanted) <= 4 * whole.noise:
         raise _StaysError("without it a text cannot be gone on with from the model's cache")
+    _check_blocks(anatomy, made, kept)
     return made, parts
 
 
@@ -266,8 +279,8 @@ def _check_owned(anatomy: Anatomy, kept: Sequence[int]) -> None:
     users = {id(parameter): index for index in kept for parameter in anatomy.blocks[index].parameters()}
     prefix = f"{anatomy.family.blocks}."
     for name, parameter in anatomy.model.named_parameters():  # under its first name alone
-        owner = name.removeprefix(prefix).partition(".")[0]
-        if name.startswith(prefix) and int(owner) not in kept and id(parameter) in users:
+        owner = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else None
+        if owner is not None and int(owner) not in kept and id(parameter) in users:
             raise _StaysError(f"block {users[id(parameter)]} has its tensors, too")
 
 
@@ -344,11 +357,7 @@ def _check_blocks(anatomy: Anatomy, made: Any, kept: Sequence[int]) -> None:
 def _plain(module: nn.Module) -> dict[str, Any]:
     """Values of a module's own attributes, as far as they are plain."""
     plain = bool | int | float | str | None
-    return {
-        key: value
-        for key, value in vars(module).items()
-        if not key.startswith("_") and isinstance(value, plain)
-    }
+    return {key: value for key, value in vars(module).items() if not key.startswith("_") and isinstance(value, plain)}
 
 
 def _renumbered(layout: found.Layout, kept: Sequence[int]) -> found.Layout:

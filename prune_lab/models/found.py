@@ -107,7 +107,7 @@ def _find(model: Any) -> Layout:
         matrices, left_alone, share = _find_matrices(model, blocks)
         layout = Layout(blocks, matrices, left_alone, share)
         model.__dict__[_KEPT] = layout  # the stream of blocks asks for it
-        facts = _is_one_by_one(model), _has_more_than_head(model), decodes(model)
+        facts = _is_one_by_one(model), _has_more_than_head(model), _decodes(model)
         return Layout(blocks, matrices, left_alone, share, *facts)
     except Refused:
         raise
@@ -280,21 +280,32 @@ def _has_more_than_head(model: Any) -> bool:
 
 
 @torch.no_grad()
-def decodes(model: Any) -> bool:
+def _decodes(model: Any) -> bool:
     """True where one token after the cache of those before it has the logits that it has in the whole text."""
-    tokens = probe_tokens(model)[:1]
     try:
-        output = model(input_ids=tokens[:, :-1], use_cache=True, logits_to_keep=1)
-        name = "cache" if hasattr(output, "cache") else "past_key_values"
-        found = model(input_ids=tokens[:, -1:], use_cache=True, **{name: getattr(output, name)}).logits
-        wanted = model(input_ids=tokens, use_cache=False).logits
+        before, last = decoded(model)
+        wanted = model(input_ids=probe_tokens(model)[:1], use_cache=False).logits
     except Exception:  # of any modelling code of transformers: then it does not
         return False
-    return output.logits.shape[1] == 1 and is_same(found[:, -1:], wanted[:, -1:])
+    return before.shape[1] == 1 and is_same(last, wanted[:, -1:])
 
 
-def is_same(found: Tensor, wanted: Tensor) -> bool:
+@torch.no_grad()
+def decoded(model: Any) -> tuple[Tensor, Tensor]:
+    """Logits of the last token but one of a text, and of the last one after the cache of those before it."""
+    tokens = probe_tokens(model)[:1]
+    output = model(input_ids=tokens[:, :-1], use_cache=True, logits_to_keep=1)
+    name = "cache" if hasattr(output, "cache") else "past_key_values"
+    last = model(input_ids=tokens[:, -1:], use_cache=True, **{name: getattr(output, name)}).logits
+    return output.logits, last[:, -1:]
+
+
+def is_same(found: Tensor, wanted: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """True for finite logits that differ as another order of additions in a number type makes them, or not at all.
+
+    dtype: the number type, by default their own.
+    """
     if found.shape != wanted.shape or not bool(torch.isfinite(wanted).all()):
         return False
-    tolerance = 1e-4 if wanted.dtype == torch.float32 else 2e-2
+    tolerance = 1e-4 if (dtype or wanted.dtype) == torch.float32 else 2e-2
     return float((found.float() - wanted.float()).abs().max()) <= tolerance * float(wanted.float().abs().max())

@@ -37,12 +37,18 @@ def edited(config: Any, edit: Callable[[dict[str, Any]], None]) -> Any | None:
         return None
 
 
+def loaded_dtype(model: Any) -> torch.dtype:
+    """Number type that a model was loaded in: a training changes that of its parameters, and leaves its buffers."""
+    dtype = model.config.dtype
+    return dtype if isinstance(dtype, torch.dtype) else model.dtype
+
+
 def skeleton(model: Any, config: Any) -> Any:
     """A model of the class of `model` made from another config, its parameters on meta, its buffers computed."""
     of = model.config
     # Parts of a config may have attention of kinds of their own.
     attention = {name: getattr(of, name)._attn_implementation for name in of.sub_configs if getattr(of, name, None)}
-    keys = {"dtype": model.dtype, "attn_implementation": {"": of._attn_implementation, **attention}}
+    keys = {"dtype": loaded_dtype(model), "attn_implementation": {"": of._attn_implementation, **attention}}
     experts = getattr(of.get_text_config(), "_experts_implementation", None)
     with weights_on_meta(), torch.random.fork_rng(devices=[]):
         made: Any = type(model)._from_config(config, **keys)
@@ -101,13 +107,14 @@ def assign(made: Any, tensors: Mapping[str, Tensor], device: torch.device) -> No
 
 def become(model: Any, made: Any) -> None:
     """Turns a model, the object stays, into the one that was made in its place, with its mode and hooks."""
-    training, checkpointed = model.training, bool(getattr(model, "is_gradient_checkpointing", False))
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # of older transformers
+    training, checkpointed = model.training, bool(getattr(model, f"is_{name}_checkpointing", False))
     model.__dict__.update(
         {key: value for key, value in made.__dict__.items() if key not in _STAY and "hook" not in key}
     )  # fmt: skip
     model.train(training)
     if checkpointed:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
 
 
 @contextmanager

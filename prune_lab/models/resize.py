@@ -51,9 +51,16 @@ def dense_sizes(anatomy: Anatomy) -> list[dict[str, int]]:
 
 def dense_name(anatomy: Anatomy, name: str) -> str:
     """Name in the dense model of a tensor of this one, whose blocks may have other numbers."""
+    number, prefix = block_of(anatomy, name), f"{anatomy.family.blocks}."
+    if number is None:
+        return name
+    return f"{prefix}{original_blocks(anatomy)[number]}{name.removeprefix(f'{prefix}{number}')}"
+
+
+def block_of(anatomy: Anatomy, name: str) -> int | None:
+    """Number of the block that a tensor or module is in by its full name; None of one that is in none."""
     prefix = f"{anatomy.family.blocks}."
-    number, dot, rest = name.removeprefix(prefix).partition(".")
-    return f"{prefix}{original_blocks(anatomy)[int(number)]}{dot}{rest}" if name.startswith(prefix) else name
+    return int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else None
 
 
 def set_unit_count(anatomy: Anatomy, kind: str, count: int, was: int) -> None:

@@ -157,9 +157,7 @@ def _places_whole(calibrator: Calibrator, anatomy: Anatomy) -> list[Tensor]:
     return [torch.cat(of_place) for of_place in found]
 
 
-def least_needed(
-    anatomy: Anatomy, remove: int, calibrator: Calibrator, among: Sequence[int], by: str
-) -> list[int]:
+def least_needed(anatomy: Anatomy, remove: int, calibrator: Calibrator, among: Sequence[int], by: str) -> list[int]:
     """Blocks in the order of their removal; each is the one without which the model loses least at that point.
 
     among: those that may go.
@@ -185,7 +183,9 @@ def least_needed(
             return losses
 
         for _ in range(remove):
-            losses = calibrator.remember(anatomy, "block_losses", {"dropped": dropped, "by": by, "left": left}, without_each)
+            losses = calibrator.remember(
+                anatomy, "block_losses", {"dropped": dropped, "by": by, "left": left}, without_each
+            )
             if not any(math.isfinite(loss) for loss in losses):
                 raise Refused(
                     f"method.by={by}: what the model loses without each block is not finite: its activations overflow; "
