@@ -89,7 +89,8 @@ class Depth(Method):
             return can_go
         first, reason = next(iter(staying.items()))
         row = " in a row" * (self.by == "angle")
-        said = f"only {', '.join(str(numbers[index]) for index in can_go)} can" if can_go else "none can"
+        blocks = f"block{'s' * (len(can_go) != 1)} {', '.join(str(numbers[index]) for index in can_go)}"
+        said = f"only {blocks} can" if can_go else "none can"
         raise Refused(
             f"method.amount={amount:g} removes {remove}{row} of {dense_count(anatomy, 'blocks')} blocks, and of this "
             f"{anatomy.config.model_type} model {said}, counted from 0. Block {numbers[first]} cannot: {reason}. "

@@ -40,6 +40,7 @@ def edited(config: Any, edit: Callable[[dict[str, Any]], None]) -> Any | None:
 def loaded_dtype(model: Any) -> torch.dtype:
     """Number type that a model was loaded in: a training changes that of its parameters, and leaves its buffers."""
     dtype = model.config.dtype
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype  # by name once it was saved
     return dtype if isinstance(dtype, torch.dtype) else model.dtype
 
 
