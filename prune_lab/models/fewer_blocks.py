@@ -220,9 +220,9 @@ def _without(whole: _Whole, gone: Sequence[int]) -> tuple[Any, list[Part]]:
         with bypassed(anatomy, gone):
             wanted = _probed(anatomy.model, anatomy.found.decodes)
     except Exception as error:  # of any modelling code of transformers
-        raise _StaysError(f"the model does not run where states pass by it ({_said(error)})") from error
+        raise _StaysError(f"the model does not run where the states pass by ({_said(error)})") from error
     if not all(bool(logits.isfinite().all()) for logits in wanted):
-        raise _StaysError("without it the logits are not finite")
+        raise _StaysError("the logits of what is left are not finite")
     try:
         return _checked(whole, kept, wanted, others=True)
     except _StaysError as first:
@@ -239,14 +239,14 @@ def _checked(whole: _Whole, kept: Sequence[int], wanted: list[Tensor], others: b
     try:
         logits = _probed(made, len(wanted) > 1)
     except Exception as error:  # of any modelling code of transformers
-        raise _StaysError(f"the model does not run without it ({_said(error)})") from error
+        raise _StaysError(f"what is left does not run ({_said(error)})") from error
     if not _apart(logits[:1], wanted[:1]) <= 4 * whole.noise:
         raise _StaysError(
-            "without it the others compute something else: they use more of it than the states, or the number of a "
-            "block or the count of blocks enters what they compute"
+            "what is left computes something else: it uses more of a block than the states, or the number of a block "
+            "or the count of blocks enters what is computed"
         )
     if not _apart(logits, wanted) <= 4 * whole.noise:
-        raise _StaysError("without it a text cannot be gone on with from the model's cache")
+        raise _StaysError("with what is left a text cannot be gone on with from the cache")
     _check_blocks(anatomy, made, kept)
     return made, parts
 
@@ -257,20 +257,20 @@ def _made(anatomy: Anatomy, kept: Sequence[int], others: bool) -> tuple[Any, lis
     _check_owned(anatomy, kept)
     config = rebuild.edited(anatomy.config, lambda data: fewer(data, count, kept, others))
     if config is None:
-        raise _StaysError("no config of its type says that it is gone")
+        raise _StaysError("the config cannot say which blocks are left")
     try:
         made = rebuild.skeleton(model, config)
     except Exception as error:  # of any modelling code of transformers
-        raise _StaysError(f"no model can be made of a config without it ({_said(error)})") from error
+        raise _StaysError(f"no model can be made of a config of what is left ({_said(error)})") from error
     blocks = len(made.get_submodule(anatomy.family.blocks))
     if blocks != len(kept):
-        raise _StaysError(f"its config does not say where it has the number of blocks: {blocks} are made without it")
+        raise _StaysError(f"the config does not say where it has the number of blocks: there would be {blocks}")
     tensors = _renamed(model, made, count, kept)
     parts = _take_parts(tensors, made, count, kept)
     try:
         rebuild.assign(made, tensors, model.device)
     except ValueError as error:
-        raise _StaysError(f"blocks of its config hold other tensors than those that are left: {error}") from error
+        raise _StaysError(str(error)) from error
     return made.eval(), parts
 
 
@@ -351,7 +351,7 @@ def _check_blocks(anatomy: Anatomy, made: Any, kept: Sequence[int]) -> None:
             for key, value in _plain(module).items():
                 if key in old and old[key] != value and _UNSEEN.search(key):
                     where = f"{name}.{key}" if name else key
-                    raise _StaysError(f"without it block {index} would have {where}={value} in place of {old[key]}")
+                    raise _StaysError(f"block {index} would have {where}={value} in place of {old[key]}")
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:

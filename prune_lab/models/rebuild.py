@@ -95,7 +95,7 @@ def assign(made: Any, tensors: Mapping[str, Tensor], device: torch.device) -> No
     differing = [name for name in wanted.keys() | tensors.keys() if name not in wanted or name not in tensors]
     differing += [name for name, shape in wanted.items() if name in tensors and tensors[name].shape != shape]
     if differing:
-        raise ValueError(f"a model of the new config has other tensors: {', '.join(sorted(differing)[:3])}")
+        raise ValueError(f"a model of the config has not the same tensors: {', '.join(sorted(differing)[:3])}")
     for name, module in made.named_modules():
         prefix = f"{name}." if name else ""
         for key, parameter in module._parameters.items():

@@ -49,6 +49,11 @@ def _cosines(was: Tensor, now: Tensor) -> Tensor:
     return torch.cosine_similarity(was.float(), now.float(), dim=1)
 
 
+def by_token(states: Tensor) -> Tensor:
+    """States of a batch, of which a token may have several (hyper-connections), as (tokens, numbers of a token)."""
+    return states.flatten(0, 1).flatten(1)
+
+
 def can_stream(anatomy: Anatomy) -> bool:
     """True where blocks can be called one by one."""
     return anatomy.found is None or anatomy.found.one_by_one
@@ -86,7 +91,7 @@ def _of_each_block(calibrator: Calibrator, anatomy: Anatomy) -> list[float]:
         cosines = defaultdict[int, list[Tensor]](list)
 
         def look(block: int, was: Tensor, now: Tensor) -> None:
-            cosines[block].append(_cosines(was.flatten(0, -2), now.flatten(0, -2)))
+            cosines[block].append(_cosines(by_token(was), by_token(now)))
 
         _in_whole_passes(calibrator, anatomy, "block influence", look)
         return [1 - float(torch.cat(cosines[block]).double().mean()) for block in range(len(anatomy.blocks))]
@@ -97,7 +102,7 @@ def _of_each_block(calibrator: Calibrator, anatomy: Anatomy) -> list[float]:
             before = [stream.states[number] for number in range(len(stream.states))]
             calibrator.forward(stream, index, bar, keep=True)
             pairs = ((was, stream.states[number]) for number, was in enumerate(before))
-            found.append(influence((was.flatten(0, 1), now.flatten(0, 1)) for was, now in pairs))
+            found.append(influence((by_token(was), by_token(now)) for was, now in pairs))
     return found
 
 
@@ -133,7 +138,7 @@ def _places(calibrator: Calibrator, anatomy: Anatomy) -> list[Tensor]:
     stream, count = BlockStream(anatomy, calibrator.windows, calibrator.batch_size), len(anatomy.blocks)
 
     def last_tokens() -> Tensor:
-        return torch.cat([stream.states[number][:, -1].double() for number in range(len(stream.states))])
+        return torch.cat([stream.states[number][:, -1].flatten(1).double() for number in range(len(stream.states))])
 
     places = [last_tokens()]
     with calibrator.console.progress(count * calibrator.windows.numel(), "angles of blocks", unit="tok") as bar:
@@ -149,9 +154,9 @@ def _places_whole(calibrator: Calibrator, anatomy: Anatomy) -> list[Tensor]:
     found = [list[Tensor]() for _ in range(count + 1)]
 
     def look(block: int, was: Tensor, now: Tensor) -> None:
-        found[block].append(was[:, -1].double())
+        found[block].append(was[:, -1].flatten(1).double())
         if block == count - 1:
-            found[count].append(now[:, -1].double())
+            found[count].append(now[:, -1].flatten(1).double())
 
     _in_whole_passes(calibrator, anatomy, "angles of blocks", look)
     return [torch.cat(of_place) for of_place in found]
