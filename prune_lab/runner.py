@@ -25,9 +25,9 @@ from prune_lab.measure.timing import Timings, measure_timings
 from prune_lab.models.anatomy import Anatomy, scope_of
 from prune_lab.models.load import Loaded
 from prune_lab.models.offload.on_disk import weights_on_disk
+from prune_lab.models.resize import block_of, original_blocks
 from prune_lab.out_of_memory import explained
 from prune_lab.pruning.calibration import Calibrator
-from prune_lab.pruning.pruned import Pruned
 from prune_lab.results import outcome, run_warnings, samples
 from prune_lab.results.card import is_card_of, model_card
 from prune_lab.results.summary import Summary
@@ -58,6 +58,8 @@ def run(parts: Parts, config: dict[str, Any], context: JobContext, console: Cons
         return _helped(summary, context)
     if finished is not None:
         return _enter_again(parts, finished, summary, context)
+    amounts = [event.amount for event in pruning_events(parts)[0]]
+    parts.method.check_model(Anatomy(evaluator.dense.model), amounts)
 
     with (
         parts.tracking.start_run(parts.settings.name, summary, context) as log,
@@ -81,7 +83,7 @@ def run(parts: Parts, config: dict[str, Any], context: JobContext, console: Cons
             reading = parts.export.reading(compressed.loaded)
             card = model_card(summary, evaluator.dense.name, context.command, reading)
             write_text(_export_of(context.folder) / "README.md", card)
-        files = _write_files(context.folder, compressed.pruned, evaluator.dense)
+        files = _write_files(context.folder, compressed, evaluator.dense)
         if evaluator.prompts is not None:
             files.append(write_text(context.folder / samples.FILE, samples.markdown(texts, evaluator.prompts.said)))
         log.result(summary, [summary.write(context.folder), *files])  # it is safe before it is tracked
@@ -102,8 +104,7 @@ def _resolve_device(parts: Parts) -> Device:
 
 def _open(parts: Parts, context: JobContext, device: Device, console: Console) -> Evaluator:
     """The dense model and its text."""
-    amounts = [event.amount for event in pruning_events(parts)[0]]
-    parts.method.check(parts.model.config(), amounts)
+    parts.method.check(parts.model.config(), [event.amount for event in pruning_events(parts)[0]])
     console.note("loading model and text")
     seed_of_weights = parts.settings.seed if parts.model.weights == "random" else 0
     evaluator = open_evaluator(parts.model, parts.dataset, parts.measure, device, seed_of_weights, console)
@@ -112,7 +113,6 @@ def _open(parts: Parts, context: JobContext, device: Device, console: Console) -
     if (layout := Anatomy(evaluator.dense.model).found) is not None:
         checkpointing = bool(getattr(evaluator.dense.model, "supports_gradient_checkpointing", False))
         check_found_layout(parts, context.choices, evaluator.dense.family, layout, checkpointing)
-    parts.method.check_model(Anatomy(evaluator.dense.model), amounts)
     return evaluator
 
 
@@ -227,16 +227,22 @@ def _saved(loaded: Loaded, run_folder: Path, export: Export) -> Iterator[Path]:
         yield folder
 
 
-def _write_files(folder: Path, pruned: Pruned, dense: Loaded) -> list[Path]:
-    """layers.csv, what was removed from each Linear and what was left alone; and the files that the method leaves."""
-    left = {} if dense.is_low_bit else scope_of(Anatomy(dense.model)).left_alone
+def _write_files(folder: Path, compressed: Compressed, dense: Loaded) -> list[Path]:
+    """layers.csv, what was removed from each Linear and what was left alone; and the files that the method leaves.
+
+    What was left alone goes with its block all the same.
+    """
+    pruned, anatomy = compressed.pruned, Anatomy(dense.model)
+    left = {} if dense.is_low_bit else scope_of(anatomy).left_alone
+    blocks = original_blocks(Anatomy(compressed.loaded.model)) if left else []
     path = folder / "layers.csv"
     with atomic_write(path) as half, half.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, ["layer", "before", "removed", "left_alone"], restval="")
         table.writeheader()
         table.writerows(asdict(row) for row in pruned.rows)
         for name, (reason, weights) in left.items():
-            table.writerow({"layer": name, "before": weights, "removed": 0, "left_alone": reason})
+            removed = 0 if block_of(anatomy, name) in blocks else weights
+            table.writerow({"layer": name, "before": weights, "removed": removed, "left_alone": reason})
     for name, content in pruned.files.items():
         with atomic_write(folder / name) as half:
             half.write_bytes(content)

@@ -49,7 +49,10 @@ class Method:
         """
 
     def check_model(self, anatomy: Anatomy, amounts: Iterable[float]) -> None:
-        """Raises Refused for one of the cumulative amounts that the dense model, which is there now, cannot lose."""
+        """Raises Refused where a model cannot lose one of the cumulative amounts.
+
+        Asked of the dense model once it is loaded, before anything is measured.
+        """
 
     def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
         """Removes, in place, `amount` of what the dense model had in scope; raises Refused where it cannot.

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from prune_lab.errors import Refused
 from prune_lab.methods.base import Method
-from prune_lab.models.anatomy import check_described
+from prune_lab.models.anatomy import FAMILIES
 from prune_lab.pruning.pruned import LayerRow, Pruned
 
 if TYPE_CHECKING:
@@ -52,44 +53,84 @@ class Depth(Method):
         return int(max(of_block[-1].weight.shape[1] for of_block in anatomy.unit_linears("mlp")))
 
     def check(self, config: Any, amounts: Iterable[float]) -> None:
-        """Raises Refused where the family is not described, or a block's number is part of what it computes."""
+        """Raises Refused where a block's number is part of what it computes, or a refit is not for the family."""
         from prune_lab.models.resize import check_removable
         from prune_lab.pruning.selection import count_to_remove
 
-        check_described(config, "method=depth")
+        if config.model_type not in FAMILIES:  # which blocks can go is seen once the model is there
+            if self.refit != "none":
+                raise Refused(
+                    f"method.refit={self.refit}: which matrix of a block is the last of its MLP is known of the "
+                    f"families {', '.join(sorted(FAMILIES))}, and not of {config.model_type} models: give "
+                    "method.refit=none"
+                )
+            return
         count = config.num_hidden_layers
         if any(min(count - 1, count_to_remove(count, amount)) for amount in amounts):
             check_removable(config)
 
+    def check_model(self, anatomy: Anatomy, amounts: Iterable[float]) -> None:
+        """Raises Refused where fewer blocks can go than one of the amounts asks for."""
+        for amount in amounts:
+            self._removable(anatomy, amount)
+
+    def _removable(self, anatomy: Anatomy, amount: float) -> list[int]:
+        """Blocks of which as many can go as a cumulative amount asks for; raises Refused where they are fewer."""
+        from prune_lab.models.fewer_blocks import blocks_that_stay
+        from prune_lab.models.resize import dense_count, original_blocks
+        from prune_lab.pruning.block_importance import runs_among
+
+        count, remove = len(anatomy.blocks), _to_remove(anatomy, amount)
+        if not remove or anatomy.found is None:
+            return list(range(count))
+        staying, numbers = blocks_that_stay(anatomy), original_blocks(anatomy)
+        can_go = [index for index in range(count) if index not in staying]
+        if runs_among(can_go, remove) if self.by == "angle" else len(can_go) >= remove:
+            return can_go
+        first, reason = next(iter(staying.items()))
+        row = " in a row" * (self.by == "angle")
+        blocks = f"block{'s' * (len(can_go) != 1)} {', '.join(str(numbers[index]) for index in can_go)}"
+        said = f"only {blocks} can" if can_go else "none can"
+        raise Refused(
+            f"method.amount={amount:g} removes {remove}{row} of {dense_count(anatomy, 'blocks')} blocks, and of this "
+            f"{anatomy.config.model_type} model {said}, counted from 0. Block {numbers[first]} cannot: {reason}. "
+            "Give a smaller amount, or another method"
+        )
+
     def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
         """Removes blocks from the model and returns the table of what was removed."""
-        from prune_lab.models.resize import check_removable, dense_count, keep_blocks, original_blocks
+        from prune_lab.models.cuts import Cut
+        from prune_lab.models.resize import check_removable, dense_count, dense_sizes, keep_blocks, original_blocks
         from prune_lab.pruning.block_importance import least_distant, least_influential, least_needed
         from prune_lab.pruning.depth_refit import check_repairable, refit_before
-        from prune_lab.pruning.selection import count_to_remove
 
         assert calibrator is not None
         count, total = len(anatomy.blocks), dense_count(anatomy, "blocks")
-        remove, of_refit = max(0, count - max(1, total - count_to_remove(total, amount))), list[str]()
+        remove, of_refit, cuts = _to_remove(anatomy, amount), list[str](), list[Cut]()
+        among = self._removable(anatomy, amount)
         if remove:
             check_removable(anatomy.config)
             if self.refit != "none":
                 check_repairable(anatomy, calibrator)
             least = {"bi": least_influential, "angle": least_distant}.get(self.by) or partial(least_needed, by=self.by)
-            dropped = least(anatomy, remove, calibrator)
+            dropped = least(anatomy, remove, calibrator, among)
             if self.refit != "none":
                 of_refit = refit_before(anatomy, dropped, calibrator)
-            keep_blocks(anatomy, [index for index in range(count) if index not in dropped])
+            cuts = keep_blocks(anatomy, [index for index in range(count) if index not in dropped])
         gone = [index for index in range(total) if index not in original_blocks(anatomy)]
         warnings = [f"blocks removed of {total}, counted from 0: {', '.join(map(str, gone))}"] if gone else []
-        return Pruned(_rows(anatomy, total, gone), warnings=warnings + of_refit)
+        rows = [
+            LayerRow(name, size, size if index in gone else 0)
+            for index, of_block in enumerate(dense_sizes(anatomy))
+            for name, size in of_block.items()
+        ]
+        return Pruned(rows, warnings=warnings + of_refit, cuts=cuts)
 
 
-def _rows(anatomy: Anatomy, total: int, gone: list[int]) -> list[LayerRow]:
-    """The per-layer table of the dense model, in which all blocks are alike."""
-    of_block = [(name.split(".0.", 1), linear.weight.numel()) for name, linear in anatomy.linears_by_block()[0]]
-    return [
-        LayerRow(f"{before}.{index}.{after}", size, size if index in gone else 0)
-        for index in range(total)
-        for (before, after), size in of_block
-    ]
+def _to_remove(anatomy: Anatomy, amount: float) -> int:
+    """Blocks that go now, for a cumulative amount of those of the dense model; at least one stays."""
+    from prune_lab.models.resize import dense_count
+    from prune_lab.pruning.selection import count_to_remove
+
+    total = dense_count(anatomy, "blocks")
+    return max(0, len(anatomy.blocks) - max(1, total - count_to_remove(total, amount)))

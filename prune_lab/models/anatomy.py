@@ -299,6 +299,11 @@ class Anatomy:
 
     def __init__(self, model: Any, dense: DenseCache | None = None) -> None:
         self.model, self._dense = model, dense
+        self.look()
+
+    def look(self) -> None:
+        """Takes config and layout from the model, again after it was rebuilt."""
+        model = self.model
         self.config = model.config
         self.found = None if model.config.model_type in FAMILIES else _layout_of(model)
         self.family = family_of(model.config.model_type) if self.found is None else Family(self.found.blocks, {})

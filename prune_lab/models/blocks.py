@@ -131,13 +131,25 @@ def recorded(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tenso
             hook.remove()
 
 
+def states_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """States that a block is called with."""
+    states: Tensor = args[0] if args else kwargs["hidden_states"]
+    return states
+
+
+def states_in(out: Any) -> Tensor:
+    """States that a block returns, alone or first among others."""
+    states: Tensor = out[0] if isinstance(out, tuple | list) else out
+    return states
+
+
 @contextmanager
 def bypassed(anatomy: Anatomy, blocks: Collection[int]) -> Iterator[None]:
     """Context in which the states pass these blocks unchanged, as if removed (without a key-value cache)."""
 
     def undo(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        states = args[0] if args else kwargs["hidden_states"]
-        return (states, *out[1:]) if isinstance(out, tuple) else states
+        states = states_of(args, kwargs)
+        return type(out)((states, *out[1:])) if type(out) in (tuple, list) else states
 
     hooks = [anatomy.blocks[index].register_forward_hook(undo, with_kwargs=True) for index in blocks]
     try:

@@ -85,6 +85,11 @@ def forget_layout(model: Any) -> None:
     model.__dict__.pop(_KEPT, None)
 
 
+def keep(model: Any, layout: Layout) -> None:
+    """Keeps with a model, which was rebuilt, the layout that it has now."""
+    model.__dict__[_KEPT] = layout
+
+
 def matrices_of(model: Any, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
     """The Linears and fused matrices of full names, each with its name."""
     layout: Layout | None = model.__dict__.get(_KEPT)
@@ -295,19 +300,30 @@ def _has_more_than_head(model: Any) -> bool:
 @torch.no_grad()
 def _decodes(model: Any) -> bool:
     """True where one token after the cache of those before it has the logits that it has in the whole text."""
-    tokens = probe_tokens(model)[:1]
     try:
-        output = model(input_ids=tokens[:, :-1], use_cache=True, logits_to_keep=1)
-        name = "cache" if hasattr(output, "cache") else "past_key_values"
-        found = model(input_ids=tokens[:, -1:], use_cache=True, **{name: getattr(output, name)}).logits
-        wanted = model(input_ids=tokens, use_cache=False).logits
+        before, last = decoded(model)
+        wanted = model(input_ids=probe_tokens(model)[:1], use_cache=False).logits
     except Exception:  # of any modelling code of transformers: then it does not
         return False
-    return output.logits.shape[1] == 1 and is_same(found[:, -1:], wanted[:, -1:])
+    return before.shape[1] == 1 and is_same(last, wanted[:, -1:])
 
 
-def is_same(found: Tensor, wanted: Tensor) -> bool:
+@torch.no_grad()
+def decoded(model: Any) -> tuple[Tensor, Tensor]:
+    """Logits of the last token but one of a text, and of the last one after the cache of those before it."""
+    tokens = probe_tokens(model)[:1]
+    output = model(input_ids=tokens[:, :-1], use_cache=True, logits_to_keep=1)
+    name = "cache" if hasattr(output, "cache") else "past_key_values"
+    last = model(input_ids=tokens[:, -1:], use_cache=True, **{name: getattr(output, name)}).logits
+    return output.logits, last[:, -1:]
+
+
+def is_same(found: Tensor, wanted: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """True for finite logits that differ as another order of additions in a number type makes them, or not at all.
+
+    dtype: the number type, by default their own.
+    """
     if found.shape != wanted.shape or not bool(torch.isfinite(wanted).all()):
         return False
-    tolerance = 1e-4 if wanted.dtype == torch.float32 else 2e-2
+    tolerance = 1e-4 if (dtype or wanted.dtype) == torch.float32 else 2e-2
     return float((found.float() - wanted.float()).abs().max()) <= tolerance * float(wanted.float().abs().max())

@@ -51,14 +51,19 @@ def _silent() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
+def loaded_dtype(model: Any) -> torch.dtype:
+    """Number type that a model was loaded in: a training changes that of its parameters, and leaves its buffers."""
+    dtype = model.config.dtype
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype  # by name once it was saved
+    return dtype if isinstance(dtype, torch.dtype) else model.dtype
+
+
 def skeleton(model: Any, config: Any) -> Any:
     """A model of the class of `model` made from another config, its parameters on meta, its buffers computed."""
     of = model.config
-    parts = {key: getattr(of, key, None) for key in of.sub_configs}
-    attention = {"": of._attn_implementation} | {
-        key: part._attn_implementation for key, part in parts.items() if part is not None
-    }
-    keys = {"dtype": model.dtype, "attn_implementation": attention}
+    # Parts of a config may have attention of kinds of their own.
+    attention = {name: getattr(of, name)._attn_implementation for name in of.sub_configs if getattr(of, name, None)}
+    keys = {"dtype": loaded_dtype(model), "attn_implementation": {"": of._attn_implementation, **attention}}
     experts = getattr(of.get_text_config(), "_experts_implementation", None)
     with weights_on_meta(), torch.random.fork_rng(devices=[]):
         made: Any = type(model)._from_config(config, **keys)
@@ -96,12 +101,22 @@ def rebuild(model: Any, config: Any, tensors: Mapping[str, Tensor]) -> None:
 
     Raises ValueError where names or shapes differ from those of the config's model: then it is as before.
     """
-    made, device, training = skeleton(model, config), model.device, model.training
+    made = skeleton(model, config)
+    assign(made, tensors, model.device)
+    become(model, made)
+
+
+@torch.no_grad()
+def assign(made: Any, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Puts parameters, the objects themselves, and stored buffers into a skeleton, whose own buffers move to a device.
+
+    Raises ValueError where its names or shapes are others.
+    """
     wanted = {name: tensor.shape for name, tensor in made.state_dict().items()}
     differing = [name for name in wanted.keys() | tensors.keys() if name not in wanted or name not in tensors]
     differing += [name for name, shape in wanted.items() if name in tensors and tensors[name].shape != shape]
     if differing:
-        raise ValueError(f"a model of the new config has other tensors: {', '.join(sorted(differing)[:3])}")
+        raise ValueError(f"a model of the config has not the same tensors: {', '.join(sorted(differing)[:3])}")
     for name, module in made.named_modules():
         prefix = f"{name}." if name else ""
         for key, parameter in module._parameters.items():
@@ -110,13 +125,18 @@ def rebuild(model: Any, config: Any, tensors: Mapping[str, Tensor]) -> None:
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[key] = tensors.get(prefix + key, buffer).to(device)
-    checkpointed = bool(getattr(model, "is_gradient_checkpointing", False))
+
+
+def become(model: Any, made: Any) -> None:
+    """Turns a model, the object stays, into the one that was made in its place, with its mode and hooks."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # of older transformers
+    training, checkpointed = model.training, bool(getattr(model, f"is_{name}_checkpointing", False))
     model.__dict__.update(
         {key: value for key, value in made.__dict__.items() if key not in _STAY and "hook" not in key}
     )  # fmt: skip
     model.train(training)
     if checkpointed:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
 
 
 @contextmanager

@@ -9,8 +9,11 @@ from torch import nn
 
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.cuts import Cut
+from prune_lab.models.fewer_blocks import keep_found_blocks
 
-_DENSE, _BLOCKS = "_dense_counts", "_original_blocks"  # kept with a model while it is pruned; in no export
+# Kept with a model while it is pruned; in no export.
+_DENSE, _BLOCKS, _SIZES = "_dense_counts", "_original_blocks", "_dense_sizes"
 
 _PER_BLOCK = ("layer_types",)  # settings with one entry for each block, in the families of models/anatomy.py
 
@@ -47,6 +50,28 @@ def note_count(anatomy: Anatomy, group: str, was: int) -> None:
     anatomy.model.__dict__.setdefault(_DENSE, {}).setdefault(group, was)
 
 
+def dense_sizes(anatomy: Anatomy) -> list[dict[str, int]]:
+    """Weights of each prunable matrix by name, for each block, before blocks were removed."""
+    kept: list[dict[str, int]] | None = anatomy.model.__dict__.get(_SIZES)
+    if kept is not None:
+        return kept
+    return [{name: linear.weight.numel() for name, linear in of_block} for of_block in anatomy.linears_by_block()]
+
+
+def dense_name(anatomy: Anatomy, name: str) -> str:
+    """Name in the dense model of a tensor of this one, whose blocks may have other numbers."""
+    number, prefix = block_of(anatomy, name), f"{anatomy.family.blocks}."
+    if number is None:
+        return name
+    return f"{prefix}{original_blocks(anatomy)[number]}{name.removeprefix(f'{prefix}{number}')}"
+
+
+def block_of(anatomy: Anatomy, name: str) -> int | None:
+    """Number of the block that a tensor or module is in by its full name; None of one that is in none."""
+    prefix = f"{anatomy.family.blocks}."
+    return int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else None
+
+
 def set_unit_count(anatomy: Anatomy, kind: str, count: int, was: int) -> None:
     """Writes a new unit count into the config, and into the modules that keep a copy of it; `was` is the old one."""
     note_count(anatomy, kind, was)
@@ -71,20 +96,33 @@ def check_removable(config: Any) -> None:
         )
 
 
-def keep_blocks(anatomy: Anatomy, kept: list[int]) -> None:
+def keep_blocks(anatomy: Anatomy, kept: list[int]) -> list[Cut]:
     """Keeps the blocks with these indices, in order, renumbered, and writes their number into the config.
 
     The key-value cache goes by a block's number. Settings with one entry for each block keep those of the blocks.
-    Raises Refused where a block's number is part of what it computes.
+    Returns what lost a part outside of the blocks, in layouts that were found. Raises Refused where a block's number is
+    part of what it computes.
     """
-    blocks, config, original = anatomy.blocks, anatomy.config, original_blocks(anatomy)
-    check_removable(config)
+    blocks, original, parts = anatomy.blocks, original_blocks(anatomy), list[Cut]()
+    sizes = dense_sizes(anatomy)
+    check_removable(anatomy.config)
+    if anatomy.found is not None:
+        parts = keep_found_blocks(anatomy, kept)
+    else:
+        _keep_described(anatomy, kept)
+    kept_with = anatomy.model.__dict__
+    kept_with.setdefault(_DENSE, {}).setdefault("blocks", len(blocks))
+    kept_with[_SIZES] = sizes
+    kept_with[_BLOCKS] = [original[index] for index in kept]
+    return parts
+
+
+def _keep_described(anatomy: Anatomy, kept: list[int]) -> None:
+    blocks, config = anatomy.blocks, anatomy.config
     for name in _PER_BLOCK:
         if (value := getattr(config, name, None)) is not None:
             setattr(config, name, type(value)(value[index] for index in kept))
     config.num_hidden_layers = len(kept)
-    anatomy.model.__dict__.setdefault(_DENSE, {}).setdefault("blocks", len(blocks))
-    anatomy.model.__dict__[_BLOCKS] = [original[index] for index in kept]
     parent, _, last = anatomy.family.blocks.rpartition(".")
     setattr(anatomy.model.get_submodule(parent), last, nn.ModuleList(blocks[index] for index in kept))
     for number, block in enumerate(anatomy.blocks):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,27 +10,12 @@ import torch
 from torch import Tensor
 
 from prune_lab.models.anatomy import LABELS
+from prune_lab.models.cuts import Selection, selected
 from prune_lab.models.found import is_same, layout_of, probe_tokens
 from prune_lab.models.rebuild import rebuilt, skeleton, tensors_of
 from prune_lab.models.unit_fields import can_hold, config_of
 from prune_lab.models.unit_probe import Calls, generic
 from prune_lab.models.unit_sets import FoundGroup, FoundSet, dimension, unit_of_line
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What stays of a tensor along a dimension: `index` (kept,), or (parts, kept) with one for each part of dim 0."""
-
-    dim: int
-    index: Tensor
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """That part of a tensor, contiguous."""
-        index = self.index.to(tensor.device)
-        if index.dim() == 1:
-            return tensor.index_select(self.dim, index)
-        parts = [part.index_select(self.dim - 1, of) for part, of in zip(tensor, index, strict=True)]
-        return torch.stack(parts)
 
 
 def selections(model: Any, group: FoundGroup, keep: list[Tensor]) -> dict[str, list[Selection]]:
@@ -72,8 +56,7 @@ def cut_tensors(model: Any, chosen: dict[str, list[Selection]]) -> dict[str, Ten
     """The tensors of a model by name, cut where something is chosen, else the objects themselves."""
     found = tensors_of(model)
     for name, of_tensor in chosen.items():
-        for selection in of_tensor:
-            found[name] = selection.of(found[name].detach())
+        found[name] = selected(found[name].detach(), tuple(of_tensor))
     return found
 
 
@@ -145,8 +128,7 @@ def _filled(made: Any, model: Any, path: str, chosen: dict[str, list[Selection]]
                 module._buffers[key] = made_here.to(tensor.device)
                 continue
             value = tensor.detach()
-            for selection in chosen.get(prefix + key, ()):
-                value = selection.of(value)
+            value = selected(value, tuple(chosen.get(prefix + key, ())))
             (module._buffers if is_buffer else module._parameters)[key] = (
                 value if is_buffer else torch.nn.Parameter(value, requires_grad=False)
             )

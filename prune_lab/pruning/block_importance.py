@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -13,16 +15,16 @@ from torch import Tensor
 from prune_lab.errors import Refused
 from prune_lab.measure.divergence import position_divergences
 from prune_lab.models.anatomy import Anatomy
-from prune_lab.models.blocks import BlockStream, bypassed
+from prune_lab.models.blocks import BlockStream, bypassed, states_in, states_of
 from prune_lab.models.loss import by_chunks, logits_of, target_states
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.loss_increase import WINDOWS
 
 
-def least_influential(anatomy: Anatomy, remove: int, calibrator: Calibrator) -> list[int]:
-    """The `remove` blocks of lowest influence, the first ones among equals."""
+def least_influential(anatomy: Anatomy, remove: int, calibrator: Calibrator, among: Sequence[int]) -> list[int]:
+    """The `remove` blocks of lowest influence `among` some, the first ones among equals."""
     influence = block_influence(calibrator, anatomy)
-    return sorted(range(len(influence)), key=lambda index: (influence[index], index))[:remove]
+    return sorted(among, key=lambda index: (influence[index], index))[:remove]
 
 
 def block_influence(calibrator: Calibrator, anatomy: Anatomy) -> list[float]:
@@ -39,12 +41,60 @@ def block_influence(calibrator: Calibrator, anatomy: Anatomy) -> list[float]:
 
 def influence(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     """1 - mean cosine between rows of the first and second of each pair, both of shape (tokens, hidden)."""
-    cosines = [torch.cosine_similarity(was.float(), now.float(), dim=1) for was, now in pairs]
+    cosines = [_cosines(was, now) for was, now in pairs]
     return 1 - float(torch.cat(cosines).double().mean())
+
+
+def _cosines(was: Tensor, now: Tensor) -> Tensor:
+    return torch.cosine_similarity(was.float(), now.float(), dim=1)
+
+
+def by_token(states: Tensor) -> Tensor:
+    """States of a batch, of which a token may have several (hyper-connections), as (tokens, numbers of a token)."""
+    return states.flatten(0, 1).flatten(1)
+
+
+def can_stream(anatomy: Anatomy) -> bool:
+    """True where blocks can be called one by one."""
+    return anatomy.found is None or anatomy.found.one_by_one
+
+
+def _in_whole_passes(
+    calibrator: Calibrator, anatomy: Anatomy, what: str, look: Callable[[int, Tensor, Tensor], None]
+) -> None:
+    """Passes the windows through the whole model; `look` is told of each block's states before and behind it."""
+    model, hooks = anatomy.model, list[Any]()
+
+    def hook(index: int, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        look(index, states_of(args, kwargs), states_in(out))
+
+    few = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    for index, block in enumerate(anatomy.blocks):
+        of_block = partial(hook, index)
+        hooks.append(
+            block.register_forward_hook(lambda _, args, kw, out, of=of_block: of(args, kw, out), with_kwargs=True)
+        )
+    try:
+        with calibrator.console.progress(calibrator.windows.numel(), what, unit="tok") as bar:
+            for batch in calibrator.windows.split(calibrator.batch_size):
+                with torch.autocast(model.device.type, torch.bfloat16, enabled=calibrator.bfloat16):
+                    model(input_ids=batch.to(model.device, torch.int64), use_cache=False, **few)
+                bar.update(batch.numel())
+    finally:
+        for one in hooks:
+            one.remove()
 
 
 @torch.no_grad()
 def _of_each_block(calibrator: Calibrator, anatomy: Anatomy) -> list[float]:
+    if not can_stream(anatomy):
+        cosines = defaultdict[int, list[Tensor]](list)
+
+        def look(block: int, was: Tensor, now: Tensor) -> None:
+            cosines[block].append(_cosines(by_token(was), by_token(now)))
+
+        _in_whole_passes(calibrator, anatomy, "block influence", look)
+        return [1 - float(torch.cat(cosines[block]).double().mean()) for block in range(len(anatomy.blocks))]
     stream, found = BlockStream(anatomy, calibrator.windows, calibrator.batch_size), []
     count = len(anatomy.blocks)
     with calibrator.console.progress(count * calibrator.windows.numel(), "block influence", unit="tok") as bar:
@@ -52,17 +102,21 @@ def _of_each_block(calibrator: Calibrator, anatomy: Anatomy) -> list[float]:
             before = [stream.states[number] for number in range(len(stream.states))]
             calibrator.forward(stream, index, bar, keep=True)
             pairs = ((was, stream.states[number]) for number, was in enumerate(before))
-            found.append(influence((was.flatten(0, 1), now.flatten(0, 1)) for was, now in pairs))
+            found.append(influence((by_token(was), by_token(now)) for was, now in pairs))
     return found
 
 
-def least_distant(anatomy: Anatomy, remove: int, calibrator: Calibrator) -> list[int]:
-    """The run of `remove` blocks whose entrance and exit are nearest in angle, the first one among equals."""
+def runs_among(among: Sequence[int], length: int) -> list[int]:
+    """First blocks of the runs of `length` consecutive ones `among` some."""
+    return [start for start in among if set(range(start, start + length)) <= set(among)]
+
+
+def least_distant(anatomy: Anatomy, remove: int, calibrator: Calibrator, among: Sequence[int]) -> list[int]:
+    """The run of `remove` blocks `among` some whose entrance and exit are nearest in angle, the first among equals."""
     distances: list[list[float]] = calibrator.remember(
         anatomy, "block_distances", {}, lambda: _distances(calibrator, anatomy)
     )
-    starts = range(len(distances) - remove)
-    first = min(starts, key=lambda start: (distances[start][start + remove], start))
+    first = min(runs_among(among, remove), key=lambda start: (distances[start][start + remove], start))
     return list(range(first, first + remove))
 
 
@@ -72,24 +126,46 @@ def _distances(calibrator: Calibrator, anatomy: Anatomy) -> list[list[float]]:
 
     arccos(cos) / pi of the last token of each window, the mean over windows (Gromov et al., 2403.17887).
     """
-    stream, count = BlockStream(anatomy, calibrator.windows, calibrator.batch_size), len(anatomy.blocks)
-
-    def last_tokens() -> Tensor:
-        return torch.cat([stream.states[number][:, -1].double() for number in range(len(stream.states))])
-
-    places = [last_tokens()]
-    with calibrator.console.progress(count * calibrator.windows.numel(), "angles of blocks", unit="tok") as bar:
-        for index in range(count):
-            calibrator.forward(stream, index, bar, keep=True)
-            places.append(last_tokens())
+    places = _places(calibrator, anatomy) if can_stream(anatomy) else _places_whole(calibrator, anatomy)
     units = torch.nn.functional.normalize(torch.stack(places), dim=-1)  # (places, windows, hidden)
     cosines = torch.einsum("pwh,qwh->pqw", units, units).clamp(-1, 1)
     found: list[list[float]] = (cosines.arccos() / math.pi).mean(-1).tolist()
     return found
 
 
-def least_needed(anatomy: Anatomy, remove: int, calibrator: Calibrator, by: str) -> list[int]:
+def _places(calibrator: Calibrator, anatomy: Anatomy) -> list[Tensor]:
+    """States of the last token of each window at each place, shape (windows, hidden)."""
+    stream, count = BlockStream(anatomy, calibrator.windows, calibrator.batch_size), len(anatomy.blocks)
+
+    def last_tokens() -> Tensor:
+        return torch.cat([stream.states[number][:, -1].flatten(1).double() for number in range(len(stream.states))])
+
+    places = [last_tokens()]
+    with calibrator.console.progress(count * calibrator.windows.numel(), "angles of blocks", unit="tok") as bar:
+        for index in range(count):
+            calibrator.forward(stream, index, bar, keep=True)
+            places.append(last_tokens())
+    return places
+
+
+def _places_whole(calibrator: Calibrator, anatomy: Anatomy) -> list[Tensor]:
+    """The same in passes through the whole model: before each block, and behind the last one."""
+    count = len(anatomy.blocks)
+    found = [list[Tensor]() for _ in range(count + 1)]
+
+    def look(block: int, was: Tensor, now: Tensor) -> None:
+        found[block].append(was[:, -1].flatten(1).double())
+        if block == count - 1:
+            found[count].append(now[:, -1].flatten(1).double())
+
+    _in_whole_passes(calibrator, anatomy, "angles of blocks", look)
+    return [torch.cat(of_place) for of_place in found]
+
+
+def least_needed(anatomy: Anatomy, remove: int, calibrator: Calibrator, among: Sequence[int], by: str) -> list[int]:
     """Blocks in the order of their removal; each is the one without which the model loses least at that point.
+
+    among: those that may go.
 
     by: perplexity, the loss on the calibration text; kl, the divergence from the whole model on it.
     """
@@ -98,7 +174,7 @@ def least_needed(anatomy: Anatomy, remove: int, calibrator: Calibrator, by: str)
     def measure() -> Callable[[Any], float]:
         return calibrator.loss if by == "perplexity" else divergence_from(anatomy, calibrator)
 
-    left, dropped = list(range(len(anatomy.blocks))), list[int]()
+    left, dropped = list(among), list[int]()
     passes = sum(len(left) - step for step in range(remove))
     with calibrator.console.progress(passes, "trying blocks", unit="pass") as bar:
 
@@ -112,7 +188,9 @@ def least_needed(anatomy: Anatomy, remove: int, calibrator: Calibrator, by: str)
             return losses
 
         for _ in range(remove):
-            losses = calibrator.remember(anatomy, "block_losses", {"dropped": dropped, "by": by}, without_each)
+            losses = calibrator.remember(
+                anatomy, "block_losses", {"dropped": dropped, "by": by, "left": left}, without_each
+            )
             if not any(math.isfinite(loss) for loss in losses):
                 raise Refused(
                     f"method.by={by}: what the model loses without each block is not finite: its activations overflow; "

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from prune_lab.models.cuts import Cut
     from prune_lab.pruning.masks import Masks
-    from prune_lab.pruning.surgery import Cut
 
 
 def _no_masks() -> Masks:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import LABELS, Anatomy, UnitLinear, out_in
+from prune_lab.models.cuts import Cut, Selection, cut, selected
 from prune_lab.models.found import evaluating, forget_layout, is_same, probe_tokens
 from prune_lab.models.found_units import after_cut, units_of
 from prune_lab.models.rebuild import rebuild, tensors_of
 from prune_lab.models.resize import Shape, keep_blocks, note_count, original_blocks, set_unit_count
-from prune_lab.models.unit_cut import Selection, selections
+from prune_lab.models.unit_cut import selections
 from prune_lab.models.unit_fields import config_of
 from prune_lab.pruning.refit import check_finite, refit_columns
 from prune_lab.pruning.statistics import LinearStatistics
@@ -81,21 +80,6 @@ def _move_bias(reader: UnitLinear, shift: Tensor) -> None:
     reader.linear.bias.copy_(moved)
 
 
-@dataclass(frozen=True)
-class Cut:
-    """A parameter that took another's place: what `old` has where the selections say."""
-
-    old: nn.Parameter
-    new: nn.Parameter
-    selections: tuple[Selection, ...]
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """What stays of a tensor of the old one's shape, such as a moment of an optimizer."""
-        for selection in self.selections:
-            tensor = selection.of(tensor)
-        return tensor
-
-
 @torch.no_grad()
 def remove_units(anatomy: Anatomy, group: str, keep: list[Tensor]) -> list[Cut]:
     """Cuts the units that `keep` drops, bools (units,) of each set of a group, out of every block; says what it cut.
@@ -113,10 +97,10 @@ def remove_units(anatomy: Anatomy, group: str, keep: list[Tensor]) -> list[Cut]:
     if anatomy.found is not None:
         return _remove_found(anatomy, group, keep, count)
     cuts = [
-        cut
+        made
         for s, kept in zip(sets, keep, strict=True)
         for part in s.parts
-        for cut in _cut(part, part.lines(kept).nonzero().flatten())
+        for made in _cut(part, part.lines(kept).nonzero().flatten())
     ]
     set_unit_count(anatomy, group, count, was)
     return cuts
@@ -135,18 +119,17 @@ def _remove_found(anatomy: Anatomy, name: str, keep: list[Tensor], count: int) -
     cuts, places = list[Cut](), dict[int, Tensor]()
     for tensor_name, of_tensor in chosen.items():
         old = tensors[tensor_name]
-        new: Tensor = old.detach()
-        for selection in of_tensor:
-            new = selection.of(new)
         if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new.contiguous(), requires_grad=old.requires_grad)
-            cuts.append(Cut(old, new, tuple(of_tensor)))
-        places[id(old)] = new
+            cuts.append(cut(old, *of_tensor))
+            places[id(old)] = cuts[-1].new
+        else:
+            places[id(old)] = selected(old, tuple(of_tensor))
     # A tied tensor has several names.
     rebuild(model, config, {key: places.get(id(tensor), tensor) for key, tensor in tensors.items()})
     note_count(anatomy, name, was)
     forget_layout(model)
     after_cut(model, units, name, count)
+    anatomy.look()
     with evaluating(model):
         found = model(input_ids=tokens, use_cache=False).logits
     if not is_same(found, wanted):
@@ -180,7 +163,6 @@ def _cut(part: UnitLinear, index: Tensor) -> list[Cut]:
 
 
 def _cut_parameter(linear: nn.Module, name: str, dim: int, index: Tensor) -> Cut:
-    old = linear.get_parameter(name)
-    new = nn.Parameter(old.detach().index_select(dim, index).contiguous(), requires_grad=old.requires_grad)
-    setattr(linear, name, new)
-    return Cut(old, new, (Selection(dim, index),))
+    made = cut(linear.get_parameter(name), Selection(dim, index))
+    setattr(linear, name, made.new)
+    return made

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from prune_lab.pruning.surgery import Cut
+from prune_lab.models.cuts import Cut
 from prune_lab.recovery.recipe import TrainingRecipe
 
 

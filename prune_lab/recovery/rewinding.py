@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_lab.pruning.surgery import Cut
+from prune_lab.models.cuts import Cut
 from prune_lab.schedules import Event, Rewind
 
 

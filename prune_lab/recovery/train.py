@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from prune_lab.errors import Refused
+from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.resize import dense_name
 from prune_lab.recovery import checkpoint
 from prune_lab.recovery.context import TrainingContext
 from prune_lab.recovery.dropout import residual_dropout
@@ -36,9 +38,10 @@ def train(model: Any, recipe: TrainingRecipe, training: TrainingContext) -> None
         loop = _Loop(model, recipe, training, recipe.loss(training))
         loop.run()
     dense = training.dense.model  # a type may keep some weights in float32, such as its routers
+    anatomy = Anatomy(model)
     kept = {name: weight.dtype for name, weight in dense.named_parameters() if weight.dtype != dense.dtype}
     for name, weight in model.named_parameters():
-        weight.data = weight.data.to(kept.get(name, training.device.dtype))
+        weight.data = weight.data.to(kept.get(dense_name(anatomy, name), training.device.dtype))
     training.pruned.masks.hold(model)
 
 

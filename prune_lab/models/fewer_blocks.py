@@ -1,0 +1,380 @@
+"""A model without some of its decoder blocks, of any type whose layout was found: rebuilt, and compared.
+
+Its config says in many ways which blocks there are: counts, lists with an entry for each block, lists of block numbers,
+patterns, counts from the front and from the back. They are told apart by what they hold and by the words of their names
+alone. What was made counts only where it is the model with those blocks bypassed: the same logits, and blocks that are
+built as they were. So a block whose number or whose outputs enter what the others compute is one that stays.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prune_lab.errors import Refused
+from prune_lab.models import found, rebuild
+from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.blocks import bypassed
+from prune_lab.models.cuts import Cut, Selection, cut
+from prune_lab.models.found_units import forget_units
+
+_STAYING = "_blocks_that_stay"  # reasons, kept with the model that they are of; in no export
+
+# Words of config fields. A field of another name is an entry for each block where it is a list of as many.
+_COUNT = re.compile(r"(num|n)_(hidden_|decoder_)?(layers?|blocks)|decoder_layers")
+_FROM_FRONT = re.compile(r"first_k_\w+|(num|n)_dense_layers|\w*layer_(start_index|index_start)|max_window_layers")
+_LAST = re.compile(r"\w*layer_(end_index|index_end)")  # number of the last block of a run
+_FROM_BACK = re.compile(r"num_kv_shared_layers")
+_OF_BLOCKS = re.compile(r"layer|block")
+_KINDS = re.compile(r"(layer|block)s?_(block_)?types?")  # shorter than the model: a pattern that is repeated
+_NUMBERS = re.compile(r"(_|^)(ids|idxs|indices)$|only_layers$")
+_OTHERS = re.compile(r"token|^mtp_|encoder(?!.*decoder)|^(architectures|id2label|label2id|languages)$")
+# Attributes of modules that matter in a longer text than the probe: kinds of attention and their windows.
+_UNSEEN = re.compile(r"window|sliding|chunk|local|rope|type|kind")
+
+
+def fewer(data: dict[str, Any], count: int, kept: Sequence[int], others: bool = True) -> None:
+    """Edits the dictionary of a config of `count` blocks into one of those that are kept, in every part for text.
+
+    others: whether lists of `count` entries whose names do not speak of blocks have an entry for each of them.
+    """
+    for part in rebuild.text_parts(data):
+        for key, value in part.items():
+            part[key] = _of_fewer(key, value, count, kept, others)
+
+
+def _of_fewer(key: str, value: Any, count: int, kept: Sequence[int], others: bool) -> Any:
+    if _OTHERS.search(key) or isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, int):
+        return _fewer_counted(key, value, count, kept)
+    new = {index: number for number, index in enumerate(kept)}
+    if isinstance(value, dict):
+        numbers = [int(number) for number in value if str(number).isdigit()]
+        is_of_blocks = bool(numbers) and len(numbers) == len(value) and max(numbers) < count and _OF_BLOCKS.search(key)
+        return {type(n)(new[int(n)]): of for n, of in value.items() if int(n) in new} if is_of_blocks else value
+    if not isinstance(value, list | tuple) or not value:
+        return value
+    made: list[Any] | None = None
+    if (flat := _unfolded(value)) is not None and len(flat) == count:  # GPT-Neo: [[[kind, kind], times], ...]
+        made = [[[flat[index] for index in kept], 1]]
+    elif _are_numbers(key, value, count):
+        made = [new[number] for number in value if number in new]
+    elif len(value) == count and (others or _OF_BLOCKS.search(key)):
+        made = [value[index] for index in kept]
+    elif len(value) < count and _KINDS.fullmatch(key):
+        made = [value[index % len(value)] for index in kept]
+    return value if made is None else type(value)(made)
+
+
+def _fewer_counted(key: str, value: int, count: int, kept: Sequence[int]) -> int:
+    if _COUNT.fullmatch(key) and value == count:
+        return len(kept)
+    if _FROM_FRONT.fullmatch(key) and 0 <= value <= count:
+        return sum(index < value for index in kept)
+    if _LAST.fullmatch(key) and 0 <= value < count:
+        return sum(index <= value for index in kept) - 1
+    if _FROM_BACK.fullmatch(key) and 0 <= value <= count:
+        return sum(index >= count - value for index in kept)
+    return value
+
+
+def _unfolded(value: Sequence[Any]) -> list[Any] | None:
+    """Entries of a list of (entries, times) pairs; None of any other list."""
+    if not all(isinstance(p, list | tuple) and len(p) == 2 and isinstance(p[0], list | tuple) for p in value):
+        return None
+    return [entry for entries, times in value for _ in range(times) for entry in entries]
+
+
+def _are_numbers(key: str, value: Sequence[Any], count: int) -> bool:
+    """True for a list of block numbers: distinct ones, fewer than there are blocks, or all of them."""
+    if not all(isinstance(number, int) and not isinstance(number, bool) and 0 <= number < count for number in value):
+        return False
+    if len(set(value)) != len(value) or not (_NUMBERS.search(key) or _OF_BLOCKS.search(key)):
+        return False
+    return len(value) < count or count > 2 or bool(_NUMBERS.search(key))  # of two blocks, 0 and 1 may be flags
+
+
+class _StaysError(Exception):
+    """Reason why blocks stay."""
+
+
+def blocks_that_stay(anatomy: Anatomy) -> dict[int, str]:
+    """Reason by number of each block that cannot be removed alone; found once and kept with the model."""
+    kept: dict[int, str] | None = anatomy.model.__dict__.get(_STAYING)
+    if kept is None:
+        kept = anatomy.model.__dict__[_STAYING] = _find_staying(anatomy)
+    return kept
+
+
+def _find_staying(anatomy: Anatomy) -> dict[int, str]:
+    count, found_reasons = len(anatomy.blocks), dict[int, str]()
+    try:
+        whole = _whole(anatomy)
+    except _StaysError as reason:
+        return dict.fromkeys(range(count), str(reason))
+    for block in range(count):
+        try:
+            _without(whole, [block])
+        except _StaysError as reason:
+            found_reasons[block] = str(reason)
+    return found_reasons
+
+
+def keep_found_blocks(anatomy: Anatomy, kept: Sequence[int]) -> list[Cut]:
+    """Rebuilds the model with the blocks of these indices alone, in order; returns parameters that lost a part.
+
+    The other parameters are the same objects. Raises Refused where what is made is not the model without the others.
+    """
+    gone = [index for index in range(len(anatomy.blocks)) if index not in kept]
+    try:
+        made, parts = _without(_whole(anatomy), gone)
+    except _StaysError as reason:
+        raise Refused(
+            f"method=depth: {_named(gone)} of {len(anatomy.blocks)}, counted from 0, cannot be removed "
+            f"{'together ' * (len(gone) > 1)}from a {anatomy.config.model_type} model: {reason}. Give a smaller "
+            "amount, or another method.by"
+        ) from reason
+    assert anatomy.found is not None
+    layout = _renumbered(anatomy.found, kept)
+    sizes = (matrix.place.shape for of_block in layout.matrices for matrix in of_block)
+    blocks = made.get_submodule(layout.blocks)
+    inside, total = sum(rows * columns for rows, columns in sizes), sum(p.numel() for p in blocks.parameters())
+    rebuild.become(anatomy.model, made)
+    anatomy.model.__dict__.pop(_STAYING, None)
+    forget_units(anatomy.model)
+    found.keep(anatomy.model, replace(layout, share=inside / max(1, total)))
+    anatomy.look()
+    return parts
+
+
+def _named(blocks: Sequence[int]) -> str:
+    """Blocks as a message names them."""
+    return f"block{'s' * (len(blocks) != 1)} {', '.join(map(str, blocks))}"
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """The model built anew with all its blocks, in eval mode: what a smaller one is compared with.
+
+    Buffers are computed for both, as they are when an export is read; those of a model that was used may be rounded.
+    noise: the most by which logits of the probe differ when they are computed again, 0 on a CPU.
+    """
+
+    anatomy: Anatomy
+    noise: float
+
+
+@torch.no_grad()
+def _whole(anatomy: Anatomy) -> _Whole:
+    """Raises _StaysError where the config does not make the model."""
+    model, tokens, training = anatomy.model, found.probe_tokens(anatomy.model), anatomy.model.training
+    made, _ = _made(anatomy, range(len(anatomy.blocks)), others=True)
+    assert anatomy.found is not None
+    found.keep(made, anatomy.found)
+    first, again = _probed(made, anatomy.found.decodes), _probed(made, anatomy.found.decodes)
+    model.eval()
+    try:
+        wanted = model(input_ids=tokens, use_cache=False).logits
+    finally:
+        model.train(training)
+    if not found.is_same(first[0], wanted, rebuild.loaded_dtype(model)):
+        raise _StaysError("the model that its own config makes of its weights has other logits")
+    return _Whole(Anatomy(made), _apart(first, again))
+
+
+def _probed(model: Any, decodes: bool) -> list[Tensor]:
+    """Logits of the probe: of a whole text, and, of a model that decodes, of tokens after a cache."""
+    whole = model(input_ids=found.probe_tokens(model), use_cache=False).logits
+    return [whole, *(found.decoded(model) if decodes else ())]
+
+
+def _apart(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """The most by which logits differ."""
+    return max(
+        float((one - other).abs().max()) if one.shape == other.shape else math.inf
+        for one, other in zip(some, others, strict=True)
+    )
+
+
+@torch.no_grad()
+def _without(whole: _Whole, gone: Sequence[int]) -> tuple[Any, list[Cut]]:
+    """The model without some blocks, made anew with its tensors; raises _StaysError where it is not that."""
+    anatomy = whole.anatomy
+    assert anatomy.found is not None
+    kept = [index for index in range(len(anatomy.blocks)) if index not in gone]
+    try:
+        with bypassed(anatomy, gone):
+            wanted = _probed(anatomy.model, anatomy.found.decodes)
+    except Exception as error:  # of any modelling code of transformers
+        raise _StaysError(f"the model does not run where the states pass by ({_said(error)})") from error
+    if not all(bool(logits.isfinite().all()) for logits in wanted):
+        raise _StaysError("the logits of what is left are not finite")
+    try:
+        return _checked(whole, kept, wanted, others=True)
+    except _StaysError as first:
+        try:
+            return _checked(whole, kept, wanted, others=False)
+        except _StaysError:
+            raise first from None
+
+
+def _checked(whole: _Whole, kept: Sequence[int], wanted: list[Tensor], others: bool) -> tuple[Any, list[Cut]]:
+    """A model of the blocks that are kept that has the logits of the whole one with the rest bypassed."""
+    anatomy = whole.anatomy
+    made, parts = _made(anatomy, kept, others)
+    try:
+        logits = _probed(made, len(wanted) > 1)
+    except Exception as error:  # of any modelling code of transformers
+        raise _StaysError(f"what is left does not run ({_said(error)})") from error
+    if not _apart(logits[:1], wanted[:1]) <= 4 * whole.noise:
+        raise _StaysError(
+            "what is left computes something else: it uses more of a block than the states, or the number of a block "
+            "or the count of blocks enters what is computed"
+        )
+    if not _apart(logits, wanted) <= 4 * whole.noise:
+        raise _StaysError("with what is left a text cannot be gone on with from the cache")
+    _check_blocks(anatomy, made, kept)
+    return made, parts
+
+
+def _made(anatomy: Anatomy, kept: Sequence[int], others: bool) -> tuple[Any, list[Cut]]:
+    """A model of the blocks that are kept, with the tensors of the whole one, in eval mode."""
+    model, count = anatomy.model, len(anatomy.blocks)
+    _check_owned(anatomy, kept)
+    config = rebuild.edited(anatomy.config, lambda data: fewer(data, count, kept, others))
+    if config is None:
+        raise _StaysError("the config cannot say which blocks are left")
+    try:
+        made = rebuild.skeleton(model, config)
+    except Exception as error:  # of any modelling code of transformers
+        raise _StaysError(f"no model can be made of a config of what is left ({_said(error)})") from error
+    blocks = len(made.get_submodule(anatomy.family.blocks))
+    if blocks != len(kept):
+        raise _StaysError(f"the config does not say where it has the number of blocks: there would be {blocks}")
+    tensors = _renamed(model, made, count, kept)
+    parts = _take_parts(tensors, made, count, kept)
+    try:
+        rebuild.assign(made, tensors, model.device)
+    except ValueError as error:
+        raise _StaysError(str(error)) from error
+    return made.eval(), parts
+
+
+def _check_owned(anatomy: Anatomy, kept: Sequence[int]) -> None:
+    """Raises _StaysError where a block that goes is the one under whose name a tensor of several blocks is known."""
+    users = {id(parameter): index for index in kept for parameter in anatomy.blocks[index].parameters()}
+    prefix = f"{anatomy.family.blocks}."
+    for name, parameter in anatomy.model.named_parameters():  # under its first name alone
+        owner = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else None
+        if owner is not None and int(owner) not in kept and id(parameter) in users:
+            raise _StaysError(f"block {users[id(parameter)]} has its tensors, too")
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+
+
+def _renamed(model: Any, made: Any, count: int, kept: Sequence[int]) -> dict[str, Tensor]:
+    """The model's tensors under their names in the smaller model, without those of the blocks that go.
+
+    Numbers are those of members of lists that have one for each block in both: the blocks, and what stands beside them.
+    """
+    new = {str(index): str(number) for number, index in enumerate(kept)}
+    sizes = {name: len(module) for name, module in made.named_modules() if _is_list(module)}
+    lists = [
+        f"{name}."
+        for name, module in model.named_modules()
+        if _is_list(module) and len(module) == count and sizes.get(name) == len(kept)
+    ]
+    tensors = {}
+    for name, tensor in rebuild.tensors_of(model).items():
+        renamed: str | None = name
+        for prefix in lists:
+            number, dot, rest = name.removeprefix(prefix).partition(".")
+            if name.startswith(prefix):
+                renamed = f"{prefix}{new[number]}{dot}{rest}" if number in new else None
+                break
+        if renamed is not None:
+            tensors[renamed] = tensor
+    return tensors
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList | nn.ParameterList)
+
+
+def _take_parts(tensors: dict[str, Tensor], made: Any, count: int, kept: Sequence[int]) -> list[Cut]:
+    """Cuts, in `tensors`, those that hold a part for each block outside of the blocks: Gemma's embeddings per layer."""
+    parts = []
+    for name, like in made.state_dict().items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.dim() != like.dim() or tensor.shape == like.shape:
+            continue
+        dims = [dim for dim, size in enumerate(tensor.shape) if size != like.shape[dim]]
+        size = tensor.shape[dims[0]]
+        if len(dims) != 1 or size % count or like.shape[dims[0]] != size // count * len(kept):
+            continue
+        lines = torch.arange(size, device=tensor.device).view(count, -1)
+        index = torch.cat([lines[block] for block in kept])
+        selection = Selection(dims[0], index)
+        if isinstance(tensor, nn.Parameter):
+            parts.append(cut(tensor, selection))
+            tensors[name] = parts[-1].new
+        else:
+            tensors[name] = selection.of(tensor)
+    return parts
+
+
+def _check_blocks(anatomy: Anatomy, made: Any, kept: Sequence[int]) -> None:
+    """Raises _StaysError where a block is built with attention of another kind or window than it was.
+
+    The probe may be too short for it to matter. By the plain values that its modules hold.
+    """
+    blocks = made.get_submodule(anatomy.family.blocks)
+    for number, index in enumerate(kept):
+        before = dict(anatomy.blocks[index].named_modules())
+        for name, module in blocks[number].named_modules():
+            old = _plain(before[name]) if name in before else {}
+            for key, value in _plain(module).items():
+                if key in old and old[key] != value and _UNSEEN.search(key):
+                    where = f"{name}.{key}" if name else key
+                    raise _StaysError(f"block {index} would have {where}={value} in place of {old[key]}")
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """Values of a module's own attributes, as far as they are plain."""
+    plain = bool | int | float | str | None
+    return {key: value for key, value in vars(module).items() if not key.startswith("_") and isinstance(value, plain)}
+
+
+def _renumbered(layout: found.Layout, kept: Sequence[int]) -> found.Layout:
+    """Layout of a model that has these blocks of the one that it was found of."""
+    prefix = f"{layout.blocks}."
+
+    def name_in(number: int, name: str) -> str:
+        return f"{prefix}{number}.{name.removeprefix(prefix).partition('.')[2]}"
+
+    def matrices_in(number: int, matrices: Iterable[found.Matrix]) -> tuple[found.Matrix, ...]:
+        return tuple(
+            replace(
+                matrix,
+                name=name_in(number, matrix.name),
+                place=replace(matrix.place, parameter=name_in(number, matrix.place.parameter)),
+            )
+            for matrix in matrices
+        )
+
+    new = {index: number for number, index in enumerate(kept)}
+    left = {(int(name.removeprefix(prefix).partition(".")[0]), name): why for name, why in layout.left_alone.items()}
+    return replace(
+        layout,
+        matrices=tuple(matrices_in(number, layout.matrices[index]) for number, index in enumerate(kept)),
+        left_alone={name_in(new[index], name): why for (index, name), why in left.items() if index in new},
+    )

@@ -1,0 +1,393 @@
+"""Blocks of layouts that are found: what is left is the model with them bypassed, or they stay."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CPU, Cli, copied, make_folder
+from model_types import tiny_folder, tiny_model
+from safetensors.torch import load_file
+from test_found import TEXT, text  # noqa: F401 - a fixture
+from torch import Tensor
+from trainings import interrupted, same, training_of, weights_of
+from transformers import AutoModelForCausalLM
+
+from prune_lab.errors import Refused
+from prune_lab.methods.depth import Depth
+from prune_lab.models import anatomy as anatomies
+from prune_lab.models import fewer_blocks, found
+from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.export import check_reload, save_model
+from prune_lab.models.load import HubModel, Loaded
+from prune_lab.models.resize import dense_count, keep_blocks, original_blocks, shape_of
+from prune_lab.pruning.block_importance import _distances, block_influence
+from prune_lab.pruning.calibration import Calibrator
+from prune_lab.pruning.pruned import Pruned
+from prune_lab.pruning.surgery import Cut, take_shape
+from prune_lab.recovery.finetune import Finetune
+from prune_lab.recovery.optimizer import adamw, follow
+from prune_lab.schedules import Iterative
+from prune_lab.system.device import Device
+
+WINDOWS = torch.randint(4, 300, (6, 24), generator=torch.Generator().manual_seed(7))
+# Every way in which a config speaks of its blocks, and every kind of layout.
+TYPES = [
+    "olmo2", "gemma3", "qwen3_5", "gemma4", "mixtral", "deepseek_v3", "laguna", "ernie4_5_moe", "llama4", "bamba",
+    "nemotron_h", "lfm2_moe", "recurrent_gemma", "gpt_neo", "granite_swa", "bert", "bart", "mamba2", "dbrx",
+    "gemma3n_text", "zamba2", "got_ocr2", "codegen", "longcat_flash",
+]  # fmt: skip
+# Blocks that can go, of types of which others cannot.
+SOME = {
+    "minicpm3": [],  # scales by the number of blocks
+    "diffllama": [2],  # a block's number enters
+    "beam": [3],
+    "hy_v4": [0, 2],  # a block takes what the one before chose
+    "zamba": [0, 1, 3, 4],  # two blocks share their tensors
+    "modernbert-decoder": [1, 2, 3],  # the first has no norm
+    "rwkv": [1, 2],  # the first has one more
+    "jamba": [3],  # kinds by a period
+    "gemma4_text": [0, 1, 2],  # the last must see everything
+    "minimax": [1, 2, 3],  # stock transformers takes the length of the cache from the first
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("types")
+
+
+def folder_of(place: Path, model_type: str) -> Path:
+    folder = place / model_type
+    return folder if folder.exists() else tiny_folder(folder, model_type)
+
+
+def loaded_of(place: Path, model_type: str, dtype: torch.dtype = torch.float32) -> Loaded:
+    return HubModel(name=str(folder_of(place, model_type))).load(Device(torch.device("cpu"), dtype), seed=0)
+
+
+def prune(model: Any, amount: float, by: str = "bi", **keys: Any) -> Pruned:
+    return Depth(amount=amount, by=by).prune(Anatomy(model), amount, 0, Calibrator(WINDOWS, **keys))
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(input_ids=WINDOWS.long(), use_cache=False).logits
+
+
+@torch.no_grad()
+def logits_without(model: Any, gone: list[int]) -> Tensor:
+    """Logits of a model each of whose blocks in `gone` gives the states that it is given."""
+
+    def undo(_: Any, args: Any, kwargs: Any, out: Any) -> Any:
+        states = args[0] if args else kwargs["hidden_states"]
+        return (states, *out[1:]) if isinstance(out, tuple) else states
+
+    blocks = model.get_submodule(found.layout_of(model).blocks)
+    hooks = [blocks[index].register_forward_hook(undo, with_kwargs=True) for index in gone]
+    try:
+        return logits(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def gone_of(pruned: Pruned) -> list[int]:
+    (note,) = [warning for warning in pruned.warnings if warning.startswith("blocks removed of ")]
+    return [int(part) for part in note.rpartition(": ")[2].split(", ")]
+
+
+@pytest.mark.parametrize(
+    ("family", "by"),
+    [("llama", "bi"), ("gemma2", "angle"), ("gpt2", "kl"), ("gpt_neox", "perplexity"), ("phi3", "bi"),
+     ("gemma3_text", "bi")],
+)  # fmt: skip
+def test_of_a_described_family_the_same_blocks_go(
+    family: str, by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice, as in a schedule, with the same table; what is left has the same logits, bit by bit."""
+    more = {"n_layer": 5} if family == "gpt2" else {"num_hidden_layers": 5}
+    described = HubModel(name=str(make_folder(tmp_path / "m", family, **more))).load(CPU, seed=0)
+    other = copied(described)
+    wanted = [prune(described.model, amount, by) for amount in (0.2, 0.6)]
+    monkeypatch.delitem(anatomies.FAMILIES, family)
+    got = [prune(other.model, amount, by) for amount in (0.2, 0.6)]
+    assert [gone_of(pruned) for pruned in got] == [gone_of(pruned) for pruned in wanted]
+    assert [sorted(map(str, pruned.rows)) for pruned in got] == [sorted(map(str, pruned.rows)) for pruned in wanted]
+    assert original_blocks(Anatomy(other.model)) == original_blocks(Anatomy(described.model))
+    assert dense_count(Anatomy(other.model), "blocks") == 5
+    assert torch.equal(logits(other.model), logits(described.model))
+    assert other.model.config.to_dict() == described.model.config.to_dict()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_both_ways_through_the_blocks_give_the_same_figures(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Block by block, and by hooks in passes through the whole model."""
+    model = HubModel(name=str(make_folder(tmp_path / "m", family))).load(CPU, seed=0).model
+    calibrator = Calibrator(WINDOWS, batch_size=4)
+    influence, distances = (of(calibrator, Anatomy(model)) for of in (block_influence, _distances))
+    monkeypatch.delitem(anatomies.FAMILIES, family)
+    layout = found.layout_of(model)
+    found.keep(model, found.Layout(layout.blocks, layout.matrices, one_by_one=False))
+    assert block_influence(calibrator, Anatomy(model)) == pytest.approx(influence, rel=1e-5)
+    assert torch.tensor(_distances(calibrator, Anatomy(model))) == pytest.approx(torch.tensor(distances), abs=1e-5)
+    assert influence[0] != pytest.approx(influence[1], rel=1e-2)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_what_is_left_is_the_model_with_the_block_bypassed(model_type: str, place: Path, tmp_path: Path) -> None:
+    """Each block alone, bit by bit, with the same parameters; stock transformers reads what is written."""
+    dense = loaded_of(place, model_type)
+    count, staying = len(Anatomy(dense.model).blocks), fewer_blocks.blocks_that_stay(Anatomy(dense.model))
+    can_go = [index for index in range(count) if index not in staying]
+    assert len(can_go) == {"gemma4": 3, "gemma3n_text": 2, "zamba2": 4}.get(model_type, count)
+    for gone in can_go:
+        loaded = copied(dense)
+        before = {id(parameter) for parameter in loaded.model.parameters()}
+        parts = keep_blocks(Anatomy(loaded.model), [index for index in range(count) if index != gone])
+        assert torch.equal(logits(loaded.model), logits_without(dense.model, [gone]))
+        assert len(Anatomy(loaded.model).blocks) == count - 1
+        mine = {id(parameter) for parameter in loaded.model.parameters()}
+        assert mine - before == {id(part.new) for part in parts}
+    save_model(loaded, tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(again), logits_without(dense.model, [gone]))
+    check_reload(loaded.model, tmp_path / "saved", WINDOWS[:1])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "by"),
+    [("mixtral", "bi"), ("qwen3_5", "angle"), ("llama4", "bi"), ("bamba", "angle"), ("bamba", "kl"),
+     ("nemotron_h", "angle"), ("gemma4", "perplexity"), ("longcat_flash", "bi")],
+)  # fmt: skip
+def test_several_blocks_go_and_the_layout_follows(model_type: str, by: str, place: Path) -> None:
+    """The layout that is kept is the one that would be found; the table is of the dense model's matrices."""
+    dense = loaded_of(place, model_type)
+    model, names = copied(dense).model, dict(Anatomy(dense.model).linears())
+    pruned = prune(model, 0.5, by)
+    gone = gone_of(pruned)
+    assert len(gone) == round(len(Anatomy(dense.model).blocks) / 2 + 0.1)
+    assert torch.equal(logits(model), logits_without(dense.model, gone))
+    assert {row.layer for row in pruned.rows} == set(names)
+    prefixes = tuple(f"{Anatomy(dense.model).family.blocks}.{index}." for index in gone)
+    assert {row.layer for row in pruned.rows if row.removed} == {name for name in names if name.startswith(prefixes)}
+    kept, other = found.layout_of(model), copy.deepcopy(model)
+    del other.__dict__[found._KEPT]
+    again = found.layout_of(other)
+    assert (kept.blocks, kept.left_alone) == (again.blocks, again.left_alone)
+    assert kept.share == pytest.approx(again.share)
+    places = [{(matrix.name, matrix.place) for of in layout.matrices for matrix in of} for layout in (kept, again)]
+    assert places[0] == places[1]
+
+
+@pytest.mark.parametrize("model_type", SOME)
+def test_blocks_that_cannot_go_stay(model_type: str, place: Path) -> None:
+    """With a reason; more than can go are refused before anything is scored, and the model is as it was."""
+    model = loaded_of(place, model_type).model
+    anatomy, before = Anatomy(model), logits(model)
+    count, staying = len(anatomy.blocks), fewer_blocks.blocks_that_stay(anatomy)
+    assert [index for index in range(count) if index not in staying] == SOME[model_type]
+    assert all(staying.values())
+    amount = (len(SOME[model_type]) + 1) / count
+    if amount < 1:
+        first = next(iter(staying))
+        with pytest.raises(Refused, match=rf"method.amount={amount:g}.*of {count} blocks.*Block {first} cannot: "):
+            Depth(amount=amount).check_model(anatomy, [0.0, amount])
+    assert len(Anatomy(model).blocks) == count
+    assert torch.equal(logits(model), before)
+    if SOME[model_type]:
+        dense, most = copy.deepcopy(model), 1 if model_type == "rwkv" else len(SOME[model_type])
+        gone = gone_of(prune(model, most / count))
+        assert len(gone) == most
+        assert set(gone) <= set(SOME[model_type])
+        assert torch.equal(logits(model), logits_without(dense, gone))
+
+
+def test_a_run_of_blocks_is_one_of_those_that_can_go(place: Path) -> None:
+    """hy_v4's first and last can, but not in a row; a token has several states."""
+    model = loaded_of(place, "hy_v4").model
+    with pytest.raises(Refused, match=r"removes 2 in a row of 3 blocks.*only blocks 0, 2 can"):
+        prune(model, 0.6, "angle")
+    assert gone_of(prune(model, 0.34, "angle")) in ([0], [2])
+
+
+def test_blocks_that_cannot_go_together_are_refused(place: Path) -> None:
+    """Each of the attentions of a hybrid can go; without any, stock transformers has no length of the cache."""
+    loaded = loaded_of(place, "qwen3_next")
+    kinds = loaded.model.config.layer_types
+    assert kinds == ["linear_attention", "full_attention"] * 2
+    with torch.no_grad():
+        for index, block in enumerate(Anatomy(loaded.model).blocks):
+            for name, weight in block.named_parameters():
+                if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight", "down_proj")):
+                    weight.mul_(0.01 if kinds[index] == "full_attention" else 3)
+    before = logits(loaded.model)
+    with pytest.raises(Refused, match=r"blocks 1, 3 of 4.*together.*Give a smaller amount"):
+        prune(loaded.model, 0.5)
+    assert torch.equal(logits(loaded.model), before)
+    assert len(Anatomy(loaded.model).blocks) == 4
+
+
+def test_attention_of_another_window_is_seen_without_a_text_that_is_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config whose kinds of attention do not move along gives the logits of a short text, and is another model."""
+    kinds = ["full_attention", "sliding_attention", "sliding_attention"]
+    model = tiny_model("ministral", layer_types=kinds, sliding_window=64)
+    kept = fewer_blocks._of_fewer
+
+    def of_fewer(key: str, value: Any, *rest: Any) -> Any:
+        return value[: len(rest[1])] if key == "layer_types" else kept(key, value, *rest)
+
+    monkeypatch.setattr(fewer_blocks, "_of_fewer", of_fewer)
+    staying = fewer_blocks.blocks_that_stay(Anatomy(model))
+    assert staying.keys() == {0}
+    assert "layer_type=full_attention in place of sliding_attention" in staying[0]
+
+
+FIELDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"num_hidden_layers": 5, "n_layer": 5, "num_attention_heads": 5}, {"num_hidden_layers": 3, "n_layer": 3}),
+    ({"decoder_layers": 5, "encoder_layers": 5, "num_encoder_layers": 5}, {"decoder_layers": 3}),
+    ({"layer_types": list("abcde")}, {"layer_types": list("ade")}),
+    ({"sparsity": [0.1, 0.2, 0.3, 0.4, 0.5]}, {"sparsity": [0.1, 0.4, 0.5]}),
+    ({"no_rope_layers": [1, 0, 1, 1, 0]}, {"no_rope_layers": [1, 1, 0]}),
+    ({"moe_layers": [1, 3], "attn_layer_indices": [0, 2, 4]}, {"moe_layers": [1], "attn_layer_indices": [0, 2]}),
+    ({"mlp_only_layers": [0, 1, 2, 3, 4]}, {"mlp_only_layers": [0, 1, 2]}),
+    ({"per_layer_config": {"1": {"d": 1}, "4": {"d": 2}}}, {"per_layer_config": {"2": {"d": 2}}}),
+    ({"first_k_dense_replace": 2, "num_dense_layers": 4}, {"first_k_dense_replace": 1, "num_dense_layers": 2}),
+    ({"moe_layer_start_index": 1, "moe_layer_end_index": 3}, {"moe_layer_start_index": 1, "moe_layer_end_index": 1}),
+    ({"max_window_layers": 28}, {}),
+    ({"num_kv_shared_layers": 2}, {}),
+    ({"num_kv_shared_layers": 3}, {"num_kv_shared_layers": 2}),
+    ({"block_types": ["r", "r", "a"]}, {"block_types": ["r", "r", "r"]}),
+    ({"attention_types": [[["g", "l"], 2], [["x"], 1]]}, {"attention_types": [[["g", "l", "x"], 1]]}),
+    ({"text_config": {"num_hidden_layers": 5, "layer_types": list("abcde")}},
+     {"text_config": {"num_hidden_layers": 3, "layer_types": list("ade")}}),
+    ({"vision_config": {"num_hidden_layers": 5}}, {}),
+    ({"eos_token_id": [4, 5, 6, 7, 8], "suppress_tokens": [0, 1, 2, 3, 4]}, {}),
+    ({"id2label": {str(i): i for i in range(5)}}, {}),
+    ({"mtp_layers_block_type": list("abcde"), "num_experts": 5, "num_nextn_predict_layers": 5}, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "changed"), FIELDS, ids=lambda value: next(iter(value), "none"))
+def test_a_config_says_which_blocks_are_left(fields: dict[str, Any], changed: dict[str, Any]) -> None:
+    """By hand: of five blocks the second and third go."""
+    data = copy.deepcopy(fields)
+    fewer_blocks.fewer(data, 5, [0, 3, 4])
+    assert data == fields | changed
+
+
+def test_embeddings_of_each_block_lose_their_part_and_the_optimizer_follows(place: Path) -> None:
+    """Gemma's per-layer embeddings: columns, and rows of their projection; moments of what stays are kept."""
+    model = copied(loaded_of(place, "gemma4_text")).model.requires_grad_(True)
+    optimizer = adamw(model, Finetune(steps=1))
+    model(input_ids=WINDOWS.long(), labels=WINDOWS.long()).loss.backward()
+    optimizer.step()
+    tables = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
+    before = {name: model.get_parameter(f"model.{name}").detach().clone() for name in tables}
+    moments = {id(weight): state["exp_avg"].clone() for weight, state in optimizer.state.items()}
+    olds = {name: id(model.get_parameter(f"model.{name}")) for name in tables}
+    block = id(model.model.layers[3].self_attn.q_proj.weight)
+    parts = keep_blocks(Anatomy(model), [1, 3])
+    follow(optimizer, model, [Cut(part.old, part.new, part.dim, part.index) for part in parts])
+    assert len(parts) == 2
+    for name, dim in tables.items():
+        now, size = model.get_parameter(f"model.{name}"), before[name].shape[dim] // 4
+        for wanted, got in ((before[name], now), (moments[olds[name]], optimizer.state[now]["exp_avg"])):
+            pieces = wanted.split(size, dim)
+            assert torch.equal(got, torch.cat([pieces[1], pieces[3]], dim))
+    kept = model.model.layers[1].self_attn.q_proj.weight
+    assert id(kept) == block
+    assert torch.equal(optimizer.state[kept]["exp_avg"], moments[block])
+    assert set(optimizer.state) == set(model.parameters()) == {p for g in optimizer.param_groups for p in g["params"]}
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "deepseek_v3"])
+def test_a_training_goes_on_after_a_pruning_in_its_midst(model_type: str, place: Path, tmp_path: Path) -> None:
+    """Blocks go at steps 4 and 8; interrupted at 10, it ends in the same weights, of the same blocks."""
+    recipe = Finetune(steps=12, batch_size=2, lr=1e-3, checkpoint_every=1, validate_every=0)
+    method, schedule = Depth(amount=0.5), Iterative(start=0.34, rounds=2)
+    whole, cut, again = interrupted(
+        recipe, folder_of(place, model_type), tmp_path, 10, method=method, schedule=schedule
+    )  # fmt: skip
+    assert cut.saved > 8
+    assert same(weights_of(whole.loaded.model), weights_of(again.loaded.model))
+    shapes = [shape_of(Anatomy(ended.loaded.model)) for ended in (whole, again)]
+    assert shapes[0] == shapes[1]
+    assert len(shapes[0].blocks) == 2 if model_type == "gemma4_text" else 1
+    assert torch.equal(logits(whole.loaded.model), logits(again.loaded.model))
+    assert [str(row) for row in whole.training.pruned.rows] == [str(row) for row in again.training.pruned.rows]
+    dense = loaded_of(place, model_type).model
+    take_shape(Anatomy(dense), shapes[0])
+    assert {n: p.shape for n, p in dense.named_parameters()} == {
+        n: p.shape for n, p in whole.loaded.model.named_parameters()
+    }
+
+
+def test_blocks_go_in_a_training_of_a_model_that_was_loaded_in_bfloat16(place: Path, tmp_path: Path) -> None:
+    """Weights are float32 meanwhile and buffers are not; what a type keeps in float32 is so afterwards, renumbered."""
+    place_of, cpu = folder_of(place, "glm4_moe_lite"), Device(torch.device("cpu"), torch.bfloat16)
+    dense, loaded = (HubModel(name=str(place_of)).load(cpu, seed=0) for _ in range(2))
+    kept = {name for name, weight in dense.model.named_parameters() if weight.dtype == torch.float32}
+    assert kept
+    assert not any(".layers.0." in name for name in kept)
+    keep_blocks(Anatomy(loaded.model), [1, 2])
+    recipe = Finetune(steps=2, batch_size=2, validate_every=0)
+    recipe.recover(loaded.model, training_of(dense, tmp_path, steps=2, device=cpu))
+    wanted = {
+        name.replace(f".layers.{old}.", f".layers.{old - 1}.") for old in (1, 2) for name in kept if f".{old}." in name
+    }
+    assert {name for name, weight in loaded.model.named_parameters() if weight.dtype == torch.float32} == wanted
+    assert all(weight.dtype in (torch.float32, torch.bfloat16) for weight in loaded.model.parameters())
+
+
+def test_rounded_buffers_of_a_used_model_are_no_reason_to_stay(place: Path) -> None:
+    """GPT-J rounds its table of positions when it runs in bfloat16, and keeps it so while its weights are float32."""
+    model = loaded_of(place, "gptj", torch.bfloat16).model
+    logits(model)
+    for weight in model.parameters():
+        weight.data = weight.data.float()
+    assert fewer_blocks.blocks_that_stay(Anatomy(model)) == {}
+
+
+def test_the_command_line_removes_blocks_of_experts(cli: Cli, place: Path, tmp_path: Path, text: str) -> None:  # noqa: F811
+    keys = [f"model.name={folder_of(place, 'mixtral')}", text, *TEXT, "measure=quality_only", "hydra.run.dir=run"]
+    done = cli("model=hf", *keys, "method=depth", "amount=0.34", "export=hf")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (note,) = [warning for warning in summary["warnings"] if warning.startswith("blocks removed of 3")]
+    gone = int(note.rpartition(": ")[2])
+    config = json.loads((tmp_path / "run" / "export" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 2
+    names = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    assert {name.split(".")[2] for name in names if ".layers." in name} == {"0", "1"}
+    rows = list(csv.DictReader((tmp_path / "run" / "layers.csv").read_text().splitlines()))
+    assert {row["layer"].split(".")[2] for row in rows if row["removed"] == row["before"]} == {str(gone)}
+    assert {row["layer"] for row in rows if row["removed"] != "0" and row["left_alone"]} == {
+        f"model.layers.{gone}.mlp.gate.weight"
+    }
+
+
+@pytest.mark.parametrize(
+    ("model_type", "keys", "words"),
+    [
+        ("minicpm3", ["amount=0.5"], ["method.amount=0.5", "2 of 3 blocks", "none can", "Block 0 cannot"]),
+        ("mixtral", ["method.refit=residual"], ["method.refit=residual", "mixtral", "method.refit=none", "llama"]),
+    ],
+)
+def test_what_blocks_cannot_do_is_refused_before_anything_is_measured(
+    model_type: str, keys: list[str], words: list[str], cli: Cli, place: Path, text: str  # noqa: F811
+) -> None:  # fmt: skip
+    name = f"model.name={folder_of(place, model_type)}"
+    done = cli("model=hf", name, text, *TEXT, "measure=quality_only", "method=depth", *keys)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "measuring" not in done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr
