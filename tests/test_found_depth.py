@@ -29,7 +29,7 @@ from prune_lab.models.resize import dense_count, keep_blocks, original_blocks, s
 from prune_lab.pruning.block_importance import _distances, block_influence
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.pruned import Pruned
-from prune_lab.pruning.surgery import Cut, take_shape
+from prune_lab.pruning.surgery import take_shape
 from prune_lab.recovery.finetune import Finetune
 from prune_lab.recovery.optimizer import adamw, follow
 from prune_lab.schedules import Iterative
@@ -295,7 +295,7 @@ def test_embeddings_of_each_block_lose_their_part_and_the_optimizer_follows(plac
     olds = {name: id(model.get_parameter(f"model.{name}")) for name in tables}
     block = id(model.model.layers[3].self_attn.q_proj.weight)
     parts = keep_blocks(Anatomy(model), [1, 3])
-    follow(optimizer, model, [Cut(part.old, part.new, part.dim, part.index) for part in parts])
+    follow(optimizer, model, parts)
     assert len(parts) == 2
     for name, dim in tables.items():
         now, size = model.get_parameter(f"model.{name}"), before[name].shape[dim] // 4

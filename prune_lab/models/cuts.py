@@ -1,4 +1,4 @@
-"""Parameters that took others' places because something was cut out of them, and what stays of a tensor."""
+"""Parameters that took others' places because something was cut out of them, and the part of a tensor that stays."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Selection:
-    """What stays of a tensor along a dimension: `index` (kept,), or (parts, kept) with one for each part of dim 0."""
+    """The part of a tensor that stays along a dimension.
+
+    index: (kept,), or (parts, kept) with one for each part of the first dimension.
+    """
 
     dim: int
     index: Tensor
 
     def of(self, tensor: Tensor) -> Tensor:
-        """That part of a tensor, contiguous."""
+        """The part of a tensor, contiguous."""
         index = self.index.to(tensor.device)
         if index.dim() == 1:
             return tensor.index_select(self.dim, index)
@@ -33,7 +36,7 @@ class Cut:
     selections: tuple[Selection, ...]
 
     def of(self, tensor: Tensor) -> Tensor:
-        """What stays of a tensor of the old one's shape, such as a moment of an optimizer."""
+        """The part that stays of a tensor of the old one's shape, such as a moment of an optimizer."""
         return selected(tensor, self.selections)
 
 
@@ -43,7 +46,7 @@ def cut(old: nn.Parameter, *selections: Selection) -> Cut:
 
 
 def selected(tensor: Tensor, selections: tuple[Selection, ...]) -> Tensor:
-    """What stays of a tensor, contiguous."""
+    """The part of a tensor that stays, contiguous."""
     for selection in selections:
         tensor = selection.of(tensor)
     return tensor.contiguous()

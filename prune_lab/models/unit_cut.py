@@ -1,4 +1,4 @@
-"""What stays of each tensor when units go, and the test that a block without them is one with zeros in their place."""
+"""The part of each tensor that stays when units go, and the test that a block is then one with zeros in their place."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prune_lab.models.unit_sets import FoundGroup, FoundSet, dimension, unit_of_
 
 
 def selections(model: Any, group: FoundGroup, keep: list[Tensor]) -> dict[str, list[Selection]]:
-    """What stays of each tensor where each set of a group keeps these units, bools (units,)."""
+    """The part of each tensor that stays where each set of a group keeps these units, bools (units,)."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     parts = dict[tuple[str, int], dict[int, Tensor]]()  # by place: lines that stay
     for s, kept in zip(group.sets, keep, strict=True):

@@ -178,7 +178,7 @@ def _common(one: str, other: str) -> int:
 
 
 def _goes_with(name: str, dim: int, shape: tuple[int, ...], sets: list[FoundSet]) -> Beside | None:
-    """What units a tensor beside their matrices has along a dimension: as the lines of the nearest one, or of each."""
+    """The units along a dimension of a tensor beside their matrices: as those of the nearest one, or of each expert."""
     nearest: tuple[tuple[int, bool], int, Side] | None = None
     for index, s in enumerate(sets):
         for side in s.sides:

@@ -72,4 +72,5 @@ def dimension(parameter: Tensor, side: Side) -> int:
 
 
 def unit_of_line(widths: tuple[int, ...], units: int) -> Tensor:
+    """The unit of each row or column of a matrix, (lines,)."""
     return torch.cat([torch.arange(units).repeat_interleave(width) for width in widths])
