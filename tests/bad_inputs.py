@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from conftest import make_folder, story
 from gguf_files import make_gguf
+from model_types import tiny_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -802,6 +803,13 @@ CHECKPOINTS += [
     Bad("checkpoint", "whose blocks are numbered",
         ["model.name=PLACE/odd", "method=depth", "amount=0.5", "tracking=none"],
         ("scale_attn_by_inverse_layer_idx=true",), _damaged("gpt2", scale_attn_by_inverse_layer_idx=True)),
+    Bad("checkpoint", "that no block can leave",
+        ["model.name=PLACE/odd", "method=depth", "amount=0.5", "tracking=none"],
+        ("method.amount=0.5", "2 of 3 blocks", "minicpm3", "none can", "Give a smaller amount"),
+        lambda place: tiny_folder(place / "odd", "minicpm3")),
+    Bad("checkpoint", "whose MLPs are not described",
+        ["model.name=PLACE/odd", "method=depth", "method.refit=residual", "tracking=none"],
+        ("method.refit=residual", "olmo2", "method.refit=none"), lambda place: tiny_folder(place / "odd", "olmo2")),
 ]  # fmt: skip
 
 # GGUF files: what is made in PLACE/m.gguf, and what the message must hold.

@@ -361,6 +361,26 @@ FAULTS = (
         "type(value)(value[index] for index in kept)", "type(value)(value[: len(kept)])",
         ("test_depth.py::test_a_window_of_attention_stays_with_its_block",),
     ),
+    Fault(
+        "blocks_go_without_a_comparison", "prune_lab/models/fewer_blocks.py",
+        "float((one - other).abs().max()) if one.shape", "0.0 if one.shape",
+        ("test_found_depth.py::test_blocks_that_cannot_go_stay",),
+    ),
+    Fault(
+        "config_has_the_entries_of_other_blocks", "prune_lab/models/fewer_blocks.py",
+        "made = [value[index] for index in kept]", "made = list(value[: len(kept)])",
+        ("test_found_depth.py::test_a_config_says_which_blocks_are_left",),
+    ),
+    Fault(
+        "embeddings_keep_the_parts_of_other_blocks", "prune_lab/models/fewer_blocks.py",
+        "torch.cat([lines[block] for block in kept])", "torch.cat(list(lines[: len(kept)]))",
+        ("test_found_depth.py::test_embeddings_of_each_block_lose_their_part_and_the_optimizer_follows",),
+    ),
+    Fault(
+        "float32_kept_under_the_names_of_other_blocks", "prune_lab/recovery/train.py",
+        "dense_name(anatomy, name)", "name",
+        ("test_found_depth.py::test_blocks_go_in_a_training_of_a_model_that_was_loaded_in_bfloat16",),
+    ),
     # Scores and their statistics
     Fault(
         "wanda_norm_by_the_wrong_axis", "prune_lab/pruning/scores.py",

@@ -31,6 +31,7 @@ from prune_lab.methods.sparsegpt import SparseGPT
 from prune_lab.methods.wanda import Wanda
 from prune_lab.models.anatomy import FAMILIES, Anatomy, out_in, scope_of
 from prune_lab.models.export import save_model
+from prune_lab.models.fewer_blocks import blocks_that_stay
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.system.device import Device
@@ -48,11 +49,15 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: cells by method, "yes" or the reason; the rest of a type that cannot be loaded is empty."""
+    """A row of the table: cells by method, "yes" or the reason; the rest of a type that cannot be loaded is empty.
+
+    removable: number of blocks that can be removed, each alone, and of all blocks.
+    """
 
     model_type: str
     share: float | None
     cells: dict[str, str]
+    removable: tuple[int, int] | None = None
     whole: bool = False
     remark: str = ""
 
@@ -64,9 +69,12 @@ class Row:
     def __str__(self) -> str:
         share = "" if self.share is None else f"{self.share:.1%}"
         cells = [self.cells.get(name, "no") if self.cells.get(name, "no") == "yes" else "no" for name in METHODS]
+        depth = "no" if self.removable is None else f"{self.removable[0]} of {self.removable[1]}"
         units = "yes" if self.model_type in FAMILIES else "no"
         calibrated = "" if self.share is None else "whole model" if self.whole else "block by block"
-        return f"| {self.model_type} | {share} | {' | '.join(cells)} | {units} | {calibrated} | {self.remark} |"
+        return (
+            f"| {self.model_type} | {share} | {' | '.join(cells)} | {depth} | {units} | {calibrated} | {self.remark} |"
+        )
 
 
 def row_of(model_type: str, place: Path) -> Row:
@@ -74,7 +82,7 @@ def row_of(model_type: str, place: Path) -> Row:
     try:
         loaded = HubModel(name=str(tiny_folder(place / "model", model_type))).load(CPU, seed=0)
         anatomy = Anatomy(loaded.model)
-        scope, layout = scope_of(anatomy), anatomy.found
+        scope, layout, removable = scope_of(anatomy), anatomy.found, removable_of(anatomy)
     except Exception as error:  # of any modelling code of transformers: the reason is what the table is for
         return Row(model_type, None, {}, remark=_said(error))
     left = sorted({reason for reason, _ in scope.left_alone.values()})
@@ -82,8 +90,19 @@ def row_of(model_type: str, place: Path) -> Row:
     whys = sorted({cell for cell in cells.values() if cell != "yes"})
     whole = layout is not None and not layout.one_by_one
     return Row(
-        model_type, scope.share, cells, whole, "; ".join(whys or [f"left alone: {', '.join(left)}"] * bool(left))
+        model_type,
+        scope.share,
+        cells,
+        removable,
+        whole,
+        "; ".join(whys or [f"left alone: {', '.join(left)}"] * bool(left)),
     )
+
+
+def removable_of(anatomy: Anatomy) -> tuple[int, int]:
+    """Number of blocks of which each alone can be removed, and of all."""
+    count = len(anatomy.blocks)
+    return count - (len(blocks_that_stay(anatomy)) if anatomy.found is not None else 0), count
 
 
 def _try(dense: Loaded, method: Method, folder: Path) -> str:
@@ -136,20 +155,24 @@ NOT_BUILT = {
 HEAD = """# Models
 
 Written by `python tests/model_table.py` with transformers {transformers}: every type of causal language model that it
-builds ({count}), as a small model with random weights. Of {works} of them all four methods work.
+builds ({count}), as a small model with random weights. Of {works} of them all four methods of single weights work, of
+{every} every block can be removed, and of {some} more some blocks.
 
 - Share: the part of the weights of the decoder blocks that methods of single weights prune. The rest is left alone:
   norms and biases, routers of experts, convolutions and state parameters of recurrent layers. Experts that are fused
   into one tensor are matrices like any other, each with its own tokens.
 - magnitude, wanda, sparsegpt, 2:4 (Wanda's): `yes` where exactly half of the weights in scope are zero afterwards, what
   is left alone is as it was, and stock transformers reads the result with the same logits.
-- Units and blocks: whether `method=structured` and `method=depth` remove whole channels, KV groups and blocks. They do
-  so in the families that `prune_lab/models/anatomy.py` describes.
+- depth: how many of the blocks `method=depth` can remove, each alone: what is left has the logits of the model with the
+  block bypassed, as transformers builds it of its config. A block stays where others use more of it than its states, or
+  where its number or the count of blocks enters what they compute; a run that asks for more is refused, and says why.
+- Units: whether `method=structured` removes whole channels and KV groups. It does so in the families that
+  `prune_lab/models/anatomy.py` describes.
 - Calibrated: behind pruned blocks, block by block; or behind dense blocks in passes through the whole model, where a
   block cannot be called by itself.
 
-| type | share | magnitude | wanda | sparsegpt | 2:4 | units, blocks | calibrated | remark |
-|---|---|---|---|---|---|---|---|---|
+| type | share | magnitude | wanda | sparsegpt | 2:4 | depth | units | calibrated | remark |
+|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -161,7 +184,14 @@ def main(asked: list[str]) -> None:
         print(row, flush=True)
         rows.append(row)
     if not asked:
-        head = HEAD.format(transformers=version("transformers"), count=len(rows), works=sum(row.works for row in rows))
+        able = [row.removable for row in rows if row.removable is not None]
+        head = HEAD.format(
+            transformers=version("transformers"),
+            count=len(rows),
+            works=sum(row.works for row in rows),
+            every=sum(some == of_all for some, of_all in able),
+            some=sum(0 < some < of_all for some, of_all in able),
+        )
         PAGE.write_text(head + "\n".join(map(str, rows)) + "\n", encoding="utf-8")
 
 

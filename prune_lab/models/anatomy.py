@@ -1,8 +1,8 @@
 """Architectures: where a model's blocks, Linears and units are.
 
 FAMILIES describes those whose units can be removed; names are those of `transformers`, relative to a decoder block. Of
-any other type that stock transformers has, blocks and matrices are found by running it (models/found.py), and single
-weights can be pruned.
+any other type that stock transformers has, blocks and matrices are found by running it (models/found.py): single
+weights can be pruned, and blocks removed.
 """
 
 from __future__ import annotations
@@ -480,8 +480,8 @@ def check_described(config: Any, key: str) -> None:
     """Raises Refused where the family of a config is not in FAMILIES, which what a person gave as `key` needs."""
     if config.model_type not in FAMILIES:
         raise Refused(
-            f"{key}: units and blocks of {config.model_type} models cannot be removed yet; single weights can "
-            "(method=unstructured, wanda, sparsegpt ...), and units and blocks of the families "
+            f"{key}: units of {config.model_type} models cannot be removed yet; single weights can "
+            "(method=unstructured, wanda, sparsegpt ...), and blocks (method=depth), and units of the families "
             f"{', '.join(sorted(FAMILIES))}"
         )
 

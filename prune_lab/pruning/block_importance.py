@@ -33,9 +33,8 @@ def block_influence(calibrator: Calibrator, anatomy: Anatomy) -> list[float]:
     ShortGPT's BI (Men et al., 2403.03853), between the block's own input and output: the model's last hidden
     state would be the one after the final norm. Computed once for the dense model.
     """
-    found: list[float] = calibrator.remember(
-        anatomy, "block_influence", {}, lambda: _of_each_block(calibrator, anatomy)
-    )
+    of_each = _of_each_block if can_stream(anatomy) else _of_whole
+    found: list[float] = calibrator.remember(anatomy, "block_influence", {}, lambda: of_each(calibrator, anatomy))
     return found
 
 
@@ -87,14 +86,6 @@ def _in_whole_passes(
 
 @torch.no_grad()
 def _of_each_block(calibrator: Calibrator, anatomy: Anatomy) -> list[float]:
-    if not can_stream(anatomy):
-        cosines = defaultdict[int, list[Tensor]](list)
-
-        def look(block: int, was: Tensor, now: Tensor) -> None:
-            cosines[block].append(_cosines(by_token(was), by_token(now)))
-
-        _in_whole_passes(calibrator, anatomy, "block influence", look)
-        return [1 - float(torch.cat(cosines[block]).double().mean()) for block in range(len(anatomy.blocks))]
     stream, found = BlockStream(anatomy, calibrator.windows, calibrator.batch_size), []
     count = len(anatomy.blocks)
     with calibrator.console.progress(count * calibrator.windows.numel(), "block influence", unit="tok") as bar:
@@ -109,6 +100,18 @@ def _of_each_block(calibrator: Calibrator, anatomy: Anatomy) -> list[float]:
 def runs_among(among: Sequence[int], length: int) -> list[int]:
     """First blocks of the runs of `length` consecutive ones `among` some."""
     return [start for start in among if set(range(start, start + length)) <= set(among)]
+
+
+@torch.no_grad()
+def _of_whole(calibrator: Calibrator, anatomy: Anatomy) -> list[float]:
+    """The same in passes through the whole model."""
+    cosines = defaultdict[int, list[Tensor]](list)
+
+    def look(block: int, was: Tensor, now: Tensor) -> None:
+        cosines[block].append(_cosines(by_token(was), by_token(now)))
+
+    _in_whole_passes(calibrator, anatomy, "block influence", look)
+    return [1 - float(torch.cat(cosines[block]).double().mean()) for block in range(len(anatomy.blocks))]
 
 
 def least_distant(anatomy: Anatomy, remove: int, calibrator: Calibrator, among: Sequence[int]) -> list[int]:
