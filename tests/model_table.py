@@ -4,7 +4,8 @@ python tests/model_table.py [TYPE ...]     prints the rows of some types, or wri
 
 A type is a small model with random weights (model_types.py), loaded from its folder as any model is. `yes` says of a
 method that exactly half of the weights in scope are zero afterwards, that no number is infinite, that what is left
-alone is as it was, and that stock transformers reads what was written with the same logits.
+alone is as it was, and that stock transformers reads what was written with the same logits; of units that the model
+without half of them is the model with zeros in their place, and is read so.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from prune_lab.errors import Refused
 from prune_lab.methods.base import Method
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.sparsegpt import SparseGPT
+from prune_lab.methods.structured import Structured
 from prune_lab.methods.wanda import Wanda
-from prune_lab.models.anatomy import FAMILIES, Anatomy, out_in, scope_of
+from prune_lab.models.anatomy import Anatomy, out_in, scope_of
 from prune_lab.models.export import save_model
 from prune_lab.models.fewer_blocks import blocks_that_stay
 from prune_lab.models.load import HubModel, Loaded
@@ -44,6 +47,10 @@ METHODS = {
     "wanda": Wanda(amount=0.5),
     "sparsegpt": SparseGPT(amount=0.5),
     "2:4": Wanda(amount=0.5, pattern="2:4"),
+}
+UNITS = {
+    "channels": Structured(amount=0.5, units=("mlp",), score="wifv", refit="inputs"),
+    "KV groups": Structured(amount=0.5, units=("heads",), score="l2"),
 }
 
 
@@ -61,20 +68,17 @@ class Row:
     whole: bool = False
     remark: str = ""
 
-    @property
-    def works(self) -> bool:
-        """True where every method does."""
-        return all(cell == "yes" for cell in self.cells.values()) and bool(self.cells)
+    def works(self, names: Iterable[str]) -> bool:
+        """True where these methods do."""
+        return all(self.cells.get(name) == "yes" for name in names)
 
     def __str__(self) -> str:
         share = "" if self.share is None else f"{self.share:.1%}"
-        cells = [self.cells.get(name, "no") if self.cells.get(name, "no") == "yes" else "no" for name in METHODS]
+        weights, units = (["yes" if self.works([name]) else "no" for name in names] for names in (METHODS, UNITS))
         depth = "no" if self.removable is None else f"{self.removable[0]} of {self.removable[1]}"
-        units = "yes" if self.model_type in FAMILIES else "no"
         calibrated = "" if self.share is None else "whole model" if self.whole else "block by block"
-        return (
-            f"| {self.model_type} | {share} | {' | '.join(cells)} | {depth} | {units} | {calibrated} | {self.remark} |"
-        )
+        cells = [self.model_type, share, *weights, depth, *units, calibrated, self.remark]
+        return f"| {' | '.join(cells)} |"
 
 
 def row_of(model_type: str, place: Path) -> Row:
@@ -87,7 +91,9 @@ def row_of(model_type: str, place: Path) -> Row:
         return Row(model_type, None, {}, remark=_said(error))
     left = sorted({reason for reason, _ in scope.left_alone.values()})
     cells = {name: _try(loaded, method, place / name.replace(":", "_")) for name, method in METHODS.items()}
-    whys = sorted({cell for cell in cells.values() if cell != "yes"})
+    cells |= {name: _try_units(loaded, method, place / name) for name, method in UNITS.items()}
+    whys = sorted({cell for name, cell in cells.items() if cell != "yes" and name in METHODS})
+    whys += [f"{name}: {cells[name]}" for name in UNITS if cells[name] != "yes"]
     whole = layout is not None and not layout.one_by_one
     return Row(
         model_type,
@@ -95,7 +101,7 @@ def row_of(model_type: str, place: Path) -> Row:
         cells,
         removable,
         whole,
-        "; ".join(whys or [f"left alone: {', '.join(left)}"] * bool(left)),
+        "; ".join([*whys, *[f"left alone: {', '.join(left)}"] * bool(left)]),
     )
 
 
@@ -118,12 +124,39 @@ def _try(dense: Loaded, method: Method, folder: Path) -> str:
         for name in scope_of(Anatomy(loaded.model)).left_alone:
             if not torch.equal(loaded.model.get_parameter(name), dense.model.get_parameter(name)):
                 return f"{name} changed"
-        save_model(loaded, folder)
-        again: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
-        with torch.no_grad():
-            found, wanted = (m(input_ids=WINDOWS[:1].long(), use_cache=False).logits for m in (again, loaded.model))
-        gap = float((found - wanted).abs().max() / wanted.abs().max())
-        return "yes" if gap < 1e-4 else f"the logits differ by {gap:.1g} when read again"
+        return _reads(loaded, folder)
+    except Exception as error:  # as above
+        return _said(error)
+
+
+def _reads(loaded: Loaded, folder: Path) -> str:
+    """Result of writing a model and reading it with stock transformers: "yes", or how far its logits are off."""
+    save_model(loaded, folder)
+    again: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+    gap = _gap(again, loaded.model)
+    return "yes" if gap < 1e-4 else f"the logits differ by {gap:.1g} when read again"
+
+
+@torch.no_grad()
+def _gap(model: Any, other: Any) -> float:
+    """Largest difference of the logits of two models, as a part of the largest one."""
+    found, wanted = (m(input_ids=WINDOWS[:1].long(), use_cache=False).logits for m in (model, other))
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def _try_units(dense: Loaded, method: Structured, folder: Path) -> str:
+    """Result of removing units from a copy: "yes", or the reason why not."""
+    try:
+        models = []
+        for way in (method, replace(method, physical=False)):
+            loaded = Loaded(copy.deepcopy(dense.model), dense.tokenizer, dense.name, dense.family)
+            calibrator = Calibrator(WINDOWS) if method.calibrated else None
+            pruned = way.prune(Anatomy(loaded.model), method.amount, 0, calibrator)
+            if abs(pruned.realized - method.amount) > 0.02:
+                return f"{pruned.realized:.2f} of the units are gone"
+            models.append(loaded)
+        gap = _gap(models[0].model, models[1].model)
+        return _reads(models[0], folder) if gap < 1e-4 else f"the logits differ by {gap:.1g} from those with zeros"
     except Exception as error:  # as above
         return _said(error)
 
@@ -131,7 +164,9 @@ def _try(dense: Loaded, method: Method, folder: Path) -> str:
 def _said(error: Exception) -> str:
     text = " ".join(str(error).split()).replace("|", "/")
     text = text.partition("' ")[2] or text  # without the name of a folder
-    return f"{type(error).__name__}: {text[:90]}" if text else type(error).__name__
+    text = text.partition("cannot be removed: ")[2] or text
+    kind = "" if isinstance(error, Refused) else f"{type(error).__name__}: "
+    return f"{kind}{text[:90]}" if text else type(error).__name__
 
 
 def rows_of(types: Iterable[str]) -> Iterable[Row]:
@@ -156,7 +191,8 @@ HEAD = """# Models
 
 Written by `python tests/model_table.py` with transformers {transformers}: every type of causal language model that it
 builds ({count}), as a small model with random weights. Of {works} of them all four methods of single weights work, of
-{every} every block can be removed, and of {some} more some blocks.
+{every} every block can be removed, and of {some} more some blocks, of {channels} MLP channels, and of {heads} KV
+groups.
 
 - Share: the part of the weights of the decoder blocks that methods of single weights prune. The rest is left alone:
   norms and biases, routers of experts, convolutions and state parameters of recurrent layers. Experts that are fused
@@ -166,13 +202,15 @@ builds ({count}), as a small model with random weights. Of {works} of them all f
 - depth: how many of the blocks `method=depth` can remove, each alone: what is left has the logits of the model with the
   block bypassed, as transformers builds it of its config. A block stays where others use more of it than its states, or
   where its number or the count of blocks enters what they compute; a run that asks for more is refused, and says why.
-- Units: whether `method=structured` removes whole channels and KV groups. It does so in the families that
-  `prune_lab/models/anatomy.py` describes.
+- channels, KV groups: whether `method=structured` removes half of them (`method.units=[mlp]`, `[heads]`; channels of
+  experts and shared experts are MLP channels): what is left has the logits of the model with zeros in their place, and
+  stock transformers reads it with the same. KV groups stay where a head would be another one, were there fewer of them,
+  and where a norm spans all heads.
 - Calibrated: behind pruned blocks, block by block; or behind dense blocks in passes through the whole model, where a
   block cannot be called by itself.
 
-| type | share | magnitude | wanda | sparsegpt | 2:4 | depth | units | calibrated | remark |
-|---|---|---|---|---|---|---|---|---|---|
+| type | share | magnitude | wanda | sparsegpt | 2:4 | depth | channels | KV groups | calibrated | remark |
+|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -188,7 +226,9 @@ def main(asked: list[str]) -> None:
         head = HEAD.format(
             transformers=version("transformers"),
             count=len(rows),
-            works=sum(row.works for row in rows),
+            works=sum(row.works(METHODS) for row in rows),
+            channels=sum(row.works(["channels"]) for row in rows),
+            heads=sum(row.works(["KV groups"]) for row in rows),
             every=sum(some == of_all for some, of_all in able),
             some=sum(0 < some < of_all for some, of_all in able),
         )

@@ -107,10 +107,10 @@ def _of_whole(calibrator: Calibrator, anatomy: Anatomy) -> list[float]:
     """The same in passes through the whole model."""
     cosines = defaultdict[int, list[Tensor]](list)
 
-    def look(block: int, was: Tensor, now: Tensor) -> None:
+    def note(block: int, was: Tensor, now: Tensor) -> None:
         cosines[block].append(_cosines(by_token(was), by_token(now)))
 
-    _in_whole_passes(calibrator, anatomy, "block influence", look)
+    _in_whole_passes(calibrator, anatomy, "block influence", note)
     return [1 - float(torch.cat(cosines[block]).double().mean()) for block in range(len(anatomy.blocks))]
 
 
@@ -156,12 +156,12 @@ def _places_whole(calibrator: Calibrator, anatomy: Anatomy) -> list[Tensor]:
     count = len(anatomy.blocks)
     found = [list[Tensor]() for _ in range(count + 1)]
 
-    def look(block: int, was: Tensor, now: Tensor) -> None:
+    def note(block: int, was: Tensor, now: Tensor) -> None:
         found[block].append(was[:, -1].flatten(1).double())
         if block == count - 1:
             found[count].append(now[:, -1].flatten(1).double())
 
-    _in_whole_passes(calibrator, anatomy, "angles of blocks", look)
+    _in_whole_passes(calibrator, anatomy, "angles of blocks", note)
     return [torch.cat(of_place) for of_place in found]
 
 
