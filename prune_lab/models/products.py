@@ -36,11 +36,13 @@ class Products(TorchDispatchMode):
     """Mode in which every product of activations with a watched parameter is told of.
 
     A product is recognised by the storage of its second operand, so that Linears, GPT-2's Conv1D, weights that are used
-    without their module, and the parts of fused experts are seen alike. Casts of a weight (autocast) are not.
+    without their module, and the parts of fused experts are seen alike. Casts of a weight (autocast) are not, unless
+    follow_casts: then they are kept as long as the mode lasts.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], tell: Tell) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], tell: Tell, follow_casts: bool = False) -> None:
         super().__init__()
+        self._follows, self._casts = follow_casts, list[Tensor]()
         # By storage, which several parameters may share: views of one tensor of a checkpoint.
         self._spans: dict[int, list[tuple[int, int, str]]] = {}
         for name, p in parameters.items():
@@ -57,7 +59,19 @@ class Products(TorchDispatchMode):
             for start, end, name in self._spans.get(weight.untyped_storage().data_ptr(), ()):
                 if start <= place < end:
                     self._look(name, start, inputs, weight, out)
+        elif self._follows and func.overloadpacket.__name__ == "_to_copy":
+            self._follow(args[0], out)
         return out
+
+    def _follow(self, tensor: Tensor, cast: Tensor) -> None:
+        """Watches a cast of a whole parameter as that parameter."""
+        start, size = int(tensor.storage_offset()), tensor.numel()
+        for begin, end, name in self._spans.get(tensor.untyped_storage().data_ptr(), ()):
+            if (begin, end) == (start, start + size) and cast.stride() == tensor.stride():
+                self._casts.append(cast)  # so that its storage is no other tensor's meanwhile
+                place = int(cast.storage_offset())
+                self._spans.setdefault(cast.untyped_storage().data_ptr(), []).append((place, place + size, name))
+                return
 
     def _look(self, name: str, start: int, inputs: Tensor, weight: Tensor, out: Tensor) -> None:
         if weight.dim() == 3 and weight.stride(0) == 0:  # one matrix for the whole batch

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,11 +12,13 @@ from prune_lab.errors import Refused
 from prune_lab.models.anatomy import LABELS, Anatomy, UnitLinear, out_in
 from prune_lab.models.cuts import Cut, Selection, cut, selected
 from prune_lab.models.found import evaluating, forget_layout, is_same, probe_tokens
-from prune_lab.models.found_units import after_cut, units_of
+from prune_lab.models.found_experts import EXPERTS, mixtures_of, without_experts
+from prune_lab.models.found_units import after_cut, forget_units, units_of
 from prune_lab.models.rebuild import rebuild, tensors_of
 from prune_lab.models.resize import Shape, keep_blocks, note_count, original_blocks, set_unit_count
 from prune_lab.models.unit_cut import selections
 from prune_lab.models.unit_fields import config_of
+from prune_lab.models.unit_sets import FoundGroup
 from prune_lab.pruning.refit import check_finite, refit_columns
 from prune_lab.pruning.statistics import LinearStatistics
 
@@ -113,7 +118,7 @@ def _remove_found(anatomy: Anatomy, name: str, keep: list[Tensor], count: int) -
     tokens, was = probe_tokens(model)[:1], group.count
     for s, kept in zip(anatomy.unit_sets(name), keep, strict=True):
         zero_units(s.parts, kept)
-    with evaluating(model):
+    with evaluating(model), _without(model, group, keep):
         wanted = model(input_ids=tokens, use_cache=False).logits
     chosen, config, tensors = selections(model, group, keep), config_of(model, group, count), tensors_of(model)
     cuts, places = list[Cut](), dict[int, Tensor]()
@@ -128,16 +133,29 @@ def _remove_found(anatomy: Anatomy, name: str, keep: list[Tensor], count: int) -
     rebuild(model, config, {key: places.get(id(tensor), tensor) for key, tensor in tensors.items()})
     note_count(anatomy, name, was)
     forget_layout(model)
-    after_cut(model, units, name, count)
+    if name == EXPERTS:
+        forget_units(model)  # the channels of those that stay have other names
+    else:
+        after_cut(model, units, name, count)
     anatomy.look()
     with evaluating(model):
         found = model(input_ids=tokens, use_cache=False).logits
     if not is_same(found, wanted):
+        way = "" if name == EXPERTS else "; give method.physical=false, which leaves zeros"
         raise Refused(
-            f"method.units: without {was - count} of {was} {LABELS[group.kind]} the {model.config.model_type} model is "
-            "not what it is with zeros in their place; give method.physical=false, which leaves zeros"
+            f"without {was - count} of {was} {LABELS.get(group.kind, EXPERTS)} the {model.config.model_type} model is "
+            f"not what it is where they are there and do nothing{way}"
         )
     return cuts
+
+
+def _without(model: Any, group: FoundGroup, keep: list[Tensor]) -> AbstractContextManager[None]:
+    """Context in which a model chooses none of the experts that go; of other units nothing is to be done."""
+    mixtures = mixtures_of(model, group) if group.name == EXPERTS else []
+    if isinstance(mixtures, str):
+        raise Refused(f"method=experts: {mixtures}")
+    gone = {s.block: ~kept for s, kept in zip(group.sets, keep, strict=True)}
+    return without_experts(model, mixtures, gone)
 
 
 def take_shape(anatomy: Anatomy, shape: Shape) -> None:

@@ -1,0 +1,205 @@
+"""Experts of a mixture as units: found by the config field that counts them, and a model as it is without some of them.
+
+The modules of experts of transformers are called with states, choices and gates, whatever router is before them:
+hidden_states (tokens, hidden), the experts of each token (tokens, k), and what their outputs are multiplied by.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prune_lab.models.found import ROUTER, Layout, layout_of, probe_tokens
+from prune_lab.models.products import Place, Products
+from prune_lab.models.rebuild import edited, shapes, text_parts
+from prune_lab.models.unit_sets import Beside, FoundGroup, FoundSet
+
+EXPERTS = "experts"  # name and kind of the group
+_CHOICES = re.compile(r"bias|correction|statics")  # added to what experts are chosen by, for each expert
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Mixture of a block: names of its module of experts, of the module that it and the router are in, and tensors.
+
+    router: matrices whose rows are the experts. choices: other tensors that are added to what experts are chosen by.
+    """
+
+    block: int
+    experts: str
+    whole: str
+    router: tuple[str, ...]
+    choices: tuple[str, ...]
+
+
+def find_experts(model: Any, layout: Layout) -> FoundGroup | str:
+    """The experts of all blocks as one group, or the reason why there are none that could be removed."""
+    was = shapes(model, model.config)
+    if was is None:
+        return "its class of transformers cannot be built from its config"
+    why = "it has no experts that a field of its config counts"
+    for number, part in enumerate(text_parts(model.config.to_dict())):
+        for key, count in part.items():
+            if "expert" not in key or isinstance(count, bool) or not isinstance(count, int) or count < 2:
+                continue
+            group = _group_of(model, layout, (number, key), count, was)
+            if isinstance(group, FoundGroup):
+                return group
+            why = group or why
+    return why
+
+
+def _group_of(
+    model: Any, layout: Layout, field: tuple[int, str], count: int, was: dict[str, tuple[int, ...]]
+) -> FoundGroup | str | None:
+    """The group that a config field counts; None where it counts something else, or a reason."""
+    number, key = field
+
+    def fewer(data: dict[str, Any]) -> None:
+        text_parts(data)[number][key] = count - 1
+
+    config = edited(model.config, fewer)
+    now = shapes(model, config) if config is not None else None
+    if now is None or now == was:
+        return None
+    routers = {name for name, reason in layout.left_alone.items() if reason == ROUTER}
+    fused = {m.place.parameter for of_block in layout.matrices for m in of_block if not m.is_linear}
+    changed = [name for name in was if now.get(name) != was[name]]
+    if not routers & set(changed) or not fused & set(changed):
+        return None
+    if was.keys() != now.keys():
+        return "another number of experts would be another set of tensors"
+    prefix, of_block = f"{layout.blocks}.", dict[int, list[tuple[str, int, int]]]()
+    for name in changed:
+        for dim, (old, new) in enumerate(zip(was[name], now[name], strict=True)):
+            if old == new:
+                continue
+            if not name.startswith(prefix) or old % count or new * count != old * (count - 1):
+                return f"{name} would change, too, and has not a part for each expert"
+            block = int(name.removeprefix(prefix).partition(".")[0])
+            of_block.setdefault(block, []).append((name, dim, old // count))
+    sets = tuple(FoundSet(block, count, ()) for block in sorted(of_block))
+    beside = tuple(
+        Beside(name, dim, (index,), (width,))
+        for index, s in enumerate(sets)
+        for name, dim, width in of_block[s.block]
+    )  # fmt: skip
+    return FoundGroup(EXPERTS, EXPERTS, count, (field,), sets, beside)
+
+
+def mixtures_of(model: Any, group: FoundGroup) -> list[Mixture] | str:
+    """The mixture of each set of a group, or the reason why what its experts are given cannot be seen."""
+    layout, found = layout_of(model), list[Mixture]()
+    fused = {m.place.parameter for of_block in layout.matrices for m in of_block if not m.is_linear}
+    for index, s in enumerate(group.sets):
+        tensors = [beside.tensor for beside in group.beside if beside.sets == (index,)]
+        owners = {name.rpartition(".")[0] for name in tensors if name in fused}
+        routers = [name for name in tensors if layout.left_alone.get(name) == ROUTER]
+        if len(owners) != 1 or not routers:
+            return f"block {s.block} has its experts in several modules"
+        owner = owners.pop()
+        if len(signature(type(model.get_submodule(owner)).forward).parameters) < 4:  # self, states, choices, gates
+            return f"{owner} is not called with states, choices and gates"
+        whole = _common_module([owner, *(name.rpartition(".")[0] for name in routers)])
+        choices = [
+            name for name in tensors if name not in routers and name not in fused and not name.startswith(f"{owner}.")
+        ]
+        found.append(
+            Mixture(s.block, owner, whole, tuple(routers), tuple(n for n in choices if _CHOICES.search(n)))
+        )  # fmt: skip
+    return found
+
+
+def _common_module(names: list[str]) -> str:
+    parts = [name.split(".") for name in names]
+    shared = 0
+    while all(len(part) > shared + 1 for part in parts) and len({part[shared] for part in parts}) == 1:
+        shared += 1
+    return ".".join(parts[0][:shared])
+
+
+# Told of each call of experts: the block, states (tokens, hidden), experts (tokens, k), gates (tokens, k).
+Called = Callable[[int, Tensor, Tensor, Tensor], None]
+
+
+@contextmanager
+def watched(model: Any, mixtures: list[Mixture], called: Called) -> Iterator[None]:
+    """Context in which every call of a module of experts is told of."""
+
+    def before(block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states, chosen, gates = (*args, *kwargs.values())[:3]
+        called(block, states.flatten(0, -2), chosen.reshape(-1, chosen.shape[-1]), gates.reshape(-1, gates.shape[-1]))
+
+    hooks = [
+        model.get_submodule(mixture.experts).register_forward_pre_hook(
+            lambda _, args, kwargs, block=mixture.block: before(block, args, kwargs), with_kwargs=True
+        )
+        for mixture in mixtures
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def outputs_of(model: Any, mixture: Mixture, states: Tensor, chosen: Tensor) -> Tensor:
+    """Output of each token's experts before the gate, (tokens, k, hidden), as the model's own module computes them."""
+    tokens, k = chosen.shape
+    each = states.repeat_interleave(k, 0)
+    ones = torch.ones(tokens * k, 1, dtype=states.dtype, device=states.device)
+    module = model.get_submodule(mixture.experts)
+    found: Tensor = module.forward(each, chosen.reshape(-1, 1), ones)
+    return found.view(tokens, k, -1)
+
+
+@contextmanager
+def without_experts(model: Any, mixtures: list[Mixture], gone: Mapping[int, Tensor]) -> Iterator[None]:
+    """Context in which routers give some experts of each block minus infinity, so that no token chooses them.
+
+    gone: by block, bools (experts,), or (tokens, experts) for those of each token.
+    """
+    blocks = {name: mixture.block for mixture in mixtures for name in mixture.router if mixture.block in gone}
+    parameters = {name: model.get_parameter(name) for name in blocks}
+
+    def tell(place: Place, inputs: Tensor, outputs: Tensor) -> None:
+        mask = gone[blocks[place.parameter]].to(outputs.device)
+        outputs.masked_fill_(mask.expand(outputs.shape), -torch.inf)
+
+    added = list[tuple[Tensor, Tensor]]()
+    for mixture in mixtures:
+        mask = gone.get(mixture.block)
+        if mask is None or mask.dim() > 1:
+            continue
+        for name in mixture.choices:
+            tensor = _tensor(model, name)
+            added.append((tensor, tensor.clone()))
+            tensor[..., mask.to(tensor.device)] = -torch.inf
+    try:
+        with Products(parameters, tell, follow_casts=True):
+            yield
+    finally:
+        for tensor, before in added:
+            tensor.copy_(before)
+
+
+def _tensor(model: Any, name: str) -> Tensor:
+    owner, _, key = name.rpartition(".")
+    module = model.get_submodule(owner)
+    found: Tensor = (module._parameters.get(key) if key in module._parameters else module._buffers[key]).detach()
+    return found
+
+
+def top_k_of(model: Any, mixtures: list[Mixture]) -> int:
+    """Experts that each token goes to."""
+    found = list[int]()
+    with watched(model, mixtures, lambda block, states, chosen, gates: found.append(chosen.shape[-1])):
+        model(input_ids=probe_tokens(model)[:1], use_cache=False)
+    return max(found)
