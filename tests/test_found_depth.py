@@ -243,6 +243,19 @@ def test_states_of_a_token_count_as_one(place: Path) -> None:
         assert block_influence(Calibrator(WINDOWS), Anatomy(model)) == pytest.approx([*seen.values()], rel=1e-4)
 
 
+def test_a_block_that_text_does_not_run_has_no_influence() -> None:
+    """Mllama's cross-attention to images: nothing turns there, and it is the first that goes."""
+    model = tiny_model("mllama")
+    assert model.model.config.cross_attention_layers == [1]
+    influence = block_influence(Calibrator(WINDOWS), Anatomy(model))
+    assert influence[1] == 0 < min(influence[0], *influence[2:])
+    distances = _distances(Calibrator(WINDOWS), Anatomy(model))
+    assert distances[1][2] == pytest.approx(0, abs=1e-6)
+    assert all(distances[place][place + 1] > 1e-3 for place in (0, 2, 3))
+    for by in ("bi", "angle"):
+        assert gone_of(prune(copy.deepcopy(model), 0.25, by)) == [1]
+
+
 @pytest.mark.parametrize(
     ("model_type", "count", "keys"),
     [("falcon_h1", 2, {}), ("falcon_h1", 5, {}), ("mamba2", 2, {}), ("xmod", 2, {"languages": ["en_XX", "de_DE"]})],
