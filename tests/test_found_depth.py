@@ -119,10 +119,19 @@ def test_of_a_described_family_the_same_blocks_go(
     got = [prune(other.model, amount, by) for amount in (0.2, 0.6)]
     assert [gone_of(pruned) for pruned in got] == [gone_of(pruned) for pruned in wanted]
     assert [sorted(map(str, pruned.rows)) for pruned in got] == [sorted(map(str, pruned.rows)) for pruned in wanted]
+    assert (
+        sum(row.before for row in got[1].rows) == sum(row.before for row in got[0].rows) == 5 * _size_of_a_block(family)
+    )
     assert original_blocks(Anatomy(other.model)) == original_blocks(Anatomy(described.model))
     assert dense_count(Anatomy(other.model), "blocks") == 5
     assert torch.equal(logits(other.model), logits(described.model))
     assert other.model.config.to_dict() == described.model.config.to_dict()
+
+
+def _size_of_a_block(family: str) -> int:
+    """Weights of the matrices of a block of make_folder, by hand: queries and outputs, keys and values, the MLP."""
+    groups, matrices = (32, 2) if family.startswith("gpt") else (16, 3)
+    return 2 * 32 * 32 + 2 * 32 * groups + matrices * 32 * 48
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
@@ -208,6 +217,72 @@ def test_blocks_that_cannot_go_stay(model_type: str, place: Path) -> None:
         assert len(gone) == most
         assert set(gone) <= set(SOME[model_type])
         assert torch.equal(logits(model), logits_without(dense, gone))
+
+
+def test_states_of_a_token_count_as_one(place: Path) -> None:
+    """hy_v4's has several (hyper-connections): the cosine is of all their numbers, in either way through the blocks."""
+    model = loaded_of(place, "hy_v4").model
+    layout, seen, hooks = found.layout_of(model), dict[int, float](), list[Any]()
+
+    def look(index: int, was: Tensor, now: Tensor) -> None:
+        assert was.dim() == 4
+        rows = [
+            (was[w, t].double().flatten(), now[w, t].double().flatten()) for w in range(len(was)) for t in range(24)
+        ]
+        seen[index] = 1 - sum(float(a @ b / (a.norm() * b.norm())) for a, b in rows) / len(rows)
+
+    for index, block in enumerate(Anatomy(model).blocks):
+        hooks.append(block.register_forward_hook(lambda _, args, out, index=index: look(index, args[0], out[0])))
+    logits(model)
+    for hook in hooks:
+        hook.remove()
+    for one_by_one in (True, False):
+        found.keep(model, found.Layout(layout.blocks, layout.matrices, one_by_one=one_by_one))
+        if one_by_one and not layout.one_by_one:
+            continue
+        assert block_influence(Calibrator(WINDOWS), Anatomy(model)) == pytest.approx([*seen.values()], rel=1e-4)
+
+
+def test_a_block_that_text_does_not_run_has_no_influence() -> None:
+    """Mllama's cross-attention to images: nothing turns there, and it is the first that goes."""
+    model = tiny_model("mllama")
+    assert model.model.config.cross_attention_layers == [1]
+    influence = block_influence(Calibrator(WINDOWS), Anatomy(model))
+    assert influence[1] == 0 < min(influence[0], *influence[2:])
+    distances = _distances(Calibrator(WINDOWS), Anatomy(model))
+    assert distances[1][2] == pytest.approx(0, abs=1e-6)
+    assert all(distances[place][place + 1] > 1e-3 for place in (0, 2, 3))
+    for by in ("bi", "angle"):
+        assert gone_of(prune(copy.deepcopy(model), 0.25, by)) == [1]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "count", "keys"),
+    [("falcon_h1", 2, {}), ("falcon_h1", 5, {}), ("mamba2", 2, {}), ("xmod", 2, {"languages": ["en_XX", "de_DE"]})],
+)
+def test_a_list_that_is_as_long_by_chance_stays(model_type: str, count: int, keys: dict[str, Any]) -> None:
+    """Multipliers of parts of an MLP, limits, languages: the config is tried without their entries, and with."""
+    model = tiny_model(model_type, num_hidden_layers=count, **keys)
+    lists = {
+        key: value for key, value in model.config.to_dict().items() if isinstance(value, list) and len(value) == count
+    }
+    dense = copy.deepcopy(model)
+    keep_blocks(Anatomy(model), [*range(1, count)])
+    assert torch.equal(logits(model), logits_without(dense, [0]))
+    for key in {"mlp_multipliers", "ssm_multipliers", "time_step_limit", "languages"} & lists.keys():
+        assert model.config.to_dict()[key] == lists[key]
+
+
+def test_a_block_whose_tensors_others_have_too_stays() -> None:
+    """Zamba's hybrid blocks share theirs, which are known by the first one's name: the others can go."""
+    model = tiny_model(
+        "zamba", num_hidden_layers=9, layers_block_type=["linear_attention", "linear_attention", "hybrid"] * 3
+    )
+    anatomy = Anatomy(model)
+    assert fewer_blocks.blocks_that_stay(anatomy) == {2: "block 8 has its tensors, too"}
+    matrices = {matrix.name for matrix in found.layout_of(model).matrices[2]}
+    keep_blocks(anatomy, [0, 1, 2, 3, 4, 6, 7, 8])
+    assert {matrix.name for matrix in found.layout_of(model).matrices[2]} == matrices
 
 
 def test_a_run_of_blocks_is_one_of_those_that_can_go(place: Path) -> None:
@@ -347,6 +422,21 @@ def test_blocks_go_in_a_training_of_a_model_that_was_loaded_in_bfloat16(place: P
     assert all(weight.dtype in (torch.float32, torch.bfloat16) for weight in loaded.model.parameters())
 
 
+def test_buffers_have_the_number_type_that_was_loaded(place: Path, tmp_path: Path) -> None:
+    """Gemma scales its embeddings by a number that is rounded to bfloat16, in a training too."""
+    model = loaded_of(place, "gemma4_text", torch.bfloat16).model
+    model.save_pretrained(tmp_path / "saved")  # as a run does of the dense model: its config then has the type's name
+    for weight in model.parameters():
+        weight.data = weight.data.float()
+    scales = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("embed_scale")}
+    assert all(buffer.dtype == torch.bfloat16 for buffer in scales.values())
+    assert len(scales) == 2
+    keep_blocks(Anatomy(model), [1, 2, 3])
+    for name, buffer in scales.items():
+        assert model.get_buffer(name).dtype == buffer.dtype
+        assert torch.equal(model.get_buffer(name), buffer)
+
+
 def test_rounded_buffers_of_a_used_model_are_no_reason_to_stay(place: Path) -> None:
     """GPT-J rounds its table of positions when it runs in bfloat16, and keeps it so while its weights are float32."""
     model = loaded_of(place, "gptj", torch.bfloat16).model
@@ -382,12 +472,12 @@ def test_the_command_line_removes_blocks_of_experts(cli: Cli, place: Path, tmp_p
     ],
 )
 def test_what_blocks_cannot_do_is_refused_before_anything_is_measured(
-    model_type: str, keys: list[str], words: list[str], cli: Cli, place: Path, text: str  # noqa: F811
+    model_type: str, keys: list[str], words: list[str], cli: Cli, place: Path, tmp_path: Path, text: str  # noqa: F811
 ) -> None:  # fmt: skip
     name = f"model.name={folder_of(place, model_type)}"
     done = cli("model=hf", name, text, *TEXT, "measure=quality_only", "method=depth", *keys)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert "measuring" not in done.stderr
+    assert not (tmp_path / "cache" / "baseline").exists()
     for word in words:
         assert word in done.stderr, done.stderr

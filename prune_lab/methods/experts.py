@@ -28,8 +28,6 @@ OF_ROUTING = {"ranked_choice": "orders", "leave_one_out": "losses"}
 WITHOUT_TEXT = ("aimer", "random")
 SCORES = (*OF_SUMS, *OF_ROUTING, *WITHOUT_TEXT)
 FEW = 128  # tokens of the calibration text under which an expert's mean is hardly known
-_GROUPS = ("n_group", "num_expert_group")  # config fields: runs of experts that a router chooses among first
-_CHOSEN_GROUPS = ("topk_group",)
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,7 @@ class Experts(Method):
         """Removes experts from every block and returns what was removed."""
         import torch
 
+        from prune_lab.models.found_experts import router_groups
         from prune_lab.models.resize import dense_count
         from prune_lab.pruning.expert_scores import keep_best
         from prune_lab.pruning.expert_statistics import expert_statistics
@@ -95,7 +94,7 @@ class Experts(Method):
             sums = expert_statistics(anatomy.model, mixtures, group.count, calibrator, needs)
         random = torch.Generator().manual_seed(seed)
         scores = [self._scores(anatomy, mixture, group, sums.get(mixture.block), random) for mixture in mixtures]
-        keep = [keep_best(of_block, count, _groups(anatomy)[0]) for of_block in scores]
+        keep = [keep_best(of_block, count, router_groups(anatomy.config)[0]) for of_block in scores]
         pruned.files["experts.csv"] = _table(mixtures, scores, keep, sums)
         pruned.warnings += _warnings_of(sums)
         pruned.cuts += remove_units(anatomy, "experts", keep)
@@ -118,7 +117,7 @@ class Experts(Method):
     def _count_to_keep(self, anatomy: Anatomy, amount: float) -> int:
         """Number of experts that stay in each block; raises Refused for one that the router cannot choose among."""
         from prune_lab.models.found import evaluating
-        from prune_lab.models.found_experts import top_k_of
+        from prune_lab.models.found_experts import router_groups, top_k_of
         from prune_lab.models.resize import dense_count
         from prune_lab.pruning.selection import count_to_remove
 
@@ -130,7 +129,7 @@ class Experts(Method):
         count = min(count, group.count)
         with evaluating(anatomy.model):
             top_k = top_k_of(anatomy.model, mixtures)
-        possible = [n for n in range(1, group.count + 1) if _can_choose(n, top_k, *_groups(anatomy))]
+        possible = [n for n in range(1, group.count + 1) if _can_choose(n, top_k, *router_groups(anatomy.config))]
         if count not in possible:
             amounts = ", ".join(f"{n} (amount={1 - n / total:g})" for n in possible)
             raise Refused(
@@ -166,14 +165,6 @@ class Experts(Method):
                 f"the scores of {mixture.experts} are not finite: weights or activations overflow; give another dtype"
             )
         return found.cpu()
-
-
-def _groups(anatomy: Anatomy) -> tuple[int, int]:
-    """Runs of experts that the router chooses among first, and how many of them it takes; 1 and 1 without any."""
-    parts = anatomy.config.get_text_config().to_dict()
-    groups = next((parts[key] for key in _GROUPS if isinstance(parts.get(key), int)), 1)
-    chosen = next((parts[key] for key in _CHOSEN_GROUPS if isinstance(parts.get(key), int)), groups)
-    return max(1, groups), max(1, chosen)
 
 
 def _can_choose(count: int, top_k: int, groups: int, chosen: int) -> bool:

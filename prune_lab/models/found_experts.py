@@ -10,18 +10,21 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prune_lab.models.found import ROUTER, Layout, layout_of, probe_tokens
+from prune_lab.models.found import ROUTER, Layout, is_same, layout_of, probe_tokens
 from prune_lab.models.products import Place, Products
-from prune_lab.models.rebuild import edited, shapes, text_parts
+from prune_lab.models.rebuild import edited, shapes, skeleton, text_parts
+from prune_lab.models.unit_cut import filled, selections
+from prune_lab.models.unit_fields import config_of
+from prune_lab.models.unit_probe import Calls
 from prune_lab.models.unit_sets import Beside, FoundGroup, FoundSet
 
 EXPERTS = "experts"  # name and kind of the group
+_GROUPS, _TAKEN = ("n_group", "num_expert_group"), "topk_group"  # config fields of router_groups
 _CHOICES = re.compile(r"bias|correction|statics")  # added to what experts are chosen by, for each expert
 
 
@@ -62,11 +65,15 @@ def _group_of(
     """The group that a config field counts; None where it counts something else, or a reason."""
     number, key = field
 
-    def fewer(data: dict[str, Any]) -> None:
-        text_parts(data)[number][key] = count - 1
+    for other in (count + 1, count - 1):  # of one expert some types make an MLP without a router
 
-    config = edited(model.config, fewer)
-    now = shapes(model, config) if config is not None else None
+        def _change(data: dict[str, Any], other: int = other) -> None:
+            text_parts(data)[number][key] = other
+
+        config = edited(model.config, _change)
+        now = shapes(model, config) if config is not None else None
+        if now is not None:
+            break
     if now is None or now == was:
         return None
     routers = {name for name, reason in layout.left_alone.items() if reason == ROUTER}
@@ -81,7 +88,7 @@ def _group_of(
         for dim, (old, new) in enumerate(zip(was[name], now[name], strict=True)):
             if old == new:
                 continue
-            if not name.startswith(prefix) or old % count or new * count != old * (count - 1):
+            if not name.startswith(prefix) or old % count or new * count != old * other:
                 return f"{name} would change, too, and has not a part for each expert"
             block = int(name.removeprefix(prefix).partition(".")[0])
             of_block.setdefault(block, []).append((name, dim, old // count))
@@ -98,16 +105,19 @@ def mixtures_of(model: Any, group: FoundGroup) -> list[Mixture] | str:
     """The mixture of each set of a group, or the reason why what its experts are given cannot be seen."""
     layout, found = layout_of(model), list[Mixture]()
     fused = {m.place.parameter for of_block in layout.matrices for m in of_block if not m.is_linear}
+    called = _called_with_choices(model, {b.tensor.rpartition(".")[0] for b in group.beside if b.tensor in fused})
     for index, s in enumerate(group.sets):
         tensors = [beside.tensor for beside in group.beside if beside.sets == (index,)]
         owners = {name.rpartition(".")[0] for name in tensors if name in fused}
         routers = [name for name in tensors if layout.left_alone.get(name) == ROUTER]
         if len(owners) != 1 or not routers:
             return f"block {s.block} has its experts in several modules"
-        owner = owners.pop()
-        if len(signature(type(model.get_submodule(owner)).forward).parameters) < 4:  # self, states, choices, gates
-            return f"{owner} is not called with states, choices and gates"
+        owner = called.get(owners.pop())
+        if owner is None:
+            return f"the experts of block {s.block} are not called with states, choices and gates"
         whole = _common_module([owner, *(name.rpartition(".")[0] for name in routers)])
+        if (table := _table_of_tokens(model.get_submodule(whole))) is not None:
+            return f"{whole}.{table} says by the token which experts it goes to"
         choices = [
             name for name in tensors if name not in routers and name not in fused and not name.startswith(f"{owner}.")
         ]
@@ -115,6 +125,76 @@ def mixtures_of(model: Any, group: FoundGroup) -> list[Mixture] | str:
             Mixture(s.block, owner, whole, tuple(routers), tuple(n for n in choices if _CHOICES.search(n)))
         )  # fmt: skip
     return found
+
+
+def _called_with_choices(model: Any, owners: set[str]) -> dict[str, str]:
+    """The module of experts that each owner of their weights is or is in: what is called with choices and gates."""
+    seen, hooks = set[str](), list[Any]()
+
+    def look(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if len(given) >= 3 and not given[1].is_floating_point() and given[1].shape == given[2].shape:
+            seen.add(name)
+
+    above = {owner: [owner.rsplit(".", up)[0] for up in range(3)] for owner in owners}
+    for name in {name for names in above.values() for name in names}:
+        hooks.append(
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: look(name, args, kwargs), with_kwargs=True
+            )
+        )
+    try:
+        with torch.no_grad():
+            model(input_ids=probe_tokens(model)[:1], use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {owner: name for owner, names in above.items() for name in names[::-1] if name in seen}
+
+
+def router_groups(config: Any) -> tuple[int, int]:
+    """Runs of experts that a router chooses among first, and how many of them it takes; 1 and 1 without any."""
+    part = config.get_text_config().to_dict()
+    groups = next((part[key] for key in _GROUPS if isinstance(part.get(key), int)), 1)
+    taken = part.get(_TAKEN)
+    return max(1, groups), max(1, taken if isinstance(taken, int) else groups)
+
+
+@torch.no_grad()
+def check_experts(model: Any, group: FoundGroup, calls: Calls) -> str | None:
+    """None where a block without one expert of each run is what it is with a router that avoids them; else why not."""
+    mixtures = mixtures_of(model, group)
+    if isinstance(mixtures, str):
+        return mixtures
+    runs, seen = router_groups(model.config)[0], set[Any]()
+    gone = torch.zeros(runs, group.count // runs, dtype=torch.bool)
+    gone[:, -1] = True
+    try:
+        config = config_of(model, group, group.count - runs)
+        made = skeleton(model, config).eval()
+        chosen = selections(model, group, [~gone.flatten() for _ in group.sets])
+        for mixture in mixtures:
+            path = f"{layout_of(model).blocks}.{mixture.block}"
+            sort = tuple((n.removeprefix(path), p.shape) for n, p in model.get_submodule(path).named_parameters())
+            if sort in seen:
+                continue
+            seen.add(sort)
+            found = calls.output(mixture.block, filled(made, model, path, chosen))
+            with without_experts(model, [mixture], {mixture.block: gone.flatten()}):
+                wanted = calls.output(mixture.block)
+            if not is_same(found, wanted):
+                return f"block {mixture.block} with fewer experts is not one whose router avoids the others"
+    except Exception as error:  # of any modelling code of transformers
+        return f"a block with fewer experts does not run ({type(error).__name__})"
+    return None
+
+
+def _table_of_tokens(whole: Any) -> str | None:
+    """The name of a tensor of whole numbers in a mixture, of more than one dimension; None where there is none."""
+    tensors = [*whole.named_parameters(), *whole.named_buffers()]
+    return next(
+        (name for name, t in tensors if t.dim() > 1 and not t.is_floating_point() and t.dtype != torch.bool), None
+    )
 
 
 def _common_module(names: list[str]) -> str:

@@ -15,7 +15,7 @@ import torch
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import LABELS
 from prune_lab.models.found import layout_of
-from prune_lab.models.found_experts import EXPERTS, find_experts
+from prune_lab.models.found_experts import EXPERTS, check_experts, find_experts
 from prune_lab.models.products import eager_experts
 from prune_lab.models.rebuild import shapes
 from prune_lab.models.unit_cut import check_cut
@@ -64,10 +64,11 @@ def _find(model: Any) -> FoundUnits:
                 if why is not None:
                     why_not[kind] = why
             experts = find_experts(model, layout)
-            if isinstance(experts, FoundGroup):
+            reason = check_experts(model, experts, calls) if isinstance(experts, FoundGroup) else experts
+            if isinstance(experts, FoundGroup) and reason is None:
                 groups[EXPERTS] = experts
             else:
-                why_not[EXPERTS] = experts
+                why_not[EXPERTS] = str(reason)
             return FoundUnits(groups, why_not)
     finally:
         model.train(was_training)

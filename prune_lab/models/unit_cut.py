@@ -105,7 +105,7 @@ def _is_same_by_block(
             continue
         seen.add(sort)
         try:
-            found = calls.output(number, _filled(made, model, path, chosen))
+            found = calls.output(number, filled(made, model, path, chosen))
         except Exception:  # of any modelling code of transformers: it needs what a whole pass sets
             return False
         if not is_same(found, _with_zeros(model, of_block, partial(calls.output, number))):
@@ -113,7 +113,7 @@ def _is_same_by_block(
     return True
 
 
-def _filled(made: Any, model: Any, path: str, chosen: dict[str, list[Selection]]) -> Any:
+def filled(made: Any, model: Any, path: str, chosen: dict[str, list[Selection]]) -> Any:
     """A block of a skeleton with the tensors of the model's, cut."""
     block, own = made.get_submodule(path), model.get_submodule(path)
     for name, module in block.named_modules():

@@ -104,14 +104,15 @@ def runs_among(among: Sequence[int], length: int) -> list[int]:
 
 @torch.no_grad()
 def _of_whole(calibrator: Calibrator, anatomy: Anatomy) -> list[float]:
-    """The same in passes through the whole model."""
+    """The same in passes through the whole model; 0 of a block that text does not run, as cross-attention to images."""
     cosines = defaultdict[int, list[Tensor]](list)
 
     def note(block: int, was: Tensor, now: Tensor) -> None:
         cosines[block].append(_cosines(by_token(was), by_token(now)))
 
     _in_whole_passes(calibrator, anatomy, "block influence", note)
-    return [1 - float(torch.cat(cosines[block]).double().mean()) for block in range(len(anatomy.blocks))]
+    found = {block: 1 - float(torch.cat(of_block).double().mean()) for block, of_block in cosines.items()}
+    return [found.get(block, 0.0) for block in range(len(anatomy.blocks))]
 
 
 def least_distant(anatomy: Anatomy, remove: int, calibrator: Calibrator, among: Sequence[int]) -> list[int]:
@@ -153,16 +154,17 @@ def _places(calibrator: Calibrator, anatomy: Anatomy) -> list[Tensor]:
 
 def _places_whole(calibrator: Calibrator, anatomy: Anatomy) -> list[Tensor]:
     """The same in passes through the whole model: before each block, and behind the last one."""
-    count = len(anatomy.blocks)
-    found = [list[Tensor]() for _ in range(count + 1)]
+    before, behind = defaultdict[int, list[Tensor]](list), defaultdict[int, list[Tensor]](list)
 
     def note(block: int, was: Tensor, now: Tensor) -> None:
-        found[block].append(was[:, -1].flatten(1).double())
-        if block == count - 1:
-            found[count].append(now[:, -1].flatten(1).double())
+        before[block].append(was[:, -1].flatten(1).double())
+        behind[block].append(now[:, -1].flatten(1).double())
 
     _in_whole_passes(calibrator, anatomy, "angles of blocks", note)
-    return [torch.cat(of_place) for of_place in found]
+    places = [torch.cat(behind[max(behind)])]
+    for block in reversed(range(len(anatomy.blocks))):  # one that text does not run leaves the states as they are
+        places.insert(0, torch.cat(before[block]) if block in before else places[0])
+    return places
 
 
 def least_needed(anatomy: Anatomy, remove: int, calibrator: Calibrator, among: Sequence[int], by: str) -> list[int]:
