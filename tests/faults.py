@@ -260,6 +260,41 @@ FAULTS = (
         ("test_found.py::test_routers_are_left_alone",),
     ),
     Fault(
+        "halves_taken_for_interleaved_channels", "prune_lab/models/unit_probe.py",
+        "for widths in ((1,) * count, (count,)):", "for widths in ((1,) * count,):",
+        ("test_found_units.py::test_channels_of_interleaved_experts_by_hand",),
+    ),
+    Fault(
+        "experts_lose_the_same_channels", "prune_lab/models/unit_cut.py",
+        "index = torch.stack(indices)\n", "index = indices[0]\n",
+        ("test_found_units.py::test_channels_of_interleaved_experts_by_hand",),
+    ),
+    Fault(
+        "units_of_unseen_experts_are_scored", "prune_lab/methods/structured.py",
+        "if self.calibrated and statistics[reader.name].is_unseen:", "if False:",
+        ("test_found_units.py::test_an_expert_that_saw_hardly_a_token_loses_its_lowest_norms",),
+    ),
+    Fault(
+        "shared_experts_keep_another_share", "prune_lab/models/unit_fields.py",
+        "multiple=s.units // count", "multiple=1",
+        ("test_found_units.py::test_shared_experts_keep_the_same_share_where_one_field_holds_both",),
+    ),
+    Fault(
+        "reap_without_the_gates", "prune_lab/pruning/expert_scores.py",
+        "total(g * norms)", "total(norms)",
+        ("test_experts.py::test_golden_values",),
+    ),
+    Fault(
+        "best_experts_go", "prune_lab/pruning/expert_scores.py",
+        "gone = by_group.argsort(dim=1, stable=True)", "gone = (-by_group).argsort(dim=1, stable=True)",
+        ("test_experts.py::test_frequency_and_reap_remove_different_experts",),
+    ),
+    Fault(
+        "outputs_of_experts_behind_the_gate", "prune_lab/models/found_experts.py",
+        "ones = torch.ones(tokens * k, 1,", "ones = torch.full((tokens * k, 1), 0.5,",
+        ("test_experts.py::test_scores_of_a_mixture_by_hand",),
+    ),
+    Fault(
         "unseen_experts_are_scored", "prune_lab/methods/weights.py",
         "if self.calibrated and statistics.is_unseen:", "if False:",
         ("test_found.py::test_an_expert_that_saw_hardly_a_token_is_pruned_by_magnitude_and_the_run_says_so",),

@@ -167,6 +167,8 @@ def check_experts(model: Any, group: FoundGroup, calls: Calls) -> str | None:
     if isinstance(mixtures, str):
         return mixtures
     runs, seen = router_groups(model.config)[0], set[Any]()
+    if group.count - runs < top_k_of(model, mixtures):  # none can go
+        return None
     gone = torch.zeros(runs, group.count // runs, dtype=torch.bool)
     gone[:, -1] = True
     try:

@@ -47,7 +47,7 @@ def selections(model: Any, group: FoundGroup, keep: list[Tensor]) -> dict[str, l
             keep[number].cpu()[unit_of_line(beside.widths, group.sets[number].units)].nonzero().flatten()
             for number in beside.sets
         ]
-        index = indices[0] if len(indices) == 1 else torch.stack(indices)
+        index = torch.stack(indices) if len(indices) > 1 else indices[0]
         found.setdefault(beside.tensor, []).append(Selection(beside.dim, index))
     return found
 
