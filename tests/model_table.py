@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from prune_lab.errors import Refused
 from prune_lab.methods.base import Method
+from prune_lab.methods.experts import Experts
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.sparsegpt import SparseGPT
 from prune_lab.methods.structured import Structured
@@ -48,10 +49,13 @@ METHODS = {
     "sparsegpt": SparseGPT(amount=0.5),
     "2:4": Wanda(amount=0.5, pattern="2:4"),
 }
-UNITS = {
+UNITS: dict[str, Method] = {
     "channels": Structured(amount=0.5, units=("mlp",), score="wifv", refit="inputs"),
     "KV groups": Structured(amount=0.5, units=("heads",), score="l2"),
+    "experts": Experts(amount=0.5, score="frequency"),
 }
+
+NO_EXPERTS = "none are there"
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ class Row:
 
     def __str__(self) -> str:
         share = "" if self.share is None else f"{self.share:.1%}"
-        weights, units = (["yes" if self.works([name]) else "no" for name in names] for names in (METHODS, UNITS))
+        said = {name: {"yes": "yes", NO_EXPERTS: ""}.get(cell, "no") for name, cell in self.cells.items()}
+        weights, units = ([said.get(name, "no") for name in names] for names in (METHODS, UNITS))
         depth = "no" if self.removable is None else f"{self.removable[0]} of {self.removable[1]}"
         calibrated = "" if self.share is None else "whole model" if self.whole else "block by block"
         cells = [self.model_type, share, *weights, depth, *units, calibrated, self.remark]
@@ -93,7 +98,7 @@ def row_of(model_type: str, place: Path) -> Row:
     cells = {name: _try(loaded, method, place / name.replace(":", "_")) for name, method in METHODS.items()}
     cells |= {name: _try_units(loaded, method, place / name) for name, method in UNITS.items()}
     whys = sorted({cell for name, cell in cells.items() if cell != "yes" and name in METHODS})
-    whys += [f"{name}: {cells[name]}" for name in UNITS if cells[name] != "yes"]
+    whys += [f"{name}: {cells[name]}" for name in UNITS if cells[name] not in ("yes", NO_EXPERTS)]
     whole = layout is not None and not layout.one_by_one
     return Row(
         model_type,
@@ -144,15 +149,19 @@ def _gap(model: Any, other: Any) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
-def _try_units(dense: Loaded, method: Structured, folder: Path) -> str:
-    """Result of removing units from a copy: "yes", or the reason why not."""
+def _try_units(dense: Loaded, method: Method, folder: Path) -> str:
+    """Result of removing units from a copy: "yes", or the reason why not.
+
+    What is left is compared with zeros in the place of units; of experts it is as they go (pruning/surgery.py).
+    """
     try:
         models = []
-        for way in (method, replace(method, physical=False)):
+        ways = (method, replace(method, physical=False)) if isinstance(method, Structured) else (method, method)
+        for way in ways:
             loaded = Loaded(copy.deepcopy(dense.model), dense.tokenizer, dense.name, dense.family)
             calibrator = Calibrator(WINDOWS) if method.calibrated else None
             pruned = way.prune(Anatomy(loaded.model), method.amount, 0, calibrator)
-            if abs(pruned.realized - method.amount) > 0.02:
+            if isinstance(method, Structured) and abs(pruned.realized - method.amount) > 0.02:
                 return f"{pruned.realized:.2f} of the units are gone"
             models.append(loaded)
         gap = _gap(models[0].model, models[1].model)
@@ -165,6 +174,8 @@ def _said(error: Exception) -> str:
     text = " ".join(str(error).split()).replace("|", "/")
     text = text.partition("' ")[2] or text  # without the name of a folder
     text = text.partition("cannot be removed: ")[2] or text
+    if "has no experts" in text or "have no experts" in text:
+        return NO_EXPERTS
     kind = "" if isinstance(error, Refused) else f"{type(error).__name__}: "
     return f"{kind}{text[:90]}" if text else type(error).__name__
 
@@ -191,8 +202,8 @@ HEAD = """# Models
 
 Written by `python tests/model_table.py` with transformers {transformers}: every type of causal language model that it
 builds ({count}), as a small model with random weights. Of {works} of them all four methods of single weights work, of
-{every} every block can be removed, and of {some} more some blocks, of {channels} MLP channels, and of {heads} KV
-groups.
+{every} every block can be removed, and of {some} more some blocks, of {channels} MLP channels, of {heads} KV
+groups, and of {experts} experts.
 
 - Share: the part of the weights of the decoder blocks that methods of single weights prune. The rest is left alone:
   norms and biases, routers of experts, convolutions and state parameters of recurrent layers. Experts that are fused
@@ -206,11 +217,13 @@ groups.
   experts and shared experts are MLP channels): what is left has the logits of the model with zeros in their place, and
   stock transformers reads it with the same. KV groups stay where a head would be another one, were there fewer of them,
   and where a norm spans all heads.
+- experts: whether `method=experts` removes half of the experts of each block, where there are any: what is left has the
+  logits of the model whose routers avoid the others, and stock transformers reads it with the same.
 - Calibrated: behind pruned blocks, block by block; or behind dense blocks in passes through the whole model, where a
   block cannot be called by itself.
 
-| type | share | magnitude | wanda | sparsegpt | 2:4 | depth | channels | KV groups | calibrated | remark |
-|---|---|---|---|---|---|---|---|---|---|---|
+| type | share | magnitude | wanda | sparsegpt | 2:4 | depth | channels | KV groups | experts | calibrated | remark |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -229,6 +242,7 @@ def main(asked: list[str]) -> None:
             works=sum(row.works(METHODS) for row in rows),
             channels=sum(row.works(["channels"]) for row in rows),
             heads=sum(row.works(["KV groups"]) for row in rows),
+            experts=sum(row.works(["experts"]) for row in rows),
             every=sum(some == of_all for some, of_all in able),
             some=sum(0 < some < of_all for some, of_all in able),
         )
