@@ -123,6 +123,8 @@ def _begin(
     calibrator, protocol = None, evaluator.protocol
     if parts.method.calibrated:
         calibrator, stamp = evaluator.calibrator(parts.settings.seed, console)
+        if parts.method.in_whole_passes:
+            stamp = stamp | {"propagate": "dense", "pass": "the whole model"}
         protocol = protocol | {
             "calibration": stamp | {"solved_width": parts.method.solved_width(Anatomy(evaluator.dense.model))}
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +273,5 @@ def test_the_command_line_removes_experts(cli: Cli, place: Path, tmp_path: Path)
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export")
     assert again.config.num_local_experts == 2
     assert len((tmp_path / "run" / "experts.csv").read_text().splitlines()) == 13
+    stamp = json.loads((tmp_path / "run" / "summary.json").read_text())["protocol"]["calibration"]
+    assert (stamp["propagate"], stamp["pass"]) == ("dense", "the whole model")

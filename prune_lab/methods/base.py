@@ -24,6 +24,7 @@ class Method:
     amount: float = 0.5
 
     not_applicable: ClassVar[tuple[str, ...]] = ()
+    in_whole_passes: ClassVar[bool] = False  # its calibration text passes the dense model as a whole, whatever it is
 
     def __post_init__(self) -> None:
         check_amount(self.amount)

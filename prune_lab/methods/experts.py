@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from prune_lab.errors import Refused
 from prune_lab.methods.base import Method
@@ -41,6 +41,8 @@ class Experts(Method):
 
     score: str = "reap"
     round_to: int = 1
+
+    in_whole_passes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
