@@ -33,6 +33,7 @@ DEFAULT_GB = 10.0
 KINDS = {
     "tokens": "tokenised text",
     "gguf": "models made of GGUF files",
+    "layout": "blocks, matrices and units found in models, by config",
     "input_norm": "calibration: norms of the inputs of Linears",
     "variance": "calibration: means and variances of inputs",
     "gram": "calibration: gram matrices of inputs",

@@ -16,9 +16,12 @@ from transformers import AutoModelForCausalLM
 from prune_lab.errors import Refused
 from prune_lab.methods.structured import Structured
 from prune_lab.models import anatomy as anatomies
+from prune_lab.models import found as found_layouts
+from prune_lab.models import found_units
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.export import check_reload, save_model
-from prune_lab.models.found_units import units_of
+from prune_lab.models.found import forget_layout
+from prune_lab.models.found_units import forget_units, units_of
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.pruned import Pruned
@@ -299,3 +302,45 @@ def test_units_that_are_not_there_are_refused_before_the_work(cli: Cli, place: P
     assert done.returncode == 2
     assert "MLP channels of this bloom model cannot be removed" in done.stderr
     assert "calibrating" not in done.stderr
+
+
+def test_what_was_found_is_kept_by_config_and_not_where_weights_hide_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded_of(place, "gpt_oss").model
+    found = found_anew(model), units_of(model)
+    hidden = copy.deepcopy(model)
+    forget_layout(hidden)
+    forget_units(hidden)
+    other_config = copy.deepcopy(hidden)
+    other_config.config.rms_norm_eps = 1e-4
+    with torch.no_grad():
+        for block in hidden.model.layers:
+            block.self_attn.k_proj.weight.zero_()
+            block.self_attn.k_proj.bias.fill_(1)
+            block.self_attn.q_proj.weight.zero_()
+    looked = list[str]()
+    monkeypatch.setattr(found_units, "find_sets", lambda *args: looked.append("units") or [])
+    monkeypatch.setattr(found_layouts, "_find_blocks", lambda model: looked.append("blocks") or "model.layers")
+    again = copy.deepcopy(model)
+    forget_layout(again)
+    forget_units(again)
+    assert (found_layouts.layout_of(again), units_of(again)) == found
+    assert looked == []
+    units_of(other_config)
+    assert looked == ["blocks", "units"]
+    monkeypatch.undo()
+    with torch.no_grad():
+        hidden.config.rms_norm_eps = 2e-4  # of which nothing was kept
+    assert "heads" in units_of(hidden).why_not
+    whole = copy.deepcopy(model)
+    whole.config.rms_norm_eps = 2e-4
+    forget_layout(whole)
+    forget_units(whole)
+    assert units_of(whole).groups.keys() == found[1].groups.keys()
+
+
+def found_anew(model: Any) -> found_layouts.Layout:
+    forget_layout(model)
+    forget_units(model)
+    return found_layouts.layout_of(model)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.errors import Refused
+from prune_lab.models import layout_cache
 from prune_lab.models.products import FusedMatrix, Place, seen_on
 
 _KEPT = "_found_layout"  # with the model and its copies; in no export
@@ -75,9 +76,22 @@ def layout_of(model: Any) -> Layout:
     """The layout of a model, found once and kept with it; raises Refused where there is none."""
     kept = model.__dict__.get(_KEPT)
     if kept is None:
-        kept = model.__dict__[_KEPT] = _find(model)
+        kept = model.__dict__[_KEPT] = layout_cache.kept("layout", model, lambda: _find(model), _read)
     found: Layout = kept
     return found
+
+
+def _read(of: dict[str, Any]) -> Layout:
+    """The layout that was kept in the cache."""
+    matrices = tuple(tuple(read_matrix(matrix) for matrix in of_block) for of_block in of["matrices"])
+    return Layout(**{**of, "matrices": matrices})
+
+
+def read_matrix(of: dict[str, Any]) -> Matrix:
+    """The matrix that asdict and JSON made this of."""
+    place = of["place"]
+    where = Place(place["parameter"], tuple(place["shape"]), tuple(place["strides"]), place["offset"])
+    return Matrix(of["name"], where, of["is_linear"], of["active"])
 
 
 def forget_layout(model: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from prune_lab.errors import Refused
+from prune_lab.models import layout_cache
 from prune_lab.models.anatomy import LABELS
 from prune_lab.models.found import layout_of
 from prune_lab.models.found_experts import EXPERTS, check_experts, find_experts
@@ -21,7 +22,7 @@ from prune_lab.models.rebuild import shapes
 from prune_lab.models.unit_cut import check_cut
 from prune_lab.models.unit_fields import choices, group_of
 from prune_lab.models.unit_probe import Calls, find_sets
-from prune_lab.models.unit_sets import FoundGroup, FoundSet
+from prune_lab.models.unit_sets import FoundGroup, FoundSet, read_group
 
 _KEPT = "_found_units"  # with the model and its copies; in no export
 
@@ -38,9 +39,19 @@ def units_of(model: Any) -> FoundUnits:
     """The units of a model, found once and kept with it."""
     kept = model.__dict__.get(_KEPT)
     if kept is None:
-        kept = model.__dict__[_KEPT] = _find(model)
+        kept = model.__dict__[_KEPT] = layout_cache.kept("units", model, lambda: _find(model), _read, _is_whole)
     found: FoundUnits = kept
     return found
+
+
+def _read(of: dict[str, Any]) -> FoundUnits:
+    """The units that were kept in the cache."""
+    return FoundUnits({name: read_group(group) for name, group in of["groups"].items()}, of["why_not"])
+
+
+def _is_whole(units: FoundUnits) -> bool:
+    """True where all kinds were found, but for experts: of the others weights may have hidden some."""
+    return not units.why_not.keys() - {EXPERTS}
 
 
 def forget_units(model: Any) -> None:

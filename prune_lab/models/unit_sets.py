@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prune_lab.models.found import Matrix
+from prune_lab.models.found import Matrix, read_matrix
 
 
 @dataclass(frozen=True)
@@ -74,3 +75,19 @@ def dimension(parameter: Tensor, side: Side) -> int:
 def unit_of_line(widths: tuple[int, ...], units: int) -> Tensor:
     """The unit of each row or column of a matrix, (lines,)."""
     return torch.cat([torch.arange(units).repeat_interleave(width) for width in widths])
+
+
+def read_group(of: dict[str, Any]) -> FoundGroup:
+    """The group that asdict and JSON made this of."""
+    sets = tuple(
+        FoundSet(
+            s["block"],
+            s["units"],
+            tuple(Side(read_matrix(side["matrix"]), side["side"], tuple(side["widths"])) for side in s["sides"]),
+            s["multiple"],
+        )
+        for s in of["sets"]
+    )
+    beside = tuple(Beside(b["tensor"], b["dim"], tuple(b["sets"]), tuple(b["widths"])) for b in of["beside"])
+    fields = tuple((number, key) for number, key in of["fields"])
+    return FoundGroup(**{**of, "sets": sets, "beside": beside, "fields": fields})
