@@ -154,6 +154,8 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
     ("recovery=finetune recovery.lr=nan", ("recovery.lr=nan", "(0, 1)")),
     ("recovery=finetune recovery.batch_size=0", ("recovery.batch_size=0", "at least 1")),
     ("recovery=finetune recovery.autocast=fp4", ("recovery.autocast='fp4'", "auto", "bfloat16", "none")),
+    ("recovery=finetune recovery.router_aux_loss=-1", ("recovery.router_aux_loss=-1", "[0, 1]", "null")),
+    ("recovery=distill recovery.router_aux_loss=nan", ("recovery.router_aux_loss=nan", "[0, 1]", "null")),
     ("recovery=distill recovery.temperature=0", ("recovery.temperature=0", "(0, 1000)")),
     ("recovery=distill recovery.teacher=/nowhere",
      ("recovery.teacher='/nowhere'", "neither a folder here nor a Hub id")),

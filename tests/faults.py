@@ -490,13 +490,18 @@ FAULTS = (
         ("test_training.py::test_the_soft_loss_by_hand",),
     ),
     Fault(
+        "load_balance_is_told_and_not_trained", "prune_lab/recovery/losses.py",
+        "loss + balance * of_routers", "loss + balance * of_routers.detach()",
+        ("test_mixtures.py::test_the_loss_of_a_mixture_is_stocks",),
+    ),
+    Fault(
         "warm_up_begins_at_zero", "prune_lab/recovery/optimizer.py",
         "(step + 1) / warm", "step / warm",
         ("test_training.py::test_the_learning_rate_by_hand",),
     ),
     Fault(
         "parts_of_a_batch_count_whole", "prune_lab/recovery/train.py",
-        "* (len(part) / len(mine))", "* 1.0",
+        "len(part) / len(mine)", "1.0",
         ("test_schedules.py::test_parts_of_a_batch_make_the_same_training",),
     ),
     Fault(

@@ -60,10 +60,11 @@ class Distill(Finetune):
 
     def loss(self, training: TrainingContext) -> Loss:
         """The mixed loss; the teacher is in eval mode, has no gradients and is not changed."""
-        from prune_lab.recovery.losses import distillation_loss
+        from prune_lab.recovery.losses import coefficient_of_balance, distillation_loss
 
         teacher = training.dense if self.teacher is None else _load(self.teacher, training.device)
-        return distillation_loss(teacher.model, self.temperature, self.alpha, training.bos.length)
+        balance = coefficient_of_balance(self.router_aux_loss, training)
+        return distillation_loss(teacher.model, self.temperature, self.alpha, training.bos.length, balance)
 
 
 _teachers: dict[tuple[Any, ...], Loaded] = {}

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Finetune(TrainingRecipe):
-    """Training of all weights on the mean cross-entropy of the next token."""
+    """Training of all weights on the mean cross-entropy of the next token, and on the load balance of experts."""
 
     def loss(self, training: TrainingContext) -> Loss:
-        """Cross-entropy of the next token."""
-        from prune_lab.recovery.losses import next_token_loss
+        """Cross-entropy of the next token, with the load-balance loss of a mixture of experts."""
+        from prune_lab.recovery.losses import coefficient_of_balance, next_token_loss
 
-        return next_token_loss(training.bos.length)
+        return next_token_loss(training.bos.length, coefficient_of_balance(self.router_aux_loss, training))
 
     def recover(self, model: Any, training: TrainingContext) -> None:
         """Trains on its loss."""
