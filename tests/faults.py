@@ -491,8 +491,18 @@ FAULTS = (
     ),
     Fault(
         "load_balance_is_told_and_not_trained", "prune_lab/recovery/losses.py",
-        "loss + balance * of_routers", "loss + balance * of_routers.detach()",
+        "loss + balance.coefficient * of_routers", "loss + balance.coefficient * of_routers.detach()",
         ("test_mixtures.py::test_the_loss_of_a_mixture_is_stocks",),
+    ),
+    Fault(
+        "blocks_make_up_for_each_others_load", "prune_lab/models/loss.py",
+        "    if by_block:", "    if False:",
+        ("test_mixtures.py::test_each_block_may_have_its_own_balance",),
+    ),
+    Fault(
+        "experts_begin_without_a_fit", "prune_lab/models/split.py",
+        "fitted.view(count, width, -1).mT", "down[:, channels].transpose(0, 1)",
+        ("test_mixtures.py::test_experts_begin_as_what_the_dense_mlp_adds",),
     ),
     Fault(
         "warm_up_begins_at_zero", "prune_lab/recovery/optimizer.py",

@@ -38,12 +38,13 @@ def _has_whole_logits(model: Any) -> bool:
     return found is not None and found.whole_logits
 
 
-def states_and_balance(model: Any, batch: Tensor) -> tuple[Tensor, Tensor]:
+def states_and_balance(model: Any, batch: Tensor, by_block: bool = False) -> tuple[Tensor, Tensor]:
     """Last states, as of `last_states`, and the load-balance loss of a mixture's routers on the same tokens, a scalar.
 
     One forward pass gives both. The load-balance loss (Switch Transformer, 2101.03961, equations 4 to 6) is the one
-    that the model's own class computes, with as many experts for each token as its config says, before its coefficient:
-    1 where routers are uniform and every expert has as many tokens, and times the experts of a token.
+    that the model's own class computes, before its coefficient: at least the number of experts that a token has. It
+    adds up all blocks before it compares the experts, so that an expert with few tokens in one block is made up for by
+    others of its number. by_block: the mean of the blocks' own.
     """
     states, whole = list[Tensor](), _has_whole_logits(model)
     hook = model.base_model.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state))
@@ -52,7 +53,24 @@ def states_and_balance(model: Any, batch: Tensor) -> tuple[Tensor, Tensor]:
         output = model(input_ids=batch, use_cache=False, output_router_logits=True, **keep)
     finally:
         hook.remove()
-    return output.logits if whole else states[-1], output.aux_loss
+    balance = output.aux_loss
+    if by_block:
+        balance = torch.stack([_balance_of_block(logits, _top_k(model)) for logits in output.router_logits]).mean()
+    return output.logits if whole else states[-1], balance
+
+
+def _balance_of_block(logits: Tensor, top_k: int) -> Tensor:
+    """Load-balance loss of a block from its router's logits, shape (tokens, experts)."""
+    shares = logits.float().softmax(1)
+    chosen = shares.topk(top_k, dim=1).indices
+    counts = torch.zeros_like(shares).scatter_(1, chosen, 1.0).mean(0)
+    return (counts * shares.mean(0)).sum() * logits.shape[1]
+
+
+def _top_k(model: Any) -> int:
+    """Number of experts of a token."""
+    places = (model, model.config.get_text_config())
+    return next(place.num_experts_per_tok for place in places if hasattr(place, "num_experts_per_tok"))
 
 
 def balance_coefficient(model: Any) -> float:

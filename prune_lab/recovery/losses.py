@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from prune_lab.errors import Refused
+from prune_lab.models.load import Loaded
 from prune_lab.models.loss import (
     balance_coefficient,
     by_chunks,
@@ -36,33 +38,46 @@ class TrainingLoss(NamedTuple):
 Loss = Callable[[Any, Tensor], TrainingLoss]  # of a model and a batch of shape (windows, prefix + seq_len)
 
 
-def coefficient_of_balance(asked: float | None, training: TrainingContext) -> float:
-    """Coefficient of the load-balance loss in a training: the one that was asked for, else that of the model's config.
+@dataclass(frozen=True)
+class Balance:
+    """Load-balance loss that is added: its coefficient, 0 for none, and whether each block has its own (or all one)."""
 
-    0 where there is none to add: transformers computes it for most mixtures of experts. Notes a config's that it does
-    not compute; raises Refused for one that was asked for.
+    coefficient: float = 0.0
+    by_block: bool = False
+
+
+NO_BALANCE = Balance()
+
+
+def check_balance(asked: float | None, dense: Loaded) -> None:
+    """Raises Refused where a load-balance loss is asked for that transformers does not compute for a model."""
+    if asked and not has_balance(dense.model):
+        raise Refused(
+            f"recovery.router_aux_loss={asked} is of the routers of a mixture of experts, and transformers computes no "
+            f"load-balance loss for models of the type {dense.family}: give null"
+        )
+
+
+def balance_of(asked: float | None, by_block: bool, training: TrainingContext) -> Balance:
+    """Load-balance loss of a training, with the coefficient that was asked for, else that of the model's config.
+
+    None where there is none to add: transformers computes it for most mixtures of experts. Notes a config's that it
+    does not compute; raises Refused for one that was asked for.
     """
+    check_balance(asked, training.dense)
     model = training.dense.model
     coefficient = balance_coefficient(model) if asked is None else asked
     if coefficient == 0 or has_balance(model):
-        return coefficient
-    if asked is not None:
-        raise Refused(
-            f"recovery.router_aux_loss={asked} is of the routers of a mixture of experts, and transformers computes no "
-            f"load-balance loss for models of the type {training.dense.family}: give null"
-        )
+        return Balance(coefficient, by_block)
     training.warn(
         f"trained without the load-balance loss that the model's config asks for (coefficient {coefficient:g}): "
         f"transformers computes none for models of the type {training.dense.family}"
     )
-    return 0.0
+    return NO_BALANCE
 
 
-def next_token_loss(prefix: int = 0, balance: float = 0.0) -> Loss:
-    """Mean cross-entropy of the next token, in nats, of a text after `prefix` tokens that are none of it (BOS).
-
-    balance: coefficient of the load-balance loss that is added; 0: none.
-    """
+def next_token_loss(prefix: int = 0, balance: Balance = NO_BALANCE) -> Loss:
+    """Mean cross-entropy of the next token, in nats, of a text after `prefix` tokens that are none of it (BOS)."""
 
     def loss_of(model: Any, batch: Tensor) -> TrainingLoss:
         states, of_routers = _states(model, batch, balance)
@@ -72,17 +87,21 @@ def next_token_loss(prefix: int = 0, balance: float = 0.0) -> Loss:
     return loss_of
 
 
-def _states(model: Any, batch: Tensor, balance: float) -> tuple[Tensor, Tensor | None]:
-    return states_and_balance(model, batch) if balance else (last_states(model, batch), None)
+def _states(model: Any, batch: Tensor, balance: Balance) -> tuple[Tensor, Tensor | None]:
+    if balance.coefficient == 0:
+        return last_states(model, batch), None
+    return states_and_balance(model, batch, balance.by_block)
 
 
-def _sum(loss: Tensor, of_routers: Tensor | None, balance: float) -> TrainingLoss:
+def _sum(loss: Tensor, of_routers: Tensor | None, balance: Balance) -> TrainingLoss:
     if of_routers is None:
         return TrainingLoss(loss)
-    return TrainingLoss(loss + balance * of_routers, of_routers.detach())
+    return TrainingLoss(loss + balance.coefficient * of_routers, of_routers.detach())
 
 
-def distillation_loss(teacher: Any, temperature: float, alpha: float, prefix: int = 0, balance: float = 0.0) -> Loss:
+def distillation_loss(
+    teacher: Any, temperature: float, alpha: float, prefix: int = 0, balance: Balance = NO_BALANCE
+) -> Loss:
     """alpha * soft loss + (1 - alpha) * cross-entropy of the next token, both means over tokens, in nats.
 
     Both leave out `prefix` tokens before the text of a window. balance: as of `next_token_loss`, of the student.
