@@ -272,25 +272,24 @@ def test_a_router_is_moved_until_every_expert_has_as_many_tokens() -> None:
     assert after.max() < 0.14
 
 
-def test_experts_begin_as_what_the_dense_mlp_adds(tmp_path: Path) -> None:
-    """One expert of all channels is the dense model; of four experts, two have most of it, and nothing else changes."""
+@pytest.mark.parametrize(("experts", "top_k", "missed"), [(1, 1, 1e-3), (4, 2, 0.4)])
+@torch.no_grad()
+def test_experts_begin_as_what_the_dense_mlp_adds(experts: int, top_k: int, missed: float, tmp_path: Path) -> None:
+    """One expert of all channels is the dense MLP; two of four miss 0.36 of it on other text, and 0.5 without a fit."""
     dense = HubModel(name=str(make_folder(tmp_path / "dense"))).load(CPU, 0).model
-    windows = torch.randint(4, 300, (16, 64), generator=torch.Generator().manual_seed(6))
+    generator = torch.Generator().manual_seed(6)
+    windows, others = (torch.randint(4, 300, (16, 64), generator=generator) for _ in range(2))
     shape = {**dense.config.to_dict(), "model_type": "mixtral", "sliding_window": None}
-    losses = {}
-    for experts, top_k in ((1, 1), (4, 2)):
-        config = MixtralConfig(
-            **{**shape, "num_local_experts": experts, "num_experts_per_tok": top_k, "intermediate_size": 48 // experts}
-        )
-        mixture = MixtralForCausalLM(config).eval()
-        split_channels(dense, mixture, windows)
-        with torch.no_grad():
-            found, wanted = (model(input_ids=windows[:4]).logits for model in (mixture, dense))
-        losses[experts] = float((found - wanted).square().mean() / wanted.var())
-        for name, weight in mixture.named_parameters():
-            assert ".mlp." in name or torch.equal(weight, dict(dense.named_parameters())[name])
-    assert losses[1] < 1e-3
-    assert losses[4] < 0.5
+    shape |= {"num_local_experts": experts, "num_experts_per_tok": top_k, "intermediate_size": 48 // experts}
+    mixture = MixtralForCausalLM(MixtralConfig(**shape)).eval()
+    split_channels(dense, mixture, windows)
+    for name, weight in mixture.named_parameters():
+        assert ".mlp." in name or torch.equal(weight, dense.get_parameter(name))
+    states = dense(input_ids=others, output_hidden_states=True).hidden_states
+    for sparse, full, entering in zip(mixture.model.layers, dense.model.layers, states, strict=False):
+        inputs = full.post_attention_layernorm(entering)
+        wanted = full.mlp(inputs)
+        assert float((sparse.mlp(inputs) - wanted).square().sum() / wanted.square().sum()) < missed
 
 
 def test_the_shipped_mixture_is_pruned_as_any_model_is(cli: Cli, corpus: Path, tmp_path: Path) -> None:
