@@ -141,6 +141,7 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
     ("method=experts method.round_to=0", ("method.round_to=0", "at least 1")),
     ("method=experts", ("method=experts", "llama models have no experts", "method=structured")),
     ("model.weights=nope", ("model.weights='nope'", "pretrained", "random")),
+    ("model.weights=split", ("model.weights='split'", "pretrained", "random")),
     ("schedule=iterative schedule.rounds=0", ("schedule.rounds=0", "at least 1")),
     ("schedule=iterative schedule.start=nan", ("schedule.start=nan", "at least 0")),
     (
@@ -158,6 +159,9 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
     ("recovery=finetune recovery.lr=nan", ("recovery.lr=nan", "(0, 1)")),
     ("recovery=finetune recovery.batch_size=0", ("recovery.batch_size=0", "at least 1")),
     ("recovery=finetune recovery.autocast=fp4", ("recovery.autocast='fp4'", "auto", "bfloat16", "none")),
+    ("recovery=finetune recovery.router_aux_loss=-1", ("recovery.router_aux_loss=-1", "[0, 1]", "null")),
+    ("recovery=distill recovery.router_aux_loss=nan", ("recovery.router_aux_loss=nan", "[0, 1]", "null")),
+    ("recovery=lora recovery.router_aux_loss_by=layer", ("recovery.router_aux_loss_by='layer'", "model, block")),
     ("recovery=distill recovery.temperature=0", ("recovery.temperature=0", "(0, 1000)")),
     ("recovery=distill recovery.teacher=/nowhere",
      ("recovery.teacher='/nowhere'", "neither a folder here nor a Hub id")),
@@ -190,6 +194,8 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
     ("model.name=a/b/c", ("model.name='a/b/c'", "neither a folder here nor a Hub id")),
     ("model.name=../../etc", ("model.name='../../etc'", "neither a folder here nor a Hub id")),
     ("model.name=" + "m" * 5000, ("model.name='mmm", "neither a folder here nor a Hub id")),
+    ("method=none recovery=finetune recovery.router_aux_loss=0.1",
+     ("recovery.router_aux_loss=0.1", "type llama", "give null")),
     # The small model's Linears have 32 inputs.
     ("measure=quality_only method.pattern=2:7 tracking=none", ("method.pattern=2:7", "32 inputs", "multiple of 7")),
 ]  # fmt: skip
@@ -235,6 +241,13 @@ CONFIG += [
         ("method._target_=", target.replace("null", "None"), "allowed"))
     for target in _TARGETS
 ]  # fmt: skip
+CONFIG += [
+    Bad("config", " ".join(words), ["model=tiny_moe", *words], says, small=False)
+    for words, says in (
+        (["model.weights=nope"], ("model.weights='nope'", "pretrained, random, split")),
+        (["model.weights=split", "model.stream=true"], ("weights=split", "stream=false")),
+    )
+]
 CONFIG += [Bad("config", name, words, says, flags=["measure=quality_only"]) for name, (words, says) in _TYPED.items()]
 CONFIG += [
     Bad("config", f"a folder called {name!r} as Hydra reads it", [f"dataset.path={name}"],

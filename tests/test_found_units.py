@@ -313,7 +313,7 @@ def test_what_was_found_is_kept_by_config_and_not_where_weights_hide_it(
     forget_layout(hidden)
     forget_units(hidden)
     other_config = copy.deepcopy(hidden)
-    other_config.config.rms_norm_eps = 1e-4
+    other_config.config.initializer_range = 1e-4
     with torch.no_grad():
         for block in hidden.model.layers:
             block.self_attn.k_proj.weight.zero_()
@@ -331,10 +331,10 @@ def test_what_was_found_is_kept_by_config_and_not_where_weights_hide_it(
     assert looked == ["blocks", "units"]
     monkeypatch.undo()
     with torch.no_grad():
-        hidden.config.rms_norm_eps = 2e-4  # of which nothing was kept
+        hidden.config.initializer_range = 2e-4  # of which nothing was kept
     assert "heads" in units_of(hidden).why_not
     whole = copy.deepcopy(model)
-    whole.config.rms_norm_eps = 2e-4
+    whole.config.initializer_range = 2e-4
     forget_layout(whole)
     forget_units(whole)
     assert units_of(whole).groups.keys() == found[1].groups.keys()

@@ -67,7 +67,7 @@ def same(found: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str
 
 @pytest.mark.parametrize("family", [*FAMILIES, "untied"])
 def test_training_has_the_gradients_of_whole_logits(models: dict[str, Any], family: str) -> None:
-    found = gradients(models[family], lambda model: next_token_loss(PREFIX)(model, BATCH))
+    found = gradients(models[family], lambda model: next_token_loss(PREFIX)(model, BATCH).total)
     same(found, gradients(models[family], lambda model: cross_entropy(whole(model), TARGETS)))
 
 
@@ -83,7 +83,7 @@ def test_distillation_has_the_gradients_of_whole_logits(models: dict[str, Any], 
         soft = kl_div(log_softmax(logits / temperature, -1), wanted, reduction="batchmean", log_target=True)
         return alpha * temperature**2 * soft + (1 - alpha) * cross_entropy(logits, TARGETS)
 
-    found = gradients(models[family], lambda m: distillation_loss(teacher, temperature, alpha, PREFIX)(m, BATCH))
+    found = gradients(models[family], lambda m: distillation_loss(teacher, temperature, alpha, PREFIX)(m, BATCH).total)
     same(found, gradients(models[family], expected))
     assert all(weight.grad is None for weight in teacher.parameters())
 
@@ -119,7 +119,7 @@ def test_the_logits_of_a_window_are_never_held(models: dict[str, Any], what: str
         else:
             loss_of = distillation_loss(teacher, 1.0, 0.5) if what == "distil" else next_token_loss()
             model.requires_grad_(True)
-            loss_of(model, BATCH).backward()
+            loss_of(model, BATCH).total.backward()
     assert made
     assert max(made) == ROWS
     assert [shape for shape in kept if shape[-1:] == (VOCABULARY,)] == []

@@ -50,6 +50,7 @@ SHORTENED: dict[str, list[str]] = {
     "sensitivity": ["dataset.calibration.n_samples=4"],
     "slurm": [],  # needs Slurm: tests/test_launchers.py runs it with submitit_local
     "train_tiny": SHORT,
+    "train_tiny_moe": SHORT,
 }
 
 
@@ -169,14 +170,14 @@ def test_a_recipe_runs_in_a_shortened_form(
         opt = make_folder(tmp_path / "opt", "opt")
         things = [f"model.name={opt}", f"dataset.name={wikitext}", f"dataset.calibration.name={c4}"]
         things += ["dataset.calibration.seq_len=32"]
-    elif name == "train_tiny":  # the shipped model's config
+    elif name.startswith("train_tiny"):  # the shipped models' configs
         things = ["dataset=text", f"dataset.path={corpus}"]
     else:
         things = ["model=hf", f"model.name={folder}", "dataset=text", f"dataset.path={corpus}"]
     few = ["dataset.seq_len=32", "measure.max_windows=4", "tracking=none", "hydra.sweep.dir=sweep", "hydra.run.dir=run"]
     done = cli("-cd", str(FOLDER), "-cn", name, *things, *few, *SHORTENED[name])
     assert done.returncode == 0, done.stderr
-    is_sweep = name not in ("sensitivity", "train_tiny")
+    is_sweep = name not in ("sensitivity", "train_tiny", "train_tiny_moe")
     files = (tmp_path / "sweep").glob("*/summary.json") if is_sweep else [tmp_path / "run" / "summary.json"]
     for path in sorted(files):
         summary = json.loads(path.read_text(encoding="utf-8"))

@@ -170,7 +170,7 @@ def test_edited_source_is_another_key(
     loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edited: str, is_another: bool
 ) -> None:
     """In a copy of the package: of all that could compute the fact, and of nothing else."""
-    package = shutil.copytree(ROOT / "prune_lab", tmp_path / "package", ignore=shutil.ignore_patterns("tiny", "*.pyc"))
+    package = shutil.copytree(ROOT / "prune_lab", tmp_path / "package", ignore=shutil.ignore_patterns("tiny*", "*.pyc"))
     monkeypatch.setattr(fingerprint, "PACKAGE", package)
     facts, keys = facts_of(loaded), set()
     for addition in ("", "\n# edited\n"):

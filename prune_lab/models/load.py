@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import weakref
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from prune_lab.errors import Refused
 from prune_lab.fingerprint import digest_of
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from prune_lab.system.device import Device
 
 TINY = Path(__file__).parent / "tiny"
+TINY_MOE = Path(__file__).parent / "tiny_moe"
 WEIGHTS = ("pretrained", "random")
 
 
@@ -98,12 +99,14 @@ class ModelSource:
     weights: str = "pretrained"
     stream: bool = False
 
+    weights_known: ClassVar[tuple[str, ...]] = WEIGHTS
+
     def __post_init__(self) -> None:
-        if self.weights not in WEIGHTS:
-            raise ValueError(f"weights={self.weights!r} is not one of {', '.join(WEIGHTS)}")
-        if self.stream and self.weights == "random":
+        if self.weights not in self.weights_known:
+            raise ValueError(f"weights={self.weights!r} is not one of {', '.join(self.weights_known)}")
+        if self.stream and self.weights != "pretrained":
             raise ValueError(
-                "stream=true reads weights from disk, and weights=random has none there; give stream=false"
+                f"stream=true reads weights from disk, and weights={self.weights} has none there; give stream=false"
             )
 
     def files(self) -> list[Path]:
@@ -216,6 +219,38 @@ class Tiny(ModelSource):
     def load(self, device: Device, seed: int) -> Loaded:
         """Loads the shipped model under its own name."""
         loaded = _load(str(TINY), None, self, "tiny", device, seed)
+        loaded.licence = "apache-2.0"  # the package's
+        return loaded
+
+
+@dataclass(frozen=True)
+class TinyMoe(ModelSource):
+    """model=tiny_moe: the mixture of experts shipped with the package, a Mixtral.
+
+    weights=split: where its training begins, with the weights of model=tiny dealt out to its experts.
+    """
+
+    weights_known: ClassVar[tuple[str, ...]] = (*WEIGHTS, "split")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_folder(TINY_MOE, "pretrained" if self.weights == "pretrained" else "random")
+
+    def config(self) -> Any:
+        """The shipped mixture's."""
+        from prune_lab.models.build import read_config
+
+        return read_config(str(TINY_MOE), None, "tiny_moe")
+
+    def load(self, device: Device, seed: int) -> Loaded:
+        """Loads the shipped mixture under its own name."""
+        if self.weights == "split":
+            loaded = replace(self, weights="random").load(device, seed)
+            from prune_lab.models.split import split_tiny
+
+            split_tiny(Tiny().load(device, seed), loaded.model)
+            return loaded
+        loaded = _load(str(TINY_MOE), None, self, "tiny_moe", device, seed)
         loaded.licence = "apache-2.0"  # the package's
         return loaded
 

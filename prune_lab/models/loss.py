@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.found import probe_tokens
 
 LOGITS_AT_ONCE = 2**22  # elements; so peak memory does not grow with vocabulary x window
 TIMES_ON_GPU = 16  # as many there: products of few positions, 32 of a vocabulary of 128,256, only read the head
@@ -35,6 +36,62 @@ def last_states(model: Any, batch: Tensor) -> Tensor:
 def _has_whole_logits(model: Any) -> bool:
     found = Anatomy(model).found
     return found is not None and found.whole_logits
+
+
+def states_and_balance(model: Any, batch: Tensor, by_block: bool = False) -> tuple[Tensor, Tensor]:
+    """Last states, as of `last_states`, and the load-balance loss of a mixture's routers on the same tokens, a scalar.
+
+    One forward pass gives both. The load-balance loss (Switch Transformer, 2101.03961, equations 4 to 6) is the one
+    that the model's own class computes, before its coefficient: at least the number of experts that a token has. It
+    adds up all blocks before it compares the experts, so that an expert with few tokens in one block is made up for by
+    others of its number. by_block: the mean of the blocks' own.
+    """
+    states, whole = list[Tensor](), _has_whole_logits(model)
+    hook = model.base_model.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state))
+    try:
+        keep = {} if whole else {"logits_to_keep": 1}
+        output = model(input_ids=batch, use_cache=False, output_router_logits=True, **keep)
+    finally:
+        hook.remove()
+    balance = output.aux_loss
+    if by_block:
+        balance = torch.stack([_balance_of_block(logits, _top_k(model)) for logits in output.router_logits]).mean()
+    return output.logits if whole else states[-1], balance
+
+
+def _balance_of_block(logits: Tensor, top_k: int) -> Tensor:
+    """Load-balance loss of a block from its router's logits, shape (tokens, experts)."""
+    shares = logits.float().softmax(1)
+    chosen = shares.topk(top_k, dim=1).indices
+    counts = torch.zeros_like(shares).scatter_(1, chosen, 1.0).mean(0)
+    return (counts * shares.mean(0)).sum() * logits.shape[1]
+
+
+def _top_k(model: Any) -> int:
+    """Number of experts of a token."""
+    places = (model, model.config.get_text_config())
+    return next(place.num_experts_per_tok for place in places if hasattr(place, "num_experts_per_tok"))
+
+
+def balance_coefficient(model: Any) -> float:
+    """Coefficient of the load-balance loss that a model's config asks for; 0 where it asks for none."""
+    for place in (model, model.config.get_text_config()):  # some classes have it from another key, such as DBRX
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            if isinstance(value := getattr(place, name, None), int | float):
+                return float(value)
+    return 0.0
+
+
+@torch.no_grad()
+def has_balance(model: Any) -> bool:
+    """True for a model whose class computes a load-balance loss: a mixture of experts, if not every one."""
+    if Anatomy(model).found is None:  # the described families are all dense
+        return False
+    try:
+        _, balance = states_and_balance(model, probe_tokens(model))
+    except Exception:  # of any modelling code of transformers: then it does not
+        return False
+    return isinstance(balance, Tensor)
 
 
 def states_before_head(model: Any, batch: Tensor) -> Tensor:

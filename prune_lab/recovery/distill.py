@@ -45,8 +45,9 @@ class Distill(Finetune):
 
     def hashes(self, dense: Loaded, device: Device) -> dict[str, str]:
         """sha256 of the teacher, where it is not the dense model; raises Refused where its tokenizer is another."""
+        found = super().hashes(dense, device)
         if self.teacher is None:
-            return {}
+            return found
         teacher = _load(self.teacher, device)
         other, mine = (loaded.model.config.get_text_config().vocab_size for loaded in (teacher, dense))
         if other != mine or tokenizer_sha256(teacher.tokenizer) != tokenizer_sha256(dense.tokenizer):
@@ -56,14 +57,15 @@ class Distill(Finetune):
             )
         if teacher.name not in _fingerprints:
             _fingerprints[teacher.name] = teacher.fingerprint()
-        return {f"teacher_{key}": value for key, value in _fingerprints[teacher.name].items()}
+        return found | {f"teacher_{key}": value for key, value in _fingerprints[teacher.name].items()}
 
     def loss(self, training: TrainingContext) -> Loss:
         """The mixed loss; the teacher is in eval mode, has no gradients and is not changed."""
         from prune_lab.recovery.losses import distillation_loss
 
         teacher = training.dense if self.teacher is None else _load(self.teacher, training.device)
-        return distillation_loss(teacher.model, self.temperature, self.alpha, training.bos.length)
+        balance = self.balance(training)
+        return distillation_loss(teacher.model, self.temperature, self.alpha, training.bos.length, balance)
 
 
 _teachers: dict[tuple[Any, ...], Loaded] = {}

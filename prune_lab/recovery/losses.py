@@ -1,35 +1,113 @@
-"""Training losses: next-token cross-entropy and distillation."""
+"""Training losses: next-token cross-entropy, distillation, and what keeps the experts of a mixture in use."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from prune_lab.models.loss import by_chunks, last_states, logits_of, token_losses
+from prune_lab.errors import Refused
+from prune_lab.models.load import Loaded
+from prune_lab.models.loss import (
+    balance_coefficient,
+    by_chunks,
+    has_balance,
+    last_states,
+    logits_of,
+    losses_at,
+    states_and_balance,
+    targets_of,
+)
+from prune_lab.recovery.context import TrainingContext
 
-Loss = Callable[[Any, Tensor], Tensor]  # of a model and a batch of shape (windows, prefix + seq_len): a scalar
+
+class TrainingLoss(NamedTuple):
+    """Loss of a batch: what is minimised, a scalar with gradients, and the part that is the routers' load balance.
+
+    balance: before its coefficient, without gradients; None where it is not trained on.
+    """
+
+    total: Tensor
+    balance: Tensor | None = None
 
 
-def next_token_loss(prefix: int = 0) -> Loss:
+Loss = Callable[[Any, Tensor], TrainingLoss]  # of a model and a batch of shape (windows, prefix + seq_len)
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Load-balance loss that is added: its coefficient, 0 for none, and whether each block has its own (or all one)."""
+
+    coefficient: float = 0.0
+    by_block: bool = False
+
+
+NO_BALANCE = Balance()
+
+
+def check_balance(asked: float | None, dense: Loaded) -> None:
+    """Raises Refused where a load-balance loss is asked for that transformers does not compute for a model."""
+    if asked and not has_balance(dense.model):
+        raise Refused(
+            f"recovery.router_aux_loss={asked} is of the routers of a mixture of experts, and transformers computes no "
+            f"load-balance loss for models of the type {dense.family}: give null"
+        )
+
+
+def balance_of(asked: float | None, by_block: bool, training: TrainingContext) -> Balance:
+    """Load-balance loss of a training, with the coefficient that was asked for, else that of the model's config.
+
+    None where there is none to add: transformers computes it for most mixtures of experts. Notes a config's that it
+    does not compute; raises Refused for one that was asked for.
+    """
+    check_balance(asked, training.dense)
+    model = training.dense.model
+    coefficient = balance_coefficient(model) if asked is None else asked
+    if coefficient == 0 or has_balance(model):
+        return Balance(coefficient, by_block)
+    training.warn(
+        f"trained without the load-balance loss that the model's config asks for (coefficient {coefficient:g}): "
+        f"transformers computes none for models of the type {training.dense.family}"
+    )
+    return NO_BALANCE
+
+
+def next_token_loss(prefix: int = 0, balance: Balance = NO_BALANCE) -> Loss:
     """Mean cross-entropy of the next token, in nats, of a text after `prefix` tokens that are none of it (BOS)."""
 
-    def loss_of(model: Any, batch: Tensor) -> Tensor:
-        return token_losses(model, batch, prefix).mean()
+    def loss_of(model: Any, batch: Tensor) -> TrainingLoss:
+        states, of_routers = _states(model, batch, balance)
+        losses = losses_at(model, states[:, prefix:-1], targets_of(batch, prefix))
+        return _sum(losses.mean(), of_routers, balance)
 
     return loss_of
 
 
-def distillation_loss(teacher: Any, temperature: float, alpha: float, prefix: int = 0) -> Loss:
+def _states(model: Any, batch: Tensor, balance: Balance) -> tuple[Tensor, Tensor | None]:
+    if balance.coefficient == 0:
+        return last_states(model, batch), None
+    return states_and_balance(model, batch, balance.by_block)
+
+
+def _sum(loss: Tensor, of_routers: Tensor | None, balance: Balance) -> TrainingLoss:
+    if of_routers is None:
+        return TrainingLoss(loss)
+    return TrainingLoss(loss + balance.coefficient * of_routers, of_routers.detach())
+
+
+def distillation_loss(
+    teacher: Any, temperature: float, alpha: float, prefix: int = 0, balance: Balance = NO_BALANCE
+) -> Loss:
     """alpha * soft loss + (1 - alpha) * cross-entropy of the next token, both means over tokens, in nats.
 
-    Both leave out `prefix` tokens before the text of a window.
+    Both leave out `prefix` tokens before the text of a window. balance: as of `next_token_loss`, of the student.
     """
 
-    def loss_of(student: Any, batch: Tensor) -> Tensor:
+    def loss_of(student: Any, batch: Tensor) -> TrainingLoss:
         def of_rows(mine: Tensor, theirs: Tensor, targets: Tensor) -> Tensor:
             found = logits_of(student, mine)
             with torch.no_grad():
@@ -39,8 +117,10 @@ def distillation_loss(teacher: Any, temperature: float, alpha: float, prefix: in
 
         with torch.no_grad():
             theirs = last_states(teacher, batch)[:, prefix:-1].flatten(0, 1)
-        mine = last_states(student, batch)[:, prefix:-1].flatten(0, 1)
-        return by_chunks(student, of_rows, mine, theirs, batch[:, prefix + 1 :].flatten()).mean()
+        states, of_routers = _states(student, batch, balance)
+        mine = states[:, prefix:-1].flatten(0, 1)
+        losses = by_chunks(student, of_rows, mine, theirs, targets_of(batch, prefix).flatten())
+        return _sum(losses.mean(), of_routers, balance)
 
     return loss_of
 

@@ -21,7 +21,9 @@ class TrainingRecipe(Recovery):
 
     validate_every: steps between measurements of the perplexity on `validate_windows` windows of validation text; 0:
     none. keep_best: ends with the weights of the lowest one. patience: ends the training when that many measurements
-    in a row were no better, with the best weights; 0: never.
+    in a row were no better, with the best weights; 0: never. router_aux_loss: coefficient of the load-balance loss of a
+    mixture of experts; None: that of the model's config. router_aux_loss_by: model, which adds up all blocks before it
+    compares the experts, as transformers does, or block.
     """
 
     warmup: float = 0.05
@@ -31,6 +33,8 @@ class TrainingRecipe(Recovery):
     beta2: float = 0.95
     clip_norm: float = 1.0
     dropout: float = 0.0
+    router_aux_loss: float | None = None
+    router_aux_loss_by: str = "model"
     accumulate: int = 1
     autocast: str = "auto"
     gradient_checkpointing: bool = False
@@ -52,6 +56,12 @@ class TrainingRecipe(Recovery):
                 raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1)")
         if not self.clip_norm > 0:
             raise ValueError(f"clip_norm={self.clip_norm} must be above 0")
+        if self.router_aux_loss is not None and not 0 <= self.router_aux_loss <= 1:
+            raise ValueError(
+                f"router_aux_loss={self.router_aux_loss} is outside [0, 1]; null is the model's config's coefficient"
+            )
+        if self.router_aux_loss_by not in ("model", "block"):
+            raise ValueError(f"router_aux_loss_by={self.router_aux_loss_by!r} is not one of model, block")
         check_autocast(self.autocast)
         if self.accumulate < 1 or self.accumulate > self.batch_size:
             raise ValueError(f"accumulate={self.accumulate} must be from 1 to batch_size={self.batch_size}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from prune_lab.recovery.optimizer import adamw
 from prune_lab.recovery.recipe import TrainingRecipe
 from prune_lab.system.world import World
 
+Result = TypeVar("Result")  # tensors, or a tuple of them
+
 
 class Unsharded:
     """A model, its optimizer and its masks, all of them in this process."""
@@ -27,7 +29,7 @@ class Unsharded:
     def gather(self) -> None:
         """Puts what was trained into the model and the optimizer that this was made from: here they are those."""
 
-    def call(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Result of a function of the model and further arguments, such as a loss."""
         return function(self.model, *arguments)
 
@@ -69,9 +71,9 @@ class Sharded(Unsharded):
             if state:
                 self._whole.optimizer.state[hollow] = {key: full(value) for key, value in state.items()}
 
-    def call(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Result as of an unsharded model: the weights outside of the blocks are put together meanwhile."""
-        found: Tensor = self.model.called(function, *arguments)
+        found: Result = self.model.called(function, *arguments)
         return found
 
     def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
@@ -80,7 +82,7 @@ class Sharded(Unsharded):
         return [(weight, shards[name]) for name, weight in self._whole.model.named_parameters()]
 
 
-def _called(model: Any, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def _called(model: Any, function: Callable[..., Result], *arguments: Any) -> Result:
     return function(model, *arguments)
 
 

@@ -139,27 +139,34 @@ class _Loop:
         for group in optimizer.param_groups:
             position, steps = self.rewinder.lr_position(step)
             group["lr"] = recipe.lr * lr_factor(position, steps, recipe.warmup, recipe.final_lr)
-        loss = self._gradients(training.bos.before(self.order.batch(step)))
+        losses = self._gradients(training.bos.before(self.order.batch(step)))
         torch.nn.utils.clip_grad_norm_(trained.parameters(), recipe.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.work.masks.hold(trained)
         lr = optimizer.param_groups[0]["lr"]
-        return {"train/loss": loss, "train/lr": lr, "train/sparsity": training.pruned.realized}
+        return losses | {"train/lr": lr, "train/sparsity": training.pruned.realized}
 
-    def _gradients(self, batch: Tensor) -> float:
-        """Gradients of the mean loss over a batch, computed in parts one after the other; returns that loss."""
+    def _gradients(self, batch: Tensor) -> dict[str, float]:
+        """Gradients of the mean loss over a batch, computed in parts one after the other; returns what to log of it.
+
+        Load balance is that of each part, and its mean over them: it is no sum over tokens.
+        """
         world, place, model = self.training.world, self.training.device.torch_device, self.work.model
-        mine, total = world.share(batch), 0.0
+        mine, found = world.share(batch), dict[str, float]()
         for part in mine.chunk(self.recipe.accumulate):
             with self.autocast:
-                loss = self.work.call(self.loss_of, part.to(place)) * (len(part) / len(mine))
-            loss.backward()
-            total += float(loss.detach())
-        mean = torch.tensor([total], device=place)
+                loss = self.work.call(self.loss_of, part.to(place))
+            share = len(part) / len(mine)
+            (loss.total * share).backward()
+            figures = {"train/loss": loss.total.detach(), "train/router_aux_loss": loss.balance}
+            for name, figure in figures.items():
+                if figure is not None:
+                    found[name] = found.get(name, 0.0) + float(figure) * share
+        means = torch.tensor([*found.values()], device=place)
         gradients = [w.grad for w in model.parameters() if w.grad is not None]
-        world.average([mean] if world.sharded else [mean, *gradients])  # those of shards are means by now
-        return float(mean)
+        world.average([means] if world.sharded else [means, *gradients])  # those of shards are means by now
+        return dict(zip(found, means.tolist(), strict=True))
 
     def _prune(self, step: int) -> None:
         """Prunes, goes back if the schedule has it, and trains what is left; the optimizer keeps its part of it."""

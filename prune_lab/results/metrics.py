@@ -196,6 +196,9 @@ METRICS = (
                     "checking the saved model; without what was waited for other jobs"),
     Metric("train/loss", "nats, or of `recovery`'s own loss", None, None, by_step=True,
            measured="of the batch of that step, every 10 steps and at the last"),
+    Metric("train/router_aux_loss", "", None, None, by_step=True,
+           measured="the load-balance loss of that batch before its coefficient, where a mixture of experts trains on "
+                    "it: the experts of a token (2 of top-2) where its routers are even, more where they are not"),
     Metric("train/lr", "", None, None, by_step=True, measured="the learning rate of that step"),
     Metric("train/sparsity", "fraction", None, None, by_step=True, measured="what `amount/realized` is by then"),
     Metric("validation/perplexity", "", "lower", None, by_step=True,

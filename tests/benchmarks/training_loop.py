@@ -41,7 +41,7 @@ def bare(model: torch.nn.Module, tokens: Tokens) -> None:
     enabled = devices.native_bfloat16(torch.device("cpu"))
     for step in range(STEPS):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss = next_token_loss()(model, order.batch(step))
+            loss = next_token_loss()(model, order.batch(step)).total
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
