@@ -316,9 +316,8 @@ def test_what_was_found_is_kept_by_config_and_not_where_weights_hide_it(
     other_config.config.initializer_range = 1e-4
     with torch.no_grad():
         for block in hidden.model.layers:
-            block.self_attn.k_proj.weight.zero_()
-            block.self_attn.k_proj.bias.fill_(1)
-            block.self_attn.q_proj.weight.zero_()
+            block.self_attn.v_proj.weight.zero_()  # then no query or key moves anything
+            block.self_attn.v_proj.bias.zero_()
     looked = list[str]()
     monkeypatch.setattr(found_units, "find_sets", lambda *args: looked.append("units") or [])
     monkeypatch.setattr(found_layouts, "_find_blocks", lambda model: looked.append("blocks") or "model.layers")

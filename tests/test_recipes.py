@@ -32,6 +32,7 @@ SHORTENED: dict[str, list[str]] = {
     "budget": ["hydra.sweeper.step=0.35"],
     "depth_vs_width": ["amount=0.5", "dataset.calibration.n_samples=4", *STEPS, *FEW_PAIRS],
     "during_vs_after": SHORT,
+    "experts": ["amount=0.5", "dataset.calibration.n_samples=4"],
     "first_look": ["amount=0.5", *FEW_PAIRS],
     "methods": ["amount=0.5", "seed=0", "dataset.calibration.n_samples=4"],
     "paper_wikitext2": ["method=magnitude,sparsegpt", "dataset.calibration.n_samples=4"],
