@@ -768,12 +768,15 @@ CHECKPOINTS += [
         ["model.name=PLACE/model", "measure.generation_prompts=2"],
         ("measure.generation_prompts=2", "room for 64", "measure.generation_prompts=0"),
         _of_copy(_tokenizer_settings(chat_template="x" * 500))),
-    # Llama's config wants the query heads to divide the hidden size, and 3 do not divide 40.
-    Bad("checkpoint", "whose config cannot hold what is left",
-        ["model.name=PLACE/odd", "method=structured", "method.units=[heads]", "amount=0.25", "tracking=none"],
-        ("method.amount=0.25", "3 of 4 KV groups", "amount=0.5"),
-        lambda place: make_folder(place / "odd", hidden_size=40, num_attention_heads=4, num_key_value_heads=4,
-                                  num_hidden_layers=1)),
+    # These configs want the query heads to divide the hidden size, and 3 do not divide 40; a Mistral has no biases.
+    *(Bad("checkpoint", f"whose config cannot hold what is left: {family}",
+          ["model.name=PLACE/odd", "method=structured", "method.units=[heads]", "amount=0.25", "tracking=none"],
+          ("method.amount=0.25", "3 of 4 KV groups", "must divide hidden_size=40", "amount=0.5", *says),
+          lambda place, family=family, of=of: make_folder(place / "odd", family, hidden_size=40, num_attention_heads=4,
+                                                          num_key_value_heads=4, num_hidden_layers=1, **of))
+      for family, of, says in (
+          ("gemma2", {"head_dim": 10}, ()), ("llama", {"attention_bias": True}, ("mistral", "attention_bias=True")),
+      )),
 ]  # fmt: skip
 
 # What a stock config cannot hold is refused before the weights are read: here they are another model's.

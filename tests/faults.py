@@ -320,6 +320,26 @@ FAULTS = (
         ("test_structured.py::test_an_export_loads_and_generates_in_stock_transformers",),
     ),
     Fault(
+        "stand_in_with_a_window", "prune_lab/models/stand_in.py",
+        '{"mistral": {"sliding_window": None}}', '{"mistral": {}}',
+        ("test_stand_in.py::test_a_mistral_computes_what_the_masked_llama_does",),
+    ),
+    Fault(
+        "stand_in_not_tried", "prune_lab/models/stand_in.py",
+        "if not is_same(found, wanted):", "if False:",
+        ("test_stand_in.py::test_what_a_mistral_computes_otherwise_is_refused_before_the_work",),
+    ),
+    Fault(
+        "resumed_as_another_class", "prune_lab/pruning/surgery.py",
+        "if shape.model_type != anatomy.config.model_type:", "if False:",
+        ("test_stand_in.py::test_an_interrupted_training_goes_on_as_what_it_was",),
+    ),
+    Fault(
+        "hooks_lost_in_a_rebuild", "prune_lab/models/rebuild.py",
+        'for key, hooks in of_old.items() if "hook" in key and hooks', "for key, hooks in ()",
+        ("test_stand_in.py::test_dropout_of_a_training_goes_on_in_a_mistral_and_ends",),
+    ),
+    Fault(
         "wrong_blocks_kept", "prune_lab/models/resize.py",
         "nn.ModuleList(blocks[index] for index in kept)", "nn.ModuleList(blocks[: len(kept)])",
         ("test_depth.py::test_the_blocks_of_least_influence_go",),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from prune_lab.errors import Refused
 from prune_lab.methods.base import Method
 from prune_lab.models.anatomy import FAMILIES, LABELS, unit_kind
+from prune_lab.models.stand_in import check_stand_in, held, needs_stand_in, note_of, why_held_no_more
 from prune_lab.pruning.pruned import Pruned
 from prune_lab.pruning.refit_targets import NEEDS_OF_TARGET, TARGETS
 from prune_lab.pruning.scores import OF_UNITS
@@ -80,10 +81,10 @@ class Structured(Method):
             total = getattr(config, units.counts[0], None)
             if total is None:  # left to a default: known when the model is there
                 continue
-            possible = units.possible(config, total)
+            possible = held(config, kind, total)
             for amount in amounts:
                 if self.physical and (count := self._count(kind, total, amount)) not in possible:
-                    raise self._not_held(config.model_type, kind, amount, count, total, possible)
+                    raise self._not_held(config, kind, amount, count, total, possible)
 
     def check_model(self, anatomy: Anatomy, amounts: Iterable[float]) -> None:
         """Raises Refused for kinds of units that a model lacks, and for counts that its config cannot hold."""
@@ -93,8 +94,9 @@ class Structured(Method):
                 "is not known; give method.refit=inputs"
             )
         for group in self._groups(anatomy):
-            for amount in amounts:
-                self._count_to_keep(anatomy, group, amount)
+            counts = {self._count_to_keep(anatomy, group, amount) for amount in amounts}
+            if self.physical and needs_stand_in(anatomy, group, counts):
+                check_stand_in(anatomy.model)
 
     def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
         """Removes (or zeroes) units of every chosen kind and returns what was removed from each Linear.
@@ -108,7 +110,7 @@ class Structured(Method):
         from prune_lab.pruning.surgery import remove_units, unit_masks, zero_units
         from prune_lab.pruning.units import rows_of_table
 
-        pruned = Pruned()
+        pruned, model_type = Pruned(), anatomy.config.model_type
         kept = {group: self._count_to_keep(anatomy, group, amount) for group in self._groups(anatomy)}
         losing = [group for group, count in kept.items() if count < anatomy.unit_count(group)]
         sets = {group: anatomy.unit_sets(group) for group in kept}
@@ -129,6 +131,8 @@ class Structured(Method):
             else:
                 for s, mask in zip(sets[group], keep[group], strict=True):
                     pruned.masks.keep.update(unit_masks(s.parts, mask))
+        if anatomy.config.model_type != model_type:
+            pruned.warnings.append(note_of(model_type, anatomy.config.model_type, type(anatomy.model).__name__))
         pruned.warnings += warning_of(pruned.unseen, sum(len(s.parts) for of in sets.values() for s in of))
         pruned.warnings = list(dict.fromkeys(pruned.warnings + self._left_out(anatomy)))
         return pruned
@@ -154,7 +158,7 @@ class Structured(Method):
         count = min(self._count(group, total, amount), anatomy.unit_count(group))
         if self.physical and not anatomy.can_hold(group, count):
             possible = anatomy.possible_counts(group, near=count)
-            raise self._not_held(anatomy.config.model_type, group, amount, count, total, possible)
+            raise self._not_held(anatomy.config, group, amount, count, total, possible)
         return count
 
     def _count(self, group: str, total: int, amount: float) -> int:
@@ -168,18 +172,17 @@ class Structured(Method):
             count = min(max(1, round(count / self.round_to)), total // self.round_to) * self.round_to
         return count
 
-    def _not_held(
-        self, model_type: str, group: str, amount: float, count: int, total: int, possible: list[int]
-    ) -> Refused:
+    def _not_held(self, config: Any, group: str, amount: float, count: int, total: int, possible: list[int]) -> Refused:
         """The refusal of a count of units, `total` of which there were, that a config cannot hold."""
         kind, _, field = group.partition(":")
         amounts = ", ".join(f"{n} (amount={1 - n / total:g})" for n in possible)
         others = [other for other in self.units if other != kind]
         without = f"method.units=[{','.join(others)}] or " if others else ""
+        why = why_held_no_more(config, kind) if config.model_type in FAMILIES else ""
         return Refused(
             f"method.units=[{','.join(self.units)}]: method.amount={amount:g} leaves {count} of {total} {LABELS[kind]}"
-            f"{field and f' ({field})'}, which a stock {model_type} config cannot hold: possible are {amounts}; or "
-            f"give {without}method.physical=false, which leaves zeros"
+            f"{field and f' ({field})'}, which a stock {config.model_type} config cannot hold: {why}possible "
+            f"are {amounts}; or give {without}method.physical=false, which leaves zeros"
         )
 
     def _prune_set(self, s: UnitSet, statistics: dict[str, LinearStatistics], remove: int, pruned: Pruned) -> Tensor:

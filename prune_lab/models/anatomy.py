@@ -53,7 +53,7 @@ class UnitKind:
     fields that are in proportion to the count, the first one equal to it; one that is None stands for the count as
     built. in_modules: attributes of modules that are in proportion to it. written_out: config fields whose default
     would change with the count. possible: the counts that a config of this family can hold, up to the present one,
-    ascending.
+    ascending; limit: the reason that there are no others, with fields of the config in braces.
     """
 
     slots: tuple[Slot, ...]
@@ -61,6 +61,7 @@ class UnitKind:
     in_modules: tuple[str, ...] = ()
     written_out: tuple[str, ...] = ()
     possible: Callable[[Any, int], list[int]] = _any_count
+    limit: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,13 +136,15 @@ _LLAMA_GROUPS = UnitKind(
 
 def _heads(*slots: Slot) -> UnitKind:
     """KV groups of a family in which every query head has its own key and value, and fewer would be other heads."""
-    return UnitKind(slots, ("num_attention_heads",), possible=_present_alone)
+    limit = "the size of a head is hidden_size / heads, so that fewer heads would be other heads"
+    return UnitKind(slots, ("num_attention_heads",), possible=_present_alone, limit=limit)
 
 
 _LLAMA_LIKE = Family("model.layers", {"mlp": _LLAMA_CHANNELS, "heads": _LLAMA_GROUPS})
-_LLAMA_STRICT = replace(
-    _LLAMA_LIKE, units={"mlp": _LLAMA_CHANNELS, "heads": replace(_LLAMA_GROUPS, possible=_divisors)}
+_STRICT_GROUPS = replace(
+    _LLAMA_GROUPS, possible=_divisors, limit="the number of query heads must divide hidden_size={hidden_size}"
 )
+_LLAMA_STRICT = replace(_LLAMA_LIKE, units={"mlp": _LLAMA_CHANNELS, "heads": _STRICT_GROUPS})
 
 FAMILIES = {
     "llama": _LLAMA_STRICT,
@@ -164,6 +167,7 @@ FAMILIES = {
                     Slot("self_attn.o_proj", "columns", ("query",)),
                 ),
                 possible=_by_rope_factors,
+                limit="its lists of rotary factors are as long as hidden_size / heads says",
             ),
         },
     ),
@@ -429,9 +433,11 @@ class Anatomy:
         return heads * self.head_dim
 
     def can_hold(self, group: str, count: int) -> bool:
-        """True for a count of units of a group that the config can hold."""
+        """True for a count of units of a group that the config, or that of a stand-in (stand_in.py), can hold."""
         if self.found is None:
-            return count in self.family.units[group].possible(self.config, self.unit_count(group))
+            from prune_lab.models.stand_in import held
+
+            return count in held(self.config, group, self.unit_count(group))
         from prune_lab.models.found_units import units_of
         from prune_lab.models.unit_fields import can_hold
 
