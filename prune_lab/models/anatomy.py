@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # checking a configuration asks for the family alone, and has
 
 # Kinds of units, as method.units names them, and what a person calls several of a kind.
 LABELS = {"mlp": "MLP channels", "heads": "KV groups"}
+HIDDEN = "hidden"  # channels of the states, which no block has for itself (hidden.py)
 MANY = 64  # counts that are tried one by one
 HEADS_OF_RUN = {"kv": 1, "qkv": 3}  # a run named "query" has all query heads of a KV group
 
@@ -405,7 +406,9 @@ class Anatomy:
         ]
 
     def unit_count(self, kind: str) -> int:
-        """Number of units of a group in each block; as built, where the config leaves it to a default."""
+        """Number of units of a group in each block, or of "hidden"; as built, where a config leaves it to a default."""
+        if kind == HIDDEN:
+            return int(self.model.get_input_embeddings().weight.shape[1])
         if self.found is not None:
             from prune_lab.models.found_units import units_of
 
@@ -434,6 +437,10 @@ class Anatomy:
 
     def can_hold(self, group: str, count: int) -> bool:
         """True for a count of units of a group that the config, or that of a stand-in (stand_in.py), can hold."""
+        if group == HIDDEN:
+            from prune_lab.models import hidden
+
+            return hidden.can_hold(self.model, count)
         if self.found is None:
             from prune_lab.models.stand_in import held
 
@@ -446,7 +453,7 @@ class Anatomy:
     def possible_counts(self, group: str, near: int) -> list[int]:
         """Counts that the config can hold, up to the present one, ascending: of many, the nearest to `near`."""
         counts = range(1, self.unit_count(group) + 1)
-        if self.found is None or len(counts) <= MANY:
+        if (self.found is None and group != HIDDEN) or len(counts) <= MANY:
             return [count for count in counts if self.can_hold(group, count)]
         below, above = range(near - 1, max(0, near - MANY), -1), range(near + 1, min(len(counts), near + MANY) + 1)
         found = [next((count for count in side if self.can_hold(group, count)), None) for side in (below, above)]

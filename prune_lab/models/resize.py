@@ -29,9 +29,8 @@ class Shape:
 
 def shape_of(anatomy: Anatomy) -> Shape:
     """The present shape; of units that were found, those of groups that were cut."""
-    groups = (
-        anatomy.family.units if anatomy.found is None else anatomy.model.__dict__.get(_DENSE, {}).keys() - {"blocks"}
-    )
+    groups = {*(anatomy.family.units if anatomy.found is None else ()), *anatomy.model.__dict__.get(_DENSE, ())}
+    groups -= {"blocks"}
     units = {group: anatomy.unit_count(group) for group in sorted(groups)}
     return Shape(units, original_blocks(anatomy), anatomy.config.model_type)
 

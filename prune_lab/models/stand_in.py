@@ -109,7 +109,7 @@ def _checked(model: Any, config: Any) -> None:
 
 
 def note_of(before: str, now: str, name: str) -> str:
-    """What a run says of a model that has become its stand-in. before, now: types; name: of the class."""
+    """Note of a run whose model has become its stand-in. before, now: types; name: of the class."""
     return (
         f"the compressed model is a {name}: a {before} config wants query heads that divide hidden_size, a {now} "
         f"config does not, and its class computes the same from the same weights; it loads wherever a {now} model does"

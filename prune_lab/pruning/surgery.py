@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.errors import Refused
-from prune_lab.models.anatomy import LABELS, Anatomy, UnitLinear, out_in
+from prune_lab.models.anatomy import HIDDEN, LABELS, Anatomy, UnitLinear, out_in
 from prune_lab.models.cuts import Cut, Selection, cut, selected
 from prune_lab.models.found import evaluating, forget_layout, is_same, probe_tokens
 from prune_lab.models.found_units import after_cut, units_of
+from prune_lab.models.hidden import remove_hidden
 from prune_lab.models.rebuild import rebuild, tensors_of
 from prune_lab.models.resize import Shape, keep_blocks, note_count, original_blocks, set_unit_count
 from prune_lab.models.stand_in import take_stand_in
@@ -150,6 +151,9 @@ def take_shape(anatomy: Anatomy, shape: Shape) -> None:
     if shape.blocks != original_blocks(anatomy):
         keep_blocks(anatomy, shape.blocks)
     for group, count in shape.units.items():
+        if group == HIDDEN:
+            remove_hidden(anatomy, torch.arange(anatomy.unit_count(HIDDEN)) < count)
+            continue
         keep = [torch.arange(s.units) < s.multiple * count for s in anatomy.unit_sets(group)]
         remove_units(anatomy, group, keep)
 
