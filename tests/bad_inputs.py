@@ -137,6 +137,21 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
     ("method=wifv method.compensate=false", ("method.compensate: no such key", "bias for true, none for false")),
     ("method=structured method.score=nope", ("method.score='nope'", "l2", "l1", "random")),
     ("method=structured method.round_to=0", ("method.round_to=0", "at least 1")),
+    ("method=structured method.units=[hidden,mlp]", ("method.units=['hidden', 'mlp']", "give units=[hidden]")),
+    ("method=structured method.units=[hidden]", ("method.score='obs'", "units=[hidden]", "minitron, random")),
+    ("method=wifv method.units=[hidden]", ("method.score='wifv'", "units=[hidden]", "minitron, random")),
+    ("method=structured method.score=minitron", ("method.score='minitron'", "l2", "obs")),
+    ("method=structured method.units=[hidden] method.score=minitron method.refit=dense",
+     ("method.refit='dense'", "none, inputs", "units=[hidden]")),
+    ("method=structured method.units=[hidden] method.score=minitron method.physical=false",
+     ("method.physical=false", "units=[hidden]", "give physical=true")),
+    ("method=structured method.units=[hidden] method.score=random method.refit=none schedule=iterative "
+     "schedule.rewind=weights recovery=finetune recovery.steps=9",
+     ("schedule.rewind=weights", "method.units=[hidden]", "schedule.rewind=lr")),
+    ("method=structured method.units=[hidden] method.score=minitron recovery=reconstruct",
+     ("recovery=reconstruct", "method.units=[hidden]", "recovery=finetune")),
+    ("method=structured method.units=[hidden] method.score=minitron model.stream=true measure=quality_only",
+     ("model.stream=true", "a model in memory")),
     ("model.weights=nope", ("model.weights='nope'", "pretrained", "random")),
     ("schedule=iterative schedule.rounds=0", ("schedule.rounds=0", "at least 1")),
     ("schedule=iterative schedule.start=nan", ("schedule.start=nan", "at least 0")),
@@ -803,6 +818,21 @@ CHECKPOINTS += [
     )
 ]  # fmt: skip
 CHECKPOINTS += [
+    *(Bad("checkpoint", f"whose hidden size cannot be smaller: {family}",
+          ["model.name=PLACE/odd", "method=structured", "method.units=[hidden]", "method.score=minitron",
+           *amount.split(), "tracking=none"], says,
+          lambda place, family=family, of=of: make_folder(place / "odd", family, **of))
+      for family, amount, of, says in (
+          ("gemma2", "amount=0.25", {}, ("method.units=[hidden]", "gemma2", "scaled by the hidden size")),
+          ("gpt_neox", "amount=0.25", {}, ("method.units=[hidden]", "gpt_neox", "query_key_value.weight")),
+          ("llama", "amount=0.2", {"mlp_bias": True},
+           ("method.units=[hidden]", "26 of 32 channels", "hidden_size=32", "mlp_bias=True", "24 (amount=0.25)")),
+          ("qwen2", "amount=0.2 method.round_to=64", {}, ("method.round_to=64", "32 channels of the hidden size")),
+      )),
+    Bad("checkpoint", "without norms that matrices read",
+        ["model.name=PLACE/odd", "method=structured", "method.units=[hidden]", "method.score=minitron",
+         "tracking=none"], ("method.score=minitron", "olmo2", "method.score=random"),
+        lambda place: tiny_folder(place / "odd", "olmo2")),
     Bad("checkpoint", "whose blocks are numbered",
         ["model.name=PLACE/odd", "method=depth", "amount=0.5", "tracking=none"],
         ("scale_attn_by_inverse_layer_idx=true",), _damaged("gpt2", scale_attn_by_inverse_layer_idx=True)),

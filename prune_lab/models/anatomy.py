@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # checking a configuration asks for the family alone, and has
 LABELS = {"mlp": "MLP channels", "heads": "KV groups"}
 HIDDEN = "hidden"  # channels of the states, which no block has for itself (hidden.py)
 MANY = 64  # counts that are tried one by one
+MANY_SIZES = 1024  # of the hidden size, of which but the config is asked
 HEADS_OF_RUN = {"kv": 1, "qkv": 3}  # a run named "query" has all query heads of a KV group
 
 
@@ -452,10 +453,10 @@ class Anatomy:
 
     def possible_counts(self, group: str, near: int) -> list[int]:
         """Counts that the config can hold, up to the present one, ascending: of many, the nearest to `near`."""
-        counts = range(1, self.unit_count(group) + 1)
-        if (self.found is None and group != HIDDEN) or len(counts) <= MANY:
+        counts, span = range(1, self.unit_count(group) + 1), MANY_SIZES if group == HIDDEN else MANY
+        if group != HIDDEN and (self.found is None or len(counts) <= MANY):
             return [count for count in counts if self.can_hold(group, count)]
-        below, above = range(near - 1, max(0, near - MANY), -1), range(near + 1, min(len(counts), near + MANY) + 1)
+        below, above = range(near - 1, max(0, near - span), -1), range(near + 1, min(len(counts), near + span) + 1)
         found = [next((count for count in side if self.can_hold(group, count)), None) for side in (below, above)]
         return [count for count in found if count is not None]
 

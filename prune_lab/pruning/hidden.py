@@ -85,10 +85,10 @@ def refit_readers(anatomy: Anatomy, readers: Readers, keep: Tensor, calibrator: 
 
 def _not_refitted(model: Any, refitted: set[str]) -> list[str]:
     """Note of what reads the states and was cut alone: a tied head, matrices that are no Linear's."""
-    embedding, found = model.get_input_embeddings(), list[str]()
+    embedding, tensors, found = model.get_input_embeddings(), tensors_of(model), list[str]()
     for name, dim in axes_of(model).items():
         owner, module = name.rpartition(".")[0], model.get_submodule(name.rpartition(".")[0])
-        if module is embedding or owner in refitted or model.state_dict()[name].dim() < 2:
+        if module is embedding or owner in refitted or tensors[name].dim() < 2:
             continue
         if not isinstance(module, nn.Linear) or dim == 1:
             found.append(
