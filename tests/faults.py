@@ -361,7 +361,7 @@ FAULTS = (
     ),
     Fault(
         "refit_for_the_dense_inputs", "prune_lab/pruning/hidden.py",
-        ".forward(states * mask)[..., mask]", ".forward(states)[..., mask]",
+        ".forward(states * keep)[..., keep]", ".forward(states)[..., keep]",
         ("test_hidden.py::test_the_refit_is_least_squares",),
     ),
     Fault(

@@ -253,7 +253,7 @@ def _norms(model: Any, axes: dict[str, int]) -> list[str]:
 
 @dataclass(frozen=True)
 class Readers:
-    """What reads the states: norms of the blocks before matrices, and Linears by the norm whose output they read."""
+    """Norms of the blocks that stand before matrices, and Linears that read a norm's output, by the norm."""
 
     norms: list[str]
     linears: dict[str, list[str]]

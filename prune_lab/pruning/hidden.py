@@ -46,8 +46,8 @@ def refit_readers(anatomy: Anatomy, readers: Readers, keep: Tensor, calibrator: 
     what it gave for that of all of them, X: W' minimises |X W^T - X' W'^T|^2 plus a ridge towards W. The states are the
     dense model's. A head that is tied to the embedding stays as it is.
     """
-    model, kept, refitted, notes = anatomy.model, keep.nonzero().flatten(), dict[str, Tensor](), list[str]()
-    embedding = model.get_input_embeddings().weight
+    model, refitted, notes = anatomy.model, dict[str, Tensor](), list[str]()
+    embedding, mask = model.get_input_embeddings().weight, keep.to(model.device)
     linears = {
         norm: [(name, linear) for name in of if (linear := model.get_submodule(name)).weight is not embedding]
         for norm, of in readers.linears.items()
@@ -55,32 +55,42 @@ def refit_readers(anatomy: Anatomy, readers: Readers, keep: Tensor, calibrator: 
     norms = [norm for norm, of in linears.items() if of]
     each = max(1, _AT_ONCE // (2 * len(keep) ** 2))
     for part in (norms[start : start + each] for start in range(0, len(norms), each)):
-        zeros = {name: torch.zeros(len(kept), len(keep), device=model.device) for name in part}
-        inner, cross = {name: of[:, kept].clone() for name, of in zeros.items()}, zeros
-        mask = keep.to(model.device)
-
-        def add(
-            name: str, states: Tensor, out: Tensor, inner: Any = inner, cross: Any = cross, mask: Any = mask
-        ) -> None:
-            without = model.get_submodule(name).forward(states * mask)[..., mask].flatten(0, -2).float()
-            inner[name] += without.T @ without
-            cross[name] += without.T @ out.flatten(0, -2).float()
-
-        with _watched(anatomy, part, add):
-            _pass(anatomy, calibrator)
-        for norm in part:
-            lower, used = damped_cholesky(inner[norm], inner[norm].diagonal().mean(), DAMPING)
+        for norm, (inner, cross) in _grams(anatomy, part, mask, calibrator).items():
+            mean = inner.diagonal().mean()
+            lower, used = damped_cholesky(inner, mean, DAMPING)
             if used > DAMPING:
                 notes.append(f"{norm}: the refit of what reads it needed damping {used:g} instead of {DAMPING:g}")
-            ridge = used * inner[norm].diagonal().mean()
             for name, linear in linears[norm]:
                 weight = linear.weight.float()
-                solved = torch.cholesky_solve(cross[norm] @ weight.T + ridge * weight[:, mask].T, lower).T
+                solved = torch.cholesky_solve(cross @ weight.T + used * mean * weight[:, mask].T, lower).T
                 refitted[name] = solved.to(linear.weight.dtype)
                 check_finite(name, refitted[name])
     for name, solved in refitted.items():  # now: the passes are through the dense model
-        model.get_submodule(name).weight[:, keep.to(solved.device)] = solved
+        model.get_submodule(name).weight[:, mask] = solved
     return notes + _not_refitted(model, set(refitted))
+
+
+def _grams(
+    anatomy: Anatomy, norms: list[str], keep: Tensor, calibrator: Calibrator
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """X'^T X' (kept, kept) and X'^T X (kept, channels) by norm.
+
+    X: its outputs; X': those that it has where the channels that go are zero.
+    """
+    width, device = int(keep.sum()), anatomy.model.device
+    sums = {
+        name: (torch.zeros(width, width, device=device), torch.zeros(width, len(keep), device=device)) for name in norms
+    }
+
+    def tell(name: str, states: Tensor, out: Tensor) -> None:
+        without = anatomy.model.get_submodule(name).forward(states * keep)[..., keep].flatten(0, -2).float()
+        inner, cross = sums[name]
+        inner += without.T @ without
+        cross += without.T @ out.flatten(0, -2).float()
+
+    with _watched(anatomy, norms, tell):
+        _pass(anatomy, calibrator)
+    return sums
 
 
 def _not_refitted(model: Any, refitted: set[str]) -> list[str]:
