@@ -316,6 +316,14 @@ def test_norms_that_subtract_a_mean_are_refused(model_type: str, tmp_path: Path)
         method().check_model(Anatomy(loaded.model), [0.25])
 
 
+def test_half_of_the_channels_need_not_be_possible(tmp_path: Path) -> None:
+    """18 is no multiple of 4 heads, which a Llama with biases must have; 32 is."""
+    place = tmp_path / "m"
+    loaded = load(place, "llama with biases", hidden_size=36, head_dim=8)
+    assert prune(loaded, amount=4 / 36).realized == pytest.approx(4 / 36)
+    assert (loaded.model.config.model_type, loaded.model.config.hidden_size) == ("llama", 32)
+
+
 def test_a_score_of_norms_is_refused_where_none_is_read(tmp_path: Path) -> None:
     """Olmo 2 has norms behind attention and MLP alone."""
     loaded = HubModel(name=str(tiny_folder(tmp_path / "m", "olmo2"))).load(CPU, seed=0)

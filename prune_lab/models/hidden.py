@@ -33,6 +33,7 @@ from prune_lab.models.stand_in import STAND_INS, config_of_stand_in, obstacle
 from prune_lab.models.unit_fields import write_head_dim_out
 
 _FIELDS = ("hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim", "embedding_size")
+_NEAR = 128  # sizes that are tried one by one
 _EPSILONS = {"eps", "variance_epsilon", "epsilon", "norm_eps"}  # attributes of norms
 _KEPT = "_found_hidden"  # with the model and its copies; in no export
 Scale = Callable[[Tensor, float], Tensor]
@@ -76,12 +77,13 @@ def can_hold(model: Any, count: int) -> bool:
 
 def norms_of(model: Any) -> list[str]:
     """Names of the norms of the states: modules with nothing but vectors, that lose channels."""
-    return _norms(model, _axes_or_refuse(model, hidden_of(model).fields, hidden_size(model) // 2))
+    return _norms(model, axes_of(model))
 
 
 def axes_of(model: Any) -> dict[str, int]:
     """The dimension along which each tensor that has one loses channels, by name."""
-    return _axes_or_refuse(model, hidden_of(model).fields, hidden_size(model) // 2)
+    fields = hidden_of(model).fields
+    return _axes_or_refuse(model, fields, _about_half(model, fields))
 
 
 @torch.no_grad()
@@ -133,13 +135,14 @@ def _find(model: Any) -> Hidden:
     for fields in dict.fromkeys([tuple(places), *(c for n in range(1, len(places)) for c in combinations(places, n))]):
         if not fields:
             continue
-        axes = _axes(model, fields, size // 2)
+        count = _about_half(model, fields)
+        axes = _axes(model, fields, count)
         if isinstance(axes, str):
             why = axes
             continue
         for scale in (_times, _one_more):
             hidden = Hidden(fields, scale)
-            if _computes(model, hidden, axes, _half(size)):
+            if _computes(model, hidden, axes, _drawn(size, count)):
                 return hidden
         why = (
             "with fewer it is not what it is with zeros in their place: its norms subtract a mean, or something else "
@@ -151,10 +154,17 @@ def _find(model: Any) -> Hidden:
     )
 
 
-def _half(size: int) -> Tensor:
-    """Bools that keep half of the channels, drawn at random."""
+def _about_half(model: Any, fields: tuple[tuple[int, str], ...]) -> int:
+    """Half of the channels, or the next smaller number that the config can hold; half, where there is none near."""
+    half = hidden_size(model) // 2
+    near = range(half, max(0, half - _NEAR), -1)
+    return next((count for count in near if _config_of(model, fields, count) is not None), half)
+
+
+def _drawn(size: int, count: int) -> Tensor:
+    """Bools that keep `count` of the channels, drawn at random."""
     keep = torch.zeros(size, dtype=torch.bool)
-    keep[torch.randperm(size, generator=torch.Generator().manual_seed(0))[: size // 2]] = True
+    keep[torch.randperm(size, generator=torch.Generator().manual_seed(0))[:count]] = True
     return keep
 
 
