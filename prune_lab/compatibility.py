@@ -9,12 +9,14 @@ from prune_lab.config.parts import Parts
 from prune_lab.errors import Refused
 from prune_lab.methods.depth import Depth
 from prune_lab.methods.sensitivity import Sensitivity
+from prune_lab.methods.structured import Structured
 from prune_lab.post.none import NoPost
 from prune_lab.recovery.lora import Lora
 from prune_lab.schedules import Event, Rewind
 from prune_lab.system import launch
 
 if TYPE_CHECKING:
+    from prune_lab.methods.base import Method
     from prune_lab.models.found import Layout
 
 
@@ -100,6 +102,11 @@ def pruning_events(parts: Parts) -> tuple[list[Event], Rewind | None]:
             f"schedule.rewind={rewinding.what} puts earlier weights and biases in place of those that "
             f"method.refit={refit} sets: give method.refit=none, or schedule.rewind=lr or null"
         )
+    if _is_of_hidden(method) and rewinding is not None and rewinding.what != "lr":
+        raise Refused(
+            f"schedule.rewind={rewinding.what} puts earlier weights in place of those of the norms, which "
+            "method.units=[hidden] multiplies: give schedule.rewind=lr or null"
+        )
     return events, rewinding
 
 
@@ -126,10 +133,19 @@ def _check_reconstruction(parts: Parts, choices: Mapping[str, str]) -> None:
             f"schedule={choices.get('schedule')} prunes while a model trains; give schedule=one_shot schedule.start=0",
         ),
         (isinstance(parts.method, Depth), "the blocks that method=depth leaves are whole; give recovery=finetune"),
+        (
+            _is_of_hidden(parts.method),
+            "it compares states with the dense model's, which have more channels than method.units=[hidden] leaves; "
+            "give recovery=finetune",
+        ),
         (launch.size() > 1, "it is computed by one process; start one"),
     ):
         if is_wanted:
             raise Refused(f"recovery={choices.get('recovery')}: {reason}")
+
+
+def _is_of_hidden(method: Method) -> bool:
+    return isinstance(method, Structured) and method.is_of_hidden
 
 
 def _refit_of(parts: Parts) -> str:

@@ -140,6 +140,21 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
     ("method=experts method.score=nope", ("method.score='nope'", "reap", "frequency", "aimer")),
     ("method=experts method.round_to=0", ("method.round_to=0", "at least 1")),
     ("method=experts", ("method=experts", "llama models have no experts", "method=structured")),
+    ("method=structured method.units=[hidden,mlp]", ("method.units=['hidden', 'mlp']", "give units=[hidden]")),
+    ("method=structured method.units=[hidden]", ("method.score='obs'", "units=[hidden]", "minitron, random")),
+    ("method=wifv method.units=[hidden]", ("method.score='wifv'", "units=[hidden]", "minitron, random")),
+    ("method=structured method.score=minitron", ("method.score='minitron'", "l2", "obs")),
+    ("method=structured method.units=[hidden] method.score=minitron method.refit=dense",
+     ("method.refit='dense'", "none, inputs", "units=[hidden]")),
+    ("method=structured method.units=[hidden] method.score=minitron method.physical=false",
+     ("method.physical=false", "units=[hidden]", "give physical=true")),
+    ("method=structured method.units=[hidden] method.score=random method.refit=none schedule=iterative "
+     "schedule.rewind=weights recovery=finetune recovery.steps=9",
+     ("schedule.rewind=weights", "method.units=[hidden]", "schedule.rewind=lr")),
+    ("method=structured method.units=[hidden] method.score=minitron recovery=reconstruct",
+     ("recovery=reconstruct", "method.units=[hidden]", "recovery=finetune")),
+    ("method=structured method.units=[hidden] method.score=minitron model.stream=true measure=quality_only",
+     ("model.stream=true", "a model in memory")),
     ("model.weights=nope", ("model.weights='nope'", "pretrained", "random")),
     ("model.weights=split", ("model.weights='split'", "pretrained", "random")),
     ("schedule=iterative schedule.rounds=0", ("schedule.rounds=0", "at least 1")),
@@ -784,12 +799,15 @@ CHECKPOINTS += [
         ["model.name=PLACE/model", "measure.generation_prompts=2"],
         ("measure.generation_prompts=2", "room for 64", "measure.generation_prompts=0"),
         _of_copy(_tokenizer_settings(chat_template="x" * 500))),
-    # Llama's config wants the query heads to divide the hidden size, and 3 do not divide 40.
-    Bad("checkpoint", "whose config cannot hold what is left",
-        ["model.name=PLACE/odd", "method=structured", "method.units=[heads]", "amount=0.25", "tracking=none"],
-        ("method.amount=0.25", "3 of 4 KV groups", "amount=0.5"),
-        lambda place: make_folder(place / "odd", hidden_size=40, num_attention_heads=4, num_key_value_heads=4,
-                                  num_hidden_layers=1)),
+    # These configs want the query heads to divide the hidden size, and 3 do not divide 40; a Mistral has no biases.
+    *(Bad("checkpoint", f"whose config cannot hold what is left: {family}",
+          ["model.name=PLACE/odd", "method=structured", "method.units=[heads]", "amount=0.25", "tracking=none"],
+          ("method.amount=0.25", "3 of 4 KV groups", "must divide hidden_size=40", "amount=0.5", *says),
+          lambda place, family=family, of=of: make_folder(place / "odd", family, hidden_size=40, num_attention_heads=4,
+                                                          num_key_value_heads=4, num_hidden_layers=1, **of))
+      for family, of, says in (
+          ("gemma2", {"head_dim": 10}, ()), ("llama", {"attention_bias": True}, ("mistral", "attention_bias=True")),
+      )),
 ]  # fmt: skip
 
 # What a stock config cannot hold is refused before the weights are read: here they are another model's.
@@ -816,6 +834,21 @@ CHECKPOINTS += [
     )
 ]  # fmt: skip
 CHECKPOINTS += [
+    *(Bad("checkpoint", f"whose hidden size cannot be smaller: {family}",
+          ["model.name=PLACE/odd", "method=structured", "method.units=[hidden]", "method.score=minitron",
+           *amount.split(), "tracking=none"], says,
+          lambda place, family=family, of=of: make_folder(place / "odd", family, **of))
+      for family, amount, of, says in (
+          ("gemma2", "amount=0.25", {}, ("method.units=[hidden]", "gemma2", "scaled by the hidden size")),
+          ("gpt_neox", "amount=0.25", {}, ("method.units=[hidden]", "gpt_neox", "query_key_value.weight")),
+          ("llama", "amount=0.2", {"mlp_bias": True},
+           ("method.units=[hidden]", "26 of 32 channels", "hidden_size=32", "mlp_bias=True", "24 (amount=0.25)")),
+          ("qwen2", "amount=0.2 method.round_to=64", {}, ("method.round_to=64", "32 channels of the hidden size")),
+      )),
+    Bad("checkpoint", "without norms that matrices read",
+        ["model.name=PLACE/odd", "method=structured", "method.units=[hidden]", "method.score=minitron",
+         "tracking=none"], ("method.score=minitron", "olmo2", "method.score=random"),
+        lambda place: tiny_folder(place / "odd", "olmo2")),
     Bad("checkpoint", "whose blocks are numbered",
         ["model.name=PLACE/odd", "method=depth", "amount=0.5", "tracking=none"],
         ("scale_attn_by_inverse_layer_idx=true",), _damaged("gpt2", scale_attn_by_inverse_layer_idx=True)),

@@ -355,6 +355,56 @@ FAULTS = (
         ("test_structured.py::test_an_export_loads_and_generates_in_stock_transformers",),
     ),
     Fault(
+        "stand_in_with_a_window", "prune_lab/models/stand_in.py",
+        '{"mistral": {"sliding_window": None}}', '{"mistral": {}}',
+        ("test_stand_in.py::test_a_mistral_computes_what_the_masked_llama_does",),
+    ),
+    Fault(
+        "stand_in_not_tried", "prune_lab/models/stand_in.py",
+        "if not is_same(found, wanted):", "if False:",
+        ("test_stand_in.py::test_what_a_mistral_computes_otherwise_is_refused_before_the_work",),
+    ),
+    Fault(
+        "resumed_as_another_class", "prune_lab/pruning/surgery.py",
+        "if shape.model_type != anatomy.config.model_type:", "if False:",
+        ("test_stand_in.py::test_an_interrupted_training_goes_on_as_what_it_was",),
+    ),
+    Fault(
+        "hooks_lost_in_a_rebuild", "prune_lab/models/rebuild.py",
+        'for key, hooks in of_old.items() if "hook" in key and hooks', "for key, hooks in ()",
+        ("test_stand_in.py::test_dropout_of_a_training_goes_on_in_a_mistral_and_ends",),
+    ),
+    Fault(
+        "norms_of_fewer_channels_not_multiplied", "prune_lab/models/hidden.py",
+        "cuts[-1].new.copy_(hidden.scale(cuts[-1].new.float(), (was / count) ** 0.5))", "pass",
+        ("test_hidden.py::test_a_cut_model_is_the_model_with_zeros_in_their_place",),
+    ),
+    Fault(
+        "channels_go_without_a_comparison", "prune_lab/models/hidden.py",
+        "return is_same(logits(_config_of(model, hidden.fields, count), smaller), wanted)", "return True",
+        ("test_hidden.py::test_norms_that_subtract_a_mean_are_refused",),
+    ),
+    Fault(
+        "score_of_all_tokens_at_once", "prune_lab/pruning/hidden.py",
+        "states.float().abs().mean(1).square().sum(0)", "states.float().abs().square().sum((0, 1))",
+        ("test_hidden.py::test_the_score_is_minitrons",),
+    ),
+    Fault(
+        "score_of_the_last_norm_too", "prune_lab/models/hidden.py",
+        "if name in read and name.startswith(inside)]", "if name in read]",
+        ("test_hidden.py::test_channels_of_lowest_score_go",),
+    ),
+    Fault(
+        "refit_for_the_dense_inputs", "prune_lab/pruning/hidden.py",
+        ".forward(states * keep)[..., keep]", ".forward(states)[..., keep]",
+        ("test_hidden.py::test_the_refit_is_least_squares",),
+    ),
+    Fault(
+        "channels_forgotten_by_a_checkpoint", "prune_lab/pruning/surgery.py",
+        "remove_hidden(anatomy, torch.arange(anatomy.unit_count(HIDDEN)) < count)", "pass",
+        ("test_hidden.py::test_an_interrupted_training_goes_on_with_fewer_channels",),
+    ),
+    Fault(
         "wrong_blocks_kept", "prune_lab/models/resize.py",
         "nn.ModuleList(blocks[index] for index in kept)", "nn.ModuleList(blocks[: len(kept)])",
         ("test_depth.py::test_the_blocks_of_least_influence_go",),

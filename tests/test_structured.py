@@ -244,8 +244,8 @@ def many_heads(folder: Path, family: str) -> Loaded:
     return HubModel(name=str(made)).load(CPU, seed=0)
 
 
-# Their stock configs want the query heads to divide hidden_size.
-STRICT = ("llama", "gemma2", "gemma3_text")
+# Their stock configs want the query heads to divide hidden_size. So does Llama's, which goes on as a Mistral then.
+STRICT = ("gemma2", "gemma3_text")
 
 
 @pytest.mark.parametrize("family", STRICT)
@@ -254,7 +254,10 @@ def test_head_counts_a_config_cannot_hold_are_refused(tmp_path: Path, units: tup
     """The message names the counts that are possible, and nothing has been cut."""
     loaded = many_heads(tmp_path / family, family)
     before = weights(loaded.model)
-    with pytest.raises(Refused, match=r"3 of 4 KV groups.*1 \(amount=0\.75\), 2 \(amount=0\.5\), 4 \(amount=0\)"):
+    with pytest.raises(
+        Refused,
+        match=r"3 of 4 KV groups.*must divide hidden_size=32; .*1 \(amount=0\.75\), 2 \(amount=0\.5\), 4 \(amount=0\)",
+    ):
         prune(loaded, units=units, amount=0.25)
     after = weights(loaded.model)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -285,7 +288,7 @@ def test_other_families_hold_what_a_llama_cannot(tmp_path: Path, family: str) ->
     torch.testing.assert_close(logits(again), logits(loaded.model), atol=1e-6, rtol=0)
 
 
-def test_a_llama_may_zero_what_it_cannot_cut(tmp_path: Path) -> None:
+def test_a_llama_may_zero_what_it_cannot_hold(tmp_path: Path) -> None:
     loaded = many_heads(tmp_path / "llama", "llama")
     assert prune(loaded, units=("heads",), amount=0.25, physical=False).realized == 0.25
 

@@ -1,4 +1,7 @@
-"""method=structured: removes whole units (MLP channels, KV groups), the same number from every block."""
+"""method=structured: removes whole units (MLP channels, KV groups), the same number from every block.
+
+Or channels of the hidden size, which no block has for itself: one set for the whole model.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from prune_lab.errors import Refused
 from prune_lab.methods.base import Method
-from prune_lab.models.anatomy import FAMILIES, LABELS, unit_kind
+from prune_lab.models.anatomy import FAMILIES, HIDDEN, LABELS, unit_kind
+from prune_lab.models.stand_in import check_stand_in, held, needs_stand_in, note_of, why_held_no_more
 from prune_lab.pruning.pruned import Pruned
 from prune_lab.pruning.refit_targets import NEEDS_OF_TARGET, TARGETS
-from prune_lab.pruning.scores import OF_UNITS
+from prune_lab.pruning.scores import OF_HIDDEN, OF_UNITS
 from prune_lab.pruning.unseen import warning_of
 
 if TYPE_CHECKING:
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 
 
 REFITS = ("none", "bias", *TARGETS)
+REFITS_OF_HIDDEN = ("none", "inputs")
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Structured(Method):
     channels that stay is a multiple of it. refit: the Linear that reads the units makes up for those that go; none, by
     its bias (FLAP: An et al., 2312.11983), or by its other weights and its bias, for a target
     (pruning/refit_targets.py). physical: the matrices get smaller; else the units are zeroed.
+    hidden: channels of the hidden size, by Minitron's score (pruning/hidden.py); what is left is the model with zeros
+    in their place (models/hidden.py), and refit=inputs sets the Linears that read the states.
     """
 
     units: tuple[str, ...] = ("mlp",)
@@ -47,22 +54,58 @@ class Structured(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "units", tuple(self.units))
-        if not self.units or set(self.units) - set(LABELS) or len(set(self.units)) != len(self.units):
-            raise ValueError(f"units={list(self.units)} must be one or more of {', '.join(LABELS)}, each once")
-        if self.score not in OF_UNITS:
+        kinds = {*LABELS, HIDDEN}
+        if not self.units or set(self.units) - kinds or len(set(self.units)) != len(self.units):
+            raise ValueError(
+                f"units={list(self.units)} must be one or more of {', '.join(LABELS)}, each once, or hidden"
+            )
+        if HIDDEN in self.units:
+            self._check_hidden()
+        elif self.score not in OF_UNITS:
             raise ValueError(f"score={self.score!r} is not one of {', '.join(OF_UNITS)}")
         if self.refit not in REFITS:
             raise ValueError(f"refit={self.refit!r} is not one of {', '.join(REFITS)}")
         if self.round_to is not None and self.round_to < 1:
             raise ValueError(f"round_to={self.round_to} must be at least 1")
 
+    def _check_hidden(self) -> None:
+        """Raises ValueError for keys that do not go with channels of the hidden size."""
+        if len(self.units) > 1:
+            raise ValueError(
+                f"units={list(self.units)}: hidden stands alone, since all other units have weights along its "
+                "channels, which would be counted twice; give units=[hidden], and prune its export for the others"
+            )
+        if self.score not in OF_HIDDEN:
+            raise ValueError(
+                f"score={self.score!r} is of MLP channels and KV groups; for units=[hidden] give one of "
+                f"{', '.join(OF_HIDDEN)}"
+            )
+        if self.refit not in REFITS_OF_HIDDEN:
+            raise ValueError(
+                f"refit={self.refit!r} is not one of {', '.join(REFITS_OF_HIDDEN)}, which go with units=[hidden]"
+            )
+        if not self.physical:
+            raise ValueError(
+                "physical=false: a channel of units=[hidden] is in norms and biases, too, which masks do not hold at "
+                "zero; give physical=true"
+            )
+
+    @property
+    def is_of_hidden(self) -> bool:
+        """True where channels of the hidden size go."""
+        return self.units == (HIDDEN,)
+
     @property
     def calibrated(self) -> bool:
         """True where the choice or the refit needs calibration text."""
+        if self.is_of_hidden:
+            return self.score == "minitron" or self.refit != "none"
         return bool(OF_UNITS[self.score].needs) or self.refit != "none"
 
     def solved_width(self, anatomy: Anatomy) -> int | None:
         """Most inputs of a Linear that reads units, where the choice or the refit solves with their gram matrix."""
+        if self.is_of_hidden:
+            return anatomy.unit_count(HIDDEN) if self.refit != "none" else None
         if self.refit not in TARGETS and "gram" not in OF_UNITS[self.score].needs:
             return None
         sets = (s for group in self._groups(anatomy) for s in anatomy.unit_sets(group))
@@ -73,28 +116,71 @@ class Structured(Method):
 
         The units of other models are known when they are loaded (check_model).
         """
-        if config.model_type not in FAMILIES:
+        if config.model_type not in FAMILIES or self.is_of_hidden:
             return
         for kind in self.units:
             units = unit_kind(config, kind)
             total = getattr(config, units.counts[0], None)
             if total is None:  # left to a default: known when the model is there
                 continue
-            possible = units.possible(config, total)
+            possible = held(config, kind, total)
             for amount in amounts:
                 if self.physical and (count := self._count(kind, total, amount)) not in possible:
-                    raise self._not_held(config.model_type, kind, amount, count, total, possible)
+                    raise self._not_held(config, kind, amount, count, total, possible)
 
     def check_model(self, anatomy: Anatomy, amounts: Iterable[float]) -> None:
         """Raises Refused for kinds of units that a model lacks, and for counts that its config cannot hold."""
+        if self.is_of_hidden:
+            self._check_model_for_hidden(anatomy, amounts)
+            return
         if anatomy.found is not None and self.refit in ("dense", "residual"):
             raise Refused(
                 f"method.refit={self.refit}: which matrices of a {anatomy.config.model_type} model write to its states "
                 "is not known; give method.refit=inputs"
             )
         for group in self._groups(anatomy):
-            for amount in amounts:
-                self._count_to_keep(anatomy, group, amount)
+            counts = {self._count_to_keep(anatomy, group, amount) for amount in amounts}
+            if self.physical and needs_stand_in(anatomy, group, counts):
+                check_stand_in(anatomy.model)
+
+    def _check_model_for_hidden(self, anatomy: Anatomy, amounts: Iterable[float]) -> None:
+        from prune_lab.models.hidden import hidden_of, readers_of
+
+        hidden_of(anatomy.model)
+        if self.score == "minitron" and not readers_of(anatomy.model).norms:
+            raise Refused(
+                f"method.score=minitron: no norm of a {anatomy.config.model_type} model has outputs that its blocks' "
+                "matrices read; give method.score=random"
+            )
+        for amount in amounts:
+            self._count_to_keep(anatomy, HIDDEN, amount)
+
+    def _prune_hidden(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None) -> Pruned:
+        """Removes channels of the hidden size."""
+        import torch
+
+        from prune_lab.models.hidden import readers_of, remove_hidden
+        from prune_lab.models.resize import dense_count
+        from prune_lab.pruning.hidden import minitron_scores, refit_readers, rows_of_hidden
+        from prune_lab.pruning.selection import keep_rows
+
+        count, now = self._count_to_keep(anatomy, HIDDEN, amount), anatomy.unit_count(HIDDEN)
+        pruned = Pruned(rows=rows_of_hidden(anatomy, dense_count(anatomy, HIDDEN), count))
+        if count == now:
+            return pruned
+        if self.score == "random":
+            scores = torch.rand(now, generator=torch.Generator().manual_seed(seed))
+        else:
+            assert calibrator is not None
+            scores = minitron_scores(anatomy, readers_of(anatomy.model).norms, calibrator)
+        if not scores.isfinite().all():
+            raise Refused("the scores of the hidden size are not finite: activations overflow; give another dtype")
+        keep = keep_rows(scores[None], now - count)[0]
+        if self.refit == "inputs":
+            assert calibrator is not None
+            pruned.warnings += refit_readers(anatomy, readers_of(anatomy.model), keep, calibrator)
+        pruned.cuts += remove_hidden(anatomy, keep)
+        return pruned
 
     def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
         """Removes (or zeroes) units of every chosen kind and returns what was removed from each Linear.
@@ -102,6 +188,14 @@ class Structured(Method):
         Units are zeroed block by block, so that later blocks are calibrated on the outputs of the pruned ones; shapes
         change at the end, all at once.
         """
+        model_type = anatomy.config.model_type
+        pruned = (self._prune_hidden if self.is_of_hidden else self._prune_units)(anatomy, amount, seed, calibrator)
+        if anatomy.config.model_type != model_type:
+            pruned.warnings.append(note_of(model_type, anatomy.config.model_type, type(anatomy.model).__name__))
+        return pruned
+
+    def _prune_units(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None) -> Pruned:
+        """Removes (or zeroes) units of the blocks."""
         import torch
 
         from prune_lab.models.resize import dense_count
@@ -154,7 +248,7 @@ class Structured(Method):
         count = min(self._count(group, total, amount), anatomy.unit_count(group))
         if self.physical and not anatomy.can_hold(group, count):
             possible = anatomy.possible_counts(group, near=count)
-            raise self._not_held(anatomy.config.model_type, group, amount, count, total, possible)
+            raise self._not_held(anatomy.config, group, amount, count, total, possible)
         return count
 
     def _count(self, group: str, total: int, amount: float) -> int:
@@ -162,24 +256,26 @@ class Structured(Method):
         from prune_lab.pruning.selection import count_to_remove
 
         count, kind = max(1, total - count_to_remove(total, amount)), group.partition(":")[0]
-        if kind == "mlp" and self.round_to is not None and amount > 0:
+        if kind != "heads" and self.round_to is not None and amount > 0:
             if self.round_to > total:
-                raise Refused(f"method.round_to={self.round_to} is more than the {total} {LABELS[kind]} of a block")
+                many = "channels of the hidden size" if kind == HIDDEN else f"{LABELS[kind]} of a block"
+                raise Refused(f"method.round_to={self.round_to} is more than the {total} {many}")
             count = min(max(1, round(count / self.round_to)), total // self.round_to) * self.round_to
         return count
 
-    def _not_held(
-        self, model_type: str, group: str, amount: float, count: int, total: int, possible: list[int]
-    ) -> Refused:
+    def _not_held(self, config: Any, group: str, amount: float, count: int, total: int, possible: list[int]) -> Refused:
         """The refusal of a count of units, `total` of which there were, that a config cannot hold."""
         kind, _, field = group.partition(":")
         amounts = ", ".join(f"{n} (amount={1 - n / total:g})" for n in possible)
         others = [other for other in self.units if other != kind]
         without = f"method.units=[{','.join(others)}] or " if others else ""
+        instead = "" if kind == HIDDEN else f"; or give {without}method.physical=false, which leaves zeros"
+        why = why_held_no_more(config, "heads" if kind == HIDDEN else kind) if config.model_type in FAMILIES else ""
+        label = LABELS.get(kind, "channels of the hidden size")
         return Refused(
-            f"method.units=[{','.join(self.units)}]: method.amount={amount:g} leaves {count} of {total} {LABELS[kind]}"
-            f"{field and f' ({field})'}, which a stock {model_type} config cannot hold: possible are {amounts}; or "
-            f"give {without}method.physical=false, which leaves zeros"
+            f"method.units=[{','.join(self.units)}]: method.amount={amount:g} leaves {count} of {total} {label}"
+            f"{field and f' ({field})'}, which a stock {config.model_type} config cannot hold: {why}possible are "
+            f"{amounts}{instead}"
         )
 
     def _prune_set(self, s: UnitSet, statistics: dict[str, LinearStatistics], remove: int, pruned: Pruned) -> Tensor:

@@ -22,7 +22,9 @@ if TYPE_CHECKING:  # checking a configuration asks for the family alone, and has
 
 # Kinds of units, as method.units names them, and what a person calls several of a kind.
 LABELS = {"mlp": "MLP channels", "heads": "KV groups"}
+HIDDEN = "hidden"  # channels of the states, which no block has for itself (hidden.py)
 MANY = 64  # counts that are tried one by one
+MANY_SIZES = 1024  # of the hidden size, of which but the config is asked
 HEADS_OF_RUN = {"kv": 1, "qkv": 3}  # a run named "query" has all query heads of a KV group
 
 
@@ -53,7 +55,7 @@ class UnitKind:
     fields that are in proportion to the count, the first one equal to it; one that is None stands for the count as
     built. in_modules: attributes of modules that are in proportion to it. written_out: config fields whose default
     would change with the count. possible: the counts that a config of this family can hold, up to the present one,
-    ascending.
+    ascending; limit: the reason that there are no others, with fields of the config in braces.
     """
 
     slots: tuple[Slot, ...]
@@ -61,6 +63,7 @@ class UnitKind:
     in_modules: tuple[str, ...] = ()
     written_out: tuple[str, ...] = ()
     possible: Callable[[Any, int], list[int]] = _any_count
+    limit: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,13 +138,15 @@ _LLAMA_GROUPS = UnitKind(
 
 def _heads(*slots: Slot) -> UnitKind:
     """KV groups of a family in which every query head has its own key and value, and fewer would be other heads."""
-    return UnitKind(slots, ("num_attention_heads",), possible=_present_alone)
+    limit = "the size of a head is hidden_size / heads, so that fewer heads would be other heads"
+    return UnitKind(slots, ("num_attention_heads",), possible=_present_alone, limit=limit)
 
 
 _LLAMA_LIKE = Family("model.layers", {"mlp": _LLAMA_CHANNELS, "heads": _LLAMA_GROUPS})
-_LLAMA_STRICT = replace(
-    _LLAMA_LIKE, units={"mlp": _LLAMA_CHANNELS, "heads": replace(_LLAMA_GROUPS, possible=_divisors)}
+_STRICT_GROUPS = replace(
+    _LLAMA_GROUPS, possible=_divisors, limit="the number of query heads must divide hidden_size={hidden_size}"
 )
+_LLAMA_STRICT = replace(_LLAMA_LIKE, units={"mlp": _LLAMA_CHANNELS, "heads": _STRICT_GROUPS})
 
 FAMILIES = {
     "llama": _LLAMA_STRICT,
@@ -164,6 +169,7 @@ FAMILIES = {
                     Slot("self_attn.o_proj", "columns", ("query",)),
                 ),
                 possible=_by_rope_factors,
+                limit="its lists of rotary factors are as long as hidden_size / heads says",
             ),
         },
     ),
@@ -401,7 +407,9 @@ class Anatomy:
         ]
 
     def unit_count(self, kind: str) -> int:
-        """Number of units of a group in each block; as built, where the config leaves it to a default."""
+        """Number of units of a group in each block, or of "hidden"; as built, where a config leaves it to a default."""
+        if kind == HIDDEN:
+            return int(self.model.get_input_embeddings().weight.shape[1])
         if self.found is not None:
             from prune_lab.models.found_units import units_of
 
@@ -429,9 +437,15 @@ class Anatomy:
         return heads * self.head_dim
 
     def can_hold(self, group: str, count: int) -> bool:
-        """True for a count of units of a group that the config can hold."""
+        """True for a count of units of a group that the config, or that of a stand-in (stand_in.py), can hold."""
+        if group == HIDDEN:
+            from prune_lab.models import hidden
+
+            return hidden.can_hold(self.model, count)
         if self.found is None:
-            return count in self.family.units[group].possible(self.config, self.unit_count(group))
+            from prune_lab.models.stand_in import held
+
+            return count in held(self.config, group, self.unit_count(group))
         from prune_lab.models.found_units import units_of
         from prune_lab.models.unit_fields import can_hold
 
@@ -439,10 +453,10 @@ class Anatomy:
 
     def possible_counts(self, group: str, near: int) -> list[int]:
         """Counts that the config can hold, up to the present one, ascending: of many, the nearest to `near`."""
-        counts = range(1, self.unit_count(group) + 1)
-        if self.found is None or len(counts) <= MANY:
+        counts, span = range(1, self.unit_count(group) + 1), MANY_SIZES if group == HIDDEN else MANY
+        if group != HIDDEN and (self.found is None or len(counts) <= MANY):
             return [count for count in counts if self.can_hold(group, count)]
-        below, above = range(near - 1, max(0, near - MANY), -1), range(near + 1, min(len(counts), near + MANY) + 1)
+        below, above = range(near - 1, max(0, near - span), -1), range(near + 1, min(len(counts), near + span) + 1)
         found = [next((count for count in side if self.can_hold(group, count)), None) for side in (below, above)]
         return [count for count in found if count is not None]
 

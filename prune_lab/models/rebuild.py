@@ -58,15 +58,24 @@ def loaded_dtype(model: Any) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else model.dtype
 
 
+def _class_for(model: Any, config: Any) -> Any:
+    """The class of a model like `model` of another config: its own, unless that config is of another type."""
+    if isinstance(config, type(model.config)):
+        return type(model)
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
 def skeleton(model: Any, config: Any) -> Any:
-    """A model of the class of `model` made from another config, its parameters on meta, its buffers computed."""
+    """A model like `model` made from another config, its parameters on meta, its buffers computed."""
     of = model.config
     # Parts of a config may have attention of kinds of their own.
     attention = {name: getattr(of, name)._attn_implementation for name in of.sub_configs if getattr(of, name, None)}
     keys = {"dtype": loaded_dtype(model), "attn_implementation": {"": of._attn_implementation, **attention}}
     experts = getattr(of.get_text_config(), "_experts_implementation", None)
     with weights_on_meta(), torch.random.fork_rng(devices=[]):
-        made: Any = type(model)._from_config(config, **keys)
+        made: Any = _class_for(model, config)._from_config(config, **keys)
     if experts is not None and hasattr(made, "set_experts_implementation"):
         made.set_experts_implementation(experts)
     return made
@@ -76,7 +85,7 @@ def shapes(model: Any, config: Any) -> dict[str, tuple[int, ...]] | None:
     """Shapes of the tensors of a model of a config by name; None where its class cannot build it."""
     try:
         with torch.device("meta"), _silent():
-            made = type(model)._from_config(config, dtype=model.dtype)
+            made = _class_for(model, config)._from_config(config, dtype=model.dtype)
     except Exception:  # of any modelling code of transformers
         return None
     return {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
@@ -128,9 +137,17 @@ def assign(made: Any, tensors: Mapping[str, Tensor], device: torch.device) -> No
 
 
 def become(model: Any, made: Any) -> None:
-    """Turns a model, the object stays, into the one that was made in its place, with its mode and hooks."""
+    """Turns a model, the object stays, into the one that was made in its place, with its mode and hooks.
+
+    Hooks of its parts stay with those of the same name; so do what they were registered with, which removes them.
+    """
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # of older transformers
     training, checkpointed = model.training, bool(getattr(model, f"is_{name}_checkpointing", False))
+    parts = dict(model.named_modules())
+    for path, part in made.named_modules():
+        of_old = vars(parts[path]) if path and path in parts else {}
+        part.__dict__.update({key: hooks for key, hooks in of_old.items() if "hook" in key and hooks})
+    model.__class__ = type(made)
     model.__dict__.update(
         {key: value for key, value in made.__dict__.items() if key not in _STAY and "hook" not in key}
     )  # fmt: skip

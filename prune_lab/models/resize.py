@@ -20,18 +20,19 @@ _PER_BLOCK = ("layer_types",)  # settings with one entry for each block, in the 
 
 @dataclass(frozen=True)
 class Shape:
-    """Shape of a model: units of each kind in a block, and which of the dense model's blocks it has."""
+    """Shape of a model: units of each kind in a block, which of the dense model's blocks it has, and its type."""
 
     units: dict[str, int]
     blocks: list[int]
+    model_type: str
 
 
 def shape_of(anatomy: Anatomy) -> Shape:
     """The present shape; of units that were found, those of groups that were cut."""
-    groups = (
-        anatomy.family.units if anatomy.found is None else anatomy.model.__dict__.get(_DENSE, {}).keys() - {"blocks"}
-    )
-    return Shape({group: anatomy.unit_count(group) for group in sorted(groups)}, original_blocks(anatomy))
+    groups = {*(anatomy.family.units if anatomy.found is None else ()), *anatomy.model.__dict__.get(_DENSE, ())}
+    groups -= {"blocks"}
+    units = {group: anatomy.unit_count(group) for group in sorted(groups)}
+    return Shape(units, original_blocks(anatomy), anatomy.config.model_type)
 
 
 def dense_count(anatomy: Anatomy, kind: str) -> int:

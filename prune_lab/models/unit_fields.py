@@ -109,7 +109,7 @@ def config_of(model: Any, group: FoundGroup, count: int) -> Any | None:
     def edit(data: dict[str, Any]) -> None:
         parts = text_parts(data)
         if group.writes_head_dim:
-            _write_head_dim_out(parts)
+            write_head_dim_out(parts)
         for number, key in group.fields:
             parts[number][key] = scaled(parts[number][key])
 
@@ -117,7 +117,7 @@ def config_of(model: Any, group: FoundGroup, count: int) -> Any | None:
     return made if fits else None
 
 
-def _write_head_dim_out(parts: list[dict[str, Any]]) -> None:
+def write_head_dim_out(parts: list[dict[str, Any]]) -> None:
     """Has the parts of a config say the size of a head, which the number of heads would be the default for."""
     for part in parts:
         hidden, heads = part.get("hidden_size"), part.get("num_attention_heads")

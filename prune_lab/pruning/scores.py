@@ -104,6 +104,7 @@ SCORES = {
     "taylor2": Score(taylor2, needs=frozenset({"saliency2"})),
 }
 OF_WEIGHTS = ("magnitude", "random", "wanda", "ria", "taylor", "taylor2", "wifv")
+OF_HIDDEN = ("minitron", "random")  # of channels of the hidden size (hidden.py)
 OF_UNITS: dict[str, Criterion] = {
     **{name: SCORES[name] for name in ("l2", "l1", "random", "wanda", "ria", "taylor", "taylor2", "wifv")},
     "obs": Criterion(needs=frozenset({"gram"}), output_only=True),

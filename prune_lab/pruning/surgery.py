@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.errors import Refused
-from prune_lab.models.anatomy import LABELS, Anatomy, UnitLinear, out_in
+from prune_lab.models.anatomy import HIDDEN, LABELS, Anatomy, UnitLinear, out_in
 from prune_lab.models.cuts import Cut, Selection, cut, selected
 from prune_lab.models.found import evaluating, forget_layout, is_same, probe_tokens
 from prune_lab.models.found_experts import EXPERTS, mixtures_of, without_experts
 from prune_lab.models.found_units import after_cut, forget_units, units_of
+from prune_lab.models.hidden import remove_hidden
 from prune_lab.models.rebuild import rebuild, tensors_of
 from prune_lab.models.resize import Shape, keep_blocks, note_count, original_blocks, set_unit_count
+from prune_lab.models.stand_in import take_stand_in
 from prune_lab.models.unit_cut import selections
 from prune_lab.models.unit_fields import config_of
 from prune_lab.models.unit_sets import FoundGroup
@@ -101,9 +103,11 @@ def remove_units(anatomy: Anatomy, group: str, keep: list[Tensor]) -> list[Cut]:
         return []
     if anatomy.found is not None:
         return _remove_found(anatomy, group, keep, count)
+    if count not in anatomy.family.units[group].possible(anatomy.config, was):
+        take_stand_in(anatomy)
     cuts = [
         made
-        for s, kept in zip(sets, keep, strict=True)
+        for s, kept in zip(anatomy.unit_sets(group), keep, strict=True)
         for part in s.parts
         for made in _cut(part, part.lines(kept).nonzero().flatten())
     ]
@@ -160,9 +164,14 @@ def _without(model: Any, group: FoundGroup, keep: list[Tensor]) -> AbstractConte
 
 def take_shape(anatomy: Anatomy, shape: Shape) -> None:
     """Cuts a dense model to a shape, whatever its weights: those of a checkpoint are put in afterwards."""
+    if shape.model_type != anatomy.config.model_type:
+        take_stand_in(anatomy)
     if shape.blocks != original_blocks(anatomy):
         keep_blocks(anatomy, shape.blocks)
     for group, count in shape.units.items():
+        if group == HIDDEN:
+            remove_hidden(anatomy, torch.arange(anatomy.unit_count(HIDDEN)) < count)
+            continue
         keep = [torch.arange(s.units) < s.multiple * count for s in anatomy.unit_sets(group)]
         remove_units(anatomy, group, keep)
 
