@@ -36,9 +36,10 @@ LOGITS = torch.tensor(
 NORMS = torch.tensor([[1, 2, 0.5, 4], [1, 1.5, 1, 3], [2, 1, 0.5, 2], [1, 2.5, 1, 1], [1, 1, 1.5, 2], [0.5, 1, 2, 1]])
 # Of every layout of experts and every kind of router: softmax, sigmoid with a bias, groups, shared experts.
 TYPES = [
-    "mixtral", "qwen2_moe", "olmoe", "gpt_oss", "dbrx", "deepseek_v3", "ernie4_5_moe", "granitemoehybrid", "jamba",
-    "lfm2_moe", "phimoe", "nemotron_h", "minimax_m2",
+    "mixtral", "gpt_oss", "dbrx", "deepseek_v3", "ernie4_5_moe", "qwen2_moe",
+    "olmoe", "granitemoehybrid", "jamba", "lfm2_moe", "phimoe", "nemotron_h", "minimax_m2",
 ]  # fmt: skip
+SLOW = (pytest.mark.slow, pytest.mark.process)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +178,7 @@ def test_scores_of_a_mixture_by_hand(score: str, place: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", [*TYPES[:6], *(pytest.param(name, marks=SLOW) for name in TYPES[6:])])
 def test_experts_of_a_type(model_type: str, place: Path, tmp_path: Path) -> None:
     """Half of them go, and stock transformers reads what is left, which is seen to be right as they go."""
     dense = loaded_of(place, model_type)

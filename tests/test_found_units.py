@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,11 @@ GROUPS: dict[str, dict[str, int]] = {
         "heads": 4,
     },  # counts of heads for each block
 }  # fmt: skip
+FAST = (
+    "cohere", "glm", "recurrent_gemma", "bert", "mixtral", "gpt_oss", "dbrx", "deepseek_v3", "llama4_text", "gemma3",
+    "qwen3_5_text", "bamba",
+)  # fmt: skip
+SLOW = (pytest.mark.slow, pytest.mark.process)
 # Types without units of a kind, and what is said of it.
 NONE = {
     ("bloom", "mlp"): "no field of the config holds the number of MLP channels",
@@ -134,7 +140,12 @@ def test_of_a_described_family_the_same_units_go(
     assert other.model.config.to_dict() == described.model.config.to_dict()
 
 
-@pytest.mark.parametrize("model_type", GROUPS)
+def some_slow(types: Iterable[str], fast: Container[str]) -> list[Any]:
+    """Types as parameters of a test, those that are not `fast` for the slow suite."""
+    return [name if name in fast else pytest.param(name, marks=SLOW) for name in types]
+
+
+@pytest.mark.parametrize("model_type", some_slow(GROUPS, FAST))
 def test_units_of_a_type(model_type: str, place: Path, tmp_path: Path) -> None:
     """What is cut is what has zeros in the place of half of its units, and what stock transformers reads."""
     dense = loaded_of(place, model_type)
