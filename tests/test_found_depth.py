@@ -42,6 +42,7 @@ TYPES = [
     "nemotron_h", "lfm2_moe", "recurrent_gemma", "gpt_neo", "granite_swa", "bert", "bart", "mamba2", "dbrx",
     "gemma3n_text", "zamba2", "got_ocr2", "codegen", "longcat_flash",
 ]  # fmt: skip
+SLOW = (pytest.mark.slow, pytest.mark.process)
 # Blocks that can go, of types of which others cannot.
 SOME = {
     "minicpm3": [],  # scales by the number of blocks
@@ -150,7 +151,7 @@ def test_both_ways_through_the_blocks_give_the_same_figures(
     assert influence[0] != pytest.approx(influence[1], rel=1e-2)
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", [*TYPES[:12], *(pytest.param(name, marks=SLOW) for name in TYPES[12:])])
 def test_what_is_left_is_the_model_with_the_block_bypassed(model_type: str, place: Path, tmp_path: Path) -> None:
     """Each block alone, bit by bit, with the same parameters; stock transformers reads what is written."""
     dense = loaded_of(place, model_type)
