@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from model_types import tiny_folder
-from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -33,6 +32,7 @@ from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.sparsegpt import SparseGPT
 from prune_lab.methods.structured import Structured
 from prune_lab.methods.wanda import Wanda
+from prune_lab.models.auto_class import auto_class
 from prune_lab.models.anatomy import Anatomy, out_in, scope_of
 from prune_lab.models.export import save_model
 from prune_lab.models.fewer_blocks import blocks_that_stay
@@ -137,7 +137,7 @@ def _try(dense: Loaded, method: Method, folder: Path) -> str:
 def _reads(loaded: Loaded, folder: Path) -> str:
     """Result of writing a model and reading it with stock transformers: "yes", or how far its logits are off."""
     save_model(loaded, folder)
-    again: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+    again: Any = auto_class(loaded.model.config).from_pretrained(folder).eval()
     gap = _gap(again, loaded.model)
     return "yes" if gap < 1e-4 else f"the logits differ by {gap:.1g} when read again"
 

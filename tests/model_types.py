@@ -10,6 +10,7 @@ import torch
 from conftest import story
 from torch import nn
 
+from prune_lab.models.auto_class import auto_class
 from prune_lab.text.train_tokenizer import train_tokenizer
 
 VOCAB, HIDDEN, INTER, MOE, SHARED, HEADS, KV, HEAD_DIM = 320, 64, 96, 48, 40, 4, 2, 16
@@ -425,11 +426,11 @@ def tiny_config(model_type: str, **more: Any) -> Any:
 @torch.no_grad()
 def tiny_model(model_type: str, **more: Any) -> Any:
     """A model of that config in float32, with weights far enough from zero that every one of them matters."""
-    from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **more), dtype=torch.float32).eval()
+    config = tiny_config(model_type, **more)
+    model = auto_class(config).from_config(config, dtype=torch.float32).eval()
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D):
             module.weight.normal_(std=0.12)

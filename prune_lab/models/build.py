@@ -11,6 +11,7 @@ import torch
 from prune_lab.errors import Refused
 from prune_lab.models import formats
 from prune_lab.models.anatomy import FAMILIES, check_matrices, check_type
+from prune_lab.models.auto_class import auto_class
 from prune_lab.models.checkpoint import read_checkpoint
 from prune_lab.models.contents import check_finite
 from prune_lab.models.folder_check import check_config
@@ -31,6 +32,7 @@ def read_config(source: str, revision: str | None, name: str) -> Any:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         check_type(config.model_type)
         check_config(config, name)
+        auto_class(config)
     except Refused:
         raise
     except Exception as error:  # transformers and the Hub's client each have their own
@@ -151,9 +153,7 @@ def _load_other(source: str, config: Any, name: str, device: Device) -> tuple[An
 
 
 def _start_at_random(config: Any, device: Device, seed: int) -> Any:
-    from transformers import AutoModelForCausalLM
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=device.dtype)
+        model = auto_class(config).from_config(config, trust_remote_code=False, dtype=device.dtype)
     return model.to(device.torch_device)

@@ -46,7 +46,7 @@ class Format:
     """Format of a folder's weights.
 
     is_of: whether it is that of a folder with a config of transformers. open: the tensors of a folder by name, shaped
-    as the model has them; raises ValueError where a file is damaged. load: what AutoModelForCausalLM.from_pretrained
+    as the model has them; raises ValueError where a file is damaged. load: what `from_pretrained` of its auto class
     returns for a folder with a config and keywords; raises Refused where it is not read.
     not_streamed: why its weights cannot be read block by block (model.stream=true); None where they can.
     """
@@ -108,7 +108,7 @@ def format_of(folder: Path, config: Any) -> Format:
 
 
 def load(folder: Path, config: Any, **keywords: Any) -> Any:
-    """Result of AutoModelForCausalLM.from_pretrained for a folder, whose config.json is `config`.
+    """Result of `from_pretrained` of the auto class (models/auto_class.py) for a folder, whose config.json is `config`.
 
     Raises Refused where the weights are quantized in a way that is not ours.
     """
