@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,8 @@ from prune_lab.pruning.calibration import Calibrator
 
 WINDOWS = torch.randint(4, 300, (6, 24), generator=torch.Generator().manual_seed(7))
 # One projector or several, positions in three dimensions, scaled logits, text parts of other files of transformers,
-# mixtures, convolutions and recurrences, one whose text part is all of it.
-TYPES = [
-    "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "internvl", "aya_vision", "smolvlm", "kimi_k25", "qwen3_vl_moe",
-    "lfm2_vl",
-]  # fmt: skip
+# mixtures.
+TYPES = ["llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "internvl", "aya_vision", "kimi_k25", "qwen3_vl_moe"]
 METHODS: dict[str, Method] = {
     "wanda": Wanda(amount=0.5),
     "channels": Structured(amount=0.5, units=("mlp",), score="l2", refit="none"),
@@ -87,7 +85,7 @@ def test_the_text_part_is_pruned_and_the_rest_stays(model_type: str, place: Path
         loaded = loaded_of(place, model_type)
         whole = logits(loaded.model)
         assert type(loaded.model) is type(AutoModelForImageTextToText.from_pretrained(folder))
-        assert Anatomy(loaded.model).family.blocks == found.layout_of(loaded.model).blocks
+        assert found.layout_of(loaded.model).decodes
         prune(loaded, method)
         assert not torch.allclose(logits(loaded.model), whole, atol=1e-3), name
         save_model(loaded, tmp_path / name)
@@ -99,10 +97,10 @@ def test_the_text_part_is_pruned_and_the_rest_stays(model_type: str, place: Path
         for key, tensor in before.items():
             if key not in after or not torch.equal(after[key], tensor):
                 changed.add(key)
-        # In files, text blocks are "language_model.model.layers" or "model.text_model.layers" or the like.
+        # In files the text's blocks are "language_model.model.layers", "model.text_model.layers" or the like.
         assert changed, name
-        assert all("layers" in key and not {"vision", "visual", "projector"} & set(key.split(".")) for key in changed)
-        others = [key for key in before if "vision" in key or "visual" in key or "projector" in key]
+        assert all(re.search(r"\.(layers|blocks)\.\d", key) for key in changed)
+        others = [key for key in before if re.search("vision|visual|projector|aligner", key)]
         assert len(others) > 5
         assert all(torch.equal(after[key], before[key]) for key in others)
         assert beside_text(config_of(tmp_path / name)) == beside_text(config)
@@ -176,7 +174,7 @@ PROCESSOR = {
 
 
 def test_the_command_line_exports_what_came_in(cli: Cli, place: Path, tmp_path: Path) -> None:
-    """Files of the processor byte for byte, without names of code; the card says what loads it; all is measured."""
+    """Files of the processor byte for byte, without names of code; the card says what loads it."""
     folder = tiny_folder(tmp_path / "mine", "llava")
     for name, content in PROCESSOR.items():
         (folder / name).write_text(content, encoding="utf-8")
@@ -185,8 +183,8 @@ def test_the_command_line_exports_what_came_in(cli: Cli, place: Path, tmp_path: 
     (tmp_path / "text.txt").write_text(story(1, 400))
     done = cli(
         "model=hf", f"model.name={folder}", "dataset=text", "dataset.path=text.txt", "dataset.seq_len=32",
-        "dataset.calibration.n_samples=8", "measure=quick", "measure.max_windows=2", "measure.prompt_tokens=8",
-        "measure.decode_tokens=2", "method=structured", "amount=0.5", "export=hf", "hydra.run.dir=run",
+        "dataset.calibration.n_samples=8", "measure=quality_only", "measure.max_windows=2",
+        "method=structured", "amount=0.5", "export=hf", "hydra.run.dir=run",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     export = tmp_path / "run" / "export"
@@ -198,5 +196,5 @@ def test_the_command_line_exports_what_came_in(cli: Cli, place: Path, tmp_path: 
     assert again.config.text_config.intermediate_size == 48
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["model"]["family"] == "llava"
-    names = {"quality/perplexity", "latency/prefill_ms_p50", "latency/decode_ms_per_token_p50", "memory/peak_mb"}
-    assert names <= summary["metrics"].keys()
+    assert summary["model"]["scope"]["matrices"] == 3 * 7  # of the text's three blocks
+    assert summary["metrics"]["quality/perplexity"] > 0

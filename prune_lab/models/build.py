@@ -67,7 +67,8 @@ def build(
                 )
             if stream:
                 streamed.check(folder, config, name)
-            if config.model_type not in FAMILIES:
+            stored = formats.dequantized_from(config)
+            if config.model_type not in FAMILIES or stored is not None:
                 model, notes = _load_other(source, config, name, device)
             else:
                 checkpoint = read_checkpoint(folder, config, name)
@@ -76,6 +77,8 @@ def build(
                     model = streamed.build(folder, config, checkpoint, device)
                 else:
                     model = _load_weights(source, config, name, device)
+            if stored is not None:
+                notes = [*notes, f"the weights are stored in {stored}; they are read, pruned and exported as dense ones"]
     except Refused:
         raise
     except Exception as error:  # transformers, the Hub's client and safetensors each have their own

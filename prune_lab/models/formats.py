@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from prune_lab.models.shards import Shards
 
 
+# What weights are stored in that transformers makes dense ones of as it reads: a name, by quant_method of the config.
+DEQUANTIZED = {"mxfp4": "MXFP4", "fp8": "8-bit floats"}
 BITMASK = "model.bitmask.safetensors"  # the one file of weights in models/low_bit/bitmask.py's format
 
 
@@ -116,6 +118,13 @@ def load(folder: Path, config: Any, **keywords: Any) -> Any:
     return format_of(folder, config).load(folder, config, **keywords)
 
 
+def dequantized_from(config: Any) -> str | None:
+    """Name of what the weights of a config are stored in, where dense ones are made of them; None of others."""
+    stored = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    return DEQUANTIZED.get(method) if isinstance(method, str) else None
+
+
 def _packed(path: Path) -> Packed | None:
     return next((found for found in PACKED if found.is_of(path)), None)
 
@@ -137,6 +146,13 @@ def _load_shards(folder: Path, config: Any, **keywords: Any) -> Any:
 
     with _indexed(folder) as whole:
         return compressed_tensors.load(str(whole), config, **keywords)
+
+
+def _load_dequantized(folder: Path, config: Any, **keywords: Any) -> Any:
+    from prune_lab.models.low_bit import dequantized
+
+    with _indexed(folder) as whole:
+        return dequantized.load(folder, str(whole), config, **keywords)
 
 
 def _open_bitmask(folder: Path) -> Shards:
@@ -181,6 +197,12 @@ FORMATS = (
         open=_open_bitmask,
         load=_load_bitmask,
         not_streamed=f"holds {BITMASK}",
+    ),
+    Format(
+        is_of=lambda folder, config: dequantized_from(config) is not None,
+        open=_open_shards,
+        load=_load_dequantized,
+        not_streamed="has quantized weights",
     ),
     Format(
         is_of=lambda folder, config: getattr(config, "quantization_config", None) is not None,

@@ -75,8 +75,8 @@ def read_config(config: dict[str, Any]) -> tuple[Scheme, list[str]]:
     if isinstance(sparsity := config.get("sparsity_config"), dict):
         of.append(f"sparsity {sparsity.get('format')!r}")
     raise Refused(
-        f"the model is quantized already ({', '.join(of)[:100]}): only dense models, and exports of a post-compression "
-        "of prune_lab, can be read; give the model it was made from"
+        f"the model is quantized already ({', '.join(of)[:100]}): only dense models, models in MXFP4 or FP8, and exports "
+        "of a post-compression of prune_lab can be read; give the model it was made from"
     )
 
 
