@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -35,8 +36,8 @@ from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.sparsegpt import SparseGPT
 from prune_lab.methods.structured import Structured
 from prune_lab.methods.wanda import Wanda
-from prune_lab.models.auto_class import auto_class
 from prune_lab.models.anatomy import Anatomy, out_in, scope_of
+from prune_lab.models.auto_class import auto_class
 from prune_lab.models.export import save_model
 from prune_lab.models.fewer_blocks import blocks_that_stay
 from prune_lab.models.load import HubModel, Loaded
@@ -176,8 +177,9 @@ def _try_units(dense: Loaded, method: Method, folder: Path) -> str:
 
 def _said(error: Exception) -> str:
     text = " ".join(str(error).split()).replace("|", "/")
+    text = re.sub("^model family '[^']*':? ", "", text)
     text = text.partition("' ")[2] or text  # without the name of a folder
-    for before in ("cannot be removed: ", "blocks and matrices cannot be found, as it ", "model family "):
+    for before in ("cannot be removed: ", "blocks and matrices cannot be found, as it "):
         text = text.partition(before)[2] or text
     if "has no experts" in text or "have no experts" in text:
         return NO_EXPERTS
@@ -216,15 +218,15 @@ IMAGE_TEXT = (
     "every type of model that it builds with `AutoModelForImageTextToText` alone",
 )
 OF_IMAGES = """
-- Text alone is measured and pruned: all other parts (vision tower, projector) are in the export as they came, and so are
-  the files of the processor. Refused are types that do not run without an image or other inputs, and those in which a
-  token changes what is predicted of those before it.
-- What is left after `method=depth` is compared on text. Where features of images enter at several blocks (Qwen3-VL), they
-  enter at the blocks of the same numbers of those that are left."""
+- Text alone is measured and pruned: all other parts (vision tower, projector) are in the export as they came, and so
+  are the files of the processor. Refused are types that do not run without an image or other inputs, and those in
+  which a token changes what is predicted of those before it.
+- What is left after `method=depth` is compared on text. Where features of images enter at several blocks (Qwen3-VL),
+  they enter at the blocks of the same numbers of those that are left."""
 HEAD = """{title}
 
-Written by `python tests/model_table.py` with transformers {transformers}: {what} ({count}), as a small model with random
-weights. Of {works} of them all four methods of single weights work, of
+Written by `python tests/model_table.py` with transformers {transformers}:
+{what} ({count}), as a small model with random weights. Of {works} of them all four methods of single weights work, of
 {every} every block can be removed, and of {some} more some blocks, of {channels} MLP channels, of {heads} KV
 groups, and of {experts} experts.
 

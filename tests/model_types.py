@@ -393,8 +393,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "hybrid_layer_ids": "drop",
     },
     # image-text models: their text part, and what the sizes of the others must agree with
-    **dict.fromkeys(
-        (
+    **{
+        model_type: {"text_config": sections(4, 2, 2)}
+        for model_type in (
             "qwen2_vl",
             "qwen2_5_vl",
             "qwen2_5_omni_thinker",
@@ -405,9 +406,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "paddleocr_vl",
             "hunyuan_vl",
             "cosmos3_edge",
-        ),
-        {"text_config": sections(4, 2, 2)},
-    ),
+        )
+    },
     "ernie4_5_vl_moe": {"text_config": {**sections(2, 2, 4), "moe_intermediate_size": [MOE, MOE]}},
     "apertus1p5": {
         "audio_config": {

@@ -158,6 +158,18 @@ def test_numbers_that_would_be_read_as_others_are_refused(
         load(folder)
 
 
+@pytest.mark.parametrize("model_type", ["olmo2", "llava", "llama"])
+def test_scales_that_the_config_does_not_speak_of_are_refused(model_type: str, tmp_path: Path) -> None:
+    """Without them the numbers would be other weights."""
+    folder = make_folder(tmp_path / "m") if model_type == "llama" else tiny_folder(tmp_path / "m", model_type)
+    in_floats(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(Refused, match=r"model\.name=.*scale_inv, but its config.json has no quantization_config"):
+        load(folder)
+
+
 @pytest.mark.parametrize("end", ["_blocks", "_scales"])
 def test_half_of_a_matrix_in_mxfp4_is_refused(end: str, tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "m", "gpt_oss")

@@ -15,7 +15,9 @@ from prune_lab.models.auto_class import auto_class
 from prune_lab.models.checkpoint import read_checkpoint
 from prune_lab.models.contents import check_finite
 from prune_lab.models.folder_check import check_config
+from prune_lab.models.foreign import explained
 from prune_lab.models.low_bit.compressed_tensors import leave_out_compression
+from prune_lab.models.low_bit.dequantized import has_floats
 from prune_lab.models.offload import streamed
 from prune_lab.system.device import Device
 from prune_lab.system.hub import why_not
@@ -78,7 +80,10 @@ def build(
                 else:
                     model = _load_weights(source, config, name, device)
             if stored is not None:
-                notes = [*notes, f"the weights are stored in {stored}; they are read, pruned and exported as dense ones"]
+                notes = [
+                    *notes,
+                    f"weights stored in {stored} are read, pruned and exported as dense ones",
+                ]
     except Refused:
         raise
     except Exception as error:  # transformers, the Hub's client and safetensors each have their own
@@ -148,9 +153,11 @@ def _load_other(source: str, config: Any, name: str, device: Device) -> tuple[An
     loaded: Any = formats.load(Path(source), config, dtype=device.dtype, output_loading_info=True)
     model, report = loaded
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
-    if wrong := sorted({*report["missing_keys"], *mismatched}):
+    unused, wrong = sorted(report["unexpected_keys"]), sorted({*report["missing_keys"], *mismatched})
+    if (foreign := explained(unused)) is not None and (wrong or has_floats(Path(source))):
+        raise Refused(f"model.name={name!r} {foreign}")
+    if wrong:
         raise Refused(f"model.name={name!r} lacks the weights {', '.join(wrong[:3])}, or has them in another shape")
-    unused = sorted(report["unexpected_keys"])
     notes = [f"{len(unused)} tensors of the checkpoint are not used: {', '.join(unused[:3])}"] if unused else []
     return model.to(device.torch_device), notes
 

@@ -75,8 +75,8 @@ def read_config(config: dict[str, Any]) -> tuple[Scheme, list[str]]:
     if isinstance(sparsity := config.get("sparsity_config"), dict):
         of.append(f"sparsity {sparsity.get('format')!r}")
     raise Refused(
-        f"the model is quantized already ({', '.join(of)[:100]}): only dense models, models in MXFP4 or FP8, and exports "
-        "of a post-compression of prune_lab can be read; give the model it was made from"
+        f"the model is quantized already ({', '.join(of)[:100]}): only dense models, models in MXFP4 or FP8, and "
+        "exports of a post-compression of prune_lab can be read; give the model it was made from"
     )
 
 
@@ -102,7 +102,7 @@ def _is_dense(stored: Any) -> bool:
 
 
 def load(source: str, config: Any, **keywords: Any) -> Any:
-    """`from_pretrained` of the config's auto class, also where the config has a quantization_config of `Scheme.to_config`.
+    """`from_pretrained` of the config's auto class; its quantization_config may be one of `Scheme.to_config`.
 
     Raises Refused where it has another one.
     """

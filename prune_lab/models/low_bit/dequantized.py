@@ -75,3 +75,8 @@ def _check_floats(spans: Mapping[str, Span], block: tuple[int, int] | None) -> i
                     f"{list(block) if block else 'no size'}: only whole blocks are read; {_DENSE}"
                 )
     return len(floats)
+
+
+def has_floats(folder: Path) -> bool:
+    """True where a tensor of a folder is stored in 8-bit floats."""
+    return any(span.dtype in _FLOATS for span in open_shards(folder).spans.values())
