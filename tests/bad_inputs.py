@@ -710,6 +710,11 @@ _CHECKPOINTS: dict[str, tuple[Prepare, tuple[str, ...]]] = {
     "quantized by others": (
         _config(quantization_config={"quant_method": "gptq", "bits": 4}), ("quantized already", "gptq"),
     ),
+    "said to be in 8-bit floats": (
+        _config(quantization_config={"quant_method": "fp8"}),
+        ("quantized already", "'fp8'", "take quantization_config out of config.json"),
+    ),
+    "of images alone": (_config(model_type="vit"), ("'vit'", "is no language model", "AutoModelForImageTextToText")),
     "without a config": (_without("config.json"), ("model.name=", "PLACE/model", "config.json")),
     "with a broken config": (_text("config.json", "{nope"), _NOT_JSON),
     "with a deeply nested config": (_text("config.json", "[" * 100_000), _NOT_JSON),

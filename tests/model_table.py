@@ -1,6 +1,6 @@
-"""The table of docs/models.md: what works of each type of causal language model that stock transformers builds.
+"""The tables of docs/models.md and docs/image_text_models.md: what works of each type that stock transformers builds.
 
-python tests/model_table.py [TYPE ...]     prints the rows of some types, or writes docs/models.md with those of all
+python tests/model_table.py [TYPE ...]     prints the rows of some types, or writes both pages with those of all
 
 A type is a small model with random weights (model_types.py), loaded from its folder as any model is. `yes` says of a
 method that exactly half of the weights in scope are zero afterwards, that no number is infinite, that what is left
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -22,8 +23,10 @@ from typing import Any
 
 import torch
 from model_types import tiny_folder
-from transformers import AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils import logging
 
 from prune_lab.errors import Refused
@@ -34,6 +37,7 @@ from prune_lab.methods.sparsegpt import SparseGPT
 from prune_lab.methods.structured import Structured
 from prune_lab.methods.wanda import Wanda
 from prune_lab.models.anatomy import Anatomy, out_in, scope_of
+from prune_lab.models.auto_class import auto_class
 from prune_lab.models.export import save_model
 from prune_lab.models.fewer_blocks import blocks_that_stay
 from prune_lab.models.load import HubModel, Loaded
@@ -41,6 +45,7 @@ from prune_lab.pruning.calibration import Calibrator
 from prune_lab.system.device import Device
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+IMAGE_TEXT_PAGE = PAGE.with_name("image_text_models.md")
 CPU = Device(torch.device("cpu"), torch.float32)
 WINDOWS = torch.randint(4, 300, (6, 24), generator=torch.Generator().manual_seed(7))
 METHODS = {
@@ -137,7 +142,7 @@ def _try(dense: Loaded, method: Method, folder: Path) -> str:
 def _reads(loaded: Loaded, folder: Path) -> str:
     """Result of writing a model and reading it with stock transformers: "yes", or how far its logits are off."""
     save_model(loaded, folder)
-    again: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+    again: Any = auto_class(loaded.model.config).from_pretrained(folder).eval()
     gap = _gap(again, loaded.model)
     return "yes" if gap < 1e-4 else f"the logits differ by {gap:.1g} when read again"
 
@@ -172,8 +177,10 @@ def _try_units(dense: Loaded, method: Method, folder: Path) -> str:
 
 def _said(error: Exception) -> str:
     text = " ".join(str(error).split()).replace("|", "/")
+    text = re.sub("^model family '[^']*':? ", "", text)
     text = text.partition("' ")[2] or text  # without the name of a folder
-    text = text.partition("cannot be removed: ")[2] or text
+    for before in ("cannot be removed: ", "blocks and matrices cannot be found, as it "):
+        text = text.partition(before)[2] or text
     if "has no experts" in text or "have no experts" in text:
         return NO_EXPERTS
     kind = "" if isinstance(error, Refused) else f"{type(error).__name__}: "
@@ -192,16 +199,34 @@ def types_of_transformers() -> list[str]:
     return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - NOT_BUILT)
 
 
+def image_text_types() -> list[str]:
+    """Types that AutoModelForImageTextToText alone has, but for those that cannot be built."""
+    here = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return sorted(here - NOT_BUILT)
+
+
 # timm is missing; drafters that need the states of another model; configs that AutoModelForCausalLM does not take; no
 # small config was found.
 NOT_BUILT = {
     "gemma3n", "gemma4_assistant", "gemma4_unified_assistant", "musicgen", "musicgen_melody", "dots3_note",
+    "fast_vlm", "perception_lm", "evolla", "florence2", "pi0", "t5gemma2",
 }  # fmt: skip
 
-HEAD = """# Models
+CAUSAL = "# Models", "every type of causal language model that it builds"
+IMAGE_TEXT = (
+    "# Image-text models",
+    "every type of model that it builds with `AutoModelForImageTextToText` alone",
+)
+OF_IMAGES = """
+- Text alone is measured and pruned: all other parts (vision tower, projector) are in the export as they came, and so
+  are the files of the processor. Refused are types that do not run without an image or other inputs, and those in
+  which a token changes what is predicted of those before it.
+- What is left after `method=depth` is compared on text. Where features of images enter at several blocks (Qwen3-VL),
+  they enter at the blocks of the same numbers of those that are left."""
+HEAD = """{title}
 
-Written by `python tests/model_table.py` with transformers {transformers}: every type of causal language model that it
-builds ({count}), as a small model with random weights. Of {works} of them all four methods of single weights work, of
+Written by `python tests/model_table.py` with transformers {transformers}:
+{what} ({count}), as a small model with random weights. Of {works} of them all four methods of single weights work, of
 {every} every block can be removed, and of {some} more some blocks, of {channels} MLP channels, of {heads} KV
 groups, and of {experts} experts.
 
@@ -220,33 +245,49 @@ groups, and of {experts} experts.
 - experts: whether `method=experts` removes half of the experts of each block, where there are any: what is left has the
   logits of the model whose routers avoid the others, and stock transformers reads it with the same.
 - Calibrated: behind pruned blocks, block by block; or behind dense blocks in passes through the whole model, where a
-  block cannot be called by itself.
+  block cannot be called by itself.{more}
 
 | type | share | magnitude | wanda | sparsegpt | 2:4 | depth | channels | KV groups | experts | calibrated | remark |
 |---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
-def main(asked: list[str]) -> None:
-    """Prints rows, and writes the page where all of them were asked for."""
-    logging.set_verbosity_error()
+def page_of(title: str, what: str, rows: list[Row], more: str = "") -> str:
+    """Contents of a page with these rows."""
+    able = [row.removable for row in rows if row.removable is not None]
+    head = HEAD.format(
+        title=title,
+        what=what,
+        more=more,
+        transformers=version("transformers"),
+        count=len(rows),
+        works=sum(row.works(METHODS) for row in rows),
+        channels=sum(row.works(["channels"]) for row in rows),
+        heads=sum(row.works(["KV groups"]) for row in rows),
+        experts=sum(row.works(["experts"]) for row in rows),
+        every=sum(some == of_all for some, of_all in able),
+        some=sum(0 < some < of_all for some, of_all in able),
+    )
+    return head + "\n".join(map(str, rows)) + "\n"
+
+
+def printed(types: Iterable[str]) -> list[Row]:
+    """Rows of types, each printed when it is there."""
     rows = []
-    for row in rows_of(asked or types_of_transformers()):
+    for row in rows_of(types):
         print(row, flush=True)
         rows.append(row)
-    if not asked:
-        able = [row.removable for row in rows if row.removable is not None]
-        head = HEAD.format(
-            transformers=version("transformers"),
-            count=len(rows),
-            works=sum(row.works(METHODS) for row in rows),
-            channels=sum(row.works(["channels"]) for row in rows),
-            heads=sum(row.works(["KV groups"]) for row in rows),
-            experts=sum(row.works(["experts"]) for row in rows),
-            every=sum(some == of_all for some, of_all in able),
-            some=sum(0 < some < of_all for some, of_all in able),
-        )
-        PAGE.write_text(head + "\n".join(map(str, rows)) + "\n", encoding="utf-8")
+    return rows
+
+
+def main(asked: list[str]) -> None:
+    """Prints rows, and writes the pages where all of them were asked for."""
+    logging.set_verbosity_error()
+    if asked:
+        printed(asked)
+        return
+    PAGE.write_text(page_of(*CAUSAL, printed(types_of_transformers())), encoding="utf-8")
+    IMAGE_TEXT_PAGE.write_text(page_of(*IMAGE_TEXT, printed(image_text_types()), OF_IMAGES), encoding="utf-8")
 
 
 if __name__ == "__main__":

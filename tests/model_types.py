@@ -10,6 +10,7 @@ import torch
 from conftest import story
 from torch import nn
 
+from prune_lab.models.auto_class import auto_class
 from prune_lab.text.train_tokenizer import train_tokenizer
 
 VOCAB, HIDDEN, INTER, MOE, SHARED, HEADS, KV, HEAD_DIM = 320, 64, 96, 48, 40, 4, 2, 16
@@ -119,6 +120,24 @@ VISION = {
     "num_heads": 2,
     "depth": 1,
 }
+SAM = {
+    "hidden_size": 32,
+    "output_channels": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "mlp_dim": 48,
+    "downsample_channels": [16, 32],
+    "global_attn_indexes": [0],
+}
+ENCODER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 32,
+}
+KOSMOS = {"embed_dim": HIDDEN, "layers": 3, "attention_heads": HEADS, "ffn_dim": INTER}
 BERT = {"is_decoder": True}
 MLA = {"num_key_value_heads": 4, "head_dim": "drop", "qk_head_dim": "drop"}
 GEMMA4 = {
@@ -129,14 +148,13 @@ GEMMA4 = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "per_layer_config": {1: {"head_dim": 32}, 3: {"head_dim": 32}},
 }
-MROPE = {
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "partial_rotary_factor": 0.5,
-        "mrope_section": [2, 1, 1],
-    }
-}
+
+
+def sections(*sizes: int, **more: Any) -> dict[str, Any]:
+    """Positions in time, height and width, as a field of a config: how many pairs of a head's dimensions each has."""
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sizes), **more}}
+
+
 OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         (
@@ -374,6 +392,109 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "mamba_headdim": "drop",
         "hybrid_layer_ids": "drop",
     },
+    # image-text models: their text part, and what the sizes of the others must agree with
+    **{
+        model_type: {"text_config": sections(4, 2, 2)}
+        for model_type in (
+            "qwen2_vl",
+            "qwen2_5_vl",
+            "qwen2_5_omni_thinker",
+            "glm46v",
+            "glm4v",
+            "glmga",
+            "glm_ocr",
+            "paddleocr_vl",
+            "hunyuan_vl",
+            "cosmos3_edge",
+        )
+    },
+    "ernie4_5_vl_moe": {"text_config": {**sections(2, 2, 4), "moe_intermediate_size": [MOE, MOE]}},
+    "apertus1p5": {
+        "audio_config": {
+            "codebook_dim": "drop",
+            "hidden_size": "drop",
+            "codebook_size": 4,
+            "decoder_hidden_size": 32,
+            "decoder_intermediate_size": 48,
+            "decoder_num_layers": 1,
+        },
+        "vision_config": {"codebook_size": 4, "embed_dim": 16, "latent_channels": 16, "base_channels": 32},
+        "image_token_offset": 304,
+        "audio_token_offset": 308,
+    },
+    "chameleon": {"vocabulary_map": {"<image>": 319, "IMGIMGAZ": 318}},
+    "deepseek_ocr2": {
+        "vision_config": {"sam_config": SAM, "encoder_config": ENCODER},
+        "text_config": {
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+        },
+    },
+    "unlimited_ocr": {"vision_config": {"sam_config": SAM, "encoder_config": ENCODER}},
+    "inkling_mm_model": {
+        "vision_config": {"n_layers": 2, "text_hidden_size": HIDDEN},
+        "audio_config": {"text_hidden_size": HIDDEN},
+    },
+    "kosmos-2": {"text_config": KOSMOS},
+    "kosmos-2.5": {"text_config": KOSMOS, "vision_config": {"patch_embed_hidden_size": 32, "head_dim": 16}},
+    "janus": {
+        "vision_config": {"projection_dim": HIDDEN},
+        "vq_config": {"num_embeddings": 32, "projection_dim": 32, "image_token_embed_dim": 32, "base_channels": 32},
+    },
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": MOE}},
+    "exaone4_5": {"text_config": {"model_type": "exaone4"}},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0]],
+        "spatial_target_layers": [0, 1, 2],
+        "downsample_rate": "1/2",
+        "qformer_config": {"hidden_size": 64, "num_attention_heads": 2, "encoder_hidden_size": 64},
+        "vision_config": {"image_size": 28, "patch_size": 7, "hidden_size": 64},
+    },
+    "molmo2": {"adapter_config": {"vision_feature_layer": [0]}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "glm4v_moe": {"text_config": sections(2, 1, 1, partial_rotary_factor=0.5)},
+    "hy_v4_vl": {"text_config": {**MLA, **sections(2, 1, 1)}},
+    "kimi_k25": {"text_config": MLA},
+    "mistral_large4": {"text_config": MLA},
+    "glm5_next": {
+        "text_config": {
+            "num_key_value_heads": HEADS,
+            "index_topk": 16,
+            "qk_rope_head_dim": 0,
+            "head_dim": 0,
+            "qk_nope_head_dim": 16,
+            "linear_num_heads": HEADS,
+        },
+        "vision_config": {"out_hidden_size": HIDDEN},
+    },
+    "muse_spark": {
+        "audio_config": {
+            "num_hidden_layers": 4,
+            "hidden_sizes": [16, 16, 16, 16],
+            "depths": [1, 1, 1, 1],
+            "out_hidden_size": HIDDEN,
+        },
+        "vision_config": {"layer_types": ["window_attention"]},
+        "text_config": {"layer_rope_theta": [500000.0, 0, 500000.0, 0], "moe_hidden_size": 32},
+        "out_hidden_size": 32,
+        "projector_hidden_size": 32,
+    },
+    "granite_docling": {"vision_config": {"out_hidden_size": HIDDEN}},
+    "inkling2": {"vision_config": {"text_hidden_size": HIDDEN}},
+    "inkling2_loop": {"vision_config": {"text_hidden_size": HIDDEN}},
+    "step3p7": {"text_config": {"sliding_window": 8}},
+    "cohere_compass": {
+        "text_config": {
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_hidden_layers": 4,
+            "rope_parameters": {
+                k: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+                for k in ("sliding_attention", "full_attention")
+            },
+        }
+    },
     # variants of a type, not counted as types
     "gemma4_text:moe": {
         **GEMMA4,
@@ -425,11 +546,11 @@ def tiny_config(model_type: str, **more: Any) -> Any:
 @torch.no_grad()
 def tiny_model(model_type: str, **more: Any) -> Any:
     """A model of that config in float32, with weights far enough from zero that every one of them matters."""
-    from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **more), dtype=torch.float32).eval()
+    config = tiny_config(model_type, **more)
+    model = auto_class(config).from_config(config, dtype=torch.float32).eval()
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D):
             module.weight.normal_(std=0.12)

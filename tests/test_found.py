@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ALL_FAMILIES, CPU, Cli, copied, logits, make_folder, observed, story
-from model_table import PAGE, row_of, types_of_transformers
+from model_table import IMAGE_TEXT_PAGE, PAGE, image_text_types, row_of, types_of_transformers
 from model_types import tiny_folder, tiny_model
 from safetensors.torch import load_file
 from torch import Tensor
@@ -418,10 +418,11 @@ def test_what_is_not_done_to_a_found_layout_is_refused(
 
 @pytest.mark.slow
 @pytest.mark.process  # not in the daily loop either
-@pytest.mark.parametrize("model_type", types_of_transformers())
+@pytest.mark.parametrize("model_type", [*types_of_transformers(), *image_text_types()])
 def test_the_page_says_what_works(model_type: str, tmp_path: Path) -> None:
-    """Every type that stock transformers builds, as docs/models.md has it for the version that is named there."""
-    page = PAGE.read_text(encoding="utf-8")
+    """Every type that stock transformers builds, as its page has it for the version that is named there."""
+    path = IMAGE_TEXT_PAGE if model_type in image_text_types() else PAGE
+    page = path.read_text(encoding="utf-8")
     if f"transformers {version('transformers')}:" not in page:
-        pytest.skip("docs/models.md is of another version of transformers")
+        pytest.skip(f"{path.name} is of another version of transformers")
     assert str(row_of(model_type, tmp_path)) in page

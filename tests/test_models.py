@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from prune_lab.config.parts import build
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import Anatomy, family_of
+from prune_lab.models.folder_check import check_folder
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.system.device import Device
 
@@ -224,11 +225,24 @@ def test_a_type_that_transformers_does_not_have_is_refused(own: Path, family: st
     refuses(own, f"model family {family!r}", "is not known", "Install a newer transformers", "is not run")
 
 
-@pytest.mark.parametrize(("family", "why"), [("olmo2", "lacks the weights"), ("bert", "lacks the weights"),
-                                             ("vit", "cannot be loaded")])  # fmt: skip
-def test_a_type_that_the_weights_are_not_of_is_refused(own: Path, family: str, why: str) -> None:
+@pytest.mark.parametrize("family", ["olmo2", "bert"])
+def test_a_type_that_the_weights_are_not_of_is_refused(own: Path, family: str) -> None:
     edit_config(own, model_type=family)
-    refuses(own, "model.name=", why)
+    refuses(own, "model.name=", "lacks the weights")
+
+
+@pytest.mark.parametrize("family", ["vit", "clip", "evolla"])
+def test_a_type_that_is_no_language_model_is_refused(own: Path, family: str) -> None:
+    edit_config(own, model_type=family)
+    refuses(own, f"model family {family!r}", "is no language model", "AutoModelForImageTextToText")
+
+
+def test_a_head_of_no_size_is_one_that_the_config_leaves_open(own: Path) -> None:
+    """Latent attention without positions says so (GLM-5); of others transformers says what it makes of it."""
+    edit_config(own, head_dim=0)
+    check_folder(own, "pretrained")
+    edit_config(own, head_dim=-1)
+    refuses(own, "head_dim=-1, not a whole number from 0")
 
 
 @pytest.mark.parametrize("model_type", [None, 3, ["llama"]])

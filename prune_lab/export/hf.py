@@ -11,7 +11,6 @@ from prune_lab.export.base import Export
 if TYPE_CHECKING:
     from prune_lab.models.load import Loaded
 
-STOCK = "`AutoModelForCausalLM.from_pretrained(folder)` of stock transformers"
 LOW_BITS = (
     "prune_lab, or stock transformers with the package compressed-tensors: `from_pretrained(folder, "
     "quantization_config=CompressedTensorsConfig(run_compressed=False))`, unless a note here says otherwise"
@@ -44,4 +43,7 @@ class HuggingFace(Export):
 
     def reading(self, loaded: Loaded) -> str:
         """Stock transformers, which needs a package for quantized weights."""
-        return LOW_BITS if loaded.is_low_bit else STOCK
+        from prune_lab.models.auto_class import auto_class
+
+        stock = f"`{auto_class(loaded.model.config).__name__}.from_pretrained(folder)` of stock transformers"
+        return LOW_BITS if loaded.is_low_bit else stock

@@ -11,10 +11,13 @@ import torch
 from prune_lab.errors import Refused
 from prune_lab.models import formats
 from prune_lab.models.anatomy import FAMILIES, check_matrices, check_type
+from prune_lab.models.auto_class import auto_class
 from prune_lab.models.checkpoint import read_checkpoint
 from prune_lab.models.contents import check_finite
 from prune_lab.models.folder_check import check_config
+from prune_lab.models.foreign import explained
 from prune_lab.models.low_bit.compressed_tensors import leave_out_compression
+from prune_lab.models.low_bit.dequantized import has_floats
 from prune_lab.models.offload import streamed
 from prune_lab.system.device import Device
 from prune_lab.system.hub import why_not
@@ -31,6 +34,7 @@ def read_config(source: str, revision: str | None, name: str) -> Any:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         check_type(config.model_type)
         check_config(config, name)
+        auto_class(config)
     except Refused:
         raise
     except Exception as error:  # transformers and the Hub's client each have their own
@@ -65,7 +69,8 @@ def build(
                 )
             if stream:
                 streamed.check(folder, config, name)
-            if config.model_type not in FAMILIES:
+            stored = formats.dequantized_from(config)
+            if config.model_type not in FAMILIES or stored is not None:
                 model, notes = _load_other(source, config, name, device)
             else:
                 checkpoint = read_checkpoint(folder, config, name)
@@ -74,6 +79,11 @@ def build(
                     model = streamed.build(folder, config, checkpoint, device)
                 else:
                     model = _load_weights(source, config, name, device)
+            if stored is not None:
+                notes = [
+                    *notes,
+                    f"weights stored in {stored} are read, pruned and exported as dense ones",
+                ]
     except Refused:
         raise
     except Exception as error:  # transformers, the Hub's client and safetensors each have their own
@@ -143,17 +153,17 @@ def _load_other(source: str, config: Any, name: str, device: Device) -> tuple[An
     loaded: Any = formats.load(Path(source), config, dtype=device.dtype, output_loading_info=True)
     model, report = loaded
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
-    if wrong := sorted({*report["missing_keys"], *mismatched}):
+    unused, wrong = sorted(report["unexpected_keys"]), sorted({*report["missing_keys"], *mismatched})
+    if (foreign := explained(unused)) is not None and (wrong or has_floats(Path(source))):
+        raise Refused(f"model.name={name!r} {foreign}")
+    if wrong:
         raise Refused(f"model.name={name!r} lacks the weights {', '.join(wrong[:3])}, or has them in another shape")
-    unused = sorted(report["unexpected_keys"])
     notes = [f"{len(unused)} tensors of the checkpoint are not used: {', '.join(unused[:3])}"] if unused else []
     return model.to(device.torch_device), notes
 
 
 def _start_at_random(config: Any, device: Device, seed: int) -> Any:
-    from transformers import AutoModelForCausalLM
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=device.dtype)
+        model = auto_class(config).from_config(config, trust_remote_code=False, dtype=device.dtype)
     return model.to(device.torch_device)

@@ -21,10 +21,12 @@ from prune_lab.system.files import atomic_folder
 
 
 def write_folder(loaded: Loaded, folder: Path) -> None:
-    """Writes safetensors, config and tokenizer into an empty folder."""
+    """Writes safetensors, config, tokenizer and processor into an empty folder."""
     save_weights(loaded.model, folder)
     loaded.tokenizer.save_pretrained(folder)
-    rewrite_configs(folder, loaded.tokenizer_config)
+    for name, content in loaded.processor.items():
+        (folder / name).write_bytes(content)
+    rewrite_configs(folder, loaded.tokenizer_config, loaded.processor)
 
 
 def save_model(loaded: Loaded, folder: Path) -> None:

@@ -8,7 +8,7 @@ out: an export holds none.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,15 @@ _FOR_ANY_FILE = "PreTrainedTokenizerFast"
 _KEPT = ("add_bos_token", "add_eos_token", "legacy", "use_default_system_prompt", "spaces_between_special_tokens")
 
 
-def rewrite_configs(folder: Path, tokenizer_config: dict[str, Any]) -> None:
-    """Rewrites the files of an export; `tokenizer_config` is the one that the model came with, or empty."""
+def rewrite_configs(folder: Path, tokenizer_config: dict[str, Any], processor: Iterable[str] = ()) -> None:
+    """Rewrites the files of an export; `tokenizer_config` is the one that the model came with, or empty.
+
+    processor: names of the files of its processor, which stay as they are where they name no code.
+    """
     _rewrite(folder / "config.json", with_older_fields)
     _rewrite(folder / "tokenizer_config.json", lambda written: older_tokenizer_config(written, tokenizer_config))
+    for name in processor:
+        _rewrite(folder / name, without_code)
 
 
 def with_older_fields(config: dict[str, Any]) -> dict[str, Any]:
@@ -88,6 +93,11 @@ def without_code(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    if path.is_file():
-        config = change(json.loads(path.read_text(encoding="utf-8")))
+    if not path.is_file():
+        return
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # a file of the model's own that nothing reads: it stays
+        return
+    if isinstance(written, dict) and (config := change(written)) != written:
         path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

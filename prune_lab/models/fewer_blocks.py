@@ -27,7 +27,7 @@ from prune_lab.models.found_units import forget_units
 _STAYING = "_blocks_that_stay"  # reasons, kept with the model that they are of; in no export
 
 # Words of config fields. A field of another name is an entry for each block where it is a list of as many.
-_COUNT = re.compile(r"(num|n)_(hidden_|decoder_)?(layers?|blocks)|decoder_layers")
+_COUNT = re.compile(r"(num|n)_(hidden_|decoder_)?(layers?|blocks)|(decoder_)?layers")
 _FROM_FRONT = re.compile(r"first_k_\w+|(num|n)_dense_layers|\w*layer_(start_index|index_start)|max_window_layers")
 _LAST = re.compile(r"\w*layer_(end_index|index_end)")  # number of the last block of a run
 _FROM_BACK = re.compile(r"num_kv_shared_layers")

@@ -16,6 +16,7 @@ _WIDTHS = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
     "max_position_embeddings", "n_embd", "n_head", "n_inner", "n_positions", "ffn_dim", "word_embed_proj_dim",
 )  # fmt: skip
+_MAY_BE_0 = ("head_dim",)  # of a latent attention without positions (GLM-5)
 _MOST = dict.fromkeys(_LAYERS, 10_000) | dict.fromkeys(_WIDTHS, 2**24)
 # Weights that are not read.
 _PICKLE = "a pickle that could run code"
@@ -85,8 +86,11 @@ def _check_sizes(config: dict[str, Any], name: str) -> None:
     for key, most in _MOST.items():
         value = config.get(key)
         counts = value if isinstance(value, list) and value else [value]  # some types have one for each block
-        if value is not None and not all(isinstance(count, int) and 1 <= count <= most for count in counts):
-            raise ValueError(f"{name}: config.json has {key}={str(value)[:40]}, not a whole number from 1 to {most}")
+        least = 0 if key in _MAY_BE_0 else 1
+        if value is not None and not all(isinstance(count, int) and least <= count <= most for count in counts):
+            raise ValueError(
+                f"{name}: config.json has {key}={str(value)[:40]}, not a whole number from {least} to {most}"
+            )
 
 
 def _check_shards(folder: Path, name: str) -> None:

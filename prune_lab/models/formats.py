@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from prune_lab.models.shards import Shards
 
 
+# What weights are stored in that transformers makes dense ones of as it reads: a name, by quant_method of the config.
+DEQUANTIZED = {"mxfp4": "MXFP4", "fp8": "8-bit floats"}
 BITMASK = "model.bitmask.safetensors"  # the one file of weights in models/low_bit/bitmask.py's format
 
 
@@ -46,7 +48,7 @@ class Format:
     """Format of a folder's weights.
 
     is_of: whether it is that of a folder with a config of transformers. open: the tensors of a folder by name, shaped
-    as the model has them; raises ValueError where a file is damaged. load: what AutoModelForCausalLM.from_pretrained
+    as the model has them; raises ValueError where a file is damaged. load: what `from_pretrained` of its auto class
     returns for a folder with a config and keywords; raises Refused where it is not read.
     not_streamed: why its weights cannot be read block by block (model.stream=true); None where they can.
     """
@@ -108,12 +110,19 @@ def format_of(folder: Path, config: Any) -> Format:
 
 
 def load(folder: Path, config: Any, **keywords: Any) -> Any:
-    """Result of AutoModelForCausalLM.from_pretrained for a folder, whose config.json is `config`.
+    """Result of `from_pretrained` of the auto class (models/auto_class.py) for a folder, whose config.json is `config`.
 
     Raises Refused where the weights are quantized in a way that is not ours.
     """
     keywords["use_safetensors"] = True  # pickles could run code
     return format_of(folder, config).load(folder, config, **keywords)
+
+
+def dequantized_from(config: Any) -> str | None:
+    """Name of what the weights of a config are stored in, where dense ones are made of them; None of others."""
+    stored = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    return DEQUANTIZED.get(method) if isinstance(method, str) else None
 
 
 def _packed(path: Path) -> Packed | None:
@@ -137,6 +146,13 @@ def _load_shards(folder: Path, config: Any, **keywords: Any) -> Any:
 
     with _indexed(folder) as whole:
         return compressed_tensors.load(str(whole), config, **keywords)
+
+
+def _load_dequantized(folder: Path, config: Any, **keywords: Any) -> Any:
+    from prune_lab.models.low_bit import dequantized
+
+    with _indexed(folder) as whole:
+        return dequantized.load(folder, str(whole), config, **keywords)
 
 
 def _open_bitmask(folder: Path) -> Shards:
@@ -181,6 +197,12 @@ FORMATS = (
         open=_open_bitmask,
         load=_load_bitmask,
         not_streamed=f"holds {BITMASK}",
+    ),
+    Format(
+        is_of=lambda folder, config: dequantized_from(config) is not None,
+        open=_open_shards,
+        load=_load_dequantized,
+        not_streamed="has quantized weights",
     ),
     Format(
         is_of=lambda folder, config: getattr(config, "quantization_config", None) is not None,

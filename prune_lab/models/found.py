@@ -168,9 +168,11 @@ def _check_causal(model: Any) -> None:
     other[0, -1] = tokens[0, 0]
     of_both = [model(input_ids=text, use_cache=False).logits[:, :-1] for text in (tokens, other)]
     if int(tokens[0, 0]) != int(tokens[0, -1]) and not is_same(*of_both):
+        is_switched_off = getattr(model.config, "is_decoder", None) is False
+        hint = "; if it is a decoder, its config.json needs is_decoder=true" if is_switched_off else ""
         raise Refused(
             f"model family {model.config.model_type!r}: a token changes what is predicted of those before it, so that "
-            "its perplexity is none; if it is a decoder, its config.json needs is_decoder=true"
+            f"its perplexity is none{hint}"
         )
 
 

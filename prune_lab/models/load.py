@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 TINY = Path(__file__).parent / "tiny"
 TINY_MOE = Path(__file__).parent / "tiny_moe"
 WEIGHTS = ("pretrained", "random")
+# What a processor for images, video or sound is read from: AutoProcessor needs it beside the tokenizer.
+PROCESSOR = (
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
+    "audio_tokenizer_config.json", "chat_template.json",
+)  # fmt: skip
 
 
 @dataclass
@@ -37,6 +42,7 @@ class Loaded:
     licence: str | None = None  # by its model card, where that is here and names one
     warnings: list[str] = field(default_factory=list)  # what a run must say of what was loaded
     tokenizer_config: dict[str, Any] = field(default_factory=dict)  # the file of this name that it came with
+    processor: dict[str, bytes] = field(default_factory=dict)  # files for images and sound that it came with, by name
 
     def describe(self) -> dict[str, Any]:
         """Name, family, parameters (a tied matrix once), revision, licence, and the scope of single weights.
@@ -81,12 +87,13 @@ class Loaded:
     def carried_sha256(self) -> str:
         """sha256 of what an export has from this model and no figure depends on.
 
-        That is the generation config, the tokenizer's settings with its chat template, and the licence.
+        That is the generation config, the tokenizer's settings with its chat template, the processor and the licence.
         """
         generation = getattr(self.model, "generation_config", None)
         values = generation.to_dict() if generation is not None else {}
         values.pop("transformers_version", None)
-        return digest_of([values, tokenizer_settings(self.tokenizer), self.licence])
+        processor = {name: content.hex() for name, content in self.processor.items()}
+        return digest_of([values, tokenizer_settings(self.tokenizer), self.licence, processor])
 
 
 @dataclass(frozen=True)
@@ -267,14 +274,28 @@ def _load(source: str, revision: str | None, option: ModelSource, name: str, dev
         model.config.model_type,
         warnings=notes,
         tokenizer_config=_tokenizer_config(source, revision),
+        processor=_processor(source, revision),
     )
 
 
 def _tokenizer_config(source: str, revision: str | None) -> dict[str, Any]:
     """Contents of tokenizer_config.json of a folder or Hub id; empty where there is none."""
-    file = "tokenizer_config.json"
-    path = Path(source) / file if Path(source).is_dir() else cached_file(source, file, revision)
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path is not None else {}
-    except (OSError, ValueError, TypeError):
+        return dict(json.loads(_file_of(source, "tokenizer_config.json", revision) or b"{}"))
+    except (ValueError, TypeError):
         return {}
+
+
+def _processor(source: str, revision: str | None) -> dict[str, bytes]:
+    """Contents of the files of a folder or Hub id that AutoProcessor reads beside the tokenizer's, by name."""
+    found = {name: _file_of(source, name, revision) for name in PROCESSOR}
+    return {name: content for name, content in found.items() if content is not None}
+
+
+def _file_of(source: str, name: str, revision: str | None) -> bytes | None:
+    """Contents of a file of a folder or Hub id; None where there is none that can be read."""
+    path = Path(source) / name if Path(source).is_dir() else cached_file(source, name, revision)
+    try:
+        return path.read_bytes() if path is not None else None
+    except OSError:
+        return None

@@ -85,16 +85,34 @@ class Products(TorchDispatchMode):
 @contextmanager
 def eager_experts(model: Any) -> Iterator[None]:
     """Context in which experts compute one after the other, so that products with each of them are seen."""
-    config = model.config.get_text_config()
-    before = getattr(config, "_experts_implementation", None)
-    if before in (None, "eager") or not hasattr(model, "set_experts_implementation"):
+    before = experts_of(model)
+    if before in (None, "eager"):
         yield
         return
-    model.set_experts_implementation("eager")
+    set_experts(model, "eager")
     try:
         yield
     finally:
-        model.set_experts_implementation(before)
+        set_experts(model, before)
+
+
+def experts_of(model: Any) -> str | None:
+    """How the experts of a model compute; None where transformers has no choice of it."""
+    how: str | None = getattr(model.config.get_text_config(), "_experts_implementation", None)
+    return how if hasattr(model, "set_experts_implementation") else None
+
+
+def set_experts(model: Any, how: str) -> None:
+    """Has the experts of a model compute in another way.
+
+    A wrapper whose text part is a model of another file has no experts of its own, and refuses to be asked itself.
+    """
+    config = model.config
+    if (text := config.get_text_config()) is config:
+        model.set_experts_implementation(how)
+    else:
+        parts = [key for key in config.sub_configs if getattr(config, key, None) is text]
+        model.set_experts_implementation({"": config._experts_implementation, **dict.fromkeys(parts, how)})
 
 
 class FusedMatrix:

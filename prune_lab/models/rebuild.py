@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from prune_lab.models.products import experts_of, set_experts
+
 # Attributes of a model that stay when it is rebuilt; hooks do, too.
 _STAY = ("generation_config", "training", "_weight_conversions")
 _OF_TEXT = re.compile(r"text|decoder|ffn|attn")  # parts of a config that speak of the decoder
@@ -73,11 +75,11 @@ def skeleton(model: Any, config: Any) -> Any:
     # Parts of a config may have attention of kinds of their own.
     attention = {name: getattr(of, name)._attn_implementation for name in of.sub_configs if getattr(of, name, None)}
     keys = {"dtype": loaded_dtype(model), "attn_implementation": {"": of._attn_implementation, **attention}}
-    experts = getattr(of.get_text_config(), "_experts_implementation", None)
+    experts = experts_of(model)
     with weights_on_meta(), torch.random.fork_rng(devices=[]):
         made: Any = _class_for(model, config)._from_config(config, **keys)
-    if experts is not None and hasattr(made, "set_experts_implementation"):
-        made.set_experts_implementation(experts)
+    if experts is not None:
+        set_experts(made, experts)
     return made
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from prune_lab.models.auto_class import model_class
 from prune_lab.models.formats import BITMASK as FILE
 from prune_lab.models.shards import Shards, Span, open_file
 
@@ -101,13 +102,12 @@ def _stored_part(stored: Mapping[str, _T], name: str, part: str) -> _T:
 
 
 def load(folder: Path, config: Any, **keywords: Any) -> Any:
-    """AutoModelForCausalLM.from_pretrained for a folder that `compress_folder` wrote."""
+    """`from_pretrained` of the config's class, for a folder that `compress_folder` wrote."""
     from safetensors.torch import load_file
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
+    from transformers import GenerationConfig
 
     weights = expand(load_file(folder / FILE))
-    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    loaded: Any = cls.from_pretrained(None, config=config, state_dict=weights, **keywords)
+    loaded: Any = model_class(config).from_pretrained(None, config=config, state_dict=weights, **keywords)
     if (folder / "generation_config.json").is_file():
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.generation_config = GenerationConfig.from_pretrained(folder)

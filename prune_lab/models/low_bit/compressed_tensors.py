@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from prune_lab.errors import Refused
+from prune_lab.models.auto_class import auto_class
 from prune_lab.models.low_bit.linears import Fp8Linear, Int4Linear, Int8Linear, LowBitLinear
 
 OURS = "prune_lab"
@@ -74,8 +75,8 @@ def read_config(config: dict[str, Any]) -> tuple[Scheme, list[str]]:
     if isinstance(sparsity := config.get("sparsity_config"), dict):
         of.append(f"sparsity {sparsity.get('format')!r}")
     raise Refused(
-        f"the model is quantized already ({', '.join(of)[:100]}): only dense models, and exports of a post-compression "
-        "of prune_lab, can be read; give the model it was made from"
+        f"the model is quantized already ({', '.join(of)[:100]}): only dense models, models in MXFP4 or FP8, and "
+        "exports of a post-compression of prune_lab can be read; give the model it was made from"
     )
 
 
@@ -101,19 +102,17 @@ def _is_dense(stored: Any) -> bool:
 
 
 def load(source: str, config: Any, **keywords: Any) -> Any:
-    """AutoModelForCausalLM.from_pretrained, also where the config has a quantization_config of `Scheme.to_config`.
+    """`from_pretrained` of the config's auto class; its quantization_config may be one of `Scheme.to_config`.
 
     Raises Refused where it has another one.
     """
-    from transformers import AutoModelForCausalLM
-
     stored = getattr(config, "quantization_config", None)
     if stored is None:
-        return AutoModelForCausalLM.from_pretrained(source, config=config, **keywords)
+        return auto_class(config).from_pretrained(source, config=config, **keywords)
     read_config(stored)
     _register()
     config.quantization_config = {**stored, "quant_method": OURS}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(source, config=config, **keywords)
+    loaded: Any = auto_class(config).from_pretrained(source, config=config, **keywords)
     (loaded[0] if isinstance(loaded, tuple) else loaded).config.quantization_config = stored
     return loaded
 
