@@ -97,7 +97,7 @@ def eager_experts(model: Any) -> Iterator[None]:
 
 
 def experts_of(model: Any) -> str | None:
-    """How the experts of a model compute; None where transformers has no choice of it."""
+    """Implementation by which the experts of a model compute; None where transformers has no choice of it."""
     how: str | None = getattr(model.config.get_text_config(), "_experts_implementation", None)
     return how if hasattr(model, "set_experts_implementation") else None
 
