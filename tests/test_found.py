@@ -395,7 +395,7 @@ def test_a_run_says_what_is_in_scope_and_its_export_is_stocks(cli: Cli, place: P
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        (["method=structured"], ["method.units", "mixtral", "single weights can", "method=unstructured"]),
+        (["method=structured", "method.refit=residual"], ["method.refit=residual", "mixtral", "method.refit=inputs"]),
         (["method=wanda", "method.refit=residual"], ["method.refit=residual", "method.refit=inputs"]),
         (["method=magnitude", "recovery=lora"], ["recovery=lora", "recovery=finetune"]),
         (["method=magnitude", "post=int8_weight_only"], ["post=int8_weight_only", "post=none"]),

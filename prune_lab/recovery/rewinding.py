@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prune_lab.models.auto_class import auto_class
 from prune_lab.models.cuts import Cut
 from prune_lab.schedules import Event, Rewind
 
@@ -78,9 +79,7 @@ class Rewinder:
 
 def _drawn_anew(model: Any, seed: int) -> dict[str, Tensor]:
     """The parameters of a model of the same shape with random weights, as transformers draws them."""
-    from transformers import AutoModelForCausalLM
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
-        other: Any = AutoModelForCausalLM.from_config(model.config, trust_remote_code=False, dtype=torch.float32)
+        other: Any = auto_class(model.config).from_config(model.config, trust_remote_code=False, dtype=torch.float32)
     return dict(other.named_parameters())
