@@ -43,6 +43,8 @@ def compare(
         "size/reduction": 1 - size.disk_mb / full.disk_mb,
         **_both("memory/weights_mb", size.weights_mb, full.weights_mb),
     }
+    if size.active is not None and full.active is not None:
+        metrics |= _both("params/active", size.active, full.active)
     if size.kv_cache_bytes is not None and full.kv_cache_bytes is not None:
         metrics |= _both("memory/kv_cache_bytes_per_token", size.kv_cache_bytes, full.kv_cache_bytes)
     if compressed.memory_mb is not None and dense.memory_mb is not None:

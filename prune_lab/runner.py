@@ -229,6 +229,16 @@ def _saved(loaded: Loaded, run_folder: Path, export: Export) -> Iterator[Path]:
         yield folder
 
 
+def _left_of(name: str, anatomy: Anatomy, blocks: list[int], model: Any) -> int:
+    """Weights that are left of a tensor of the dense model, of which these blocks are there; the others have none."""
+    block = block_of(anatomy, name)
+    if block not in blocks:
+        return 0
+    prefix = f"{anatomy.family.blocks}."
+    now = f"{prefix}{blocks.index(block)}{name.removeprefix(f'{prefix}{block}')}"
+    return int(model.get_parameter(now).numel())
+
+
 def _write_files(folder: Path, compressed: Compressed, dense: Loaded) -> list[Path]:
     """layers.csv, what was removed from each Linear and what was left alone; and the files that the method leaves.
 
@@ -242,8 +252,11 @@ def _write_files(folder: Path, compressed: Compressed, dense: Loaded) -> list[Pa
         table = csv.DictWriter(file, ["layer", "before", "removed", "left_alone"], restval="")
         table.writeheader()
         table.writerows(asdict(row) for row in pruned.rows)
+        inside = {row.layer for row in pruned.rows}
         for name, (reason, weights) in left.items():
-            removed = 0 if block_of(anatomy, name) in blocks else weights
+            if name in inside or name.removesuffix(".weight") in inside:
+                continue
+            removed = weights - _left_of(name, anatomy, blocks, compressed.loaded.model)
             table.writerow({"layer": name, "before": weights, "removed": removed, "left_alone": reason})
     for name, content in pruned.files.items():
         with atomic_write(folder / name) as half:

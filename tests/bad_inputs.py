@@ -155,7 +155,6 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
      ("recovery=reconstruct", "method.units=[hidden]", "recovery=finetune")),
     ("method=structured method.units=[hidden] method.score=minitron model.stream=true measure=quality_only",
      ("model.stream=true", "a model in memory")),
-    ("model.weights=nope", ("model.weights='nope'", "pretrained", "random")),
     ("model.weights=split", ("model.weights='split'", "pretrained", "random")),
     ("schedule=iterative schedule.rounds=0", ("schedule.rounds=0", "at least 1")),
     ("schedule=iterative schedule.start=nan", ("schedule.start=nan", "at least 0")),

@@ -154,7 +154,7 @@ def test_scores_of_a_mixture_by_hand(score: str, place: Path) -> None:
         if score == "leave_one_out":
             others = mixture_by_hand(mlp, states, [e for e in range(4) if e != expert])[0]
             rows = at.any(1)
-            wanted.append(float((others - total)[rows].square().mean() * rows.float().mean()))
+            wanted.append(float((others - total)[rows].square().mean() * rows.sum()))
         else:
             wanted.append({"reap": reap, "frequency": float(at.sum())}.get(score, 0.0))
     if score == "ranked_choice":
@@ -262,6 +262,28 @@ def test_an_interrupted_training_goes_on_after_experts_were_cut(place: Path, tmp
     assert whole.loaded.model.config.num_local_experts == 2
 
 
+def test_what_choices_are_corrected_by_follows_an_interrupted_training(place: Path, tmp_path: Path) -> None:
+    """deepseek-v3's biases of choices are buffers, and its router chooses among groups of experts first."""
+    loaded = loaded_of(place, "deepseek_v3")
+    config = copy.deepcopy(loaded.model.config)
+    config.n_routed_experts, config.n_group, config.topk_group, config.num_experts_per_tok = 8, 2, 1, 2
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("e_score_correction_bias"):
+                tensor.copy_(torch.randn(tensor.shape))
+    save_model(Loaded(model, loaded.tokenizer, loaded.name, loaded.family), tmp_path / "model")
+    recipe = Finetune(steps=24, batch_size=2, lr=0.01, checkpoint_every=9, validate_every=0)
+    whole, _, gone_on = interrupted(
+        recipe, tmp_path / "model", tmp_path, 20, method=Experts(amount=0.5, score="random"),
+        schedule=Iterative(start=0.25, rounds=1),
+    )  # fmt: skip
+    ends = [ended.loaded.model.state_dict() for ended in (whole, gone_on)]
+    assert any(name.endswith("e_score_correction_bias") for name in ends[0])
+    assert same(*ends)
+
+
 def test_the_command_line_removes_experts(cli: Cli, place: Path, tmp_path: Path) -> None:
     loaded_of(place, "mixtral")
     (tmp_path / "text.txt").write_text(story(1, 400))
@@ -274,5 +296,15 @@ def test_the_command_line_removes_experts(cli: Cli, place: Path, tmp_path: Path)
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export")
     assert again.config.num_local_experts == 2
     assert len((tmp_path / "run" / "experts.csv").read_text().splitlines()) == 13
-    stamp = json.loads((tmp_path / "run" / "summary.json").read_text())["protocol"]["calibration"]
+    with (tmp_path / "run" / "layers.csv").open(encoding="utf-8") as file:
+        layers = [row["layer"] for row in csv.DictReader(file)]
+    assert len(layers) == len(set(layers))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    stamp, figures = summary["protocol"]["calibration"], summary["metrics"]
+    expert = sum(
+        again.model.layers[0].mlp.experts.get_parameter(name)[0].numel() for name in ("gate_up_proj", "down_proj")
+    )
+    assert figures["params/total"] == figures["params/active"] == again.num_parameters()  # two of two
+    dense = figures["params/dense_total"] - figures["params/dense_active"]
+    assert dense == 2 * len(again.model.layers) * expert  # two of four
     assert (stamp["propagate"], stamp["pass"]) == ("dense", "the whole model")

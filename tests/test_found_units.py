@@ -350,6 +350,20 @@ def test_what_was_found_is_kept_by_config_and_not_where_weights_hide_it(
     assert units_of(whole).groups.keys() == found[1].groups.keys()
 
 
+def test_what_weights_decide_is_not_kept_for_other_models(place: Path) -> None:
+    """A cap of logits is nothing to small ones: a model of the same config with large ones must be looked at."""
+    model = loaded_of(place, "recurrent_gemma").model
+    found = []
+    for scale in (1e-3, 1e3):
+        other = copy.deepcopy(model)
+        forget_layout(other)
+        with torch.no_grad():
+            other.model.final_norm.weight.fill_(scale - 1)  # it multiplies by 1 + weight
+        found.append(found_layouts.layout_of(other))
+    assert [layout.whole_logits for layout in found] == [False, True]
+    assert found[0].matrices == found[1].matrices
+
+
 def found_anew(model: Any) -> found_layouts.Layout:
     forget_layout(model)
     forget_units(model)

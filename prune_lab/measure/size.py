@@ -9,6 +9,7 @@ from typing import Any
 
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.contents import count_nonzero, count_weights
+from prune_lab.models.found import ROUTER
 from prune_lab.models.low_bit.linears import LowBitLinear
 
 MB = 1e6
@@ -19,6 +20,7 @@ class Size:
     """Counts of a model's own tensors, and their megabytes (10^6 bytes); a tied matrix counts once.
 
     kv_cache_bytes: what the key-value cache holds of each token; None where the layout of attention is not known.
+    active: parameters that a token is multiplied by or added to, of a mixture of experts; None of other models.
     """
 
     params: int
@@ -26,6 +28,7 @@ class Size:
     weights_mb: float
     disk_mb: float
     kv_cache_bytes: int | None
+    active: int | None = None
 
 
 def held_bytes(tensor: Any) -> int:
@@ -44,7 +47,21 @@ def measure_size(model: Any, files: Iterable[Path]) -> Size:
         weights_mb=sum(held_bytes(t) for t in held) / MB,
         disk_mb=sum(file.stat().st_size for file in files) / MB,
         kv_cache_bytes=kv_cache_bytes(Anatomy(model)),
+        active=active_parameters(Anatomy(model)),
     )
+
+
+def active_parameters(anatomy: Anatomy) -> int | None:
+    """All parameters, less those of experts that a token does not go to; None of a model without experts."""
+    if anatomy.found is None or ROUTER not in anatomy.found.left_alone.values():
+        return None
+    idle = [
+        (1 - matrix.active) * matrix.place.shape[0] * matrix.place.shape[1]
+        for of_block in anatomy.found.matrices
+        for matrix in of_block
+        if not matrix.is_linear and matrix.active < 1
+    ]
+    return count_weights(anatomy.model) - round(sum(idle))
 
 
 def kv_cache_bytes(anatomy: Anatomy) -> int | None:

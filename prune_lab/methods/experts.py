@@ -119,7 +119,7 @@ class Experts(Method):
     def _count_to_keep(self, anatomy: Anatomy, amount: float) -> int:
         """Number of experts that stay in each block; raises Refused for one that the router cannot choose among."""
         from prune_lab.models.found import evaluating
-        from prune_lab.models.found_experts import router_groups, top_k_of
+        from prune_lab.models.found_experts import can_choose, router_groups, top_k_of
         from prune_lab.models.resize import dense_count
         from prune_lab.pruning.selection import count_to_remove
 
@@ -131,7 +131,12 @@ class Experts(Method):
         count = min(count, group.count)
         with evaluating(anatomy.model):
             top_k = top_k_of(anatomy.model, mixtures)
-        possible = [n for n in range(1, group.count + 1) if _can_choose(n, top_k, *router_groups(anatomy.config))]
+        # Of one expert some types make an MLP without a router.
+        possible = [
+            n
+            for n in range(min(2, group.count), group.count + 1)
+            if can_choose(n, top_k, *router_groups(anatomy.config))
+        ]
         if count not in possible:
             amounts = ", ".join(f"{n} (amount={1 - n / total:g})" for n in possible)
             raise Refused(
@@ -167,13 +172,6 @@ class Experts(Method):
                 f"the scores of {mixture.experts} are not finite: weights or activations overflow; give another dtype"
             )
         return found.cpu()
-
-
-def _can_choose(count: int, top_k: int, groups: int, chosen: int) -> bool:
-    """True where a router can choose `top_k` of `count` experts; of groups it takes the two best experts' sum first."""
-    if groups == 1:
-        return count >= top_k
-    return count % groups == 0 and count // groups >= 2 and chosen * count // groups >= top_k
 
 
 def _weights(anatomy: Anatomy, mixture: Mixture, group: FoundGroup) -> list[Tensor]:

@@ -212,6 +212,8 @@ def _without(whole: _Whole, gone: Sequence[int]) -> tuple[Any, list[Cut]]:
     try:
         with bypassed(anatomy, gone):
             wanted = _probed(anatomy.model, anatomy.found.decodes)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # of any modelling code of transformers
         raise _StaysError(f"the model does not run where the states pass by ({_said(error)})") from error
     if not all(bool(logits.isfinite().all()) for logits in wanted):
@@ -231,6 +233,8 @@ def _checked(whole: _Whole, kept: Sequence[int], wanted: list[Tensor], others: b
     made, parts = _made(anatomy, kept, others)
     try:
         logits = _probed(made, len(wanted) > 1)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # of any modelling code of transformers
         raise _StaysError(f"what is left does not run ({_said(error)})") from error
     if not _apart(logits[:1], wanted[:1]) <= 4 * whole.noise:
@@ -253,6 +257,8 @@ def _made(anatomy: Anatomy, kept: Sequence[int], others: bool) -> tuple[Any, lis
         raise _StaysError("the config cannot say which blocks are left")
     try:
         made = rebuild.skeleton(model, config)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # of any modelling code of transformers
         raise _StaysError(f"no model can be made of a config of what is left ({_said(error)})") from error
     blocks = len(made.get_submodule(anatomy.family.blocks))

@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ def layout_of(model: Any) -> Layout:
     """The layout of a model, found once and kept with it; raises Refused where there is none."""
     kept = model.__dict__.get(_KEPT)
     if kept is None:
-        kept = model.__dict__[_KEPT] = layout_cache.kept("layout", model, lambda: _find(model), _read)
+        kept = model.__dict__[_KEPT] = _find(model)
     found: Layout = kept
     return found
 
@@ -123,12 +123,11 @@ def _find(model: Any) -> Layout:
     model.eval()
     try:
         _check_causal(model)
-        blocks = _find_blocks(model)
-        matrices, left_alone, share = _find_matrices(model, blocks)
-        layout = Layout(blocks, matrices, left_alone, share)
+        layout = layout_cache.kept("layout", model, lambda: _find_parts(model), _read)
         model.__dict__[_KEPT] = layout  # the stream of blocks asks for it
+        # Of this model alone: they compare logits, which are those of its weights.
         facts = _is_one_by_one(model), _has_more_than_head(model), _decodes(model)
-        return Layout(blocks, matrices, left_alone, share, *facts)
+        return replace(layout, one_by_one=facts[0], whole_logits=facts[1], decodes=facts[2])
     except Refused:
         raise
     except Exception as error:  # of any modelling code of transformers
@@ -139,6 +138,12 @@ def _find(model: Any) -> Layout:
     finally:
         model.__dict__.pop(_KEPT, None)
         model.train(was_training)
+
+
+def _find_parts(model: Any) -> Layout:
+    """Blocks and matrices, which are a matter of the config."""
+    blocks = _find_blocks(model)
+    return Layout(blocks, *_find_matrices(model, blocks))
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from prune_lab.models.unit_probe import Calls
 from prune_lab.models.unit_sets import Beside, FoundGroup, FoundSet
 
 EXPERTS = "experts"  # name and kind of the group
+NO_EXPERTS = "it has no experts that a field of its config counts"
 _GROUPS, _TAKEN = ("n_group", "num_expert_group"), "topk_group"  # config fields of router_groups
 _CHOICES = re.compile(r"bias|correction|statics")  # added to what experts are chosen by, for each expert
 
@@ -47,7 +48,7 @@ def find_experts(model: Any, layout: Layout) -> FoundGroup | str:
     was = shapes(model, model.config)
     if was is None:
         return "its class of transformers cannot be built from its config"
-    why = "it has no experts that a field of its config counts"
+    why = NO_EXPERTS
     for number, part in enumerate(text_parts(model.config.to_dict())):
         for key, count in part.items():
             if "expert" not in key or isinstance(count, bool) or not isinstance(count, int) or count < 2:
@@ -160,6 +161,13 @@ def router_groups(config: Any) -> tuple[int, int]:
     return max(1, groups), max(1, taken if isinstance(taken, int) else groups)
 
 
+def can_choose(count: int, top_k: int, groups: int, chosen: int) -> bool:
+    """True where a router can choose `top_k` of `count` experts; of groups it takes the two best experts' sum first."""
+    if groups == 1:
+        return count >= top_k
+    return count % groups == 0 and count // groups >= 2 and chosen * count // groups >= top_k
+
+
 @torch.no_grad()
 def check_experts(model: Any, group: FoundGroup, calls: Calls) -> str | None:
     """None where a block without one expert of each run is what it is with a router that avoids them; else why not."""
@@ -167,7 +175,7 @@ def check_experts(model: Any, group: FoundGroup, calls: Calls) -> str | None:
     if isinstance(mixtures, str):
         return mixtures
     runs, seen = router_groups(model.config)[0], set[Any]()
-    if group.count - runs < top_k_of(model, mixtures):  # none can go
+    if not can_choose(group.count - runs, top_k_of(model, mixtures), *router_groups(model.config)):  # none can go
         return None
     gone = torch.zeros(runs, group.count // runs, dtype=torch.bool)
     gone[:, -1] = True
@@ -186,6 +194,8 @@ def check_experts(model: Any, group: FoundGroup, calls: Calls) -> str | None:
                 wanted = calls.output(mixture.block)
             if not is_same(found, wanted):
                 return f"block {mixture.block} with fewer experts is not one whose router avoids the others"
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # of any modelling code of transformers
         return f"a block with fewer experts does not run ({type(error).__name__})"
     return None

@@ -16,7 +16,7 @@ from prune_lab.errors import Refused
 from prune_lab.models import layout_cache
 from prune_lab.models.anatomy import LABELS
 from prune_lab.models.found import layout_of
-from prune_lab.models.found_experts import EXPERTS, check_experts, find_experts
+from prune_lab.models.found_experts import EXPERTS, NO_EXPERTS, check_experts, find_experts
 from prune_lab.models.products import eager_experts
 from prune_lab.models.rebuild import shapes
 from prune_lab.models.unit_cut import check_cut
@@ -51,7 +51,7 @@ def _read(of: dict[str, Any]) -> FoundUnits:
 
 def _is_whole(units: FoundUnits) -> bool:
     """True where all kinds were found, but for experts: of the others weights may have hidden some."""
-    return not units.why_not.keys() - {EXPERTS}
+    return not units.why_not.keys() - {EXPERTS} and units.why_not.get(EXPERTS, NO_EXPERTS) == NO_EXPERTS
 
 
 def forget_units(model: Any) -> None:
@@ -64,8 +64,14 @@ def _find(model: Any) -> FoundUnits:
     model.eval()
     try:
         with torch.no_grad(), eager_experts(model):
-            calls = Calls(model, layout)
-            sets = find_sets(model, layout, calls)
+            try:
+                calls = Calls(model, layout)
+                sets = find_sets(model, layout, calls)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # of any modelling code of transformers
+                reason = f"its blocks do not run by themselves ({type(error).__name__})"
+                return FoundUnits({}, dict.fromkeys((*LABELS, EXPERTS), reason))
             groups, why_not = dict[str, FoundGroup](), dict[str, str]()
             for kind in LABELS:
                 found, why = _groups_of(model, kind, [s for of_kind, s in sets if of_kind == kind], calls)
@@ -75,11 +81,11 @@ def _find(model: Any) -> FoundUnits:
                 if why is not None:
                     why_not[kind] = why
             experts = find_experts(model, layout)
-            reason = check_experts(model, experts, calls) if isinstance(experts, FoundGroup) else experts
-            if isinstance(experts, FoundGroup) and reason is None:
+            why = check_experts(model, experts, calls) if isinstance(experts, FoundGroup) else experts
+            if isinstance(experts, FoundGroup) and why is None:
                 groups[EXPERTS] = experts
             else:
-                why_not[EXPERTS] = str(reason)
+                why_not[EXPERTS] = str(why)
             return FoundUnits(groups, why_not)
     finally:
         model.train(was_training)

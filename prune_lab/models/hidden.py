@@ -199,6 +199,8 @@ def _computes(model: Any, hidden: Hidden, axes: dict[str, int], keep: Tensor) ->
     try:
         wanted = logits(model.config, zeroed)
         return is_same(logits(_config_of(model, hidden.fields, count), smaller), wanted)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # of any modelling code of transformers: then it does not
         return False
 

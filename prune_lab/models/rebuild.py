@@ -87,7 +87,7 @@ def shapes(model: Any, config: Any) -> dict[str, tuple[int, ...]] | None:
     """Shapes of the tensors of a model of a config by name; None where its class cannot build it."""
     try:
         with torch.device("meta"), _silent():
-            made = _class_for(model, config)._from_config(config, dtype=model.dtype)
+            made = _class_for(model, config)._from_config(copy.deepcopy(config), dtype=model.dtype)
     except Exception:  # of any modelling code of transformers
         return None
     return {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}

@@ -38,7 +38,9 @@ def shape_of(anatomy: Anatomy) -> Shape:
 def dense_count(anatomy: Anatomy, kind: str) -> int:
     """Number of units of a kind in each block, or of "blocks", before anything was removed."""
     counts = anatomy.model.__dict__.get(_DENSE, {})
-    return int(counts.get(kind, len(anatomy.blocks) if kind == "blocks" else anatomy.unit_count(kind)))
+    if kind in counts:
+        return int(counts[kind])
+    return len(anatomy.blocks) if kind == "blocks" else anatomy.unit_count(kind)
 
 
 def original_blocks(anatomy: Anatomy) -> list[int]:

@@ -84,6 +84,8 @@ def check_cut(model: Any, group: FoundGroup, calls: Calls) -> str | None:
         found = second(input_ids=tokens, use_cache=False).logits
         both = list(zip(group.sets, keep, strict=True))
         wanted = _with_zeros(model, both, lambda: model(input_ids=tokens, use_cache=False).logits)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # of any modelling code of transformers
         return f"a model with fewer {label} does not run ({type(error).__name__})"
     return None if is_same(found, wanted) else f"a model with fewer {label} is not one with zeros in their place"
@@ -106,6 +108,8 @@ def _is_same_by_block(
         seen.add(sort)
         try:
             found = calls.output(number, filled(made, model, path, chosen))
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # of any modelling code of transformers: it needs what a whole pass sets
             return False
         if not is_same(found, _with_zeros(model, of_block, partial(calls.output, number))):

@@ -18,7 +18,8 @@ class ExpertSums:
     """Sums over the tokens of each expert of a block, float64, (experts,).
 
     tokens: n_j. gates: of g. norms: of |f|. squares: of |f|^2. weighted: of g |f|. orders: experts of each token, the
-    best one first, (tokens, experts); where a score needs them. losses: mean squared change of the mixture's output.
+    best one first, (tokens, experts); where a score needs them. losses: mean squared change of the mixture's output
+    without it, times tokens.
     """
 
     tokens: Tensor
@@ -63,7 +64,7 @@ def aimer(weights: list[Tensor]) -> Tensor:
     weights: of each matrix, (experts, ...).
     """
     flat = torch.cat([weight.flatten(1).double() for weight in weights], 1)
-    return -flat.abs().mean(1) / flat.square().mean(1).sqrt()
+    return -flat.abs().mean(1) / flat.square().mean(1).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def ranked_choice(orders: Tensor, k: int) -> Tensor:
@@ -71,7 +72,7 @@ def ranked_choice(orders: Tensor, k: int) -> Tensor:
 
     orders: experts of each token, the best one first, (tokens, experts). Ties: the lower index goes first.
     """
-    experts = orders.shape[1]
+    orders, experts = orders.long(), orders.shape[1]
     left, rounds = torch.ones(experts, dtype=torch.bool), torch.zeros(experts, dtype=torch.float64)
     for number in range(experts):
         stands = left[orders]

@@ -113,11 +113,11 @@ class _Watch:
             order = (~fresh).to(torch.int8).argsort(dim=1, stable=True)[:, : min(count, missing)]
             orders.append(following.gather(1, order))
             gone = gone.scatter(1, orders[-1], True)
-        found, before = torch.cat(orders, 1).cpu(), self.sums[block].orders
+        found, before = torch.cat(orders, 1).to(torch.int16).cpu(), self.sums[block].orders
         self.sums[block] = replace(self.sums[block], orders=found if before is None else torch.cat([before, found]))
 
     def _look_at_losses(self, block: int, chosen: Tensor, wanted: Tensor) -> None:
-        """Mean squared change of the mixture's output at an expert's tokens without it, times their share."""
+        """Mean squared change of the mixture's output at an expert's tokens without it, times their number."""
         losses = torch.zeros(self._experts, dtype=torch.float64)
         for expert in range(self._experts):
             rows = (chosen == expert).any(1)
@@ -127,7 +127,7 @@ class _Watch:
             gone[expert] = True
             found = _states(self._again(block, gone))
             difference = (found.flatten(0, -2) - wanted.flatten(0, -2))[rows].double()
-            losses[expert] = float(difference.square().mean()) * float(rows.float().mean())
+            losses[expert] = float(difference.square().mean()) * int(rows.sum())
         before = self.sums[block].losses
         self.sums[block] = replace(self.sums[block], losses=losses if before is None else before + losses)
 

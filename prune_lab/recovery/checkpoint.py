@@ -50,11 +50,19 @@ class Checkpoint:
             if key.startswith("optimizer/"):
                 _, field, name = key.split("/", 2)
                 of_optimizer.setdefault(name, {})[field] = value
+        for name in _stored_buffers(model):
+            model.get_buffer(name).copy_(self.tensors[f"buffer/{name}"])
         for name, weight in model.named_parameters():
             weight.copy_(self.tensors[f"weight/{name}"])
             if optimizer is None:
                 continue
             optimizer.state[weight] = {field: v.to(weight.device) for field, v in of_optimizer.get(name, {}).items()}
+
+
+def _stored_buffers(model: Any) -> list[str]:
+    """Names of the buffers that files hold, such as what the choices of a router are corrected by."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return [name for name in model.state_dict() if name not in parameters]
 
 
 def save(
@@ -66,7 +74,7 @@ def save(
     kept: those to go back to and the best ones, each by name. best: what the validation remembers beside them.
     What is sharded is put together, a tensor at a time, for which every process calls this; one of them `writes`.
     """
-    spread = {}
+    spread = {f"buffer/{name}": model.get_buffer(name) for name in _stored_buffers(model)}
     for name, weight in model.named_parameters():
         spread[f"weight/{name}"] = weight.detach()
         of_weight = {} if optimizer is None else optimizer.state.get(weight, {})
