@@ -1,8 +1,8 @@
 """Architectures: where a model's blocks, Linears and units are.
 
-FAMILIES describes those whose units can be removed; names are those of `transformers`, relative to a decoder block. Of
-any other type that stock transformers has, blocks and matrices are found by running it (models/found.py): single
-weights can be pruned, and blocks removed.
+FAMILIES describes some, so that they can be streamed from disk and refused before they are loaded; names are those of
+`transformers`, relative to a decoder block. Of any other type that stock transformers has, blocks, matrices and units
+are found by running it (models/found.py, models/found_units.py).
 """
 
 from __future__ import annotations
@@ -490,19 +490,8 @@ def scope_of(anatomy: Anatomy) -> Scope:
     return Scope(len(sizes), sum(sizes), sum(sizes) / total, left)
 
 
-def check_described(config: Any, key: str) -> None:
-    """Raises Refused where the family of a config is not in FAMILIES, which what a person gave as `key` needs."""
-    if config.model_type not in FAMILIES:
-        raise Refused(
-            f"{key}: units of {config.model_type} models cannot be removed yet; single weights can "
-            "(method=unstructured, wanda, sparsegpt ...), and blocks (method=depth), and units of the families "
-            f"{', '.join(sorted(FAMILIES))}"
-        )
-
-
 def unit_kind(config: Any, kind: str) -> UnitKind:
-    """A kind of unit of the family of a config of transformers; raises Refused where the family has none such."""
-    check_described(config, "method.units")
+    """A kind of unit of the described family of a config; raises Refused where the family has none such."""
     units = family_of(config.model_type).units
     if kind not in units:
         raise Refused(

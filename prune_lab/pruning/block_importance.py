@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
-from inspect import signature
 from typing import Any
 
 import torch
@@ -67,18 +66,13 @@ def _in_whole_passes(
     def hook(index: int, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         look(index, states_of(args, kwargs), states_in(out))
 
-    few = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     for index, block in enumerate(anatomy.blocks):
         of_block = partial(hook, index)
         hooks.append(
             block.register_forward_hook(lambda _, args, kw, out, of=of_block: of(args, kw, out), with_kwargs=True)
         )
     try:
-        with calibrator.console.progress(calibrator.windows.numel(), what, unit="tok") as bar:
-            for batch in calibrator.windows.split(calibrator.batch_size):
-                with torch.autocast(model.device.type, torch.bfloat16, enabled=calibrator.bfloat16):
-                    model(input_ids=batch.to(model.device, torch.int64), use_cache=False, **few)
-                bar.update(batch.numel())
+        calibrator.pass_whole(model, what)
     finally:
         for one in hooks:
             one.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from inspect import signature
@@ -66,6 +67,17 @@ class Calibrator:
             with torch.autocast(device, torch.bfloat16, enabled=self.bfloat16):
                 step(number)
             bar.update(passes * stream.states[number].shape[:2].numel())
+
+    @torch.no_grad()
+    def pass_whole(self, model: Any, what: str, watch: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        """Passes all windows through a model as a whole, each batch within a context; what: the bar's name."""
+        # Not the logits of every token, which nobody looks at.
+        few = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+        with self.console.progress(self.windows.numel(), what, unit="tok") as bar:
+            for batch in self.windows.split(self.batch_size):
+                with torch.autocast(model.device.type, torch.bfloat16, enabled=self.bfloat16), watch():
+                    model(input_ids=batch.to(model.device, torch.int64), use_cache=False, **few)
+                bar.update(batch.numel())
 
     @cached_property
     def key(self) -> dict[str, Any]:
@@ -239,14 +251,8 @@ def _observe_found(
 def _observe_whole(
     anatomy: Anatomy, layout: Layout, calibrator: Calibrator, needs: Needs
 ) -> Iterator[dict[str, LinearStatistics]]:
-    model, observer = anatomy.model, ProductObserver(anatomy.model, chain.from_iterable(layout.matrices), needs)
-    # Not the logits of every token, which nobody looks at.
-    few = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
-    with calibrator.console.progress(calibrator.windows.numel(), "calibrating", unit="tok") as bar:
-        for batch in calibrator.windows.split(calibrator.batch_size):
-            with observer.watch():
-                model(input_ids=batch.to(model.device, torch.int64), use_cache=False, **few)
-            bar.update(batch.numel())
+    observer = ProductObserver(anatomy.model, chain.from_iterable(layout.matrices), needs)
+    calibrator.pass_whole(anatomy.model, "calibrating", observer.watch)
     found = observer.statistics()
     for matrices in layout.matrices:
         yield {matrix.name: found[matrix.name] for matrix in matrices if matrix.name in found}

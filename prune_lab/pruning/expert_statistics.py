@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from inspect import signature
 from typing import Any
 
 import torch
@@ -24,12 +23,7 @@ def expert_statistics(
 ) -> dict[int, ExpertSums]:
     """Sums over the calibration text by block, on the CPU; needs: "orders", "losses", or the sums alone."""
     watch = _Watch(model, mixtures, experts, needs)
-    few = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
-    with calibrator.console.progress(calibrator.windows.numel(), "experts", unit="tok") as bar:
-        for batch in calibrator.windows.split(calibrator.batch_size):
-            with watch.watching():
-                model(input_ids=batch.to(model.device, torch.int64), use_cache=False, **few)
-            bar.update(batch.numel())
+    calibrator.pass_whole(model, "experts", watch.watching)
     return watch.sums
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from inspect import signature
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ def minitron_scores(anatomy: Anatomy, norms: list[str], calibrator: Calibrator) 
     """Score of each channel, (channels,), fp32, on the CPU."""
     sums = {name: torch.zeros(hidden_size(anatomy.model), device=anatomy.model.device) for name in norms}
     with _watched(anatomy, norms, lambda name, states, out: add_magnitudes(sums[name], out)):
-        _pass(anatomy, calibrator)
+        calibrator.pass_whole(anatomy.model, "calibrating")
     return torch.stack([of_norm.sqrt() for of_norm in sums.values()]).sum(0).cpu()
 
 
@@ -89,7 +88,7 @@ def _grams(
         cross += without.T @ out.flatten(0, -2).float()
 
     with _watched(anatomy, norms, tell):
-        _pass(anatomy, calibrator)
+        calibrator.pass_whole(anatomy.model, "calibrating")
     return sums
 
 
@@ -124,18 +123,6 @@ def _watched(anatomy: Anatomy, norms: Iterable[str], tell: Callable[[str, Tensor
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@torch.no_grad()
-def _pass(anatomy: Anatomy, calibrator: Calibrator) -> None:
-    """Passes the calibration windows through a model."""
-    model, windows = anatomy.model, calibrator.windows
-    few = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
-    with calibrator.console.progress(windows.numel(), "calibrating", unit="tok") as bar:
-        for batch in windows.split(calibrator.batch_size):
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=calibrator.bfloat16):
-                model(input_ids=batch.to(model.device, torch.int64), use_cache=False, **few)
-            bar.update(batch.numel())
 
 
 def rows_of_hidden(anatomy: Anatomy, total: int, count: int) -> list[LayerRow]:
