@@ -43,6 +43,9 @@ def compare(
         "size/reduction": 1 - size.disk_mb / full.disk_mb,
         **_both("memory/weights_mb", size.weights_mb, full.weights_mb),
     }
+    metrics |= _both("memory/weights_read_mb", size.read_mb, full.read_mb) | pruned.metrics
+    if compressed.same_experts is not None:
+        metrics["routing/same_experts"] = compressed.same_experts
     if size.active is not None and full.active is not None:
         metrics |= _both("params/active", size.active, full.active)
     if size.kv_cache_bytes is not None and full.kv_cache_bytes is not None:

@@ -25,6 +25,7 @@ from prune_lab.measure.measurements import Measurements, continuations_from
 from prune_lab.measure.memory import measure_memory
 from prune_lab.measure.perplexity import measure_beside, measure_losses, quality_of
 from prune_lab.measure.prompts import PromptShape, cut_grid, cut_headline
+from prune_lab.measure.routing import SameExperts
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.size import measure_size
 from prune_lab.measure.task_setup import ReadyTask, prepare_tasks
@@ -190,16 +191,19 @@ class Evaluator:
 
     def evaluate(self, loaded: Loaded, folder: Path, export: Export, console: Console) -> Measurements:
         """Measurements of a model that `export` wrote into `folder`, and its divergence from the dense one."""
-        losses, divergence = measure_beside(
-            loaded.model, self.dense.model, self.compared, self.windows, self.measure.batch_size, self.device, console,
-            self.bos,
-        )  # fmt: skip
+        same_experts = SameExperts()
+        with same_experts.watching(loaded.model, self.dense.model):
+            losses, divergence = measure_beside(
+                loaded.model, self.dense.model, self.compared, self.windows, self.measure.batch_size, self.device,
+                console, self.bos,
+            )  # fmt: skip
         return replace(
             self._repeatable_measurements(loaded, losses, folder, export, console),
             memory_mb=self._memory(loaded, folder, export, console),
             continuations=continue_prompts(loaded.model, self.prompts, self.device, console),
             divergence=divergence,
             ratio_interval=ratio_interval(self._dense_losses(console), losses),
+            same_experts=same_experts.share,
         )
 
     def _repeatable_measurements(

@@ -42,7 +42,8 @@ def emitted() -> set[str]:
     divergence = Divergence(*[1.0] * len(dataclasses.fields(Divergence)))
     tasks, answers = {"arc_easy": dict.fromkeys(SCORES, 1.0)}, {"arc_easy": "01"}
     texts = (Continuation((1, 2), "eos"),)
-    figures = Measurements(quality, Size(1, 1, 1.0, 1.0, 1, 1), 1.0, tasks, answers, texts, divergence, (1.0, 1.0))
+    size = Size(1, 1, 1.0, 1.0, 1.0, 1, 1)
+    figures = Measurements(quality, size, 1.0, tasks, answers, texts, divergence, (1.0, 1.0), 1.0)
     found = set(compare(Magnitude(), figures, figures, timings, Pruned()))
     return found | set(compute_figures(Macs(1, 1), Macs(1, 1))) | written()
 
@@ -107,7 +108,8 @@ def test_the_dense_model_has_what_a_run_that_changes_nothing_has() -> None:
     tasks, answers = {"arc_easy": dict.fromkeys(SCORES, 0.5)}, {"arc_easy": "0110"}
     interval = ratio_interval(losses, losses)
     texts = (Continuation((7,) * 20, "length"), Continuation((1, 2, 0), "eos"))
-    same = Measurements(quality, Size(700, 600, 3.0, 4.0, 8, 500), 5.0, tasks, answers, texts, divergence, interval)
+    size = Size(700, 600, 3.0, 4.0, 2.0, 8, 500)
+    same = Measurements(quality, size, 5.0, tasks, answers, texts, divergence, interval, 1.0)
     metrics = compare(NoPruning(), same, same, timings, Pruned()) | compute_figures(Macs(90, 80), Macs(90, 80))
     run = {name: value for name, value in metrics.items() if "/dense_" not in name}
     dense = of_dense(metrics)

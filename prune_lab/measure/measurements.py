@@ -20,7 +20,8 @@ class Measurements:
     answers: of each task whose documents are answered rightly or wrongly, "1" or "0" for each of them, in order.
     continuations: of each prompt, where any were asked for.
     divergence, ratio_interval: difference from the dense model, and the 95 % interval of the ratio of perplexities;
-    None of the dense model itself, and where there is none.
+    same_experts: share of the dense model's choices of experts that this one makes as well. None of the dense model
+    itself, and where there is none.
     """
 
     quality: Quality
@@ -31,6 +32,7 @@ class Measurements:
     continuations: tuple[Continuation, ...] = ()
     divergence: Divergence | None = None
     ratio_interval: tuple[float, float] | None = None
+    same_experts: float | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Measurements:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.contents import count_nonzero, count_weights
@@ -20,13 +22,15 @@ class Size:
     """Counts of a model's own tensors, and their megabytes (10^6 bytes); a tied matrix counts once.
 
     kv_cache_bytes: what the key-value cache holds of each token; None where the layout of attention is not known.
-    active: parameters that a token is multiplied by or added to, of a mixture of experts; None of other models.
+    read_mb: what decoding a token reads of the weights. active: parameters that a token is multiplied by or added to,
+    of a mixture of experts; None of other models.
     """
 
     params: int
     nonzero: int
     weights_mb: float
     disk_mb: float
+    read_mb: float
     kv_cache_bytes: int | None
     active: int | None = None
 
@@ -46,6 +50,7 @@ def measure_size(model: Any, files: Iterable[Path]) -> Size:
         nonzero=count_nonzero(model),
         weights_mb=sum(held_bytes(t) for t in held) / MB,
         disk_mb=sum(file.stat().st_size for file in files) / MB,
+        read_mb=read_bytes(Anatomy(model)) / MB,
         kv_cache_bytes=kv_cache_bytes(Anatomy(model)),
         active=active_parameters(Anatomy(model)),
     )
@@ -55,13 +60,33 @@ def active_parameters(anatomy: Anatomy) -> int | None:
     """All parameters, less those of experts that a token does not go to; None of a model without experts."""
     if anatomy.found is None or ROUTER not in anatomy.found.left_alone.values():
         return None
-    idle = [
-        (1 - matrix.active) * matrix.place.shape[0] * matrix.place.shape[1]
-        for of_block in anatomy.found.matrices
-        for matrix in of_block
-        if not matrix.is_linear and matrix.active < 1
-    ]
-    return count_weights(anatomy.model) - round(sum(idle))
+    return count_weights(anatomy.model) - round(sum(idle for idle, _ in _idle_weights(anatomy)))
+
+
+def read_bytes(anatomy: Anatomy) -> int:
+    """Bytes of weights that one token of one sequence reads: of a table of embeddings its row, of experts its own.
+
+    A table that is the head as well is read as a whole.
+    """
+    model = anatomy.model
+    held = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    head = model.get_output_embeddings()
+    tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    if head is not None and hasattr(head, "weight"):
+        tables.pop(id(head.weight), None)
+    rows = sum(held_bytes(table) // table.shape[0] * (table.shape[0] - 1) for table in tables.values())
+    idle = sum(weights * size for weights, size in _idle_weights(anatomy))
+    return sum(map(held_bytes, held.values())) - rows - round(idle)
+
+
+def _idle_weights(anatomy: Anatomy) -> Iterator[tuple[float, int]]:
+    """Of each matrix of an expert the mean number of weights that a token does not come to, and the bytes of one."""
+    for of_block in anatomy.found.matrices if anatomy.found is not None else ():
+        for matrix in of_block:
+            if not matrix.is_linear and matrix.active < 1:
+                rows, columns = matrix.place.shape
+                size = anatomy.model.get_parameter(matrix.place.parameter).element_size()
+                yield (1 - matrix.active) * rows * columns, size
 
 
 def kv_cache_bytes(anatomy: Anatomy) -> int | None:

@@ -79,7 +79,7 @@ class Experts(Method):
         import torch
 
         from prune_lab.models.found_experts import router_groups
-        from prune_lab.models.resize import dense_count
+        from prune_lab.models.resize import dense_count, original_experts
         from prune_lab.pruning.expert_scores import keep_best
         from prune_lab.pruning.expert_statistics import expert_statistics
         from prune_lab.pruning.surgery import remove_units
@@ -97,8 +97,12 @@ class Experts(Method):
         random = torch.Generator().manual_seed(seed)
         scores = [self._scores(anatomy, mixture, group, sums.get(mixture.block), random) for mixture in mixtures]
         keep = [keep_best(of_block, count, router_groups(anatomy.config)[0]) for of_block in scores]
-        pruned.files["experts.csv"] = _table(mixtures, scores, keep, sums)
+        pruned.files["experts.csv"] = _table(mixtures, scores, keep, sums, original_experts(anatomy))
         pruned.warnings += _warnings_of(sums)
+        if sums:
+            tokens = [int(n) for found in sums.values() for n in found.tokens]
+            few = sum(n < FEW for n in tokens)
+            pruned.metrics |= {"experts/least_tokens": min(tokens), "experts/under_128_tokens": few}
         pruned.cuts += remove_units(anatomy, "experts", keep)
         return pruned
 
@@ -195,8 +199,14 @@ def _rows(anatomy: Anatomy, group: FoundGroup, total: int, count: int) -> list[L
     return rows
 
 
-def _table(mixtures: list[Mixture], scores: list[Tensor], keep: list[Tensor], sums: dict[int, ExpertSums]) -> bytes:
-    """experts.csv: block, expert, its tokens and gates in the calibration text, its score, whether it stays."""
+def _table(
+    mixtures: list[Mixture], scores: list[Tensor], keep: list[Tensor], sums: dict[int, ExpertSums],
+    numbers: dict[int, list[int]],
+) -> bytes:  # fmt: skip
+    """experts.csv: block, expert, its tokens and gates in the calibration text, its score, whether it stays.
+
+    numbers: of blocks that lost experts before, the dense model's numbers of those that are there.
+    """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["block", "expert", "tokens", "mean_gate", "score", "kept"])
@@ -207,7 +217,8 @@ def _table(mixtures: list[Mixture], scores: list[Tensor], keep: list[Tensor], su
             if found is not None:
                 tokens = int(found.tokens[expert])
                 seen = [tokens, f"{float(found.gates[expert]) / max(1, tokens):.6g}"]
-            table.writerow([mixture.block, expert, *seen, f"{score:.6g}", int(kept[expert])])
+            number = numbers[mixture.block][expert] if mixture.block in numbers else expert
+            table.writerow([mixture.block, number, *seen, f"{score:.6g}", int(kept[expert])])
     return text.getvalue().encode()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_lab.models.found import ROUTER, Layout, is_same, layout_of, probe_tokens
+from prune_lab.models.found import ROUTER, Layout, evaluating, is_same, layout_of, probe_tokens
 from prune_lab.models.products import Place, Products
 from prune_lab.models.rebuild import edited, shapes, skeleton, text_parts
 from prune_lab.models.unit_cut import filled, selections
@@ -221,19 +221,38 @@ def _common_module(names: list[str]) -> str:
 Called = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
+def by_block(mixtures: list[Mixture]) -> dict[int, str]:
+    """Names of the modules of experts by block."""
+    return {mixture.block: mixture.experts for mixture in mixtures}
+
+
+def modules_of_experts(model: Any, layout: Layout) -> dict[int, str]:
+    """Names, by block, of the modules of experts that are called with states, choices and gates; none of most types."""
+    if ROUTER not in layout.left_alone.values():
+        return {}
+    owners = {
+        block: {m.place.parameter.rpartition(".")[0] for m in of_block if not m.is_linear}
+        for block, of_block in enumerate(layout.matrices)
+    }
+    with evaluating(model):
+        called = _called_with_choices(model, set().union(*owners.values()))
+    found = {block: {called[owner] for owner in of if owner in called} for block, of in owners.items()}
+    return {block: names.pop() for block, names in found.items() if len(names) == 1}
+
+
 @contextmanager
-def watched(model: Any, mixtures: list[Mixture], called: Called) -> Iterator[None]:
-    """Context in which every call of a module of experts is told of."""
+def watched(model: Any, modules: Mapping[int, str], called: Called) -> Iterator[None]:
+    """Context in which every call of a module of experts is told of; modules: its full name by block."""
 
     def before(block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states, chosen, gates = (*args, *kwargs.values())[:3]
         called(block, states.flatten(0, -2), chosen.reshape(-1, chosen.shape[-1]), gates.reshape(-1, gates.shape[-1]))
 
     hooks = [
-        model.get_submodule(mixture.experts).register_forward_pre_hook(
-            lambda _, args, kwargs, block=mixture.block: before(block, args, kwargs), with_kwargs=True
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, kwargs, block=block: before(block, args, kwargs), with_kwargs=True
         )
-        for mixture in mixtures
+        for block, name in modules.items()
     ]
     try:
         yield
@@ -292,6 +311,6 @@ def _tensor(model: Any, name: str) -> Tensor:
 def top_k_of(model: Any, mixtures: list[Mixture]) -> int:
     """Experts that each token goes to."""
     found = list[int]()
-    with watched(model, mixtures, lambda block, states, chosen, gates: found.append(chosen.shape[-1])):
+    with watched(model, by_block(mixtures), lambda block, states, chosen, gates: found.append(chosen.shape[-1])):
         model(input_ids=probe_tokens(model)[:1], use_cache=False)
     return max(found)

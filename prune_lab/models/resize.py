@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -13,18 +13,22 @@ from prune_lab.models.cuts import Cut
 from prune_lab.models.fewer_blocks import keep_found_blocks
 
 # Kept with a model while it is pruned; in no export.
-_DENSE, _BLOCKS, _SIZES = "_dense_counts", "_original_blocks", "_dense_sizes"
+_DENSE, _BLOCKS, _SIZES, _EXPERTS = "_dense_counts", "_original_blocks", "_dense_sizes", "_original_experts"
 
 _PER_BLOCK = ("layer_types",)  # settings with one entry for each block, in the families of models/anatomy.py
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Shape of a model: units of each kind in a block, which of the dense model's blocks it has, and its type."""
+    """Shape of a model: units of each kind in a block, which of the dense model's blocks it has, and its type.
+
+    experts: of each block that lost experts its number, and which of the dense block's it has.
+    """
 
     units: dict[str, int]
     blocks: list[int]
     model_type: str
+    experts: list[tuple[int, list[int]]] = field(default_factory=list)
 
 
 def shape_of(anatomy: Anatomy) -> Shape:
@@ -32,7 +36,7 @@ def shape_of(anatomy: Anatomy) -> Shape:
     groups = {*(anatomy.family.units if anatomy.found is None else ()), *anatomy.model.__dict__.get(_DENSE, ())}
     groups -= {"blocks"}
     units = {group: anatomy.unit_count(group) for group in sorted(groups)}
-    return Shape(units, original_blocks(anatomy), anatomy.config.model_type)
+    return Shape(units, original_blocks(anatomy), anatomy.config.model_type, sorted(original_experts(anatomy).items()))
 
 
 def dense_count(anatomy: Anatomy, kind: str) -> int:
@@ -46,6 +50,16 @@ def dense_count(anatomy: Anatomy, kind: str) -> int:
 def original_blocks(anatomy: Anatomy) -> list[int]:
     """Indices in the dense model of the blocks that are still there, in order."""
     return list(anatomy.model.__dict__.get(_BLOCKS, range(len(anatomy.blocks))))
+
+
+def original_experts(anatomy: Anatomy) -> dict[int, list[int]]:
+    """By block that lost experts, the numbers in the dense block of those that are still there, in order."""
+    return dict(anatomy.model.__dict__.get(_EXPERTS, {}))
+
+
+def note_experts(anatomy: Anatomy, kept: dict[int, list[int]]) -> None:
+    """Keeps which of its experts, by their numbers in the dense model, each block still has."""
+    anatomy.model.__dict__[_EXPERTS] = kept
 
 
 def note_count(anatomy: Anatomy, group: str, was: int) -> None:

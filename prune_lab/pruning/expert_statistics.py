@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prune_lab.models.blocks import ReachedError
-from prune_lab.models.found_experts import Mixture, outputs_of, watched, without_experts
+from prune_lab.models.found_experts import Mixture, by_block, outputs_of, watched, without_experts
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.expert_scores import ExpertSums, sums_of
 
@@ -38,7 +38,7 @@ class _Watch:
     def watching(self) -> Any:
         """Context in which the calls of all mixtures are added up."""
         stack = ExitStack()
-        stack.enter_context(watched(self._model, list(self._mixtures.values()), self._look))
+        stack.enter_context(watched(self._model, by_block(list(self._mixtures.values())), self._look))
         if self._needs in ("orders", "losses"):
             for mixture in self._mixtures.values():
                 whole = self._model.get_submodule(mixture.whole)

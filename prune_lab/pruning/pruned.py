@@ -29,6 +29,7 @@ class LayerRow:
 class Pruned:
     """Result of a method: the table of its scope, masks to hold, warnings, files to keep, parameters it replaced.
 
+    metrics: figures of it by name, entries of METRICS (results/metrics.py).
     unseen: matrices that too few tokens of the calibration text came to (experts), pruned by magnitude.
     """
 
@@ -37,6 +38,7 @@ class Pruned:
     warnings: list[str] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
     cuts: list[Cut] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
     unseen: list[str] = field(default_factory=list)
 
     def after(self, earlier: Pruned) -> Pruned:

@@ -16,7 +16,15 @@ from prune_lab.models.found_experts import EXPERTS, mixtures_of, router_groups, 
 from prune_lab.models.found_units import after_cut, forget_units, units_of
 from prune_lab.models.hidden import remove_hidden
 from prune_lab.models.rebuild import rebuild, tensors_of
-from prune_lab.models.resize import Shape, keep_blocks, note_count, original_blocks, set_unit_count
+from prune_lab.models.resize import (
+    Shape,
+    keep_blocks,
+    note_count,
+    note_experts,
+    original_blocks,
+    original_experts,
+    set_unit_count,
+)  # fmt: skip
 from prune_lab.models.stand_in import take_stand_in
 from prune_lab.models.unit_cut import selections
 from prune_lab.models.unit_fields import config_of
@@ -146,6 +154,9 @@ def _remove_found(anatomy: Anatomy, name: str, keep: list[Tensor], count: int) -
     forget_layout(model)
     if name == EXPERTS:
         forget_units(model)  # the channels of those that stay have other names
+        before = original_experts(anatomy)
+        stay = {s.block: kept.nonzero().flatten().tolist() for s, kept in zip(group.sets, keep, strict=True)}
+        note_experts(anatomy, {b: [before[b][i] for i in of] if b in before else of for b, of in stay.items()})
     else:
         after_cut(model, units, name, count)
     anatomy.look()
@@ -198,6 +209,8 @@ def take_shape(anatomy: Anatomy, shape: Shape) -> None:
             torch.arange(s.units) % (s.units // runs) < s.multiple * count // runs for s in anatomy.unit_sets(group)
         ]
         remove_units(anatomy, group, keep)
+    if shape.experts:
+        note_experts(anatomy, {block: list(numbers) for block, numbers in shape.experts})
 
 
 def _cut(part: UnitLinear, index: Tensor) -> list[Cut]:

@@ -82,6 +82,9 @@ def save(
             spread[f"optimizer/{key}/{name}"] = value
     spread |= {f"kept/{what}/{name}": value for what, of in kept.items() for name, value in of.items()}
     tensors = {"rng": torch.get_rng_state()}
+    tensors |= {
+        f"file/{name}": torch.frombuffer(bytearray(text), dtype=torch.uint8) for name, text in pruned.files.items()
+    }
     tensors |= {f"mask/{name}": mask.contiguous() for name, mask in pruned.masks.keep.items()}
     for key, value in spread.items():
         whole = full(value)
@@ -95,6 +98,7 @@ def save(
         "shape": asdict(shape_of(Anatomy(model))),
         "rows": [asdict(row) for row in pruned.rows],
         "notes": pruned.warnings,
+        "metrics": pruned.metrics,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as half:
@@ -109,5 +113,8 @@ def read(path: Path) -> Checkpoint | None:
         facts = json.loads(file.metadata()["training"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
     masks = {key.removeprefix("mask/"): tensors.pop(key) for key in list(tensors) if key.startswith("mask/")}
-    pruned = Pruned([LayerRow(**row) for row in facts["rows"]], Masks(masks), facts["notes"])
+    rows = [LayerRow(**row) for row in facts["rows"]]
+    files = {key.removeprefix("file/"): tensors.pop(key) for key in list(tensors) if key.startswith("file/")}
+    texts = {name: bytes(content.tolist()) for name, content in files.items()}
+    pruned = Pruned(rows, Masks(masks), facts["notes"], texts, metrics=facts["metrics"])
     return Checkpoint(facts["step"], Shape(**facts["shape"]), pruned, facts["best"], tensors)

@@ -139,11 +139,23 @@ METRICS = (
                     "`models/anatomy.py` does not describe, without what attention multiplies by itself"),
     Metric("compute/effective_macs_per_token", "multiply-accumulates", "lower", None,
            measured="the same without those of zero weights"),
+    Metric("routing/same_experts", "fraction", "higher", 1.0, title="same choices of experts as the dense model",
+           form=".4f",
+           measured="of a mixture: share of the dense model's choices (a token, an expert) on the windows of the KL "
+                    "divergence that the compressed model makes as well, over all blocks"),
+    Metric("experts/least_tokens", "tokens", None, None,
+           measured="tokens of the calibration text that came to the expert that got the fewest"),
+    Metric("experts/under_128_tokens", "experts", None, None,
+           measured="experts that got fewer than 128 of them: their scores are hardly known"),
     Metric("size/disk_mb", "MB", "lower", MEASURED, title="bytes on disk (MB)", row="on disk, MB", form=".2f",
            measured="the safetensors of the saved model"),
     Metric("size/reduction", "fraction", "higher", 0.0, measured="1 - bytes on disk / the dense model's"),
     Metric("memory/weights_mb", "MB", "lower", MEASURED, title="weights in memory (MB)", row="weights in memory, MB",
            form=".2f", measured="bytes of parameters and buffers in memory, a tied one once"),
+    Metric("memory/weights_read_mb", "MB", "lower", MEASURED, title="weights read per decoded token (MB)",
+           row="weights read per token, MB", form=".2f",
+           measured="bytes of weights that decoding a token of one sequence reads: of experts those it goes to, of a "
+                    "table of embeddings that is not the head, too, its row"),
     Metric("memory/kv_cache_bytes_per_token", "bytes", "lower", MEASURED, title="KV cache (bytes per token)",
            row="KV cache, bytes per token", form=",.0f",
            measured="keys and values of a token in all blocks, from the shapes of the Linears and the number type; "

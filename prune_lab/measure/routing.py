@@ -1,0 +1,54 @@
+"""Choices of experts of a compressed mixture beside the dense model's, on the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.found_experts import modules_of_experts, watched
+from prune_lab.models.resize import original_blocks, original_experts
+
+
+class SameExperts:
+    """Count of the dense model's choices, of an expert by a token, and of those that the other model makes as well."""
+
+    def __init__(self) -> None:
+        self._same, self._all = 0, 0
+        self._chosen = dict[int, Tensor]()  # by block of the dense model, of the batch that passes
+
+    @property
+    def share(self) -> float | None:
+        """Share of choices that are the same; None where there was none."""
+        return self._same / self._all if self._all else None
+
+    @contextmanager
+    def watching(self, model: Any, dense: Any) -> Iterator[None]:
+        """Context in which each batch passes `model` and then, where it is compared, `dense`."""
+        anatomy, layout = Anatomy(model), Anatomy(dense).found
+        of_dense = modules_of_experts(dense, layout) if layout is not None else {}
+        blocks, experts = original_blocks(anatomy), original_experts(anatomy)
+        prefix = f"{anatomy.family.blocks}."
+        mine = {
+            now: name.replace(f"{prefix}{block}.", f"{prefix}{now}.", 1)
+            for now, block in enumerate(blocks)
+            if (name := of_dense.get(block)) is not None
+        }
+        numbers = {blocks[now]: torch.tensor(kept) for now, kept in experts.items()}
+
+        def note(now: int, states: Tensor, chosen: Tensor, gates: Tensor) -> None:
+            block = blocks[now]
+            self._chosen[block] = numbers[block].to(chosen.device)[chosen] if block in numbers else chosen
+
+        def compare(block: int, states: Tensor, chosen: Tensor, gates: Tensor) -> None:
+            self._all += chosen.numel()
+            if block in self._chosen:
+                also = self._chosen[block].to(chosen.device)
+                self._same += int((chosen[:, :, None] == also[:, None, :]).any(-1).sum())
+
+        with watched(model, mine, note), watched(dense, of_dense, compare):
+            yield
