@@ -77,7 +77,7 @@ def check_found_layout(
             f"recovery={recovery} has updates of Linears, and its experts are none; give recovery=finetune",
         ),
         (
-            layout.is_fused and not isinstance(parts.post, NoPost),
+            layout.is_fused and not isinstance(parts.post, NoPost) and not parts.post.is_low_bit,
             f"post={choices.get('post')} is for Linears, and its experts are none; give post=none",
         ),
     ):

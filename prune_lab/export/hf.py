@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 LOW_BITS = (
     "prune_lab, or stock transformers with the package compressed-tensors: `from_pretrained(folder, "
-    "quantization_config=CompressedTensorsConfig(run_compressed=False))`, unless a note here says otherwise"
+    "quantization_config=CompressedTensorsConfig(run_compressed=False))` (of a mixture `dequantize=True` in place of "
+    "`run_compressed=False`), unless a note here says otherwise"
 )
 
 

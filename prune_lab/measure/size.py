@@ -12,6 +12,8 @@ from torch import nn
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.contents import count_nonzero, count_weights
 from prune_lab.models.found import ROUTER
+from prune_lab.models.found_experts import modules_of_experts, top_k_of
+from prune_lab.models.low_bit.experts import LowBitExperts
 from prune_lab.models.low_bit.linears import LowBitLinear
 
 MB = 1e6
@@ -60,7 +62,7 @@ def active_parameters(anatomy: Anatomy) -> int | None:
     """All parameters, less those of experts that a token does not go to; None of a model without experts."""
     if anatomy.found is None or ROUTER not in anatomy.found.left_alone.values():
         return None
-    return count_weights(anatomy.model) - round(sum(idle for idle, _ in _idle_weights(anatomy)))
+    return count_weights(anatomy.model) - round(sum(weights for weights, _ in _idle_weights(anatomy)))
 
 
 def read_bytes(anatomy: Anatomy) -> int:
@@ -75,18 +77,29 @@ def read_bytes(anatomy: Anatomy) -> int:
     if head is not None and hasattr(head, "weight"):
         tables.pop(id(head.weight), None)
     rows = sum(held_bytes(table) // table.shape[0] * (table.shape[0] - 1) for table in tables.values())
-    idle = sum(weights * size for weights, size in _idle_weights(anatomy))
+    idle = sum(size for _, size in _idle_weights(anatomy))
     return sum(map(held_bytes, held.values())) - rows - round(idle)
 
 
-def _idle_weights(anatomy: Anatomy) -> Iterator[tuple[float, int]]:
-    """Of each matrix of an expert the mean number of weights that a token does not come to, and the bytes of one."""
+def _idle_weights(anatomy: Anatomy) -> Iterator[tuple[float, float]]:
+    """Of each matrix of experts the mean number of weights that a token does not come to, and their bytes."""
+    model = anatomy.model
     for of_block in anatomy.found.matrices if anatomy.found is not None else ():
         for matrix in of_block:
             if not matrix.is_linear and matrix.active < 1:
-                rows, columns = matrix.place.shape
-                size = anatomy.model.get_parameter(matrix.place.parameter).element_size()
-                yield (1 - matrix.active) * rows * columns, size
+                idle = (1 - matrix.active) * matrix.place.shape[0] * matrix.place.shape[1]
+                yield idle, idle * model.get_parameter(matrix.place.parameter).element_size()
+    low_bit = [module for module in model.modules() if isinstance(module, LowBitExperts)]
+    for module, active in zip(low_bit, active_shares(anatomy, low_bit), strict=True):
+        yield (1 - active) * module.codes().numel(), (1 - active) * sum(map(held_bytes, module.buffers()))
+
+
+def active_shares(anatomy: Anatomy, low_bit: list[LowBitExperts]) -> list[float]:
+    """Share of the experts of each of these that a token goes to."""
+    if not low_bit or anatomy.found is None:
+        return []
+    top_k = top_k_of(anatomy.model, modules_of_experts(anatomy.model, anatomy.found))
+    return [top_k / len(module) for module in low_bit]
 
 
 def kv_cache_bytes(anatomy: Anatomy) -> int | None:

@@ -123,7 +123,7 @@ class Experts(Method):
     def _count_to_keep(self, anatomy: Anatomy, amount: float) -> int:
         """Number of experts that stay in each block; raises Refused for one that the router cannot choose among."""
         from prune_lab.models.found import evaluating
-        from prune_lab.models.found_experts import can_choose, router_groups, top_k_of
+        from prune_lab.models.found_experts import by_block, can_choose, router_groups, top_k_of
         from prune_lab.models.resize import dense_count
         from prune_lab.pruning.selection import count_to_remove
 
@@ -134,7 +134,7 @@ class Experts(Method):
             count = min(max(1, round(count / self.round_to)), total // self.round_to) * self.round_to
         count = min(count, group.count)
         with evaluating(anatomy.model):
-            top_k = top_k_of(anatomy.model, mixtures)
+            top_k = top_k_of(anatomy.model, by_block(mixtures))
         # Of one expert some types make an MLP without a router.
         possible = [
             n

@@ -10,7 +10,7 @@ import torch
 
 from prune_lab.errors import Refused
 from prune_lab.fingerprint import digest_of
-from prune_lab.models.low_bit.linears import LowBitLinear
+from prune_lab.models.low_bit.linears import LowBitWeights
 from prune_lab.models.offload.on_disk import value
 
 _NO_COMPUTE = frozenset(
@@ -20,13 +20,13 @@ _NO_COMPUTE = frozenset(
 
 def count_weights(model: Any) -> int:
     """Weights of a model, whatever type they are kept in; a tied matrix once."""
-    codes = [module.codes() for module in model.modules() if isinstance(module, LowBitLinear)]
+    codes = [module.codes() for module in model.modules() if isinstance(module, LowBitWeights)]
     return sum(weight.numel() for weight in [*model.parameters(), *codes])  # parameters() yields a tied one once
 
 
 def count_nonzero(model: Any) -> int:
     """Number of a model's weights that are not zero, counted as `count_weights` does."""
-    codes = [module.codes() for module in model.modules() if isinstance(module, LowBitLinear)]
+    codes = [module.codes() for module in model.modules() if isinstance(module, LowBitWeights)]
     weights = (value(model, name, weight) for name, weight in model.named_parameters())
     return sum(int(torch.count_nonzero(weight)) for weight in chain(weights, codes))
 

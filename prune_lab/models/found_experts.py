@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from prune_lab.models.found import ROUTER, Layout, evaluating, is_same, layout_of, probe_tokens
+from prune_lab.models.low_bit.experts import LowBitExperts
 from prune_lab.models.products import Place, Products
 from prune_lab.models.rebuild import edited, shapes, skeleton, text_parts
 from prune_lab.models.unit_cut import filled, selections
@@ -175,7 +176,8 @@ def check_experts(model: Any, group: FoundGroup, calls: Calls) -> str | None:
     if isinstance(mixtures, str):
         return mixtures
     runs, seen = router_groups(model.config)[0], set[Any]()
-    if not can_choose(group.count - runs, top_k_of(model, mixtures), *router_groups(model.config)):  # none can go
+    top_k = top_k_of(model, by_block(mixtures))
+    if not can_choose(group.count - runs, top_k, *router_groups(model.config)):  # none can go
         return None
     gone = torch.zeros(runs, group.count // runs, dtype=torch.bool)
     gone[:, -1] = True
@@ -230,10 +232,12 @@ def modules_of_experts(model: Any, layout: Layout) -> dict[int, str]:
     """Names, by block, of the modules of experts that are called with states, choices and gates; none of most types."""
     if ROUTER not in layout.left_alone.values():
         return {}
-    owners = {
-        block: {m.place.parameter.rpartition(".")[0] for m in of_block if not m.is_linear}
-        for block, of_block in enumerate(layout.matrices)
-    }
+    fused = [m.place.parameter for of_block in layout.matrices for m in of_block if not m.is_linear]
+    fused += [name for name, module in model.named_modules() if isinstance(module, LowBitExperts)]
+    owners = dict[int, set[str]]()
+    for name in fused:
+        block = int(name.removeprefix(f"{layout.blocks}.").partition(".")[0])
+        owners.setdefault(block, set()).add(name.rpartition(".")[0])
     with evaluating(model):
         called = _called_with_choices(model, set().union(*owners.values()))
     found = {block: {called[owner] for owner in of if owner in called} for block, of in owners.items()}
@@ -308,9 +312,9 @@ def _tensor(model: Any, name: str) -> Tensor:
     return found
 
 
-def top_k_of(model: Any, mixtures: list[Mixture]) -> int:
-    """Experts that each token goes to."""
+def top_k_of(model: Any, modules: Mapping[int, str]) -> int:
+    """Experts that each token goes to; modules: of experts, by block."""
     found = list[int]()
-    with watched(model, by_block(mixtures), lambda block, states, chosen, gates: found.append(chosen.shape[-1])):
+    with watched(model, modules, lambda block, states, chosen, gates: found.append(chosen.shape[-1])):
         model(input_ids=probe_tokens(model)[:1], use_cache=False)
     return max(found)

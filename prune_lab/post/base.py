@@ -35,6 +35,9 @@ class Post:
     def check(self, device: Device) -> None:
         """Raises Refused where the device has no backend for it, before anything is loaded."""
 
+    def check_model(self, anatomy: Anatomy) -> None:
+        """Raises Refused for a model that it is not for, before anything is pruned."""
+
     def compress(self, anatomy: Anatomy) -> list[str]:
         """Changes the model in place and returns warnings; raises Refused where a layer does not fit."""
         raise NotImplementedError

@@ -15,6 +15,7 @@ from torch import nn
 
 from prune_lab.errors import Refused
 from prune_lab.models.auto_class import auto_class
+from prune_lab.models.low_bit.experts import conversions_with_codes, put_all_experts
 from prune_lab.models.low_bit.linears import Fp8Linear, Int4Linear, Int8Linear, LowBitLinear
 
 OURS = "prune_lab"
@@ -130,6 +131,7 @@ def replace_linear(model: Any, name: str, scheme: Scheme, dtype: torch.dtype) ->
 def replace_linears(model: Any, stored: dict[str, Any], dtype: torch.dtype) -> None:
     """Puts empty Linears in the places that a quantization_config names; raises Refused where it is not one of ours."""
     scheme, untouched = read_config(stored)
+    put_all_experts(model, scheme, dtype)
     for name in linear_names(model):
         if name not in untouched:
             replace_linear(model, name, scheme, dtype)
@@ -171,3 +173,6 @@ def _register() -> None:
         def _process_model_before_weight_loading(self, model: Any, dtype: Any = None, **kwargs: Any) -> Any:
             replace_linears(model, self.quantization_config.stored, dtype)
             return model
+
+        def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+            return conversions_with_codes(model, weight_conversions)

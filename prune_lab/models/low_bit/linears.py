@@ -10,8 +10,6 @@ inputs' type before each product, which is smaller and slower.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
@@ -22,10 +20,19 @@ FP8, FP8_MAX = torch.float8_e4m3fn, 448.0
 CUDA_ROWS = 17  # torch._int_mm on CUDA wants more than 16 rows, and widths that 8 divides
 
 
-class LowBitLinear(nn.Module):
+class LowBitWeights(nn.Module):
+    """Weights that are codes times steps."""
+
+    bits: int
+
+    def codes(self) -> Tensor:
+        """The weights before their steps, in a type that has a comparison with zero."""
+        raise NotImplementedError
+
+
+class LowBitLinear(LowBitWeights):
     """A Linear, shape (out, in), whose weights are codes times steps; its bias stays as it was."""
 
-    bits: ClassVar[int]
     weight_scale: Tensor
 
     def __init__(self, in_features: int, out_features: int, has_bias: bool, dtype: torch.dtype) -> None:
@@ -40,10 +47,6 @@ class LowBitLinear(nn.Module):
 
     def store(self, weight: Tensor) -> None:
         """Rounds a float weight, shape (out, in), to the nearest codes."""
-        raise NotImplementedError
-
-    def codes(self) -> Tensor:
-        """The weights before their steps, shape (out, in), in a type that has a comparison with zero."""
         raise NotImplementedError
 
     def expand(self) -> Tensor:

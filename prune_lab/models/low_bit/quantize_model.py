@@ -9,22 +9,72 @@ from torch import nn
 
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import Anatomy, out_in
+from prune_lab.models.found import Layout, evaluating, forget_layout, is_same, probe_tokens
 from prune_lab.models.low_bit.compressed_tensors import Scheme, linear_names, replace_linear
+from prune_lab.models.low_bit.experts import (
+    LowBitExperts,
+    conversions_of,
+    empty_experts,
+    keep_conversions,
+    parts_of,
+    put_experts,
+)  # fmt: skip
 from prune_lab.models.low_bit.linears import Int8Linear, LowBitLinear
+from prune_lab.models.products import FusedMatrix, eager_experts
 
 EXPANDED = "the weights are expanded to the inputs' type before each product, which takes time of its own"
 OWN_EXPORT = "only prune_lab can load the export: other software knows low-bit layouts of Linears, and these are {}s"
 
+OWN_EXPERTS = (
+    "only prune_lab can load the export: transformers 5 reads experts of 4 bits and of 8-bit floats, not of 8-bit "
+    "integers; post=int4_weight_only has what it reads"
+)
+
+
+def check_found(anatomy: Anatomy, layout: Layout, scheme: Scheme) -> None:
+    """Raises Refused for a layout that was found and whose matrices a scheme has no place for.
+
+    These are experts that files do not hold as Linears, or whose inputs would be rounded, and Linears whose weights the
+    model uses without calling them, as recurrent cores do.
+    """
+    model, called, hooks = anatomy.model, set[str](), list[Any]()
+    conversions = conversions_of(model)
+    for name in _parameters_of_experts(anatomy):
+        parts_of(model, name, scheme, conversions)
+    linears = [matrix.name for of_block in layout.matrices for matrix in of_block if matrix.is_linear]
+    for name in linears:
+        module = model.get_submodule(name)
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: called.add(name)))
+    try:
+        with evaluating(model):
+            model(input_ids=probe_tokens(model), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if (missed := next((name for name in linears if name not in called), None)) is not None:
+        raise Refused(
+            f"{model.config.model_type} models use the weights of {missed} without calling it, which fewer bits do not "
+            "allow: give post=none"
+        )
+
+
+def _parameters_of_experts(anatomy: Anatomy) -> list[str]:
+    matrices = anatomy.found.matrices if anatomy.found is not None else ()
+    return list(dict.fromkeys(m.place.parameter for of_block in matrices for m in of_block if not m.is_linear))
+
 
 @torch.no_grad()
 def quantize(anatomy: Anatomy, scheme: Scheme) -> list[str]:
-    """Replaces every prunable Linear by one of the scheme, and returns notes on its speed and its export.
+    """Replaces every prunable Linear and expert by one of the scheme, and returns notes on its speed and its export.
 
-    Raises Refused where a group does not divide a Linear's inputs, RuntimeError if a zero did not stay a zero.
+    Raises Refused where a group does not divide a matrix's inputs, or where experts are stored as no Linears are;
+    RuntimeError if a zero did not stay a zero.
     """
     model: Any = anatomy.model
-    linears, without_product = list(anatomy.linears()), 0
-    _check_groups(linears, scheme.group_size)
+    matrices, without_product, notes = list(anatomy.linears()), 0, list[str]()
+    _check_groups(matrices, scheme.group_size)
+    _quantize_experts(model, _parameters_of_experts(anatomy), scheme)
+    linears = [(name, linear) for name, linear in matrices if not isinstance(linear, FusedMatrix)]
     for name, linear in linears:
         weight = out_in(linear, linear.weight)
         new = replace_linear(model, name, scheme, weight.dtype)
@@ -36,13 +86,48 @@ def quantize(anatomy: Anatomy, scheme: Scheme) -> list[str]:
         without_product += not new.has_product
     untouched = [n for n in linear_names(model) if not isinstance(model.get_submodule(n), LowBitLinear)]
     model.config.quantization_config = scheme.to_config(untouched)
+    if scheme.bits == 8 and any(isinstance(m, LowBitExperts) for m in model.modules()):
+        notes.append(OWN_EXPERTS)
     strange = next((linear for _, linear in linears if not isinstance(linear, nn.Linear)), None)
-    notes = [] if strange is None else [OWN_EXPORT.format(type(strange).__name__)]
+    notes += [] if strange is None else [OWN_EXPORT.format(type(strange).__name__)]
     if scheme.dynamic and without_product:
         notes.append(
             f"{without_product} of {len(linears)} layers have widths for which the device has no product: {EXPANDED}"
         )
     return notes if scheme.dynamic else [_speed(model, scheme), *notes]
+
+
+def _quantize_experts(model: Any, names: list[str], scheme: Scheme) -> None:
+    """Replaces parameters of experts; raises Refused where their modules do more with them than take one by one."""
+    if not names:
+        return
+    tokens, conversions = probe_tokens(model)[:1], conversions_of(model)
+    made = dict[str, LowBitExperts]()
+    for name in names:
+        weight = model.get_parameter(name)
+        made[name] = empty_experts(model, name, scheme, weight.dtype, conversions)
+        made[name].store(weight)
+        if bool(made[name].codes()[weight == 0].any()):
+            raise RuntimeError(f"{name}: weights that were zero are not zero after quantization")
+        weight.copy_(torch.stack([made[name][expert] for expert in range(len(weight))]))
+    with evaluating(model), eager_experts(model):
+        wanted = model(input_ids=tokens, use_cache=False).logits
+    for name, new in made.items():
+        put_experts(model, name, new)
+    forget_layout(model)
+    keep_conversions(model)
+    try:
+        with evaluating(model):
+            alike = is_same(model(input_ids=tokens, use_cache=False).logits, wanted)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # of any modelling code of transformers
+        alike = False
+    if not alike:
+        raise Refused(
+            f"experts of {model.config.model_type} models are not multiplied one after the other, as weights of fewer "
+            "bits need it: give post=none"
+        )
 
 
 def _check_groups(linears: list[tuple[str, Any]], group_size: int | None) -> None:
