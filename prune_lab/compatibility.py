@@ -11,7 +11,6 @@ from prune_lab.methods.depth import Depth
 from prune_lab.methods.sensitivity import Sensitivity
 from prune_lab.methods.structured import Structured
 from prune_lab.post.none import NoPost
-from prune_lab.recovery.lora import Lora
 from prune_lab.schedules import Event, Rewind
 from prune_lab.system import launch
 
@@ -71,10 +70,6 @@ def check_found_layout(
             not layout.decodes and (measure.latency or measure.memory or measure.generation_prompts > 0),
             "a text cannot be gone on with from their cache, so that neither time nor memory of decoding can be "
             "measured and nothing is generated; give measure=quality_only",
-        ),
-        (
-            layout.is_fused and isinstance(parts.recovery, Lora),
-            f"recovery={recovery} has updates of Linears, and its experts are none; give recovery=finetune",
         ),
         (
             layout.is_fused and not isinstance(parts.post, NoPost) and not parts.post.is_low_bit,

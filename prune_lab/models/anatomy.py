@@ -490,6 +490,15 @@ def scope_of(anatomy: Anatomy) -> Scope:
     return Scope(len(sizes), sum(sizes), sum(sizes) / total, left)
 
 
+def routers_of(model: Any) -> list[nn.Module]:
+    """Modules that choose the experts of each token; none of most types."""
+    from prune_lab.models.found import ROUTER
+
+    reasons = found.left_alone if (found := Anatomy(model).found) is not None else {}
+    names = [name for name, reason in reasons.items() if reason == ROUTER]
+    return [model.get_submodule(name.rpartition(".")[0]) for name in names]
+
+
 def unit_kind(config: Any, kind: str) -> UnitKind:
     """A kind of unit of the described family of a config; raises Refused where the family has none such."""
     units = family_of(config.model_type).units

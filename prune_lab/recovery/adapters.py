@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -10,13 +11,15 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 
 from prune_lab.models.anatomy import Anatomy, out_in
+from prune_lab.models.products import FusedMatrix
 from prune_lab.pruning.masks import Masks, clear
+from prune_lab.recovery import expert_adapters
 
 _A, _B = "lora_a", "lora_b"
 
 
 def attach(anatomy: Anatomy, masks: Masks, rank: int, scale: float, seed: int) -> None:
-    """Gives every prunable Linear an update scale * B A to train, and freezes everything else.
+    """Gives every prunable Linear and expert an update scale * B A to train, and freezes everything else.
 
     A, shape (rank, in), is drawn uniformly from +-1/sqrt(in); B, shape (out, rank), is zero, so the model computes what
     it did (Hu et al., 2106.09685). Where a mask prunes single weights, the update is masked as it is used, so what is
@@ -24,7 +27,7 @@ def attach(anatomy: Anatomy, masks: Masks, rank: int, scale: float, seed: int) -
     """
     generator = torch.Generator().manual_seed(seed % 2**63)
     anatomy.model.requires_grad_(False)
-    for name, linear in anatomy.linears():
+    for name, linear in _linears(anatomy):
         out_features, in_features = out_in(linear, linear.weight).shape
         a = (torch.rand(rank, in_features, generator=generator) * 2 - 1) / in_features**0.5
         like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
@@ -34,23 +37,33 @@ def attach(anatomy: Anatomy, masks: Masks, rank: int, scale: float, seed: int) -
         if keep is not None:
             keep = out_in(linear, keep).to(linear.weight.device)
         linear.__dict__["forward"] = partial(_forward, linear, keep, scale)
+    expert_adapters.attach(anatomy, masks, rank, scale, generator)
 
 
 @torch.no_grad()
 def merged(anatomy: Anatomy, masks: Masks, scale: float) -> dict[str, Tensor]:
     """The weights by name as `merge` would leave them."""
-    found = {n: w for n, w in anatomy.model.named_parameters() if n.rpartition(".")[2] not in (_A, _B)}
-    for name, linear in anatomy.linears():
+    found = {
+        name: weight
+        for name, weight in anatomy.model.named_parameters()
+        if name.rpartition(".")[2] not in (_A, _B) and not expert_adapters.is_of_adapter(name)
+    }
+    for name, linear in _linears(anatomy):
         found[f"{name}.weight"] = linear.weight + out_in(linear, _update(linear, masks.keep.get(name), scale))
-    return found
+    return found | expert_adapters.updated(anatomy.model)
 
 
 @torch.no_grad()
 def merge(anatomy: Anatomy, masks: Masks, scale: float) -> None:
     """Adds every update to its weights, through the masks, and takes the adapters off."""
-    for name, linear in anatomy.linears():
+    expert_adapters.merge(anatomy.model)
+    for name, linear in _linears(anatomy):
         out_in(linear, linear.weight).add_(_update(linear, masks.keep.get(name), scale))
         del linear.__dict__["forward"], linear._parameters[_A], linear._parameters[_B]
+
+
+def _linears(anatomy: Anatomy) -> Iterator[tuple[str, Any]]:
+    return ((name, linear) for name, linear in anatomy.linears() if not isinstance(linear, FusedMatrix))
 
 
 def _update(linear: Any, keep: Tensor | None, scale: float) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from prune_lab.errors import Refused
+from prune_lab.models.anatomy import routers_of
 from prune_lab.recovery.recipe import TrainingRecipe
 
 if TYPE_CHECKING:
@@ -25,7 +27,11 @@ class Finetune(TrainingRecipe):
         return balance_of(self.router_aux_loss, self.router_aux_loss_by == "block", training)
 
     def hashes(self, dense: Loaded, device: Device) -> dict[str, str]:
-        """None; raises Refused where a load-balance loss is asked for that the model does not have."""
+        """None; raises Refused where a load-balance loss or routers are spoken of that the model does not have."""
+        if not self.train_router and not routers_of(dense.model):
+            raise Refused(
+                f"recovery.train_router=false: models of the type {dense.family} have no routers of experts; give true"
+            )
         if self.router_aux_loss:
             from prune_lab.recovery.losses import check_balance
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Lora(Finetune):
-    """LoRA (Hu et al., 2106.09685) of every Linear inside the blocks, merged through the masks at the end.
+    """LoRA (Hu et al., 2106.09685) of every Linear and expert of the blocks, merged through the masks at the end.
 
     The optimizer's state is that of the adapters alone. Pruned weights stay exactly zero: a merge of unmasked updates
     would fill them. A pruning during the training merges first, and goes on with new adapters.
@@ -29,6 +29,7 @@ class Lora(Finetune):
     weight_decay: float = 0.0
 
     restarts: ClassVar[bool] = True
+    not_applicable: ClassVar[tuple[str, ...]] = ("train_router",)  # nothing but the updates is trained
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from prune_lab.checks import check_autocast
+from prune_lab.models.anatomy import routers_of
 from prune_lab.recovery.base import Recovery
 
 if TYPE_CHECKING:
@@ -21,9 +22,9 @@ class TrainingRecipe(Recovery):
 
     validate_every: steps between measurements of the perplexity on `validate_windows` windows of validation text; 0:
     none. keep_best: ends with the weights of the lowest one. patience: ends the training when that many measurements
-    in a row were no better, with the best weights; 0: never. router_aux_loss: coefficient of the load-balance loss of a
-    mixture of experts; None: that of the model's config. router_aux_loss_by: model, which adds up all blocks before it
-    compares the experts, as transformers does, or block.
+    in a row were no better, with the best weights; 0: never. train_router: whether the routers of a mixture of experts
+    are trained. router_aux_loss: coefficient of its load-balance loss; None: that of the model's config.
+    router_aux_loss_by: model, which adds up all blocks before it compares the experts, as transformers does, or block.
     """
 
     warmup: float = 0.05
@@ -33,6 +34,7 @@ class TrainingRecipe(Recovery):
     beta2: float = 0.95
     clip_norm: float = 1.0
     dropout: float = 0.0
+    train_router: bool = True
     router_aux_loss: float | None = None
     router_aux_loss_by: str = "model"
     accumulate: int = 1
@@ -79,8 +81,11 @@ class TrainingRecipe(Recovery):
             )
 
     def begin(self, model: Any, training: TrainingContext, step: int) -> None:
-        """Says what is trained from `step` on: here all parameters."""
+        """Says what is trained from `step` on: here all parameters, or all but those of routers."""
         model.requires_grad_(True)
+        if not self.train_router:
+            for module in routers_of(model):
+                module.requires_grad_(False)
 
     def end(self, model: Any, training: TrainingContext) -> None:
         """Leaves a model of plain weights, before a pruning and when the training is over."""
