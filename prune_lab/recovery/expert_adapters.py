@@ -18,7 +18,7 @@ _A, _B = "_lora_a", "_lora_b"  # after the parameter's name
 class ExpertAdapter:
     """Update scale * B A of every matrix in a parameter: A (matrices, rank, in), B (matrices, out, rank).
 
-    While a block computes, the updated weights stand in the parameter's place, as large as it is.
+    While they are computed with, the updated weights stand in the parameter's place, as large as it is.
     """
 
     def __init__(self, model: Any, matrices: list[tuple[str, FusedMatrix]], masks: Masks, scale: float) -> None:
@@ -68,9 +68,12 @@ class ExpertAdapter:
 
 
 def attach(anatomy: Anatomy, masks: Masks, rank: int, scale: float, generator: torch.Generator) -> None:
-    """Gives every parameter that holds experts an adapter, which is used while its block computes."""
+    """Gives every parameter that holds experts an adapter, which is used while the block's part with it computes.
+
+    Not while the block does: what is computed again in the backward pass (gradient checkpointing) is within it.
+    """
     model, made, hooks = anatomy.model, list[ExpertAdapter](), list[Any]()
-    for block, of_block in zip(anatomy.blocks, anatomy.linears_by_block(), strict=True):
+    for index, of_block in enumerate(anatomy.linears_by_block()):
         matrices = dict[str, list[tuple[str, FusedMatrix]]]()
         for name, matrix in of_block:
             if isinstance(matrix, FusedMatrix):
@@ -78,8 +81,11 @@ def attach(anatomy: Anatomy, masks: Masks, rank: int, scale: float, generator: t
         adapters = [ExpertAdapter(model, of_parameter, masks, scale) for of_parameter in matrices.values()]
         for adapter in adapters:
             adapter.register(rank, generator)
-        hooks += [block.register_forward_pre_hook(_before(adapter)) for adapter in adapters]
-        hooks += [block.register_forward_hook(_after(adapter), always_call=True) for adapter in adapters]
+        for adapter in adapters:
+            path = f"{anatomy.family.blocks}.{index}."
+            part = model.get_submodule(f"{path}{adapter.name.removeprefix(path).partition('.')[0]}")
+            hooks.append(part.register_forward_pre_hook(_before(adapter)))
+            hooks.append(part.register_forward_hook(_after(adapter), always_call=True))
         made += adapters
     model.__dict__[_KEPT] = made, hooks
 
