@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Cli, logits, make_folder
+from model_types import tiny_folder
 from test_selection import naive_keep, signed_scores
 from test_sparsegpt import correlated, loss, parsed, textbook
 from test_streaming import check_alike
@@ -25,6 +26,7 @@ from prune_lab.measure.settings import Measure
 from prune_lab.measure.speed import measure_latency
 from prune_lab.methods.base import Method
 from prune_lab.methods.depth import Depth
+from prune_lab.methods.experts import Experts
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.random import Random
 from prune_lab.methods.ria import Ria
@@ -269,6 +271,54 @@ def test_training_lowers_the_loss_and_holds_the_zeros(folder: Path, tmp_path: Pa
         assert weight.dtype == torch.bfloat16
         if name in zeros:
             assert not weight[zeros[name]].any()
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Mixtral of four experts in each block, two for a token."""
+    return tiny_folder(tmp_path_factory.mktemp("mixture") / "mixtral", "mixtral")
+
+
+MIXTURE_METHODS: list[Method] = [
+    *(Experts(amount=0.5, score=score) for score in ("reap", "aimer", "ranked_choice", "leave_one_out")),
+    Magnitude(amount=0.5), Wanda(amount=0.5), SparseGPT(amount=0.5), Structured(amount=0.5), Depth(amount=0.34),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", MIXTURE_METHODS, ids=str)
+def test_a_mixture_is_pruned_as_on_a_cpu(mixture: Path, method: Method) -> None:
+    here, there = (pruned(mixture, method, Device(place, torch.float32)) for place in (CPU, GPU))
+    for name, kept in here[0].items():
+        assert kept.shape == there[0][name].shape
+        assert (kept == there[0][name]).float().mean() > 0.99, name
+    assert there[1] == pytest.approx(here[1], rel=1e-2)
+
+
+@pytest.mark.parametrize("post", [Int8WeightOnly(), Int4WeightOnly(group_size=16)], ids=str)
+def test_low_bits_of_experts_are_those_of_a_cpu(mixture: Path, post: Any) -> None:
+    found = []
+    for place in (CPU, GPU):
+        model = HubModel(name=str(mixture)).load(Device(place, torch.float32), seed=0).model
+        post.compress(Anatomy(model))
+        assert {tensor.device for tensor in model.state_dict().values()} == {place}
+        found.append(logits(model.cpu()))
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("recovery", [Finetune, Lora], ids=lambda kind: kind.__name__)
+def test_a_pruned_mixture_is_trained(mixture: Path, tmp_path: Path, recovery: Any) -> None:
+    device, losses = Device(GPU, torch.bfloat16), list[float]()
+    loaded = HubModel(name=str(mixture)).load(device, seed=0)
+    method = Experts(amount=0.5, score="aimer")
+    settings = recovery(steps=40, lr=0.003, batch_size=4, warmup=0.1, validate_every=0)
+
+    def log(step: int, values: dict[str, float]) -> None:
+        losses.extend(value for key, value in values.items() if key == "train/loss")
+
+    training = training_of(loaded, tmp_path, log, method, OneShot(), steps=40, device=device)
+    settings.recover(loaded.model, training)
+    assert loaded.model.config.num_local_experts == 2
+    assert losses[-1] < losses[0]
 
 
 def test_a_reconstruction_is_that_of_a_cpu(folder: Path, tmp_path: Path) -> None:
