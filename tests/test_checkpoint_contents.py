@@ -23,7 +23,8 @@ from prune_lab.models.contents import count_nonzero, count_weights
 from prune_lab.models.export import check_reload, save_model
 from prune_lab.models.foreign import SIGNS, explained
 from prune_lab.models.load import HubModel, Loaded
-from prune_lab.models.low_bit.compressed_tensors import Scheme, linear_names, replace_linear
+from prune_lab.models.low_bit.compressed_tensors import linear_names, replace_linear
+from prune_lab.models.low_bit.scheme import Scheme
 
 Tensors = dict[str, Tensor]
 TOKENS = torch.randint(300, (2, 24), generator=torch.Generator().manual_seed(3))

@@ -20,8 +20,8 @@ from prune_lab.measure.size import measure_size
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.export import read_folder, save_model
 from prune_lab.models.load import HubModel, Loaded
-from prune_lab.models.low_bit.compressed_tensors import Scheme
 from prune_lab.models.low_bit.quantize_model import quantize
+from prune_lab.models.low_bit.scheme import Scheme
 from prune_lab.post.base import Post
 from prune_lab.post.quantize import Int4WeightOnly, Int8Dynamic, Int8WeightOnly
 

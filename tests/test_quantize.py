@@ -20,9 +20,9 @@ from prune_lab.errors import Refused
 from prune_lab.models.anatomy import Anatomy, out_in
 from prune_lab.models.export import check_reload, save_model
 from prune_lab.models.load import HubModel, Loaded
-from prune_lab.models.low_bit.compressed_tensors import Scheme
 from prune_lab.models.low_bit.linears import LowBitLinear
 from prune_lab.models.low_bit.quantize_model import quantize
+from prune_lab.models.low_bit.scheme import Scheme
 from prune_lab.post.quantize import Int4WeightOnly, Int8Dynamic, Int8WeightOnly
 from prune_lab.system.device import Device
 

@@ -56,12 +56,17 @@ class Watcher:
 
     def _watch(self, amount: float) -> Pruned:
         self.before.append(weights_of(self.model))
-        blocks = list(Anatomy(self.model).blocks)
+        norms = _norms(self.model)
         pruned = self._prune(amount)
         self.after.append(weights_of(self.model))
         self.keep.append({f"{name}.weight": keep for name, keep in pruned.masks.keep.items()})
-        self.blocks.append([blocks.index(block) for block in Anatomy(self.model).blocks])
+        self.blocks.append([norms.index(norm) for norm in _norms(self.model)])
         return pruned
+
+
+def _norms(model: Any) -> list[int]:
+    """Identity of a parameter of each block that no pruning cuts."""
+    return [id(next(p for p in block.parameters() if p.dim() == 1)) for block in Anatomy(model).blocks]
 
 
 def watched(

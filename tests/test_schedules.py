@@ -162,6 +162,7 @@ def test_the_optimizer_goes_on_with_the_state_of_what_stays(loaded: Loaded) -> N
     state = {name: {k: v.clone() for k, v in optimizer.state[weight].items()} for name, weight in old.items()}
     untouched = optimizer.state[model.model.norm.weight]
     pruned = Structured(amount=0.25).prune(Anatomy(model), 0.25, 0)
+    mlp = model.model.layers[1].mlp
     kept = [i for i in range(48) if (mlp.gate_proj.weight[:, None] == old["gate_proj"][i]).all(-1).any()]
     assert len(kept) == 36
     follow(optimizer, model, pruned.cuts)

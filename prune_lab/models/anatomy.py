@@ -53,14 +53,13 @@ class UnitKind:
 
     slots: the Linears of a block that they are made of, the one that reads them (by its columns) last. counts: config
     fields that are in proportion to the count, the first one equal to it; one that is None stands for the count as
-    built. in_modules: attributes of modules that are in proportion to it. written_out: config fields whose default
-    would change with the count. possible: the counts that a config of this family can hold, up to the present one,
-    ascending; limit: the reason that there are no others, with fields of the config in braces.
+    built. written_out: config fields whose default would change with the count. possible: the counts that a config of
+    this family can hold, up to the present one, ascending; limit: the reason that there are no others, with fields of
+    the config in braces.
     """
 
     slots: tuple[Slot, ...]
     counts: tuple[str, ...]
-    in_modules: tuple[str, ...] = ()
     written_out: tuple[str, ...] = ()
     possible: Callable[[Any, int], list[int]] = _any_count
     limit: str = ""
@@ -117,7 +116,7 @@ def _by_rope_factors(config: Any, present: int) -> list[int]:
 
 
 def _channels(*slots: Slot, count: str = "intermediate_size") -> UnitKind:
-    return UnitKind(slots, (count,), ("intermediate_size",))
+    return UnitKind(slots, (count,))
 
 
 _LLAMA_CHANNELS = _channels(
@@ -131,7 +130,6 @@ _LLAMA_GROUPS = UnitKind(
         Slot("self_attn.o_proj", "columns", ("query",)),
     ),
     counts=("num_key_value_heads", "num_attention_heads"),
-    in_modules=("num_key_value_heads", "num_heads"),
     written_out=("head_dim",),
 )
 

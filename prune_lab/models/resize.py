@@ -5,17 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.cuts import Cut
-from prune_lab.models.fewer_blocks import keep_found_blocks
+from prune_lab.models.fewer_blocks import rebuild_with_blocks
+from prune_lab.models.rebuild import edited
 
 # Kept with a model while it is pruned; in no export.
 _DENSE, _BLOCKS, _SIZES, _EXPERTS = "_dense_counts", "_original_blocks", "_dense_sizes", "_original_experts"
-
-_PER_BLOCK = ("layer_types",)  # settings with one entry for each block, in the families of models/anatomy.py
 
 
 @dataclass(frozen=True)
@@ -89,19 +86,17 @@ def block_of(anatomy: Anatomy, name: str) -> int | None:
     return int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else None
 
 
-def set_unit_count(anatomy: Anatomy, kind: str, count: int, was: int) -> None:
-    """Writes a new unit count into the config, and into the modules that keep a copy of it; `was` is the old one."""
-    note_count(anatomy, kind, was)
-    config, units = anatomy.config, anatomy.family.units[kind]
-    for name in units.written_out:
-        setattr(config, name, getattr(anatomy, name))
-    for name in units.counts:
-        setattr(config, name, count * ((getattr(config, name) or was) // was))
-    for block in anatomy.blocks:
-        for module in block.modules():
-            for name in units.in_modules:
-                if isinstance(value := getattr(module, name, None), int):
-                    setattr(module, name, count * (value // was))
+def config_with(anatomy: Anatomy, kind: str, count: int) -> Any:
+    """The config of a described family with another count of units of a kind; raises ValueError for one it refuses."""
+    units, was = anatomy.family.units[kind], anatomy.unit_count(kind)
+
+    def edit(data: dict[str, Any]) -> None:
+        data |= {name: getattr(anatomy, name) for name in units.written_out}
+        data |= {name: count * ((data.get(name) or was) // was) for name in units.counts}
+
+    if (made := edited(anatomy.config, edit)) is None:
+        raise ValueError(f"a {anatomy.config.model_type} config cannot hold {count} units of the kind {kind}")
+    return made
 
 
 def check_removable(config: Any) -> None:
@@ -116,34 +111,14 @@ def check_removable(config: Any) -> None:
 def keep_blocks(anatomy: Anatomy, kept: list[int]) -> list[Cut]:
     """Keeps the blocks with these indices, in order, renumbered, and writes their number into the config.
 
-    The key-value cache goes by a block's number. Settings with one entry for each block keep those of the blocks.
-    Returns what lost a part outside of the blocks, in layouts that were found. Raises Refused where a block's number is
-    part of what it computes.
+    Settings with one entry for each block keep those of the blocks. Returns what lost a part outside of the blocks.
+    Raises Refused where a block's number is part of what it computes.
     """
-    blocks, original, parts = anatomy.blocks, original_blocks(anatomy), list[Cut]()
-    sizes = dense_sizes(anatomy)
+    count, original, sizes = len(anatomy.blocks), original_blocks(anatomy), dense_sizes(anatomy)
     check_removable(anatomy.config)
-    if anatomy.found is not None:
-        parts = keep_found_blocks(anatomy, kept)
-    else:
-        _keep_described(anatomy, kept)
+    parts = rebuild_with_blocks(anatomy, kept)
     kept_with = anatomy.model.__dict__
-    kept_with.setdefault(_DENSE, {}).setdefault("blocks", len(blocks))
+    kept_with.setdefault(_DENSE, {}).setdefault("blocks", count)
     kept_with[_SIZES] = sizes
     kept_with[_BLOCKS] = [original[index] for index in kept]
     return parts
-
-
-def _keep_described(anatomy: Anatomy, kept: list[int]) -> None:
-    blocks, config = anatomy.blocks, anatomy.config
-    for name in _PER_BLOCK:
-        if (value := getattr(config, name, None)) is not None:
-            setattr(config, name, type(value)(value[index] for index in kept))
-    config.num_hidden_layers = len(kept)
-    parent, _, last = anatomy.family.blocks.rpartition(".")
-    setattr(anatomy.model.get_submodule(parent), last, nn.ModuleList(blocks[index] for index in kept))
-    for number, block in enumerate(anatomy.blocks):
-        module: Any
-        for module in block.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = number

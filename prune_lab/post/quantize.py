@@ -23,21 +23,21 @@ class LowBitPost(Post):
     is_low_bit: ClassVar[bool] = True
 
     def scheme(self) -> dict[str, Any]:
-        """The fields of its Scheme (models/low_bit/compressed_tensors.py)."""
+        """The fields of its Scheme (models/low_bit/scheme.py)."""
         raise NotImplementedError
 
     def check_model(self, anatomy: Anatomy) -> None:
         """Raises Refused for matrices of a layout that was found for which there are no codes."""
-        from prune_lab.models.low_bit.compressed_tensors import Scheme
         from prune_lab.models.low_bit.quantize_model import check_found
+        from prune_lab.models.low_bit.scheme import Scheme
 
         if anatomy.found is not None:
             check_found(anatomy, anatomy.found, Scheme(**self.scheme()))
 
     def compress(self, anatomy: Anatomy) -> list[str]:
         """Replaces every prunable Linear; raises Refused where its inputs are no multiple of the group."""
-        from prune_lab.models.low_bit.compressed_tensors import Scheme
         from prune_lab.models.low_bit.quantize_model import quantize
+        from prune_lab.models.low_bit.scheme import Scheme
 
         return quantize(anatomy, Scheme(**self.scheme()))
 

@@ -18,13 +18,13 @@ from prune_lab.models.hidden import remove_hidden
 from prune_lab.models.rebuild import rebuild, tensors_of
 from prune_lab.models.resize import (
     Shape,
+    config_with,
     keep_blocks,
     note_count,
     note_experts,
     original_blocks,
     original_experts,
-    set_unit_count,
-)  # fmt: skip
+)
 from prune_lab.models.stand_in import take_stand_in
 from prune_lab.models.unit_cut import selections
 from prune_lab.models.unit_fields import config_of
@@ -114,13 +114,42 @@ def remove_units(anatomy: Anatomy, group: str, keep: list[Tensor]) -> list[Cut]:
         return _remove_found(anatomy, group, keep, count)
     if count not in anatomy.family.units[group].possible(anatomy.config, was):
         take_stand_in(anatomy)
-    cuts = [
-        made
-        for s, kept in zip(anatomy.unit_sets(group), keep, strict=True)
-        for part in s.parts
-        for made in _cut(part, part.lines(kept).nonzero().flatten())
-    ]
-    set_unit_count(anatomy, group, count, was)
+    chosen, model = dict[str, list[Selection]](), anatomy.model
+    for s, kept in zip(anatomy.unit_sets(group), keep, strict=True):
+        for part in s.parts:
+            chosen |= _selections(part, part.lines(kept).nonzero().flatten())
+    cuts = _rebuild(model, config_with(anatomy, group, count), chosen)
+    note_count(anatomy, group, was)
+    forget_layout(model)
+    forget_units(model)
+    anatomy.look()
+    return cuts
+
+
+def _selections(part: UnitLinear, index: Tensor) -> dict[str, list[Selection]]:
+    """The parts that stay of the tensors of a Linear, those of lines of these indices."""
+    # The weight as it is stored: Conv1D's is (in, out).
+    dim = int((part.side == "rows") != isinstance(part.linear, nn.Linear))
+    found = {f"{part.name}.weight": [Selection(dim, index)]}
+    if part.side == "rows" and part.linear.bias is not None:
+        found[f"{part.name}.bias"] = [Selection(0, index)]
+    return found
+
+
+def _rebuild(model: Any, config: Any, chosen: dict[str, list[Selection]]) -> list[Cut]:
+    """Rebuilds a model from another config with the parts of its tensors that were chosen; says what was cut."""
+    cuts, places, tensors = list[Cut](), dict[int, Tensor](), tensors_of(model)
+    for name, of_tensor in chosen.items():
+        old = tensors[name]
+        if id(old) in places:  # under another of its names
+            continue
+        if isinstance(old, nn.Parameter):
+            cuts.append(cut(old, *of_tensor))
+            places[id(old)] = cuts[-1].new
+        else:
+            places[id(old)] = selected(old, tuple(of_tensor))
+    # A tied tensor has several names.
+    rebuild(model, config, {key: places.get(id(tensor), tensor) for key, tensor in tensors.items()})
     return cuts
 
 
@@ -137,19 +166,7 @@ def _remove_found(anatomy: Anatomy, name: str, keep: list[Tensor], count: int) -
     with evaluating(model), _without(model, group, keep):
         wanted = model(input_ids=tokens, use_cache=False).logits
         of_blocks = _outputs(anatomy, calls, numbers)
-    chosen, config, tensors = selections(model, group, keep), config_of(model, group, count), tensors_of(model)
-    cuts, places = list[Cut](), dict[int, Tensor]()
-    for tensor_name, of_tensor in chosen.items():
-        old = tensors[tensor_name]
-        if id(old) in places:  # under another of its names
-            continue
-        if isinstance(old, nn.Parameter):
-            cuts.append(cut(old, *of_tensor))
-            places[id(old)] = cuts[-1].new
-        else:
-            places[id(old)] = selected(old, tuple(of_tensor))
-    # A tied tensor has several names.
-    rebuild(model, config, {key: places.get(id(tensor), tensor) for key, tensor in tensors.items()})
+    cuts = _rebuild(model, config_of(model, group, count), selections(model, group, keep))
     note_count(anatomy, name, was)
     forget_layout(model)
     if name == EXPERTS:
@@ -211,22 +228,3 @@ def take_shape(anatomy: Anatomy, shape: Shape) -> None:
         remove_units(anatomy, group, keep)
     if shape.experts:
         note_experts(anatomy, {block: list(numbers) for block, numbers in shape.experts})
-
-
-def _cut(part: UnitLinear, index: Tensor) -> list[Cut]:
-    linear, is_linear = part.linear, isinstance(part.linear, nn.Linear)
-    dim = int((part.side == "rows") != is_linear)  # of the weight as it is stored: Conv1D's is (in, out)
-    cuts = [_cut_parameter(linear, "weight", dim, index)]
-    if part.side == "rows" and linear.bias is not None:
-        cuts.append(_cut_parameter(linear, "bias", 0, index))
-    for name, size in zip(
-        ("out_features", "in_features") if is_linear else ("nf", "nx"), part.weight.shape, strict=True
-    ):
-        setattr(linear, name, size)
-    return cuts
-
-
-def _cut_parameter(linear: nn.Module, name: str, dim: int, index: Tensor) -> Cut:
-    made = cut(linear.get_parameter(name), Selection(dim, index))
-    setattr(linear, name, made.new)
-    return made

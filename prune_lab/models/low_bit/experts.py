@@ -16,7 +16,7 @@ from prune_lab.models.low_bit.linears import LowBitLinear, LowBitWeights
 from prune_lab.models.products import set_experts
 
 if TYPE_CHECKING:
-    from prune_lab.models.low_bit.compressed_tensors import Scheme
+    from prune_lab.models.low_bit.scheme import Scheme
 
 
 class LowBitExperts(LowBitWeights):

@@ -10,7 +10,7 @@ from torch import nn
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import Anatomy, out_in
 from prune_lab.models.found import Layout, evaluating, forget_layout, is_same, probe_tokens
-from prune_lab.models.low_bit.compressed_tensors import Scheme, linear_names, replace_linear
+from prune_lab.models.low_bit.compressed_tensors import linear_names, replace_linear
 from prune_lab.models.low_bit.experts import (
     LowBitExperts,
     conversions_of,
@@ -20,6 +20,7 @@ from prune_lab.models.low_bit.experts import (
     put_experts,
 )  # fmt: skip
 from prune_lab.models.low_bit.linears import Int8Linear, LowBitLinear
+from prune_lab.models.low_bit.scheme import Scheme
 from prune_lab.models.products import FusedMatrix, eager_experts
 
 EXPANDED = "the weights are expanded to the inputs' type before each product, which takes time of its own"
