@@ -368,3 +368,23 @@ def found_anew(model: Any) -> found_layouts.Layout:
     forget_layout(model)
     forget_units(model)
     return found_layouts.layout_of(model)
+
+
+@pytest.mark.parametrize(("amount", "said"), [(0.125, "leaves 84 of 96 channels of each expert"), (0.25, None)])
+def test_widths_that_grouped_products_do_not_take_are_refused(amount: float, said: str | None, place: Path) -> None:
+    """Stock transformers with such experts raises in its default implementation, in float32 and in bfloat16."""
+    loaded = loaded_of(place, "mixtral")
+    method, before = Structured(amount=amount), loaded.model.config.intermediate_size
+    if said is None:
+        method.check_model(Anatomy(loaded.model), [amount])
+        method.prune(Anatomy(loaded.model), amount, 0)
+        assert loaded.model.config.intermediate_size == before * 3 // 4
+        return
+    with pytest.raises(Refused, match=rf"{said}.*give method\.round_to=8"):
+        method.check_model(Anatomy(loaded.model), [amount])
+    config = copy.deepcopy(loaded.model.config)
+    config.intermediate_size = 84
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
+        model(input_ids=torch.arange(4, 20)[None])
+    Structured(amount=amount, physical=False).check_model(Anatomy(loaded.model), [amount])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from prune_lab.errors import Refused
 from prune_lab.methods.base import Method
-from prune_lab.models.anatomy import FAMILIES, HIDDEN, LABELS, unit_kind
+from prune_lab.models.anatomy import ALIGNED, FAMILIES, HIDDEN, LABELS, unit_kind
 from prune_lab.models.stand_in import check_stand_in, held, needs_stand_in, note_of, why_held_no_more
 from prune_lab.pruning.pruned import Pruned
 from prune_lab.pruning.refit_targets import NEEDS_OF_TARGET, TARGETS
@@ -247,6 +247,12 @@ class Structured(Method):
         total = dense_count(anatomy, group)
         count = min(self._count(group, total, amount), anatomy.unit_count(group))
         if self.physical and not anatomy.can_hold(group, count):
+            if not anatomy.fits_experts(group, count):
+                raise Refused(
+                    f"method.amount={amount:g} leaves {count} of {total} channels of each expert, which PyTorch's "
+                    f"grouped products, by which transformers computes them, do not take: they take multiples of "
+                    f"{ALIGNED}; give method.round_to={ALIGNED}"
+                )
             possible = anatomy.possible_counts(group, near=count)
             raise self._not_held(anatomy.config, group, amount, count, total, possible)
         return count

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # checking a configuration asks for the family alone, and has
 # Kinds of units, as method.units names them, and what a person calls several of a kind.
 LABELS = {"mlp": "MLP channels", "heads": "KV groups"}
 HIDDEN = "hidden"  # channels of the states, which no block has for itself (hidden.py)
+ALIGNED = 8  # channels of an expert: 16 bytes of bfloat16, at multiples of which rows of grouped products begin
 MANY = 64  # counts that are tried one by one
 MANY_SIZES = 1024  # of the hidden size, of which but the config is asked
 HEADS_OF_RUN = {"kv": 1, "qkv": 3}  # a run named "query" has all query heads of a KV group
@@ -448,6 +449,15 @@ class Anatomy:
         from prune_lab.models.unit_fields import can_hold
 
         return can_hold(self.model, units_of(self.model).groups[group], count)
+
+    def fits_experts(self, group: str, count: int) -> bool:
+        """False where a count of MLP channels is one of experts that stock transformers does not multiply."""
+        if self.found is None or group == HIDDEN:
+            return True
+        from prune_lab.models.found_units import units_of
+        from prune_lab.models.unit_fields import fits_experts
+
+        return fits_experts(self.model, units_of(self.model).groups[group], count)
 
     def possible_counts(self, group: str, near: int) -> list[int]:
         """Counts that the config can hold, up to the present one, ascending: of many, the nearest to `near`."""

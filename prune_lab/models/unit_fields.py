@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from prune_lab.models.anatomy import LABELS
+from prune_lab.models.anatomy import ALIGNED, LABELS
+from prune_lab.models.products import experts_of
 from prune_lab.models.rebuild import edited, shapes, text_parts
 from prune_lab.models.unit_sets import Beside, FoundGroup, FoundSet, Side, dimension
 
@@ -129,11 +130,25 @@ def can_hold(model: Any, group: FoundGroup, count: int) -> bool:
     """True where a model of stock transformers can have this count of a group, and nothing else differs."""
     if count == group.count:
         return True
+    if not fits_experts(model, group, count):
+        return False
     was, now = shapes(model, model.config), _shapes_with(model, group, count) if count > 0 else None
     if was is None or now is None:
         return False
     found = _explained(model, was, now, group.kind, list(group.sets), group.count, count)
     return not isinstance(found, str) and len(found[0]) == len(group.sets)
+
+
+def fits_experts(model: Any, group: FoundGroup, count: int) -> bool:
+    """False for a width of experts that the grouped products of PyTorch, transformers' default, do not take.
+
+    Their rows begin at multiples of 16 bytes: 8 numbers of 2 bytes, in which mixtures are used and trained.
+    """
+    fused = [s for s in group.sets if not s.sides[-1].matrix.is_linear]
+    if not fused or experts_of(model) in (None, "eager") or group.kind != "mlp":
+        return True
+    widths = {s.units // group.count for s in fused}
+    return all(width * group.count % ALIGNED or width * count % ALIGNED == 0 for width in widths)
 
 
 def _shapes_with(model: Any, group: FoundGroup, count: int) -> Shapes | None:
