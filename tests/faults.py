@@ -295,6 +295,16 @@ FAULTS = (
         ("test_experts.py::test_scores_of_a_mixture_by_hand",),
     ),
     Fault(
+        "gates_of_experts_left_out", "prune_lab/pruning/statistics.py",
+        "rows.float() * gates[:, None]", "rows.float()",
+        ("test_expert_gates.py::test_weights_of_experts_go_by_gated_inputs",),
+    ),
+    Fault(
+        "gates_of_the_first_choice", "prune_lab/pruning/expert_gates.py",
+        "gates[token, choice].float()", "gates[token, 0].float()",
+        ("test_expert_gates.py::test_weights_of_experts_go_by_gated_inputs",),
+    ),
+    Fault(
         "unseen_experts_are_scored", "prune_lab/methods/weights.py",
         "if self.calibrated and statistics.is_unseen:", "if False:",
         ("test_found.py::test_an_expert_that_saw_hardly_a_token_is_pruned_by_magnitude_and_the_run_says_so",),

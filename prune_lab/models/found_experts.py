@@ -128,6 +128,12 @@ def mixtures_of(model: Any, group: FoundGroup) -> list[Mixture] | str:
     return found
 
 
+def gated_mixtures(model: Any) -> list[Mixture] | str:
+    """The mixtures of a model, whatever could be removed of them, or the reason why their gates cannot be seen."""
+    group = find_experts(model, layout_of(model))
+    return group if isinstance(group, str) else mixtures_of(model, group)
+
+
 def _called_with_choices(model: Any, owners: set[str]) -> dict[str, str]:
     """The module of experts that each owner of their weights is or is in: what is called with choices and gates."""
     seen, hooks = set[str](), list[Any]()
