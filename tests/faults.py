@@ -295,6 +295,21 @@ FAULTS = (
         ("test_experts.py::test_scores_of_a_mixture_by_hand",),
     ),
     Fault(
+        "active_experts_of_what_is_left", "prune_lab/methods/active_experts.py",
+        "total - count_to_remove(total, amount)), top.count)", "top.count - count_to_remove(top.count, amount)), top.count)",
+        ("test_active_experts.py::test_prunings_in_a_row_are_of_the_dense_models_number",),
+    ),
+    Fault(
+        "layout_of_more_active_experts_kept", "prune_lab/pruning/surgery.py",
+        "note_count(anatomy, ACTIVE, top.count)\n    forget_layout(model)\n", "note_count(anatomy, ACTIVE, top.count)\n",
+        ("test_active_experts.py::test_active_parameters_and_work_follow",),
+    ),
+    Fault(
+        "dense_results_whatever_the_config", "prune_lab/dense_cache.py",
+        "and self._model.config.to_dict() == model.config.to_dict()\n", "\n",
+        ("test_active_experts.py::test_results_of_the_dense_model_are_not_served_for_it",),
+    ),
+    Fault(
         "gates_of_experts_left_out", "prune_lab/pruning/statistics.py",
         "rows.float() * gates[:, None]", "rows.float()",
         ("test_expert_gates.py::test_weights_of_experts_go_by_gated_inputs",),

@@ -95,6 +95,7 @@ def save(
         "shape": asdict(shape_of(Anatomy(model))),
         "rows": [asdict(row) for row in pruned.rows],
         "notes": pruned.warnings,
+        "counted": pruned.counted,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as half:
@@ -110,4 +111,5 @@ def read(path: Path) -> Checkpoint | None:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
     masks = {key.removeprefix("mask/"): tensors.pop(key) for key in list(tensors) if key.startswith("mask/")}
     pruned = Pruned([LayerRow(**row) for row in facts["rows"]], Masks(masks), facts["notes"])
+    pruned.counted = facts["counted"] and tuple(facts["counted"])
     return Checkpoint(facts["step"], Shape(**facts["shape"]), pruned, facts["best"], tensors)
