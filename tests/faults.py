@@ -296,12 +296,14 @@ FAULTS = (
     ),
     Fault(
         "active_experts_of_what_is_left", "prune_lab/methods/active_experts.py",
-        "total - count_to_remove(total, amount)), top.count)", "top.count - count_to_remove(top.count, amount)), top.count)",
+        "total - count_to_remove(total, amount)), top.count)",
+        "top.count - count_to_remove(top.count, amount)), top.count)",
         ("test_active_experts.py::test_prunings_in_a_row_are_of_the_dense_models_number",),
     ),
     Fault(
         "layout_of_more_active_experts_kept", "prune_lab/pruning/surgery.py",
-        "note_count(anatomy, ACTIVE, top.count)\n    forget_layout(model)\n", "note_count(anatomy, ACTIVE, top.count)\n",
+        "note_count(anatomy, ACTIVE, top.count)\n    forget_layout(model)\n",
+        "note_count(anatomy, ACTIVE, top.count)\n",
         ("test_active_experts.py::test_active_parameters_and_work_follow",),
     ),
     Fault(

@@ -675,7 +675,7 @@ def test_one_ranking_of_all_weights_has_no_other_allocation(allocation: str) -> 
         (
             "unstructured",
             {"score": "l2"},
-            r"score='l2' is not one of magnitude, random, wanda, ria, taylor, taylor2, wifv",
+            r"score='l2' is not one of magnitude, random, wanda, moe_pruner, ria, taylor, taylor2, wifv",
         ),
         (
             "structured",
