@@ -17,8 +17,9 @@ from test_calibration_source import evaluator, jsonl, summary_of
 
 from prune_lab.results import run_warnings
 from prune_lab.system.console import Console
+from prune_lab.text.calibration_corpus import calibration_files
 from prune_lab.text.calibration_windows import turns
-from prune_lab.text.source import MixPart, apportioned
+from prune_lab.text.source import Calibration, MixPart, apportioned
 from prune_lab.text.splits import SPLITS
 from prune_lab.text.text_files import TextFiles
 
@@ -146,6 +147,13 @@ def test_text_that_is_tested_on_is_counted_by_part(folder: Path, corpus: Path, t
     ]
     assert [part["windows_tested_on"] for part in stamp["mix"]] == [sum(held), 0]
     assert stamp["windows_tested_on"] == sum(held)
+
+
+def test_an_edit_of_any_part_is_seen(tmp_path: Path) -> None:
+    """By the files that an open evaluator is compared with; one that is not there is refused where it is needed."""
+    names = [str(jsonl(tmp_path / f"{part}.jsonl", [story(n)])) for n, part in enumerate("ab")]
+    parts = ("text", 0.5, names[0]), ("own", 0.2), ("text", 0.2, names[1]), ("text", 0.1, str(tmp_path / "none"))
+    assert calibration_files(Calibration(**mixed(*parts))) == [Path(name) for name in names]
 
 
 KEYS = ["method=sparsegpt", "tracking=none", "measure=quality_only", "hydra.run.dir=run"]
