@@ -206,35 +206,6 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
     ("dataset.seq_len=129", ("dataset.seq_len=129", "context of 128")),
     ("dataset.calibration.n_samples=0", ("dataset.calibration.n_samples=0", "at least 1")),
     ("method=wanda dataset.calibration.n_samples=1000000000000", ("1000000000000 are asked for", "n_samples")),
-    *((f"dataset.calibration.source=mix dataset.calibration.mix={mix}", (f"dataset.calibration.mix{key}", *says))
-      for mix, key, *says in (
-          ("[]", "=[]", "give its parts"), ("null", "=None", "a list of {source, share, name, column}"),
-          ("own", "='own'", "a list of {source"), ("[own]", "[0]='own'", "a list of {source"),
-          ("[{source:own}]", "[0].share is required"), ("[{share:1}]", "[0].source is required"),
-          ("[{source:own,share:1,3:4}]", "[0].3", "source, share"),
-          ("[{source:own,share:x}]", "[0].share", "'x'", "Float"),
-          *((f"[{{source:own,share:{share}}},{{source:stdlib,share:0.5}}]", f"[0].share={share}", "above 0")
-            for share in ("-0.5", "nan", "inf", "0", "1.5")),
-          ("[{source:own,share:0.5}]", ": its shares 0.5 sum to 0.5", "sum to 1"),
-          ("[{source:own,share:0.6},{source:stdlib,share:0.6}]", ": its shares 0.6, 0.6 sum to 1.2"),
-          ("[{source:nope,share:1}]", "[0].source='nope'", "own, stdlib, text, wikitext2, c4"),
-          ("[{source:mix,share:1}]", "[0].source='mix'", "own, stdlib"),
-          ("[{source:mix,share:1,mix:[]}]", "[0].mix", "source, share, name, column"),
-          ("[{source:text,share:1}]", "[0].name is required"),
-          ("[{source:own,share:0.5},{source:text,share:0.5}]", "[1].name is required"),
-          ("[{source:own,share:1,name:x}]", "[0].name='x'", "source=own"),
-          ("[{source:stdlib,share:1,column:x}]", "[0].column='x'", "source=stdlib"),
-          ("[{source:own,share:0.5},{source:own,share:0.5}]", "[0] and mix[1]", "both shares"),
-          ("[{source:own,share:0.999},{source:stdlib,share:0.001}]", "[1].share=0.001", "n_samples=128"),
-      )),
-    ("dataset.calibration.mix=[{source:own,share:1}]", ("dataset.calibration.mix", "source=own", "source=mix")),
-    ("dataset.calibration.source=stdlib dataset.calibration.mix=[{source:own,share:1}]",
-     ("dataset.calibration.mix", "source=stdlib", "source=mix")),
-    ("dataset.calibration.source=mix dataset.calibration.name=x dataset.calibration.mix=[{source:own,share:1}]",
-     ("dataset.calibration.name='x'", "source=mix")),
-    ("dataset.calibration.source=mix dataset.calibration.n_samples=1 "
-     "dataset.calibration.mix=[{source:own,share:0.5},{source:stdlib,share:0.5}]",
-     ("dataset.calibration.mix[1].share=0.5", "n_samples=1")),
     ("method=wanda dataset.calibration.seq_len=129", ("dataset.calibration.seq_len=129", "context of 128")),
     ("hydra.run.dir=" + "d" * 300, ("File name too long",)),
     ("model.name=/nowhere/llama", ("model.name='/nowhere/llama'", "neither a folder here nor a Hub id")),
@@ -284,6 +255,44 @@ _TARGETS = [
 ]  # fmt: skip
 
 CONFIG = [Bad("config", overrides[:70], overrides.split(" "), says) for overrides, says in _CONFIG]
+CONFIG += [
+    Bad("config", f"mix {mix}", ["dataset.calibration.source=mix", f"dataset.calibration.mix={mix}"],
+        (f"dataset.calibration.mix{key}", *says))
+    for mix, key, *says in (
+        ("[]", "=[]", "give its parts"), ("null", "=None", "a list of {source, share, name, column}"),
+        ("own", "='own'", "a list of {source"), ("[own]", "[0]='own'", "a list of {source"),
+        ("[{source:own}]", "[0].share is required"), ("[{share:1}]", "[0].source is required"),
+        ("[{source:own,share:1,3:4}]", "[0].3", "source, share"),
+        ("[{source:own,share:x}]", "[0].share", "'x'", "Float"),
+        *((f"[{{source:own,share:{share}}},{{source:stdlib,share:0.5}}]", f"[0].share={share}", "above 0")
+          for share in ("-0.5", "nan", "inf", "0", "1.5")),
+        ("[{source:own,share:0.5}]", ": its shares 0.5 sum to 0.5", "sum to 1"),
+        ("[{source:own,share:0.6},{source:stdlib,share:0.6}]", ": its shares 0.6, 0.6 sum to 1.2"),
+        ("[{source:nope,share:1}]", "[0].source='nope'", "own, stdlib, text, wikitext2, c4"),
+        ("[{source:mix,share:1}]", "[0].source='mix'", "own, stdlib"),
+        ("[{source:mix,share:1,mix:[]}]", "[0].mix", "source, share, name, column"),
+        ("[{source:text,share:1}]", "[0].name is required"),
+        ("[{source:own,share:0.5},{source:text,share:0.5}]", "[1].name is required"),
+        ("[{source:own,share:1,name:x}]", "[0].name='x'", "source=own"),
+        ("[{source:stdlib,share:1,column:x}]", "[0].column='x'", "source=stdlib"),
+        ("[{source:own,share:0.5},{source:own,share:0.5}]", "[0] and mix[1]", "both shares"),
+        ("[{source:own,share:0.999},{source:stdlib,share:0.001}]", "[1].share=0.001", "n_samples=128"),
+    )
+]  # fmt: skip
+CONFIG += [
+    Bad("config", name, [f"dataset.calibration.{word}" for word in words], says)
+    for name, words, says in (
+        ("a mix without source=mix", ["mix=[{source:own,share:1}]"],
+         ("dataset.calibration.mix", "source=own", "source=mix")),
+        ("a mix with another source", ["source=stdlib", "mix=[{source:own,share:1}]"],
+         ("dataset.calibration.mix", "source=stdlib", "source=mix")),
+        ("a mix with a name", ["source=mix", "name=x", "mix=[{source:own,share:1}]"],
+         ("dataset.calibration.name='x'", "source=mix")),
+        ("a mix of more parts than windows",
+         ["source=mix", "n_samples=1", "mix=[{source:own,share:0.5},{source:stdlib,share:0.5}]"],
+         ("dataset.calibration.mix[1].share=0.5", "n_samples=1")),
+    )
+]  # fmt: skip
 CONFIG += [
     Bad("config", f"target {target!r}", [f"method._target_={target}"],
         ("method._target_=", target.replace("null", "None"), "allowed"))
