@@ -63,10 +63,14 @@ class DenseCache:
         self._in_process: dict[str, Any] = {}
 
     def are_of(self, model: Any) -> bool:
-        """True where a model has the tensors of the dense one, bit by bit but for the sign of a zero."""
+        """True where a model has the tensors of the dense one, bit by bit but for the sign of a zero, and its config.
+
+        With the same tensors a token may go to fewer experts.
+        """
         mine, others = self._model.state_dict(), model.state_dict()
         return (
             not model.training
+            and self._model.config.to_dict() == model.config.to_dict()
             and mine.keys() == others.keys()
             and all(_same(tensor, others[name]) for name, tensor in mine.items())
         )

@@ -35,7 +35,6 @@ from prune_lab.models.export import save_dense
 from prune_lab.models.load import Loaded, ModelSource
 from prune_lab.models.offload.on_disk import own_copy
 from prune_lab.pruning.calibration import Calibrator
-from prune_lab.results.run_warnings import SAME_TEXT
 from prune_lab.results.samples import Sample
 from prune_lab.results.summary import write_json
 from prune_lab.system.console import Console
@@ -43,8 +42,9 @@ from prune_lab.system.device import Device, uses_bfloat16
 from prune_lab.system.files import owner_suffix, state_of
 from prune_lab.system.lock import locked
 from prune_lab.text.bos import Bos, resolve_bos
-from prune_lab.text.calibration_corpus import calibration_corpus, calibration_files
-from prune_lab.text.sampling import holding
+from prune_lab.text.calibration_corpus import calibration_corpora, calibration_files
+from prune_lab.text.calibration_windows import draw_windows
+from prune_lab.text.corpus import Corpus
 from prune_lab.text.source import Calibration, TextSource
 from prune_lab.text.tokens import JOIN, Tokens, sha256
 
@@ -66,9 +66,7 @@ class Evaluator:
         needed = needs_bos(self.dense.family)
         self.bos: Bos = resolve_bos(text.add_bos, self.dense.family, needed, self.dense.tokenizer)
         self._check_length("dataset.seq_len", text.seq_len)
-        self.tokens = Tokens(
-            corpus, self.dense.tokenizer, console, self.dense.model.config.get_text_config().vocab_size
-        )
+        self.tokens = self._tokens(corpus, console)
         self.windows = self.tokens.windows("test", text.seq_len)[: measure.max_windows]
         stream = self.tokens.stream("test")
         room = None if self.context is None else self.context - self.bos.length
@@ -76,6 +74,10 @@ class Evaluator:
         grid = cut_grid(stream, measure, room)
         self.prompts: Prompts | None = prepare_prompts(measure, self.dense, self.bos, self.context)
         self.grid: dict[PromptShape, Tensor] = {shape: self.bos.before(prompt) for shape, prompt in grid.items()}
+
+    def _tokens(self, corpus: Corpus, console: Console) -> Tokens:
+        """A text as tokens of the model's tokenizer."""
+        return Tokens(corpus, self.dense.tokenizer, console, self.dense.model.config.get_text_config().vocab_size)
 
     def _check_length(self, key: str, seq_len: int) -> None:
         """Raises Refused where a window of `seq_len` tokens, with its BOS, is longer than the model's context."""
@@ -132,41 +134,21 @@ class Evaluator:
         if seed not in self._calibrators:
             asked = self._calibration
             self._check_length("dataset.calibration.seq_len", asked.seq_len)
-            corpus = calibration_corpus(asked, self.tokens.corpus, self.dense.tokenizer)
-            tokens = self.tokens
-            if corpus is not None:
-                tokens = Tokens(
-                    corpus, self.dense.tokenizer, console, self.dense.model.config.get_text_config().vocab_size
-                )
+            corpora = calibration_corpora(asked, self.tokens.corpus, self.dense.tokenizer)
+            parts = [None if corpus is None else self._tokens(corpus, console) for corpus in corpora]
+            windows, text = draw_windows(asked, self.tokens, parts, self.windows.flatten(), seed)
             bfloat16 = uses_bfloat16(asked.autocast, self.device.torch_device)
-            # However it is cut into documents; two splits of one text share what it repeats, and no more.
-            is_other = corpus is not None or tokens.corpus.read_test is not None
-            drawn = tokens.calibration_windows(
-                asked.n_samples, asked.seq_len, seed, spread=corpus is not None, join=asked.join
-            )
             found = Anatomy(self.dense.model).found
             one_by_one = found is None or found.one_by_one
             propagate = asked.propagate if one_by_one else "dense"  # its text passes the whole model at once
-            stamp = {
-                "source": tokens.corpus.name,
-                "own": corpus is None,
-                "n_samples": asked.n_samples,
+            stamp = text | {
                 "seq_len": asked.seq_len,
                 "propagate": propagate,
                 "pass": "blocks one by one" if one_by_one else "the whole model",
                 "bfloat16": bfloat16,
                 "seed": seed,
-                "sampling": drawn.sampling,
-                "documents": drawn.documents,
-                "documents_too_short": drawn.too_short,
-                "distinct_tokens": drawn.distinct_tokens,
-                "overlap": drawn.overlap,  # the most windows that share a token
-                "text": None if corpus is None else corpus.counts,
-                "windows_tested_on": holding(drawn.windows, self.windows.flatten(), SAME_TEXT) if is_other else 0,
-                "windows": drawn.places,  # [document, first token] of each
-                "tokens_sha256": sha256(drawn.windows),
             }
-            seen, prefix = self.bos.before(drawn.windows), self.bos.length
+            seen, prefix = self.bos.before(windows), self.bos.length
             self._calibrators[seed] = Calibrator(seen, propagate, asked.batch_size, bfloat16, prefix), stamp
         calibrator, stamp = self._calibrators[seed]
         return replace(calibrator, console=console), stamp

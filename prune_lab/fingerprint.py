@@ -57,7 +57,9 @@ def fingerprint(config: dict[str, Any], protocol: dict[str, Any], hashes: dict[s
     stamp = _without(protocol, _PROTOCOL_PLACES)
     for part, name in ((kept["dataset"], "name"), (stamp, "source")):
         if isinstance(part.get("calibration"), dict):
-            part["calibration"] = _without(part["calibration"], (name,))
+            found = _without(part["calibration"], (name,))
+            mix = [_without(one, (name,)) for one in found.get("mix") or ()]
+            part["calibration"] = found | ({"mix": mix} if mix else {})
     return digest_of([_code(), {"config": kept, "protocol": stamp, "hashes": hashes}])
 
 

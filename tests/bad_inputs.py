@@ -127,6 +127,11 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
     ("method=structured method.units=[]", ("method.units=[]", "mlp", "heads")),
     ("method=structured method.refit=rows", ("method.refit='rows'", "none, bias, inputs, dense, residual")),
     ("method=wanda method.refit=bias", ("method.refit='bias'", "none, inputs, dense, residual")),
+    ("method=active_experts", ("method=active_experts", "llama models have no experts")),
+    ("method=active_experts amount=1", ("amount=1", "[0, 1)")),
+    ("method=active_experts method.score=reap", ("method.score", "amount")),
+    ("method=unstructured method.score=moe_pruner",
+     ("method.score=moe_pruner", "llama models have no experts", "method.score=wanda")),
     ("method=structured method.refit=residual dataset.calibration.propagate=dense",
      ("method.refit=residual", "dataset.calibration.propagate=dense", "method.refit=inputs")),
     ("method=depth method.refit=inputs", ("method.refit='inputs'", "none, residual")),
@@ -250,6 +255,44 @@ _TARGETS = [
 ]  # fmt: skip
 
 CONFIG = [Bad("config", overrides[:70], overrides.split(" "), says) for overrides, says in _CONFIG]
+CONFIG += [
+    Bad("config", f"mix {mix}", ["dataset.calibration.source=mix", f"dataset.calibration.mix={mix}"],
+        (f"dataset.calibration.mix{key}", *says))
+    for mix, key, *says in (
+        ("[]", "=[]", "give its parts"), ("null", "=None", "a list of {source, share, name, column}"),
+        ("own", "='own'", "a list of {source"), ("[own]", "[0]='own'", "a list of {source"),
+        ("[{source:own}]", "[0].share is required"), ("[{share:1}]", "[0].source is required"),
+        ("[{source:own,share:1,3:4}]", "[0].3", "source, share"),
+        ("[{source:own,share:x}]", "[0].share", "'x'", "Float"),
+        *((f"[{{source:own,share:{share}}},{{source:stdlib,share:0.5}}]", f"[0].share={share}", "above 0")
+          for share in ("-0.5", "nan", "inf", "0", "1.5")),
+        ("[{source:own,share:0.5}]", ": its shares 0.5 sum to 0.5", "sum to 1"),
+        ("[{source:own,share:0.6},{source:stdlib,share:0.6}]", ": its shares 0.6, 0.6 sum to 1.2"),
+        ("[{source:nope,share:1}]", "[0].source='nope'", "own, stdlib, text, wikitext2, c4"),
+        ("[{source:mix,share:1}]", "[0].source='mix'", "own, stdlib"),
+        ("[{source:mix,share:1,mix:[]}]", "[0].mix", "source, share, name, column"),
+        ("[{source:text,share:1}]", "[0].name is required"),
+        ("[{source:own,share:0.5},{source:text,share:0.5}]", "[1].name is required"),
+        ("[{source:own,share:1,name:x}]", "[0].name='x'", "source=own"),
+        ("[{source:stdlib,share:1,column:x}]", "[0].column='x'", "source=stdlib"),
+        ("[{source:own,share:0.5},{source:own,share:0.5}]", "[0] and mix[1]", "both shares"),
+        ("[{source:own,share:0.999},{source:stdlib,share:0.001}]", "[1].share=0.001", "n_samples=128"),
+    )
+]  # fmt: skip
+CONFIG += [
+    Bad("config", name, [f"dataset.calibration.{word}" for word in words], says)
+    for name, words, says in (
+        ("a mix without source=mix", ["mix=[{source:own,share:1}]"],
+         ("dataset.calibration.mix", "source=own", "source=mix")),
+        ("a mix with another source", ["source=stdlib", "mix=[{source:own,share:1}]"],
+         ("dataset.calibration.mix", "source=stdlib", "source=mix")),
+        ("a mix with a name", ["source=mix", "name=x", "mix=[{source:own,share:1}]"],
+         ("dataset.calibration.name='x'", "source=mix")),
+        ("a mix of more parts than windows",
+         ["source=mix", "n_samples=1", "mix=[{source:own,share:0.5},{source:stdlib,share:0.5}]"],
+         ("dataset.calibration.mix[1].share=0.5", "n_samples=1")),
+    )
+]  # fmt: skip
 CONFIG += [
     Bad("config", f"target {target!r}", [f"method._target_={target}"],
         ("method._target_=", target.replace("null", "None"), "allowed"))
@@ -564,6 +607,24 @@ DATA += [
          "dataset.calibration.name=PLACE/a.jsonl"],
         ("dataset.calibration.name=PLACE/a.jsonl", "test text", "dataset.calibration.source=own"),
         _file("a.jsonl", b"".join(json.dumps({"text": story(n)}).encode() + b"\n" for n in range(900, 920)))),
+    Bad("data", "a part of a mix that is absent",
+        ["method=wanda", "dataset.calibration.source=mix",
+         "dataset.calibration.mix=[{source:own,share:0.5},{source:text,name:PLACE/absent,share:0.5}]"],
+        ("dataset.calibration.mix[1].name='PLACE/absent'", "names no file")),
+    Bad("data", "a part of a mix of other columns",
+        ["method=wanda", "dataset.calibration.source=mix",
+         "dataset.calibration.mix=[{source:text,name:PLACE/a.jsonl,share:1}]"],
+        ("dataset.calibration.mix[0].name=PLACE/a.jsonl", "dataset.calibration.mix[0].column='text'", "body"),
+        _file("a.jsonl", b'{"body": "one"}\n')),
+    Bad("data", "a part of a mix that no folder or Hub id has",
+        ["method=wanda", "dataset.calibration.source=mix",
+         "dataset.calibration.mix=[{source:c4,name:../../c4,share:1}]"],
+        ("dataset.calibration.mix[0].name='../../c4'", "neither a folder here nor a Hub id")),
+    Bad("data", "a part of a mix that is another part",
+        ["method=wanda", "dataset.calibration.source=mix",
+         "dataset.calibration.mix=[{source:text,name:PLACE/a.jsonl,share:0.5},{source:text,name:PLACE/*.jsonl,share:0.5}]"],
+        ("dataset.calibration.mix[1].name=PLACE/*.jsonl", "another part of the mix"),
+        _file("a.jsonl", b"".join(json.dumps({"text": story(n)}).encode() + b"\n" for n in range(900, 920)))),
     Bad("data", "calibration text of short documents",
         ["method=wanda", "dataset.calibration.source=text", "dataset.calibration.name=PLACE/a.jsonl"],
         ("dataset.calibration.name=PLACE/a.jsonl", "128 are asked for", "dataset.calibration.join=true"),
@@ -860,6 +921,14 @@ CHECKPOINTS += [
         ["model.name=PLACE/odd", "method=depth", "amount=0.5", "tracking=none"],
         ("method.amount=0.5", "2 of 3 blocks", "minicpm3", "none can", "Give a smaller amount"),
         lambda place: tiny_folder(place / "odd", "minicpm3")),
+    Bad("checkpoint", "whose experts have no gates that are seen",
+        ["model.name=PLACE/odd", "method=unstructured", "method.score=moe_pruner", "tracking=none"],
+        ("method.score=moe_pruner", "llama4_text", "not called with states", "method.score=wanda"),
+        lambda place: tiny_folder(place / "odd", "llama4_text")),
+    Bad("checkpoint", "whose router takes two experts whatever its config says",
+        ["model.name=PLACE/odd", "method=active_experts", "tracking=none"],
+        ("method=active_experts", "phimoe", "no field of its config changes how many experts"),
+        lambda place: tiny_folder(place / "odd", "phimoe")),
     Bad("checkpoint", "whose MLPs are not described",
         ["model.name=PLACE/odd", "method=depth", "method.refit=residual", "tracking=none"],
         ("method.refit=residual", "olmo2", "method.refit=none"), lambda place: tiny_folder(place / "odd", "olmo2")),

@@ -295,6 +295,33 @@ FAULTS = (
         ("test_experts.py::test_scores_of_a_mixture_by_hand",),
     ),
     Fault(
+        "active_experts_of_what_is_left", "prune_lab/methods/active_experts.py",
+        "total - count_to_remove(total, amount)), top.count)",
+        "top.count - count_to_remove(top.count, amount)), top.count)",
+        ("test_active_experts.py::test_prunings_in_a_row_are_of_the_dense_models_number",),
+    ),
+    Fault(
+        "layout_of_more_active_experts_kept", "prune_lab/pruning/surgery.py",
+        "note_count(anatomy, ACTIVE, top.count)\n    forget_layout(model)\n",
+        "note_count(anatomy, ACTIVE, top.count)\n",
+        ("test_active_experts.py::test_active_parameters_and_work_follow",),
+    ),
+    Fault(
+        "dense_results_whatever_the_config", "prune_lab/dense_cache.py",
+        "and self._model.config.to_dict() == model.config.to_dict()\n", "\n",
+        ("test_active_experts.py::test_results_of_the_dense_model_are_not_served_for_it",),
+    ),
+    Fault(
+        "gates_of_experts_left_out", "prune_lab/pruning/statistics.py",
+        "rows.float() * gates[:, None]", "rows.float()",
+        ("test_expert_gates.py::test_weights_of_experts_go_by_gated_inputs",),
+    ),
+    Fault(
+        "gates_of_the_first_choice", "prune_lab/pruning/expert_gates.py",
+        "gates[token, choice].float()", "gates[token, 0].float()",
+        ("test_expert_gates.py::test_weights_of_experts_go_by_gated_inputs",),
+    ),
+    Fault(
         "unseen_experts_are_scored", "prune_lab/methods/weights.py",
         "if self.calibrated and statistics.is_unseen:", "if False:",
         ("test_found.py::test_an_expert_that_saw_hardly_a_token_is_pruned_by_magnitude_and_the_run_says_so",),
@@ -622,8 +649,18 @@ FAULTS = (
     ),
     Fault(
         "named_calibration_text_may_be_the_test_text", "prune_lab/text/calibration_corpus.py",
-        "whole.for_tokenizer(tokenizer).apart_from(run)", "whole.for_tokenizer(tokenizer)",
+        "whole.apart_from(run, taken)", "whole",
         ("test_calibration_source.py::test_what_the_run_trains_or_tests_on_is_left_out",),
+    ),
+    Fault(
+        "parts_of_a_mix_one_after_the_other", "prune_lab/text/calibration_windows.py",
+        "key=lambda w: ((2 * w[1] + 1) / (2 * w[2]), w[0])", "key=lambda w: w[0]",
+        ("test_calibration_mix.py::test_every_stretch_of_a_mix_is_about_in_its_shares",),
+    ),
+    Fault(
+        "a_document_in_two_parts_of_a_mix", "prune_lab/text/calibration_corpus.py",
+        "taken |= whole.digests.keys()", "taken |= set()",
+        ("test_calibration_mix.py::test_a_document_is_in_one_part_of_a_mix",),
     ),
     Fault(
         "calibration_windows_cross_documents", "prune_lab/text/sampling.py",

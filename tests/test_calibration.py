@@ -340,6 +340,7 @@ def test_a_run_stamps_what_it_was_calibrated_on(small: list[str], corpus: Path, 
         "source": f"dataset.path={corpus}", "own": True, "n_samples": 6, "seq_len": 16, "propagate": "dense", "seed": 3,
         "pass": "blocks one by one",
         "bfloat16": False, "sampling": "at random", "text": None, "windows_tested_on": 0, "solved_width": None,
+            "mix": None,
         "documents": len({document for document, _ in windows}), "documents_too_short": 0,
         "distinct_tokens": len(covered), "overlap": max(covered.values()),
     }  # fmt: skip

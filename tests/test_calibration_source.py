@@ -23,7 +23,7 @@ from prune_lab.measure.settings import Measure
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.results import run_warnings
 from prune_lab.system.console import Console
-from prune_lab.text.calibration_corpus import calibration_corpus
+from prune_lab.text.calibration_corpus import calibration_corpora
 from prune_lab.text.corpus import Corpus, Documents
 from prune_lab.text.sampling import covered, in_turn
 from prune_lab.text.source import Calibration
@@ -93,7 +93,7 @@ def test_what_windows_cover(firsts: list[int], seq_len: int) -> None:
 
 
 def of_files(run: Corpus, name: Path, **keys: Any) -> list[str]:
-    whole = calibration_corpus(Calibration(source="text", name=str(name), **keys), run, None)
+    (whole,) = calibration_corpora(Calibration(source="text", name=str(name), **keys), run, None)
     assert whole is not None
     return list(whole.split("calibration"))
 
@@ -152,10 +152,10 @@ def test_the_test_text_is_not_calibrated_on(corpus: Path, tmp_path: Path) -> Non
 
 def test_the_standard_library_is_named_whole() -> None:
     other, library = Documents("a", ("x",), (), (), ("y",)), Stdlib().corpus()
-    whole = calibration_corpus(Calibration(source="stdlib"), other, None)
+    (whole,) = calibration_corpora(Calibration(source="stdlib"), other, None)
     assert whole is not None
     assert set(whole.split("calibration")) == {text for split in SPLITS for text in library.split(split)}
-    own = calibration_corpus(Calibration(source="stdlib"), library, None)
+    (own,) = calibration_corpora(Calibration(source="stdlib"), library, None)
     assert own is not None
     elsewhere = {"".join(text.split()) for split in ("train", "validation", "test") for text in library.split(split)}
     kept = {text for text in library.calibration if "".join(text.split()) not in elsewhere}
@@ -269,7 +269,7 @@ def test_a_thousand_documents_of_c4(tmp_path: Path) -> None:
     if not data.is_file():
         pytest.skip("the real text does not lie beside this clone")
     model = HubModel(name=str(make_folder(tmp_path / "model"))).load(CPU, 0)
-    whole = calibration_corpus(Calibration(source="text", name=str(data)), Documents("a", (), (), (), ("x",)), None)
+    (whole,) = calibration_corpora(Calibration(source="text", name=str(data)), Documents("a", (), (), (), ("x",)), None)
     assert whole is not None
     drawn = Tokens(whole, model.tokenizer).calibration_windows(128, 2048, 0, spread=True)
     assert drawn.documents == 128
@@ -309,7 +309,7 @@ def test_a_run_says_what_it_left_out_and_that_it_is_little(
 STAMP = {
     "own": False, "source": "a", "n_samples": 9, "seq_len": 10, "sampling": "in turn", "documents": 3, "text": None,
     "documents_too_short": 0, "distinct_tokens": 480, "overlap": 2, "solved_width": 48,
-    "windows_tested_on": 0,
+    "windows_tested_on": 0, "mix": None,
 }  # fmt: skip
 
 
@@ -365,7 +365,7 @@ def test_named_corpora_of_the_hub_are_used_whole(tmp_path: Path) -> None:
     for split, part in (("train", articles[:30]), ("validation", articles[30:35]), ("test", articles[35:])):
         rows = Dataset.from_dict({"text": [row for article in part for row in article]})
         rows.to_parquet(tmp_path / "wikitext-2-raw-v1" / f"{split}-00000-of-00001.parquet")
-    whole = calibration_corpus(
+    (whole,) = calibration_corpora(
         Calibration(source="wikitext2", name=str(tmp_path)), Documents("a", (), (), (), ("x",)), None
     )
     assert whole is not None
@@ -374,6 +374,6 @@ def test_named_corpora_of_the_hub_are_used_whole(tmp_path: Path) -> None:
     assert [f"Article {n} =" in text for n, text in enumerate(found)] == [True] * 30
     shutil.rmtree(tmp_path / "wikitext-2-raw-v1")
     with pytest.raises(Refused, match=r"^dataset\.calibration\.name=.* has no file wikitext-2-raw-v1/train-00000"):
-        calibration_corpus(
+        calibration_corpora(
             Calibration(source="wikitext2", name=str(tmp_path)), Documents("a", (), (), (), ("x",)), None
         )

@@ -122,6 +122,10 @@ COMPUTES: dict[str, Change] = {
     "dtype": overrides("dtype=bfloat16"),
     "seed": overrides("seed=1"),
     "calibration": overrides("dataset.calibration.n_samples=7"),
+    "calibration on a mix": lambda model, text: (text.parent / "more.txt").write_text(story(900)) and [
+        "dataset.calibration.source=mix",
+        f"dataset.calibration.mix=[{{source:own,share:0.5}},{{source:text,name:{text.parent}/more.txt,share:0.5}}]",
+    ],
 }  # fmt: skip
 # What no figure depends on and an export has all the same.
 CARRIED: dict[str, Change] = {

@@ -27,8 +27,8 @@ from prune_lab.pruning.pruned import Pruned
 from prune_lab.pruning.refit_targets import TARGETS
 from prune_lab.system.device import Device
 
-# But experts: these families have none (test_experts.py).
-OPTIONS = sorted({path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")} - {"experts"})
+# But those of experts: these families have none (test_experts.py, test_active_experts.py).
+OPTIONS = sorted({path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")} - {"experts", "active_experts"})
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WINDOWS = torch.randint(300, (6, 24), generator=torch.Generator().manual_seed(7))
 MLP = 48
@@ -675,7 +675,7 @@ def test_one_ranking_of_all_weights_has_no_other_allocation(allocation: str) -> 
         (
             "unstructured",
             {"score": "l2"},
-            r"score='l2' is not one of magnitude, random, wanda, ria, taylor, taylor2, wifv",
+            r"score='l2' is not one of magnitude, random, wanda, moe_pruner, ria, taylor, taylor2, wifv",
         ),
         (
             "structured",

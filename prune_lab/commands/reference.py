@@ -155,7 +155,8 @@ def _class(target: str) -> type:
 
 
 def _type_name(hint: Any) -> str:
-    return _cell(hint.__name__ if isinstance(hint, type) and not hasattr(hint, "__args__") else str(hint))
+    is_plain = isinstance(hint, type) and not hasattr(hint, "__args__")
+    return _cell(hint.__name__ if is_plain else re.sub(r"\bprune_lab\.[\w.]*\.", "", str(hint)))
 
 
 def _cell(text: str) -> str:

@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -202,7 +202,9 @@ def _named(path: str) -> Any:
 def _construct(cls: type, values: dict[str, Any], prefix: str) -> Any:
     """An instance of `cls`, its fields' names and types checked by OmegaConf, its values by the class."""
     names = [f.name for f in dataclasses.fields(cls)]
-    parts = {name: kind for name, kind in get_type_hints(cls).items() if dataclasses.is_dataclass(kind)}
+    hints = get_type_hints(cls)
+    parts = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    lists = {name: kind for name, hint in hints.items() if (kind := _kind_in_list(hint)) is not None}
     for name, value in values.items():
         if name in names and value == MISSING:
             raise Refused(f"{prefix}{name} is required: give {prefix}{name}=...")
@@ -214,11 +216,13 @@ def _construct(cls: type, values: dict[str, Any], prefix: str) -> Any:
             OmegaConf.to_object(OmegaConf.merge(schema, _literal(own)))
         for name in parts.keys() & values.keys():
             _construct_part(parts[name], values[name], f"{prefix}{name}")
+        for name in lists.keys() & values.keys():
+            _construct_list(lists[name], values[name], f"{prefix}{name}")
         return OmegaConf.to_object(OmegaConf.merge(schema, _literal(values)))
     except Refused:
         raise
     except ConfigKeyError as error:
-        wrong = sorted(set(values) - set(names))
+        wrong = sorted(str(name) for name in values.keys() - set(names))
         raise Refused(no_such_key(f"{prefix}{', '.join(wrong)}", ", ".join(names))) from error
     except ValidationError as error:
         raise Refused(f"{prefix}{error.full_key or error.key}: {_first_line(error)}") from error
@@ -240,6 +244,27 @@ def _construct_part(cls: Any, value: Any, key: str) -> None:
         keys = ", ".join(f.name for f in dataclasses.fields(cls))
         raise Refused(f"{key}={value!r} is not one value: give {key}.KEY, where KEY is one of {keys}")
     _construct(cls, value, f"{key}.")
+
+
+def _kind_in_list(hint: Any) -> Any:
+    """The dataclass that a field holds a list of (tuple[Kind, ...]), or None."""
+    kind = next(iter(get_args(hint)), None) if get_origin(hint) is tuple else None
+    return kind if dataclasses.is_dataclass(kind) else None
+
+
+def _construct_list(cls: Any, values: Any, key: str) -> None:
+    """Checks each element of a list by itself, for its number in refusals."""
+    fields = dataclasses.fields(cls)
+    shape = f"a list of {{{', '.join(f.name for f in fields)}}}"
+    if not isinstance(values, list):
+        raise Refused(f"{key}={values!r} must be {shape}")
+    for index, value in enumerate(values):
+        if not isinstance(value, dict):
+            raise Refused(f"{key}[{index}]={value!r}: {key} must be {shape}")
+        for f in fields:
+            if f.default is dataclasses.MISSING and value.get(f.name, MISSING) == MISSING:
+                raise Refused(f"{key}[{index}].{f.name} is required: {key} must be {shape}")
+        _construct(cls, value, f"{key}[{index}].")
 
 
 def _make_writable(node: DictConfig) -> None:

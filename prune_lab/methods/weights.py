@@ -5,13 +5,13 @@ The keys are checked before PyTorch is imported, so what prunes is imported when
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from prune_lab.errors import Refused
 from prune_lab.methods.base import Method
-from prune_lab.models.anatomy import out_in
+from prune_lab.models.anatomy import FAMILIES, out_in
 from prune_lab.pruning.pattern import Pattern
 from prune_lab.pruning.pruned import LayerRow, Pruned
 from prune_lab.pruning.refit_targets import NEEDS_OF_TARGET, TARGETS
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 ALLOCATIONS = ("uniform", "global", "owl", "sensitivity")
 REFITS = ("none", *TARGETS)
+_NO_GATES = "give method.score=wanda, which is the same without gates"
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,10 @@ class WeightMethod(Method):
         return frozenset(self.needs) if named is None else named.needs
 
     @property
+    def _reads_gates(self) -> bool:
+        return "gated_norm" in self.statistics_needed
+
+    @property
     def calibrated(self) -> bool:
         """True where the score, the refit or the allocation needs calibration text."""
         return bool(self.statistics_needed) or self.refit != "none" or self.allocation in ("owl", "sensitivity")
@@ -98,6 +103,21 @@ class WeightMethod(Method):
         if "gram" not in self.statistics_needed and self.refit == "none":
             return None
         return max(out_in(linear, linear.weight).shape[1] for _, linear in anatomy.linears())
+
+    def check(self, config: Any, amounts: Iterable[float]) -> None:
+        """Raises Refused for a score by the gates of experts with a family that has none."""
+        if self._reads_gates and config.model_type in FAMILIES:
+            raise Refused(f"method.score={self.ranked_by}: {config.model_type} models have no experts; {_NO_GATES}")
+
+    def check_model(self, anatomy: Anatomy, amounts: Iterable[float]) -> None:
+        """Raises Refused for a score by the gates of experts where a model's cannot be seen."""
+        from prune_lab.pruning.expert_gates import why_no_gates
+
+        if self._reads_gates and (why := why_no_gates(anatomy.model)) is not None:
+            raise Refused(
+                f"method.score={self.ranked_by}: the gates of this {anatomy.config.model_type} model cannot be seen: "
+                f"{why}; {_NO_GATES}"
+            )
 
     @property
     def is_global(self) -> bool:

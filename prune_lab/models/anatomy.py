@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # checking a configuration asks for the family alone, and has
 
 # Kinds of units, as method.units names them, and what a person calls several of a kind.
 LABELS = {"mlp": "MLP channels", "heads": "KV groups"}
+ACTIVE = "active_experts"  # experts that a token goes to, which no tensor counts (active_experts.py)
 HIDDEN = "hidden"  # channels of the states, which no block has for itself (hidden.py)
 ALIGNED = 8  # channels of an expert: 16 bytes of bfloat16, at multiples of which rows of grouped products begin
 MANY = 64  # counts that are tried one by one
@@ -406,9 +407,16 @@ class Anatomy:
         ]
 
     def unit_count(self, kind: str) -> int:
-        """Number of units of a group in each block, or of "hidden"; as built, where a config leaves it to a default."""
+        """Number of units of a group in each block, or of HIDDEN or ACTIVE; as built, where a config has a default.
+
+        Raises Refused where the experts of a token are not known.
+        """
         if kind == HIDDEN:
             return int(self.model.get_input_embeddings().weight.shape[1])
+        if kind == ACTIVE:
+            from prune_lab.models.active_experts import top_k_of_model
+
+            return top_k_of_model(self.model).count
         if self.found is not None:
             from prune_lab.models.found_units import units_of
 

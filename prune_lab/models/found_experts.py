@@ -7,7 +7,7 @@ hidden_states (tokens, hidden), the experts of each token (tokens, k), and what 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +129,12 @@ def mixtures_of(model: Any, group: FoundGroup) -> list[Mixture] | str:
     return found
 
 
+def gated_mixtures(model: Any) -> list[Mixture] | str:
+    """The mixtures of a model, whatever could be removed of them, or the reason why their gates cannot be seen."""
+    group = find_experts(model, layout_of(model))
+    return group if isinstance(group, str) else mixtures_of(model, group)
+
+
 def _called_with_choices(model: Any, owners: set[str]) -> dict[str, str]:
     """The module of experts that each owner of their weights is or is in: what is called with choices and gates."""
     seen, hooks = set[str](), list[Any]()
@@ -223,7 +229,7 @@ def _common_module(names: list[str]) -> str:
 Called = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
-def by_block(mixtures: list[Mixture]) -> dict[int, str]:
+def by_block(mixtures: Iterable[Mixture]) -> dict[int, str]:
     """Names of the modules of experts by block."""
     return {mixture.block: mixture.experts for mixture in mixtures}
 

@@ -21,8 +21,9 @@ from prune_lab.models.loss import window_losses
 from prune_lab.pruning import gradients
 from prune_lab.pruning.dense_beside import OF_TARGETS, DenseBeside, ErrorSums
 from prune_lab.pruning.dense_statistics import dense_statistics
+from prune_lab.pruning.expert_gates import ExpertGates
 from prune_lab.pruning.scores import GRADIENTS
-from prune_lab.pruning.statistics import BlockObserver, LinearStatistics, Needs, ProductObserver
+from prune_lab.pruning.statistics import GATED, BlockObserver, LinearStatistics, Needs, ProductObserver
 from prune_lab.system.console import Console
 from prune_lab.text.tokens import sha256
 
@@ -235,11 +236,12 @@ def _observe_found(
     if not layout.one_by_one:
         yield from _observe_whole(anatomy, layout, calibrator, needs)
         return
+    gates = _gates_for(anatomy.model, needs)
     count, stream = len(layout.matrices), BlockStream(anatomy, calibrator.windows, calibrator.batch_size)
     passes = count + (count - 1) * propagate_pruned
     with calibrator.console.progress(passes * calibrator.windows.numel(), "calibrating", unit="tok") as bar:
         for index, matrices in enumerate(layout.matrices):
-            observer = ProductObserver(anatomy.model, matrices, needs)
+            observer = ProductObserver(anatomy.model, matrices, needs, gates)
             with observer.watch():
                 calibrator.forward(stream, index, bar, keep=not propagate_pruned)
             yield observer.statistics()
@@ -247,11 +249,16 @@ def _observe_found(
                 calibrator.forward(stream, index, bar, keep=True)
 
 
+def _gates_for(model: Any, needs: Needs) -> ExpertGates | None:
+    return ExpertGates.of_model(model) if any(GATED in fields for fields in needs.values()) else None
+
+
 @torch.no_grad()
 def _observe_whole(
     anatomy: Anatomy, layout: Layout, calibrator: Calibrator, needs: Needs
 ) -> Iterator[dict[str, LinearStatistics]]:
-    observer = ProductObserver(anatomy.model, chain.from_iterable(layout.matrices), needs)
+    gates = _gates_for(anatomy.model, needs)
+    observer = ProductObserver(anatomy.model, chain.from_iterable(layout.matrices), needs, gates)
     calibrator.pass_whole(anatomy.model, "calibrating", observer.watch)
     found = observer.statistics()
     for matrices in layout.matrices:

@@ -38,7 +38,7 @@ class _Watch:
     def watching(self) -> Any:
         """Context in which the calls of all mixtures are added up."""
         stack = ExitStack()
-        stack.enter_context(watched(self._model, by_block(list(self._mixtures.values())), self._look))
+        stack.enter_context(watched(self._model, by_block(self._mixtures.values()), self._look))
         if self._needs in ("orders", "losses"):
             for mixture in self._mixtures.values():
                 whole = self._model.get_submodule(mixture.whole)

@@ -30,7 +30,8 @@ class Pruned:
     """Result of a method: the table of its scope, masks to hold, warnings, files to keep, parameters it replaced.
 
     metrics: figures of it by name, entries of METRICS (results/metrics.py).
-    unseen: matrices that too few tokens of the calibration text came to (experts), pruned by magnitude.
+    unseen: matrices that too few tokens of the calibration text came to (experts), pruned by magnitude. counted: of a
+    method that removes no weight, how many of what it removes there were, and how many are gone.
     """
 
     rows: list[LayerRow] = field(default_factory=list)
@@ -40,6 +41,7 @@ class Pruned:
     cuts: list[Cut] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     unseen: list[str] = field(default_factory=list)
+    counted: tuple[int, int] | None = None
 
     def after(self, earlier: Pruned) -> Pruned:
         """This pruning as one that followed an earlier one of the same model: with the warnings of both."""
@@ -48,6 +50,8 @@ class Pruned:
 
     @property
     def realized(self) -> float:
-        """Fraction of the weights in scope that were removed or zeroed."""
-        before = sum(row.before for row in self.rows)
-        return sum(row.removed for row in self.rows) / before if before else 0.0
+        """Fraction of the weights in scope that were removed or zeroed, or of what is counted in their place."""
+        before, removed = self.counted or (
+            sum(row.before for row in self.rows), sum(row.removed for row in self.rows)
+        )  # fmt: skip
+        return removed / before if before else 0.0

@@ -44,6 +44,12 @@ def wanda(weight: Tensor, statistics: LinearStatistics) -> Tensor:
     return weight.float().abs() * statistics.input_norm
 
 
+def moe_pruner(weight: Tensor, statistics: LinearStatistics) -> Tensor:
+    """|W_ij| * ||(g * X)_j||, float32, g the gates of an expert's tokens (MoE-Pruner: 2410.12013); else Wanda's."""
+    assert statistics.gated_norm is not None
+    return weight.float().abs() * statistics.gated_norm
+
+
 def ria(weight: Tensor, statistics: LinearStatistics) -> Tensor:
     """(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||^0.5, float32 (RIA: Zhang et al., ICLR 2024)."""
     assert statistics.input_norm is not None
@@ -98,12 +104,13 @@ SCORES = {
     "l2": Score(square, by_weight_alone=True),
     "random": Score(random),
     "wanda": Score(wanda, needs=frozenset({"input_norm"}), output_only=True),
+    "moe_pruner": Score(moe_pruner, needs=frozenset({"gated_norm"}), output_only=True),
     "ria": Score(ria, needs=frozenset({"input_norm"}), output_only=True),
     "wifv": Score(wifv, needs=frozenset({"variance"}), output_only=True),
     "taylor": Score(taylor, needs=frozenset({"saliency"})),
     "taylor2": Score(taylor2, needs=frozenset({"saliency2"})),
 }
-OF_WEIGHTS = ("magnitude", "random", "wanda", "ria", "taylor", "taylor2", "wifv")
+OF_WEIGHTS = ("magnitude", "random", "wanda", "moe_pruner", "ria", "taylor", "taylor2", "wifv")
 OF_HIDDEN = ("minitron", "random")  # of channels of the hidden size (hidden.py)
 OF_UNITS: dict[str, Criterion] = {
     **{name: SCORES[name] for name in ("l2", "l1", "random", "wanda", "ria", "taylor", "taylor2", "wifv")},

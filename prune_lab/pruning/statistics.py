@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from prune_lab.models.blocks import ReachedError
 from prune_lab.models.found import Matrix
 from prune_lab.models.products import Place, Products, eager_experts
+from prune_lab.pruning.expert_gates import ExpertGates
 from prune_lab.pruning.refit import Error
 from prune_lab.pruning.thresholds import ScoreCounts
 from prune_lab.pruning.unseen import FEW_TOKENS
 
-# Fields of LinearStatistics that are observed while text passes; `variance` brings `mean`.
+# Fields of LinearStatistics that are observed of any Linear while text passes; `variance` brings `mean`.
+GATED = "gated_norm"  # needs the gates of experts (expert_gates.py)
 OF_INPUTS, OF_OUTPUTS = frozenset({"input_norm", "variance", "gram"}), frozenset({"output_norm"})
 Needs = Mapping[str, frozenset[str]]  # fields of LinearStatistics that are wanted, by full name of a Linear
 
@@ -36,16 +38,19 @@ _ADDS_IN_FLOAT32 = "dtype" in torch.ops.aten.mm.overloads()  # from PyTorch 2.8 
 class LinearStatistics:
     """Statistics of one Linear with a weight of shape (out, in); a field that was not asked for is None.
 
-    input_norm, output_norm: L2 norm of each input and output over all tokens, (in,) and (out,). mean, variance: of each
-    input over all tokens, (in,), the variance unbiased. gram: X^T X over all tokens, (in, in); tokens: their number.
-    error: how far its outputs are from those that a refit is to give, where these are not its own (dense_beside.py).
-    saliency: mean over windows of |w * gradient|, saliency2: of (w * gradient)^2, both (out, in). random: the run's
-    generator, for scores that draw. score_counts: counts of this Linear's scores, where those depend on the weight
-    alone, for all amounts. rows: tokens that it saw, of a matrix that does not see all of them (an expert).
+    input_norm, output_norm: L2 norm of each input and output over all tokens, (in,) and (out,). gated_norm: the same of
+    an expert's inputs, each token's times its gate; of a matrix outside experts, of its inputs as they are. mean,
+    variance: of each input over all tokens, (in,), the variance unbiased. gram: X^T X over all tokens, (in, in);
+    tokens: their number. error: how far its outputs are from those that a refit is to give, where these are not its own
+    (dense_beside.py). saliency: mean over windows of |w * gradient|, saliency2: of (w * gradient)^2, both (out, in).
+    random: the run's generator, for scores that draw. score_counts: counts of this Linear's scores, where those depend
+    on the weight alone, for all amounts. rows: tokens that it saw, of a matrix that does not see all of them (an
+    expert).
     """
 
     input_norm: Tensor | None = None
     output_norm: Tensor | None = None
+    gated_norm: Tensor | None = None
     mean: Tensor | None = None
     variance: Tensor | None = None
     gram: Tensor | None = None
@@ -72,14 +77,21 @@ class RunningStatistics:
     def __init__(self) -> None:
         self._tokens = 0  # that the moments are of
         self._squares: Tensor | None = None
+        self._gated: Tensor | None = None  # squares of activations times gates
         self._mean: Tensor | None = None
         self._deviations: Tensor | None = None  # sum of squared distances from the mean
         self._gram: Tensor | None = None
         self._gram_tokens = 0
 
-    def add(self, rows: Tensor, needs: frozenset[str]) -> None:
-        """Adds activations of shape (tokens, width) to the sums that `needs` names: norm, variance, gram."""
+    def add(self, rows: Tensor, needs: frozenset[str], gates: Tensor | None = None) -> None:
+        """Adds activations of shape (tokens, width) to the sums that `needs` names: norm, gated_norm, variance, gram.
+
+        gates: of each token, (tokens,), float32; None: 1.
+        """
         with torch.autocast(rows.device.type, enabled=False):
+            if GATED in needs:
+                squares = _squares(rows if gates is None else rows.float() * gates[:, None])
+                self._gated = squares if self._gated is None else self._gated + squares
             if "norm" in needs:
                 squares = _squares(rows)
                 self._squares = squares if self._squares is None else self._squares + squares
@@ -89,8 +101,10 @@ class RunningStatistics:
                 self._add_gram(rows)
 
     def result(self) -> dict[str, Tensor]:
-        """The statistics by name: norm, mean, variance, gram; those that were gathered."""
+        """The statistics by name: norm, gated_norm, mean, variance, gram; those that were gathered."""
         found = {}
+        if self._gated is not None:
+            found[GATED] = self._gated.sqrt()
         if self._squares is not None:
             found["norm"] = self._squares.sqrt()
         if self._mean is not None and self._deviations is not None:
@@ -224,11 +238,12 @@ class BlockObserver:
 class ProductObserver:
     """Observer of matrices by the products with them: those of several blocks, whatever modules they are in.
 
-    matrices: what to observe, of a model whose layout was found. needs: by full name.
+    matrices: what to observe, of a model whose layout was found. needs: by full name. gates: of its experts, where they
+    are needed.
     """
 
-    def __init__(self, model: Any, matrices: Iterable[Matrix], needs: Needs) -> None:
-        self._model = model
+    def __init__(self, model: Any, matrices: Iterable[Matrix], needs: Needs, gates: ExpertGates | None = None) -> None:
+        self._model, self._gates = model, gates
         self._of = {matrix.place: matrix for matrix in matrices if needs.get(matrix.name)}
         self._needs = needs
         self._gathered = {
@@ -241,7 +256,8 @@ class ProductObserver:
         """Context in which every product with the matrices is observed."""
         names = {place.parameter for place in self._of}
         parameters = {name: self._model.get_parameter(name) for name in names}
-        with eager_experts(self._model), Products(parameters, self._tell):
+        watching = nullcontext() if self._gates is None else self._gates.watch()
+        with eager_experts(self._model), watching, Products(parameters, self._tell):
             yield
 
     def statistics(self) -> dict[str, LinearStatistics]:
@@ -269,10 +285,12 @@ class ProductObserver:
         self._rows[place] += len(inputs) if matrix.is_linear else int((inputs != 0).any(1).sum())
         for is_output, rows in ((False, inputs), (True, outputs)):
             if wanted := _of_side(self._needs[matrix.name], is_output):
-                self._gathered[place, is_output].add(rows, wanted)
+                gates = self._gates.of(place, inputs) if self._gates is not None and GATED in wanted else None
+                self._gathered[place, is_output].add(rows, wanted, gates)
 
 
-_RESULTS = {"norm": ("norm",), "variance": ("mean", "variance"), "gram": ("gram", "tokens")}  # by what is asked for
+# By what is asked for.
+_RESULTS = {"norm": ("norm",), GATED: (GATED,), "variance": ("mean", "variance"), "gram": ("gram", "tokens")}
 
 
 def _of_side(needs: frozenset[str], is_output: bool) -> frozenset[str]:

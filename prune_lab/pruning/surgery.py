@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.errors import Refused
-from prune_lab.models.anatomy import HIDDEN, LABELS, Anatomy, UnitLinear, out_in
+from prune_lab.models.active_experts import set_top_k, top_k_of_model
+from prune_lab.models.anatomy import ACTIVE, HIDDEN, LABELS, Anatomy, UnitLinear, out_in
 from prune_lab.models.cuts import Cut, Selection, cut, selected
 from prune_lab.models.found import evaluating, forget_layout, is_same, layout_of, probe_tokens
 from prune_lab.models.found_experts import EXPERTS, mixtures_of, router_groups, without_experts
@@ -210,6 +211,18 @@ def _without(model: Any, group: FoundGroup, keep: list[Tensor]) -> AbstractConte
     return without_experts(model, mixtures, gone)
 
 
+def set_active_experts(anatomy: Anatomy, count: int) -> None:
+    """Has each token go to so many experts, which its router can choose (active_experts.has_count)."""
+    model, top = anatomy.model, top_k_of_model(anatomy.model)
+    if count == top.count:
+        return
+    set_top_k(model, top, count)
+    note_count(anatomy, ACTIVE, top.count)
+    forget_layout(model)
+    forget_units(model)
+    anatomy.look()
+
+
 def take_shape(anatomy: Anatomy, shape: Shape) -> None:
     """Cuts a dense model to a shape, whatever its weights: those of a checkpoint are put in afterwards."""
     if shape.model_type != anatomy.config.model_type:
@@ -219,6 +232,9 @@ def take_shape(anatomy: Anatomy, shape: Shape) -> None:
     for group, count in shape.units.items():
         if group == HIDDEN:
             remove_hidden(anatomy, torch.arange(anatomy.unit_count(HIDDEN)) < count)
+            continue
+        if group == ACTIVE:
+            set_active_experts(anatomy, count)
             continue
         # Of the experts of each run that a router chooses among first as many; of other units there is one run.
         runs = router_groups(anatomy.config)[0] if group == EXPERTS else 1

@@ -99,6 +99,7 @@ def save(
         "rows": [asdict(row) for row in pruned.rows],
         "notes": pruned.warnings,
         "metrics": pruned.metrics,
+        "counted": pruned.counted,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as half:
@@ -117,4 +118,5 @@ def read(path: Path) -> Checkpoint | None:
     files = {key.removeprefix("file/"): tensors.pop(key) for key in list(tensors) if key.startswith("file/")}
     texts = {name: bytes(content.tolist()) for name, content in files.items()}
     pruned = Pruned(rows, Masks(masks), facts["notes"], texts, metrics=facts["metrics"])
+    pruned.counted = facts["counted"] and tuple(facts["counted"])
     return Checkpoint(facts["step"], Shape(**facts["shape"]), pruned, facts["best"], tensors)

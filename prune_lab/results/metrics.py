@@ -117,7 +117,7 @@ METRICS = (
            measured="`method.amount`; 0 where the method does not use it"),
     Metric("amount/realized", "fraction", "higher", 0.0,
            measured="weights removed or zeroed in the pruned scope / weights in it before; counts are exact, also with "
-                    "ties"),
+                    "ties. Of `method=active_experts`, which removes none, the experts of a token in their place"),
     Metric("scope/share", "fraction", None, None,
            measured="weights of the matrices that methods of single weights prune / all weights of the decoder blocks: "
                     "1 less what is left alone, such as norms, biases, routers of experts, convolutions"),

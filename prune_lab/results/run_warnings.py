@@ -45,11 +45,22 @@ def of_calibration(protocol: dict[str, Any], metrics: dict[str, float]) -> list[
     tested_apart = "test_path" in protocol["dataset_facts"]
     if seen is None or tested_apart or not metrics.get("amount/realized"):
         return []
-    if not (seen["own"] or seen["text"]["also_in_the_run"]):
+    parts = _parts(seen)
+    near = [part for part in parts if part["own"] or part["text"]["also_in_the_run"]]
+    if not near:
         return []
+    windows = sum(part["n_samples"] for part in near)
+    some = "" if len(near) == len(parts) else f" ({windows:,} of {seen['n_samples']:,} windows)"
     return [
-        f"calibrated on text of {protocol['dataset']}, apart from its test split: in-domain, which flatters perplexity"
+        f"calibrated on text of {protocol['dataset']}{some}, apart from its test split: in-domain, which flatters "
+        "perplexity"
     ]
+
+
+def _parts(seen: dict[str, Any]) -> list[dict[str, Any]]:
+    """The stamps of the texts that a calibration was drawn from: of a mix, of each part."""
+    found: list[dict[str, Any]] = seen["mix"] or [seen]
+    return found
 
 
 def of_rows(protocol: dict[str, Any]) -> list[str]:
@@ -58,9 +69,14 @@ def of_rows(protocol: dict[str, Any]) -> list[str]:
     if blank := found.get("rows_without_text", 0):
         warnings.append(f"{blank:,} of {found['rows']:,} rows of {protocol['dataset']} have no text and were left out")
     seen = protocol["calibration"]
-    if seen is None or seen["text"] is None:
+    if seen is None:
         return warnings
-    text, name = seen["text"], seen["source"]
+    return warnings + [note for part in _parts(seen) if part["text"] is not None for note in _of_text_rows(part)]
+
+
+def _of_text_rows(part: dict[str, Any]) -> list[str]:
+    """Warnings about rows and documents of a named text that are left out."""
+    text, name, warnings = part["text"], part["source"], []
     if blank := text["rows_without_text"]:
         rows = text["documents"] + blank
         warnings.append(f"{blank:,} of {rows:,} rows of {name} have no text and were left out")
@@ -68,6 +84,11 @@ def of_rows(protocol: dict[str, Any]) -> list[str]:
         warnings.append(
             f"{also:,} of {text['documents']:,} documents of {name} were left out: they are in the training, "
             "validation or test text of this run as well"
+        )
+    if elsewhere := text["in_other_parts"]:
+        warnings.append(
+            f"{elsewhere:,} of {text['documents']:,} documents of {name} were left out: they are in another part of "
+            "the mix as well"
         )
     if again := text["repeated"]:
         warnings.append(f"{again:,} of {text['documents']:,} documents of {name} repeat another one and were left out")
@@ -79,28 +100,42 @@ def of_calibration_windows(protocol: dict[str, Any]) -> list[str]:
     seen, warnings = protocol["calibration"], []
     if seen is None:
         return []
-    distinct, documents = seen["distinct_tokens"], seen["documents"]
-    held = f"{distinct:,} distinct tokens of {documents:,} document{'s' * (documents != 1)}"
-    more = "give more text, dataset.calibration.source=text dataset.calibration.name=..."
-    if seen["sampling"] == "at random" or seen["documents_too_short"]:
-        more += ", or dataset.calibration.join=true: windows side by side, in short documents too"
-    if seen["overlap"] > OVERLAP:
-        warnings.append(
-            f"calibration windows overlap: {seen['n_samples']:,} windows of {seen['seq_len']:,} tokens are {held}, and "
-            f"some tokens are in {seen['overlap']} windows; {more}"
-        )
-    if tested := seen["windows_tested_on"]:
-        warnings.append(
-            f"{tested:,} of {seen['n_samples']:,} calibration windows hold text that is tested on as well ({SAME_TEXT} "
-            "tokens in a row or more), which flatters perplexity: give other text"
-        )
+    parts = _parts(seen)
+    for part in parts:
+        of = f" ({part['source']})" if len(parts) > 1 else ""
+        if part["overlap"] > OVERLAP:
+            warnings.append(
+                f"calibration windows overlap{of}: {part['n_samples']:,} windows of {seen['seq_len']:,} tokens are "
+                f"{_held(part)}, and some tokens are in {part['overlap']} windows; {_more([part])}"
+            )
+        if tested := part["windows_tested_on"]:
+            warnings.append(
+                f"{tested:,} of {part['n_samples']:,} calibration windows{of} hold text that is tested on as well "
+                f"({SAME_TEXT} tokens in a row or more), which flatters perplexity: give other text"
+            )
     width = seen["solved_width"]
-    if width is not None and distinct < TOKENS_PER_INPUT * width:
+    if width is not None and seen["distinct_tokens"] < TOKENS_PER_INPUT * width:
         warnings.append(
-            f"little calibration text for what is solved: the widest Linear has {width:,} inputs, and {held} are "
-            f"fewer than {TOKENS_PER_INPUT} for each, so that the solution may fit them and not other text; {more}"
+            f"little calibration text for what is solved: the widest Linear has {width:,} inputs, and {_held(seen)} "
+            f"are fewer than {TOKENS_PER_INPUT} for each, so that the solution may fit them and not other text; "
+            f"{_more(parts)}"
         )
     return warnings
+
+
+def _held(seen: dict[str, Any]) -> str:
+    """Amount of text that windows are made of."""
+    distinct, documents = seen["distinct_tokens"], seen["documents"]
+    return f"{distinct:,} distinct tokens of {documents:,} document{'s' * (documents != 1)}"
+
+
+def _more(parts: list[dict[str, Any]]) -> str:
+    """Ways to have more text."""
+    where = "in the mix" if "share" in parts[0] else "dataset.calibration.source=text dataset.calibration.name=..."
+    more = f"give more text, {where}"
+    if any(part["sampling"] == "at random" or part["documents_too_short"] for part in parts):
+        more += ", or dataset.calibration.join=true: windows side by side, in short documents too"
+    return more
 
 
 def of_training(protocol: dict[str, Any]) -> list[str]:

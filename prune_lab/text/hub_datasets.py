@@ -107,7 +107,7 @@ class Wikitext2(HubText):
             provenance={"repository": self.name, "config": "wikitext-2-raw-v1", "revision": commit},
         )
 
-    def unsplit(self) -> UnsplitCorpus:
+    def unsplit(self, key: str = "dataset.calibration") -> UnsplitCorpus:
         """The articles of the training split: all of those, and nothing that the published figures are taken on."""
         rows, commit = self.rows(self.FILE.format(split="train"), keep=True)
         provenance = {"repository": self.name, "config": "wikitext-2-raw-v1", "revision": commit}
@@ -148,7 +148,7 @@ class C4(HubText):
             provenance={"repository": self.name, "config": "en", "revision": commit},
         )
 
-    def unsplit(self) -> UnsplitCorpus:
+    def unsplit(self, key: str = "dataset.calibration") -> UnsplitCorpus:
         """The calibration documents: of 356,317 in the training shard, the first `calibration_documents`."""
         rows, commit = self.rows(self.TRAIN, keep=False)
         provenance = {"repository": self.name, "config": "en", "revision": commit}

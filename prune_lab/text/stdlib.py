@@ -35,7 +35,7 @@ class Stdlib(TextSource):
         )
         return Documents("stdlib", train, calibration, validation, test, {"python": platform.python_version()})
 
-    def unsplit(self) -> UnsplitCorpus:
+    def unsplit(self, key: str = "dataset.calibration") -> UnsplitCorpus:
         """All modules."""
         corpus = self.corpus()
         return UnsplitCorpus(corpus.name, corpus, corpus.provenance)

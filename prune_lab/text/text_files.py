@@ -60,9 +60,9 @@ class TextFiles(TextSource):
             return Documents(read.name, **parts, provenance=provenance, is_cut=True, blank_rows=rows - 1)
         return Stream(read.name, read, provenance, read_test)
 
-    def unsplit(self) -> UnsplitCorpus:
+    def unsplit(self, key: str = "dataset.calibration") -> UnsplitCorpus:
         """All of the files' text, as another dataset's calibration names it."""
-        read = _Files.named(self.path, "dataset.calibration.name", self.column, "dataset.calibration.column")
+        read = _Files.named(self.path, f"{key}.name", self.column, f"{key}.column")
         provenance = {"path": self.path}
         if read.is_one_txt:
             return UnsplitCorpus(read.name, read.as_long_document(provenance), provenance)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from prune_lab.errors import Refused
@@ -17,8 +18,8 @@ from prune_lab.text.splits import SPLITS
 class UnsplitCorpus(Corpus):
     """All text of another corpus as calibration text, less the documents of `left_out` and those that come again.
 
-    documents, other, again: how many the other corpus has, how many of them are left out because the run's own text
-    has them, and how many because an earlier one is the same.
+    documents, other, in_other_parts, again: how many the other corpus has, how many of them are left out because the
+    run's own text has them, how many because another part of a mix has them, and how many because they come again.
     """
 
     name: str
@@ -27,6 +28,7 @@ class UnsplitCorpus(Corpus):
     left_out: frozenset[int] = frozenset()
     documents: int = 0
     other: int = 0
+    in_other_parts: int = 0
     again: int = 0
 
     @property
@@ -41,8 +43,15 @@ class UnsplitCorpus(Corpus):
     @property
     def counts(self) -> dict[str, int]:
         """Counts of documents, and of those that are not used, by reason."""
-        found = {"documents": self.documents, "also_in_the_run": self.other, "repeated": self.again}
-        return found | {"rows_without_text": self.survey.rows[BLANK]}
+        found = {"documents": self.documents, "also_in_the_run": self.other, "in_other_parts": self.in_other_parts}
+        return found | {"repeated": self.again, "rows_without_text": self.survey.rows[BLANK]}
+
+    @cached_property
+    def digests(self) -> Counter[int]:
+        """Number of times that each document of the other corpus is there, by its content."""
+        if self.base.is_cut:
+            return Counter([content_digest(self.base.as_one())])
+        return Counter(content_digest([text]) for name, text in self.base.rows() if name is not BLANK)
 
     def is_one_document(self, name: str) -> bool:
         """True where the other corpus is one document."""
@@ -69,21 +78,32 @@ class UnsplitCorpus(Corpus):
                 seen.add(digest)
                 yield "calibration", text
 
-    def apart_from(self, run: Corpus) -> UnsplitCorpus:
-        """Less what is in the training, validation or test text of a run; raises Refused where nothing is left."""
-        if self.base.is_cut:
-            mine = Counter([content_digest(self.base.as_one())])
-        else:
-            mine = Counter(content_digest([text]) for name, text in self.base.rows() if name is not BLANK)
+    def apart_from(self, run: Corpus, taken: Set[int] = frozenset()) -> UnsplitCorpus:
+        """Less what is in the training, validation or test text of a run, and documents of these digests.
+
+        taken: of the documents of other parts of a mix. Raises Refused where nothing is left.
+        """
+        mine = self.digests
         theirs = {digest for digest in _digests_of(run) if digest in mine}
+        before = (mine.keys() & taken) - theirs
         if not mine.keys() - theirs:
             raise Refused(
                 f"{self.name}: all its text is in the run's training, validation or test text as well, and what is "
                 "trained or tested on is not calibrated on: give other text, or dataset.calibration.source=own"
             )
-        other = sum(mine[digest] for digest in theirs)
-        again = mine.total() - other - len(mine.keys() - theirs)
-        return replace(self, left_out=frozenset(theirs), documents=mine.total(), other=other, again=again)
+        if not mine.keys() - theirs - before:
+            raise Refused(
+                f"{self.name}: all its text is in another part of the mix as well, and the same text is not drawn "
+                "from twice: give other text, or one part with both shares"
+            )
+        return replace(
+            self,
+            left_out=frozenset(theirs | before),
+            documents=mine.total(),
+            other=sum(mine[digest] for digest in theirs),
+            in_other_parts=sum(mine[digest] for digest in before),
+            again=sum(mine[digest] - 1 for digest in mine.keys() - theirs - before),
+        )
 
 
 def content_digest(pieces: Iterable[str]) -> int:
