@@ -81,7 +81,7 @@ def run(parts: Parts, config: dict[str, Any], context: JobContext, console: Cons
         summary.status = "FINISHED"
         if parts.export.is_kept:
             reading = parts.export.reading(compressed.loaded)
-            card = model_card(summary, evaluator.dense.name, context.command, reading)
+            card = model_card(summary, evaluator.dense.name, context.command, reading, parts.export.library)
             write_text(_export_of(context.folder) / "README.md", card)
         files = _write_files(context.folder, compressed, evaluator.dense)
         if evaluator.prompts is not None:
@@ -106,7 +106,7 @@ def _open(parts: Parts, context: JobContext, device: Device, console: Console) -
     """The dense model and its text."""
     config = parts.model.config()
     parts.method.check(config, [event.amount for event in pruning_events(parts)[0]])
-    parts.export.check_config(config, getattr(parts.method, "units", ()))
+    parts.export.check_config(config, parts.method.cuts)
     console.note("loading model and text")
     seed_of_weights = parts.settings.seed if parts.model.weights == "random" else 0
     evaluator = open_evaluator(parts.model, parts.dataset, parts.measure, device, seed_of_weights, console)

@@ -25,7 +25,7 @@ class Export:
     `exact`: what is read back computes equal logits; otherwise they may differ as another order of additions makes
     them.
     `takes_low_bits`: it can hold quantized weights, those of a post-compression. `takes_streamed`: it can be written
-    of a model whose weights are on disk (model.stream=true).
+    of a model whose weights are on disk (model.stream=true). `library`: the Hub's name of what loads it.
     """
 
     not_applicable: ClassVar[tuple[str, ...]] = ()
@@ -34,6 +34,7 @@ class Export:
     exact: ClassVar[bool] = True
     takes_low_bits: ClassVar[bool] = False
     takes_streamed: ClassVar[bool] = False
+    library: ClassVar[str] = "transformers"
 
     def check_config(self, config: Any, cuts: Collection[str]) -> None:
         """Raises Refused for a model that it cannot hold, by its config, before the model is loaded.

@@ -1,4 +1,7 @@
-"""export=gguf: one file that llama.cpp loads, with the tokenizer in it."""
+"""export=gguf: one file that llama.cpp loads, with the tokenizer in it.
+
+Of every family and type, a file was compared with that of llama.cpp's own converter (tests/test_gguf_export.py).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from prune_lab.export.base import Export
 
@@ -28,7 +31,8 @@ class Gguf(Export):
 
     type: str = "f16"
 
-    exact = False
+    exact: ClassVar[bool] = False
+    library: ClassVar[str] = "gguf"
 
     def __post_init__(self) -> None:
         if self.type not in TYPES:
@@ -95,15 +99,21 @@ class Gguf(Export):
             check_logits(model, again.to(model.device), folder, tokens, exact=False)
 
     def notes(self, loaded: Loaded) -> list[str]:
-        """How the weights are stored, by which name text is cut into words, and what llama.cpp does otherwise."""
+        """How the weights are stored, how text is cut into tokens, and what llama.cpp does otherwise."""
         from prune_lab.models.gguf.families import notes_of
         from prune_lab.models.gguf.file import notes_of_types
         from prune_lab.models.gguf.vocabulary import vocabulary_of
 
         vocabulary = vocabulary_of(loaded.tokenizer, loaded.model.config)
-        by = f"export=gguf: tokenizer.ggml.pre={vocabulary.pre}, by {vocabulary.origin}"
-        return [*notes_of_types(loaded.model, self.type), by, *notes_of(loaded.model.config)]
+        return [
+            *notes_of_types(loaded.model, self.type),
+            *vocabulary.notes,
+            *notes_of(loaded.model.config),
+        ]
 
     def reading(self, loaded: Loaded) -> str:
         """llama.cpp's programs, and prune_lab."""
-        return f"llama.cpp (`llama-cli -m {FILE}`), or prune_lab where transformers reads GGUF files of its type"
+        return (
+            f"llama.cpp: `llama-cli -m {FILE}`. {FILE} holds the tokenizer, the chat template and all weights, the "
+            f"matrices in {self.type}"
+        )

@@ -119,7 +119,7 @@ def architecture_of(config: Any) -> Architecture:
             f"{', '.join(sorted(ARCHITECTURES))}. Give export=hf, and convert its folder with llama.cpp's "
             "convert_hf_to_gguf.py if that has the type"
         )
-    return replace(_LLAMA, read_again=False) if config.model_type == "qwen2" and not is_square(config) else found
+    return _LLAMA if config.model_type == "qwen2" and not is_square(config) else found
 
 
 def rope_of(config: Any) -> dict[str, Any]:
@@ -307,12 +307,17 @@ def _add_windows(writer: GGUFWriter, config: Any, architecture: Architecture) ->
 
 def notes_of(config: Any) -> list[str]:
     """What llama.cpp does not compute as the model does, and a run must say."""
-    architecture = architecture_of(config)
+    architecture, notes = architecture_of(config), list[str]()
+    if config.model_type == "qwen2" and architecture.name == "llama":
+        notes.append(
+            "export=gguf: the model is stored as a llama with biases, which computes the same: llama.cpp loads a qwen2 "
+            "whose heads are as wide as the states alone"
+        )
     window = None if architecture.alternates else getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
-    if window is None or window >= config.max_position_embeddings or (types and "sliding_attention" not in types):
-        return []
-    return [
-        f"export=gguf: llama.cpp has no sliding window for the type {config.model_type}; the model has one of "
-        f"{window:,} tokens, and behaves otherwise there on texts that are longer"
-    ]
+    if window is not None and window < config.max_position_embeddings and (not types or "sliding_attention" in types):
+        notes.append(
+            f"export=gguf: llama.cpp has no sliding window for the type {config.model_type}; the model has one of "
+            f"{window:,} tokens, and computes something else there on texts that are longer"
+        )
+    return notes

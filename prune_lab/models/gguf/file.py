@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from collections import Counter
-from contextlib import redirect_stderr
+from contextlib import closing, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ _FILE_TYPES = {
     "q4_0": LlamaFileType.MOSTLY_Q4_0,
 }
 _UNCOMPARED = ("GGUF.", "general.name", "general.license")
+_LARGEST_HALF = 65504.0
 _VOCABULARY = ("token_embd.weight", "output.weight")
 
 
@@ -53,7 +55,9 @@ def notes_of_types(model: Any, asked: str) -> list[str]:
     if asked != "f32" and asked != str(model.dtype).removeprefix("torch.").replace("float", "f"):
         rounded = "16 bits" if asked.endswith("16") else f"{asked}: llama-perplexity measures its quality"
         notes.append(f"the figures are of the model in {model.dtype}, and the GGUF file has its matrices in {rounded}")
-    short = [name for name, shape in named.items() if stored_as(name, shape, asked) is Stored.F16 != Stored[asked.upper()]]
+    short = [
+        name for name, shape in named.items() if stored_as(name, shape, asked) is Stored.F16 != Stored[asked.upper()]
+    ]
     if short:
         kinds = Counter(name.split(".")[-2] for name in short)
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
@@ -64,7 +68,9 @@ def notes_of_types(model: Any, asked: str) -> list[str]:
     return notes
 
 
-def _new_writer(path: Path | None, model: Any, vocabulary: Vocabulary, asked: str, general: dict[str, str]) -> GGUFWriter:
+def _new_writer(
+    path: Path | None, model: Any, vocabulary: Vocabulary, asked: str, general: dict[str, str]
+) -> GGUFWriter:
     """A writer with all metadata and the table of tensors, and no values yet."""
     writer = GGUFWriter(path, architecture_of(model.config).name)
     for piece in pieces_of(model):
@@ -89,20 +95,19 @@ def write(path: Path, model: Any, vocabulary: Vocabulary, asked: str, general: d
 
     Raises Refused where float16 is asked for and cannot hold a weight.
     """
-    writer = _new_writer(path, model, vocabulary, asked, general)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for piece in pieces_of(model):
-        values = piece.values()
-        kind = stored_as(piece.name, piece.shape, asked)
-        if kind is Stored.F16 and (largest := float(np.abs(values).max())) > np.finfo(np.float16).max:
-            raise Refused(
-                f"export.type={asked}: {piece.name} has a weight of {largest:g}, and 16-bit floats of this kind end at "
-                "65504; give export.type=bf16 or f32"
-            )
-        writer.write_tensor_data(quants.quantize(values, kind))
-    writer.close()
+    with closing(_new_writer(path, model, vocabulary, asked, general)) as writer:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for piece in pieces_of(model):
+            values = piece.values()
+            kind = stored_as(piece.name, piece.shape, asked)
+            if kind is Stored.F16 and (largest := float(np.abs(values).max())) > _LARGEST_HALF:
+                raise Refused(
+                    f"export.type={asked}: {piece.name} has a weight of {largest:g}, and 16-bit floats of this kind "
+                    f"end at {_LARGEST_HALF:g}; give export.type=bf16 or f32"
+                )
+            writer.write_tensor_data(quants.quantize(values, kind))
 
 
 def check(path: Path, model: Any, vocabulary: Vocabulary, asked: str) -> None:
@@ -183,19 +188,18 @@ def read(path: Path, config: Any, dtype: torch.dtype) -> Any:
 
 
 def read_by_transformers(path: Path, model: Any) -> Any:
-    """A model like `model` with the weights that stock transformers reads of its file, float32.
+    """A model like `model` with the weights that stock transformers reads of its file, in eval mode.
 
-    It has other code for names and layouts. A Mistral is a Llama in GGUF, and is read as one.
+    It has other code for names and layouts, which it looks up by model_type: a Mistral is a Llama in GGUF.
     """
     import transformers
 
-    config = model.config
-    if config.model_type == "mistral":
-        config = transformers.LlamaConfig(**{key: value for key, value in config.to_dict().items() if key != "model_type"})
+    config = copy.deepcopy(model.config)
+    if (name := architecture_of(config).name) == "llama":
+        config.model_type = name
     keywords: dict[str, Any] = {"config": config, "dtype": torch.float32, "local_files_only": True}
     if hasattr(transformers, "GgufConfig"):
         keywords["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with redirect_stderr(io.StringIO()):  # its bars are of parts
-        found = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **keywords)
-    state = found.state_dict()
-    return type(model).from_pretrained(None, config=model.config, state_dict=state, dtype=model.dtype).eval()
+        found: Any = type(model).from_pretrained(path.parent, gguf_file=path.name, **keywords)
+    return found.to(model.dtype).eval()

@@ -1,10 +1,10 @@
 """Vocabulary of a GGUF file, made of a tokenizer of transformers as llama.cpp's converter makes it.
 
-llama.cpp has two kinds of BPE. Byte-level ones ("gpt2") have merges, and a name in place of the pattern by which text is
-cut into words; those with a token for each byte ("llama", of SentencePiece) have scores, and the pair whose whole has
-the highest score is merged first. The pattern's name is that of the GGUF file which a model came from; else the one
+llama.cpp has two kinds of BPE. Byte-level ones ("gpt2") have merges, and a name in place of the pattern by which text
+is cut into words; those with a token for each byte ("llama", of SentencePiece) have scores, and the pair whose whole
+has the highest score is merged first. The pattern's name is that of the GGUF file which a model came from; else the one
 that llama.cpp's converter has for the tokens of a text, looked up by their hash; else that of the pattern itself
-(pre_tokenizers.json: texts, hashes and names of llama.cpp's converter and src/llama-vocab.cpp).
+(pre_tokenizers.json: text, hashes, patterns and names of llama.cpp's conversion/base.py and src/llama-vocab.cpp).
 """
 
 from __future__ import annotations
@@ -35,13 +35,12 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE_TYPE = range(1, 7)  #
 class Vocabulary:
     """All that a file says of a tokenizer.
 
-    kind: gpt2 or llama. pre: the pattern's name, and origin: where it is from. types: numbers of gguf.TokenType. scores:
-    of llama alone. ids: of special tokens, by kind. adds: whether BOS and EOS are put around a text.
+    kind: gpt2 or llama. pre: the pattern's name. types: numbers of gguf.TokenType. scores: of llama alone. ids: of
+    special tokens, by kind. adds: whether BOS and EOS are put around a text. notes: what a run must say of it.
     """
 
     kind: str
     pre: str
-    origin: str
     tokens: list[str]
     types: list[int]
     scores: list[float] | None
@@ -50,6 +49,7 @@ class Vocabulary:
     adds: dict[str, bool]
     space_prefix: bool | None
     template: Any
+    notes: list[str]
 
     def add_to(self, writer: GGUFWriter) -> None:
         """Adds it to a file that is not written yet."""
@@ -72,27 +72,31 @@ class Vocabulary:
 
 
 def vocabulary_of(tokenizer: Any, config: Any) -> Vocabulary:
-    """Vocabulary of a tokenizer for a model of a config; raises Refused for a tokenizer that llama.cpp does not have."""
+    """Vocabulary of a tokenizer for a model of a config; raises Refused for one that llama.cpp does not have."""
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise Refused(
-            f"export=gguf writes tokenizers that have a tokenizer.json, and the model's is a {type(tokenizer).__name__}; "
-            "give export=hf"
+            "export=gguf writes tokenizers that have a tokenizer.json, and the model's is a "
+            f"{type(tokenizer).__name__}; give export=hf"
         )
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     model = described["model"]
     is_byte_level = "ByteLevel" in {step.get("type") for step in _steps(described.get("pre_tokenizer"))}
     if model["type"] != "BPE" or not (is_byte_level or model.get("byte_fallback")):
         raise Refused(
-            f"export=gguf writes BPE tokenizers, byte-level ones or those with a token for each byte, and the model's is "
-            f"{model['type']}{' of neither kind' * (model['type'] == 'BPE')}; give export=hf"
+            "export=gguf writes BPE tokenizers, byte-level ones or those with a token for each byte, and the model's "
+            f"is {model['type']}{' of neither kind' * (model['type'] == 'BPE')}; give export=hf"
         )
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    pre, where = _pre(tokenizer, described) if is_byte_level else ("default", "the kind of its tokenizer")
+    pre, notes = _pre(tokenizer, described) if is_byte_level else ("default", list[str]())
     tokens, types = _tokens(tokenizer, described, config.vocab_size, is_byte_level)
+    if not is_byte_level and (pairs := _merged_otherwise(tokenizer, types, merges)):
+        notes = [
+            f"export=gguf: llama.cpp, which has scores in place of merges, joins {pairs:,} pairs of tokens that the "
+            "model's tokenizer leaves apart: some texts are cut otherwise there"
+        ]
     return Vocabulary(
         kind="gpt2" if is_byte_level else "llama",
         pre=pre,
-        origin=where,
         tokens=tokens,
         types=types,
         scores=None if is_byte_level else _scores(tokenizer, types, merges),
@@ -101,6 +105,7 @@ def vocabulary_of(tokenizer: Any, config: Any) -> Vocabulary:
         adds=_adds(tokenizer),
         space_prefix=None if is_byte_level else _puts_space(described),
         template=_template(tokenizer),
+        notes=notes,
     )
 
 
@@ -113,27 +118,27 @@ def _steps(step: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [step]
 
 
-def _pre(tokenizer: Any, described: dict[str, Any]) -> tuple[str, str]:
-    """Name that llama.cpp has for the way in which a byte-level tokenizer cuts text into words, and where it is from."""
+def _pre(tokenizer: Any, described: dict[str, Any]) -> tuple[str, list[str]]:
+    """Name that llama.cpp has for the way in which a byte-level tokenizer cuts text into words, and notes on it."""
     known = json.loads(_KNOWN.read_text(encoding="utf-8"))
-    if (origin := tokenizer.init_kwargs.get(ORIGIN)) is not None:
-        if origin not in known["names"]:
+    if (own := tokenizer.init_kwargs.get(ORIGIN)) is not None:
+        if own not in known["names"]:
             raise Refused(
-                f"export=gguf: the GGUF file that the model came from cuts text by tokenizer.ggml.pre={origin!r}, which "
+                f"export=gguf: the GGUF file that the model came from cuts text by tokenizer.ggml.pre={own!r}, which "
                 "llama.cpp does not have; give export=hf"
             )
-        return str(origin), "the GGUF file that the model came from"
+        return str(own), [f"export=gguf: tokenizer.ggml.pre={own}, as in the GGUF file that the model came from"]
     tokens = tokenizer.encode(known["hashed_text"])
     if (name := known["hashes"].get(sha256(str(tokens).encode()).hexdigest())) is not None:
-        return str(name), "llama.cpp's table of tokenizers"
-    splits, ignores = _splits(described), bool(described["model"].get("ignore_merges"))
-    for pattern in known["patterns"]:
-        if (pattern["splits"], pattern["ignore_merges"]) == (splits, ignores):
-            return str(pattern["name"]), "the pattern in tokenizer.json"
-    raise Refused(
-        "export=gguf: the model's tokenizer cuts text into words in a way that llama.cpp has no name for "
-        f"(pre_tokenizer of tokenizer.json: {splits}); give export=hf"
-    )
+        return str(name), []
+    cut = {"splits": _splits(described), "ignore_merges": bool(described["model"].get("ignore_merges"))}
+    by_pattern = next((found["name"] for found in known["patterns"] if found == cut | {"name": found["name"]}), None)
+    if by_pattern is None:
+        raise Refused(
+            "export=gguf: the model's tokenizer cuts text into words in a way that llama.cpp has no name for "
+            f"(pre_tokenizer of tokenizer.json: {cut['splits']}); give export=hf"
+        )
+    return str(by_pattern), [f"export=gguf: tokenizer.ggml.pre={by_pattern}, by the pattern in tokenizer.json"]
 
 
 def _splits(described: dict[str, Any]) -> list[str]:
@@ -161,8 +166,8 @@ def _tokens(tokenizer: Any, described: dict[str, Any], size: int, is_byte_level:
     by_number = {number: token for token, number in tokenizer.get_vocab().items()}
     if max(by_number) >= size:
         raise Refused(
-            f"export=gguf: the tokenizer has a token of number {max(by_number)}, and the model has embeddings of {size} "
-            "(vocab_size): a GGUF file has as many of both; give export=hf"
+            f"export=gguf: the tokenizer has a token of number {max(by_number)}, and the model has embeddings of "
+            f"{size} (vocab_size): a GGUF file has as many of both; give export=hf"
         )
     added = {entry["id"]: entry for entry in described["added_tokens"]}
     tokens, types = list[str](), list[int]()
@@ -170,7 +175,7 @@ def _tokens(tokenizer: Any, described: dict[str, Any], size: int, is_byte_level:
         token, kind = by_number.get(number), _NORMAL
         if token is None:
             token, kind = f"[PAD{number}]", _UNUSED
-        elif token == described["model"].get("unk_token") and not is_byte_level:
+        elif number == tokenizer.unk_token_id and not is_byte_level:
             kind = _UNKNOWN
         elif (entry := added.get(number)) is not None:
             if is_byte_level and not entry["normalized"]:
@@ -199,6 +204,14 @@ def _scores(tokenizer: Any, types: list[int], merges: list[tuple[str, ...]]) -> 
     for place, number in enumerate(normal):
         scores[number] = -float(place)
     return scores
+
+
+def _merged_otherwise(tokenizer: Any, types: list[int], merges: list[tuple[str, ...]]) -> int:
+    """Number of pairs of tokens that make a token, and no merge of the tokenizer does."""
+    numbers, merged = tokenizer.get_vocab(), {*merges}
+    joined = [token for token, number in numbers.items() if types[number] == _NORMAL]
+    halves = ((token[:cut], token[cut:]) for token in joined for cut in range(1, len(token)))
+    return sum(a in numbers and b in numbers and (a, b) not in merged for a, b in halves)
 
 
 def _puts_space(described: dict[str, Any]) -> bool:
