@@ -884,12 +884,13 @@ def _cut_by_nobody(place: Path) -> None:
 
 # What llama.cpp does not load, or computes otherwise: the model, more words, and what the message must hold.
 CHECKPOINTS += [
-    Bad("export", f"as GGUF, {name}", ["model.name=PLACE/odd", "export=gguf", "tracking=none", *words], says, prepare)
+    Bad("checkpoint", f"exported as GGUF, {name}", ["model.name=PLACE/odd", "export=gguf", "tracking=none", *words],
+        says, prepare)
     for name, prepare, words, says in (
         ("of another family", lambda place: make_folder(place / "odd", "gpt2"), ["method=wanda"],
-         ("export=gguf", "'gpt2'", "gemma3_text, llama, mistral", "give export=hf")),
+         ("export=gguf", "'gpt2'", "gemma3_text, llama, mistral", "Give export=hf")),
         ("of a found family", lambda place: tiny_folder(place / "odd", "olmo2"), ["method=none"],
-         ("export=gguf", "'olmo2'", "llama, mistral", "give export=hf")),
+         ("export=gguf", "'olmo2'", "llama, mistral", "Give export=hf")),
         ("with another activation", lambda place: make_folder(place / "odd", "llama", hidden_act="relu"), [],
          ("export=gguf", "hidden_act=relu", "hidden_act=silu", "give export=hf")),
         ("with fewer heads than it can have", lambda place: make_folder(place / "odd", "phi3"),

@@ -6,6 +6,7 @@ llama-cpp-python on the package index has one, vendor/llama.cpp.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -764,7 +765,7 @@ def test_names_of_patterns_are_llama_cpps() -> None:
     source = (Path(LLAMA_CPP) / "conversion" / "base.py").read_text(encoding="utf-8")
     text = re.search(r"chktxt = ('.*')\n", source)
     assert text is not None
-    assert eval(text.group(1)) == known["hashed_text"]
+    assert ast.literal_eval(text.group(1)) == known["hashed_text"]
     table = dict(re.findall(r'chkhsh == "([0-9a-f]{64})":\s*# ref: \S+\s*res = "([^"]+)"', source))
     assert known["hashes"].items() <= table.items()
     vocabulary = Path(LLAMA_CPP) / "src" / "llama-vocab.cpp"
