@@ -623,6 +623,25 @@ def test_a_model_can_come_from_it(tmp_path: Path) -> None:
     ]  # whose figures differ, in the size on disk
 
 
+def test_the_package_that_is_missing_is_named() -> None:
+    code = """
+import importlib.machinery
+find = importlib.machinery.PathFinder.find_spec
+importlib.machinery.PathFinder.find_spec = classmethod(
+    lambda cls, name, *rest: None if name == "gguf" else find(name, *rest)
+)
+from prune_lab.export.gguf import Gguf
+try:
+    Gguf()
+except ValueError as error:
+    print(error)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "written by the package gguf" in done.stdout
+    assert done.stdout.strip().endswith('pip install "prune-lab[gguf]"')
+
+
 def test_a_run_is_refused_before_its_work(small: list[str], cli: Cli, tmp_path: Path) -> None:
     """Nothing is loaded, calibrated or written for a family that is not written."""
     other = make_folder(tmp_path / "other", "gpt2")

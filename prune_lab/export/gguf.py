@@ -38,7 +38,9 @@ class Gguf(Export):
         if self.type not in TYPES:
             raise ValueError(f"type={self.type!r} is not one of {', '.join(TYPES)}")
         if find_spec("gguf") is None:
-            raise ValueError('export=gguf is written by the package gguf, which is not installed: "prune-lab[gguf]"')
+            raise ValueError(
+                'export=gguf is written by the package gguf, which is not installed: pip install "prune-lab[gguf]"'
+            )
 
     def check_config(self, config: Any, cuts: Collection[str]) -> None:
         """Raises Refused for a family, or a setting of it, that llama.cpp does not compute."""
@@ -99,7 +101,7 @@ class Gguf(Export):
             check_logits(model, again.to(model.device), folder, tokens, exact=False)
 
     def notes(self, loaded: Loaded) -> list[str]:
-        """How the weights are stored, how text is cut into tokens, and what llama.cpp does otherwise."""
+        """Types of the weights, the rule for cutting text, and what llama.cpp does otherwise."""
         from prune_lab.models.gguf.families import notes_of
         from prune_lab.models.gguf.file import notes_of_types
         from prune_lab.models.gguf.vocabulary import vocabulary_of

@@ -22,7 +22,7 @@ _PLAIN_ROPES = ("default", "linear", "yarn")
 
 @dataclass(frozen=True)
 class Architecture:
-    """What llama.cpp has of a family.
+    """An architecture that llama.cpp has, for a family of transformers.
 
     name: in general.architecture. ropes: kinds of rotary scaling. fixed: fields of a config and the one value that
     they may have. in_pairs: rows of queries and keys are stored in the order of rotary pairs. norms_plus_one: norms are
@@ -108,7 +108,7 @@ def is_square(config: Any) -> bool:
 
 
 def architecture_of(config: Any) -> Architecture:
-    """What llama.cpp has of a config's family; raises Refused where it has none, or none that is written here.
+    """The architecture for a config's family; raises Refused where it has none, or none that is written here.
 
     A Qwen2 whose heads are not as wide as its states is a Llama with biases there: its own loader wants them as wide.
     """
@@ -306,7 +306,7 @@ def _add_windows(writer: GGUFWriter, config: Any, architecture: Architecture) ->
 
 
 def notes_of(config: Any) -> list[str]:
-    """What llama.cpp does not compute as the model does, and a run must say."""
+    """Notes of a run on what llama.cpp does not compute, or not under the same name."""
     architecture, notes = architecture_of(config), list[str]()
     if config.model_type == "qwen2" and architecture.name == "llama":
         notes.append(

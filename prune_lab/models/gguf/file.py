@@ -49,7 +49,7 @@ def stored_as(name: str, shape: tuple[int, ...], asked: str) -> Stored:
 
 
 def notes_of_types(model: Any, asked: str) -> list[str]:
-    """What a run must say of the types in which the tensors of a model are stored."""
+    """Notes of a run on the types in which the tensors of a model are stored."""
     named = {piece.name: piece.shape for piece in pieces_of(model)}
     notes = []
     if asked != "f32" and asked != str(model.dtype).removeprefix("torch.").replace("float", "f"):
@@ -63,7 +63,7 @@ def notes_of_types(model: Any, asked: str) -> list[str]:
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         notes.append(
             f"export.type={asked} is for rows of a multiple of 32 numbers; stored in f16 are {listed} "
-            "(method.round_to=32 keeps such rows)"
+            "(of pruned MLPs, method.round_to=32 keeps such rows)"
         )
     return notes
 

@@ -235,7 +235,7 @@ def _ids(tokenizer: Any, config: Any) -> dict[str, int]:
 
 
 def _adds(tokenizer: Any) -> dict[str, bool]:
-    """Whether the tokenizer puts BOS before and EOS behind a text; always said, since defaults differ by `pre`."""
+    """BOS before a text, EOS behind it: whether the tokenizer puts them; always said, since defaults differ."""
     plain, around = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     return {
         "bos": len(around) > len(plain) and around[0] == tokenizer.bos_token_id,
