@@ -50,15 +50,12 @@ def stored_as(name: str, shape: tuple[int, ...], asked: str) -> Stored:
 
 def notes_of_types(model: Any, asked: str) -> list[str]:
     """Notes of a run on the types in which the tensors of a model are stored."""
-    named = {piece.name: piece.shape for piece in pieces_of(model)}
-    notes = []
-    if asked != "f32" and asked != str(model.dtype).removeprefix("torch.").replace("float", "f"):
+    dtype, notes = str(model.dtype).removeprefix("torch."), []
+    if asked not in ("f32", dtype.replace("float", "f")):
         rounded = "16 bits" if asked.endswith("16") else f"{asked}: llama-perplexity measures its quality"
-        notes.append(f"the figures are of the model in {model.dtype}, and the GGUF file has its matrices in {rounded}")
-    short = [
-        name for name, shape in named.items() if stored_as(name, shape, asked) is Stored.F16 != Stored[asked.upper()]
-    ]
-    if short:
+        notes.append(f"the figures are of the model in {dtype}, and the GGUF file has its matrices in {rounded}")
+    short = [piece.name for piece in pieces_of(model) if stored_as(piece.name, piece.shape, asked) is Stored.F16]
+    if short and asked != "f16":
         kinds = Counter(name.split(".")[-2] for name in short)
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         notes.append(
