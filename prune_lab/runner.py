@@ -77,12 +77,12 @@ def run(parts: Parts, config: dict[str, Any], context: JobContext, console: Cons
         texts = evaluator.samples(dense, figures)
         summary.samples = [asdict(sample) for sample in texts[: samples.SHOWN]]
         told = [*evaluator.dense.warnings, *evaluator.bos.warnings, *compressed.pruned.warnings]
-        told += [parts.export.note] if parts.export.note is not None else []
+        told += parts.export.notes(compressed.loaded)
         summary.warnings += told + run_warnings.of_run(summary)
         summary.status = "FINISHED"
         if parts.export.is_kept:
             reading = parts.export.reading(compressed.loaded)
-            card = model_card(summary, evaluator.dense.name, context.command, reading)
+            card = model_card(summary, evaluator.dense.name, context.command, reading, parts.export.library)
             write_text(_export_of(context.folder) / "README.md", card)
         files = _write_files(context.folder, compressed, evaluator.dense)
         if evaluator.prompts is not None:
@@ -105,12 +105,15 @@ def _resolve_device(parts: Parts) -> Device:
 
 def _open(parts: Parts, context: JobContext, device: Device, console: Console) -> Evaluator:
     """The dense model and its text."""
-    parts.method.check(parts.model.config(), [event.amount for event in pruning_events(parts)[0]])
+    config = parts.model.config()
+    parts.method.check(config, [event.amount for event in pruning_events(parts)[0]])
+    parts.export.check_config(config, parts.method.cuts)
     console.note("loading model and text")
     seed_of_weights = parts.settings.seed if parts.model.weights == "random" else 0
     evaluator = open_evaluator(parts.model, parts.dataset, parts.measure, device, seed_of_weights, console)
     if evaluator.dense.is_low_bit:
         check_low_bit_model(parts, context.choices, evaluator.dense.name)
+    parts.export.check_model(evaluator.dense)
     if (layout := Anatomy(evaluator.dense.model).found) is not None:
         checkpointing = bool(getattr(evaluator.dense.model, "supports_gradient_checkpointing", False))
         check_found_layout(parts, context.choices, evaluator.dense.family, layout, checkpointing)

@@ -81,7 +81,14 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
     ("seed=1.5", ("seed", "1.5", "Integer")),
     ("seed=null", ("seed",)),
     ("objectives=[size/dsk_mb]", ("objectives=['size/dsk_mb']", "size/disk_mb")),
-    ("export=perhaps", ("export", "perhaps", "bitmask", "hf", "none")),
+    ("export=perhaps", ("export", "perhaps", "bitmask", "gguf", "hf", "none")),
+    ("export=gguf export.type=q5_0", ("export.type='q5_0'", "f32, f16, bf16, q8_0, q4_0")),
+    ("export=gguf export.type=null", ("export.type",)),
+    ("export=gguf post=int8_weight_only", ("export=gguf", "post=int8_weight_only", "give export=hf, or post=none")),
+    (
+        "model.stream=true measure=quality_only method=wanda export=gguf",
+        ("model.stream=true", "export=gguf", "give export=hf or export=none"),
+    ),
     ("export=true", ("export=true", "give export=hf")),
     ("export=True", ("export=True", "give export=hf")),
     ("export=yes", ("export=yes", "give export=hf")),
@@ -932,6 +939,35 @@ CHECKPOINTS += [
     Bad("checkpoint", "whose MLPs are not described",
         ["model.name=PLACE/odd", "method=depth", "method.refit=residual", "tracking=none"],
         ("method.refit=residual", "olmo2", "method.refit=none"), lambda place: tiny_folder(place / "odd", "olmo2")),
+]  # fmt: skip
+
+
+def _cut_by_nobody(place: Path) -> None:
+    """A tokenizer that cuts text into words by a pattern of its own."""
+    path = make_folder(place / "odd", "llama") / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    split = {"type": "Split", "pattern": {"Regex": "[a-z]+"}, "behavior": "Isolated", "invert": False}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, tokenizer["pre_tokenizer"]]}
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
+
+
+# What llama.cpp does not load, or computes otherwise: the model, more words, and what the message must hold.
+CHECKPOINTS += [
+    Bad("checkpoint", f"exported as GGUF, {name}", ["model.name=PLACE/odd", "export=gguf", "tracking=none", *words],
+        says, prepare)
+    for name, prepare, words, says in (
+        ("of another family", lambda place: make_folder(place / "odd", "gpt2"), ["method=wanda"],
+         ("export=gguf", "'gpt2'", "gemma3_text, llama, mistral", "Give export=hf")),
+        ("of a found family", lambda place: tiny_folder(place / "odd", "olmo2"), ["method=none"],
+         ("export=gguf", "'olmo2'", "llama, mistral", "Give export=hf")),
+        ("with another activation", lambda place: make_folder(place / "odd", "llama", hidden_act="relu"), [],
+         ("export=gguf", "hidden_act=relu", "hidden_act=silu", "give export=hf")),
+        ("with fewer heads than it can have", lambda place: make_folder(place / "odd", "phi3"),
+         ["method=structured", "method.units=[heads]"],
+         ("export=gguf", "phi3", "heads x head_dim = hidden_size", "give method.units=[mlp]")),
+        ("with a pattern that has no name", _cut_by_nobody, ["method=wanda"],
+         ("export=gguf", "llama.cpp has no name for", "[a-z]+", "give export=hf")),
+    )
 ]  # fmt: skip
 
 # GGUF files: what is made in PLACE/m.gguf, and what the message must hold.

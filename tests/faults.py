@@ -860,6 +860,31 @@ FAULTS = (
         ("test_bitmask.py::test_the_layout_by_hand",),
     ),
     Fault(
+        "gguf_rows_of_queries_in_halves", "prune_lab/models/gguf/tensors.py",
+        "rows.unflatten(0, (heads, 2, -1))", "rows.unflatten(0, (heads, -1, 2))",
+        ("test_gguf_export.py::test_a_llama_by_hand",),
+    ),
+    Fault(
+        "gguf_norms_without_their_one", "prune_lab/models/gguf/tensors.py",
+        "return 1.0 if architecture.norms_plus_one", "return 1.0 if False",
+        ("test_gguf_export.py::test_norms_of_a_gemma_have_their_one",),
+    ),
+    Fault(
+        "gguf_windows_are_not_said", "prune_lab/models/gguf/families.py",
+        "if in_window != [", "if False and in_window != [",
+        ("test_gguf_export.py::test_windows_that_do_not_alternate_are_said",),
+    ),
+    Fault(
+        "gguf_values_are_not_compared", "prune_lab/models/gguf/file.py",
+        "if not bool((off <= ", "if False and not bool((off <= ",
+        ("test_gguf_export.py::test_a_file_that_was_tampered_with_does_not_pass",),
+    ),
+    Fault(
+        "gguf_forgets_how_its_source_cuts_text", "prune_lab/models/gguf_folder.py",
+        "stored[ORIGIN] = split", "del split",
+        ("test_gguf_export.py::test_the_name_of_the_file_that_a_model_came_from_stays",),
+    ),
+    Fault(
         "int4_with_another_zero_point", "prune_lab/models/low_bit/linears.py",
         "integers.to(torch.int64) + 8", "integers.to(torch.int64) + 7",
         ("test_low_bits.py::test_int4_codes_and_steps_by_hand",),

@@ -59,10 +59,12 @@ def half_zero(loaded: Loaded) -> Loaded:
     return loaded
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("name", EXPORTS)
 def test_every_export_is_read_back_as_it_was_written(tmp_path: Path, name: str, family: str) -> None:
     """By the run that wrote it and by a process that has no model; its files are all that holds weights."""
+    if (name, family) == ("gguf", "gpt2"):
+        pytest.skip("export=gguf refuses a GPT-2")
     loaded = half_zero(HubModel(name=str(make_folder(tmp_path / "made", family))).load(CPU, seed=0))
     export, place = exporter(name), tmp_path / "export"
     place.mkdir()
@@ -82,7 +84,7 @@ def test_every_export_is_read_back_as_it_was_written(tmp_path: Path, name: str, 
     assert export.reading(loaded)
     with torch.no_grad():
         next(loaded.model.parameters()).add_(0.1)
-    with pytest.raises(RuntimeError, match=r"export in .* does not reload: its logits differ by"):
+    with pytest.raises(RuntimeError, match=r"export in .* does not reload: its .* differs? (by|in)"):
         export.check(loaded.model, place, TOKENS)
 
 
@@ -112,7 +114,7 @@ def test_kernels_that_no_file_holds_may_add_in_another_order(
 def test_what_a_run_keeps_is_no_other_run_but_for_what_it_measures() -> None:
     assert NoExport().identity is HuggingFace().identity is None
     assert Bitmask().identity is not None
-    assert [exporter(name).is_kept for name in ("bitmask", "hf", "none")] == [True, True, False]
+    assert [exporter(name).is_kept for name in ("bitmask", "gguf", "hf", "none")] == [True, True, True, False]
 
 
 class Failing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,8 +25,7 @@ class Export:
     `exact`: what is read back computes equal logits; otherwise they may differ as another order of additions makes
     them.
     `takes_low_bits`: it can hold quantized weights, those of a post-compression. `takes_streamed`: it can be written
-    of a model whose weights are on disk (model.stream=true).
-    `note`: a warning for the run's record, if any.
+    of a model whose weights are on disk (model.stream=true). `library`: the Hub's name of what loads it.
     """
 
     not_applicable: ClassVar[tuple[str, ...]] = ()
@@ -34,7 +34,20 @@ class Export:
     exact: ClassVar[bool] = True
     takes_low_bits: ClassVar[bool] = False
     takes_streamed: ClassVar[bool] = False
-    note: ClassVar[str | None] = None
+    library: ClassVar[str] = "transformers"
+
+    def check_config(self, config: Any, cuts: Collection[str]) -> None:
+        """Raises Refused for a model that it cannot hold, by its config, before the model is loaded.
+
+        cuts: kinds of units that will be removed from it.
+        """
+
+    def check_model(self, loaded: Loaded) -> None:
+        """Raises Refused for a model that it cannot hold, before anything is done to it."""
+
+    def notes(self, loaded: Loaded) -> list[str]:
+        """Warnings for the run's record, of the model that was written."""
+        return []
 
     def write(self, loaded: Loaded, folder: Path) -> None:
         """Writes the model into an empty folder, which takes its place when this returns."""

@@ -22,7 +22,6 @@ class Bitmask(HuggingFace):
     is_plain: ClassVar[bool] = False
     takes_low_bits: ClassVar[bool] = False
     takes_streamed: ClassVar[bool] = False
-    note: ClassVar[str | None] = "export=bitmask: zeros take one bit on disk, dense in memory; prune_lab alone reads it"
 
     def write(self, loaded: Loaded, folder: Path) -> None:
         """Writes a Hugging Face folder and puts its safetensors into one bitmask file."""
@@ -30,6 +29,10 @@ class Bitmask(HuggingFace):
 
         super().write(loaded, folder)
         compress_folder(folder)
+
+    def notes(self, loaded: Loaded) -> list[str]:
+        """The one that concerns every such export."""
+        return ["export=bitmask: zeros take one bit on disk, dense in memory; prune_lab alone reads it"]
 
     def reading(self, loaded: Loaded) -> str:
         """prune_lab."""

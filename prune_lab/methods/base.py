@@ -43,6 +43,11 @@ class Method:
         """Reason that it cannot prune block by block (model.stream=true), with what can; None where it can."""
         return "units and blocks are removed from a model in memory; give a method for single weights"
 
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """Kinds of units of which a model has fewer afterwards."""
+        return ()
+
     def check(self, config: Any, amounts: Iterable[float]) -> None:
         """Raises Refused where a config of transformers cannot hold what is left after one of the cumulative amounts.
 

@@ -91,6 +91,11 @@ class Structured(Method):
             )
 
     @property
+    def cuts(self) -> tuple[str, ...]:
+        """Its kinds of units, unless they stay as zeros."""
+        return self.units if self.physical and self.amount > 0 else ()
+
+    @property
     def is_of_hidden(self) -> bool:
         """True where channels of the hidden size go."""
         return self.units == (HIDDEN,)

@@ -23,6 +23,19 @@ from prune_lab.system.files import atomic_folder
 def write_folder(loaded: Loaded, folder: Path) -> None:
     """Writes safetensors, config, tokenizer and processor into an empty folder."""
     save_weights(loaded.model, folder)
+    _write_tokenizer(loaded, folder)
+
+
+def write_beside_weights(loaded: Loaded, folder: Path) -> None:
+    """Writes what `write_folder` does beside the weights."""
+    model = loaded.model
+    model.config.dtype, model.config.architectures = model.dtype, [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    _write_tokenizer(loaded, folder)
+
+
+def _write_tokenizer(loaded: Loaded, folder: Path) -> None:
     loaded.tokenizer.save_pretrained(folder)
     for name, content in loaded.processor.items():
         (folder / name).write_bytes(content)

@@ -31,6 +31,7 @@ from prune_lab.models.anatomy import family_of
 from prune_lab.models.checkpoint import skeleton
 from prune_lab.models.contents import check_finite
 from prune_lab.models.folder_check import check_config
+from prune_lab.models.gguf.vocabulary import ORIGIN
 from prune_lab.models.gguf_header import Header, read_header
 from prune_lab.models.offload.on_disk import lay_out_model, stored_tensors
 from prune_lab.system.files import owner_suffix, state_of
@@ -154,9 +155,11 @@ def _write_tokenizer(tokenizer: Any, header: Header, folder: Path) -> list[str]:
     stored |= {key: value for key, value in said.items() if value is not None}
     for key in ("is_local", "local_files_only"):
         stored.pop(key, None)
+    split = header.metadata.get("tokenizer.ggml.pre")
+    if header.metadata.get("tokenizer.ggml.model") == "gpt2" and split is not None:
+        stored[ORIGIN] = split  # the rule itself may be lost: see below
     file.write_text(json.dumps(stored, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-    split = header.metadata.get("tokenizer.ggml.pre", "default")
-    if header.metadata.get("tokenizer.ggml.model") == "gpt2" and split not in (*_known_splits(), *_SPLITS_OF_GPT2):
+    if stored.get(ORIGIN, "default") not in (*_known_splits(), *_SPLITS_OF_GPT2):
         return [
             f"transformers does not know the file's rule for cutting text into words (tokenizer.ggml.pre={split}) and "
             "cuts as GPT-2 does: some tokens may differ from those of the model's own tokenizer"

@@ -8,8 +8,11 @@ from prune_lab.results.metrics import dense_figures
 from prune_lab.results.summary import Summary
 
 
-def model_card(summary: Summary, base_model: str, command: str, reading: str) -> str:
-    """Markdown with the base model, what was done and measured, the command that repeats it, and what loads it."""
+def model_card(summary: Summary, base_model: str, command: str, reading: str, library: str = "transformers") -> str:
+    """Markdown with the base model, what was done and measured, the command that repeats it, and what loads it.
+
+    library: the Hub's name of what loads it.
+    """
     dense = set(dense_figures(summary.metrics))
     rows = [f"| {name} | {value:.6g} |" for name, value in sorted(summary.metrics.items()) if name not in dense]
     groups = ("method", "schedule", "recovery", "post", "export")
@@ -20,7 +23,7 @@ def model_card(summary: Summary, base_model: str, command: str, reading: str) ->
         "---",
         *([f"base_model: {base_model}"] if revision else []),  # the Hub's field names repositories only
         *([f"license: {licence}"] if licence else []),
-        "library_name: transformers",
+        f"library_name: {library}",
         "pipeline_tag: text-generation",
         "tags: [prune_lab, compressed]",
         "---",
