@@ -6,8 +6,8 @@ import argparse
 import sys
 from typing import NoReturn
 
-from omegaconf import DictConfig
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, ConfigTypeError, OmegaConfBaseException
 
 from prune_lab.errors import Refused
 
@@ -36,6 +36,11 @@ def one_line(error: BaseException) -> str:
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
         allowed = ", ".join(str(key) for key in cause.parent_node if key not in ("_target_", "hydra"))
         return no_such_key(str(cause.full_key), allowed)
+    if isinstance(cause, ConfigTypeError) and isinstance(cause.parent_node, ListConfig):
+        return f"{cause.full_key} must be a list, in brackets: {cause.full_key}=[...]"
+    if isinstance(cause, ConfigTypeError) and isinstance(cause.parent_node, DictConfig):
+        keys = ", ".join(map(str, cause.parent_node))
+        return f"{cause.full_key} is not one value: give {cause.full_key}.KEY, where KEY is one of {keys}"
     if isinstance(cause, OmegaConfBaseException):
         return f"{cause.full_key}: {str(cause).splitlines()[0]}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -268,6 +268,7 @@ CONFIG += [
     for mix, key, *says in (
         ("[]", "=[]", "give its parts"), ("null", "=None", "a list of {source, share, name, column}"),
         ("own", "='own'", "a list of {source"), ("[own]", "[0]='own'", "a list of {source"),
+        ("{source:own,share:1}", " must be a list, in brackets"), ("3", "=3", "a list of {source"),
         ("[{source:own}]", "[0].share is required"), ("[{share:1}]", "[0].source is required"),
         ("[{source:own,share:1,3:4}]", "[0].3", "source, share"),
         ("[{source:own,share:x}]", "[0].share", "'x'", "Float"),
@@ -299,6 +300,11 @@ CONFIG += [
          ["source=mix", "n_samples=1", "mix=[{source:own,share:0.5},{source:stdlib,share:0.5}]"],
          ("dataset.calibration.mix[1].share=0.5", "n_samples=1")),
     )
+]  # fmt: skip
+CONFIG += [
+    Bad("config", "a list in place of keys", ["dataset.calibration=[1]"],
+        ("dataset.calibration is not one value", "dataset.calibration.KEY", "n_samples, seq_len, source")),
+    Bad("config", "keys in place of a list", ["objectives={a:1}"], ("objectives must be a list", "objectives=[...]")),
 ]  # fmt: skip
 CONFIG += [
     Bad("config", f"target {target!r}", [f"method._target_={target}"],
