@@ -30,8 +30,9 @@ from prune_lab.measure.settings import Measure
 from prune_lab.measure.size import measure_size
 from prune_lab.measure.task_setup import ReadyTask, prepare_tasks
 from prune_lab.measure.tasks import measure_tasks
-from prune_lab.models.anatomy import Anatomy, context_of, needs_bos
+from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.export import save_dense
+from prune_lab.models.families import context_of, needs_bos
 from prune_lab.models.load import Loaded, ModelSource
 from prune_lab.models.offload.on_disk import own_copy
 from prune_lab.pruning.calibration import Calibrator

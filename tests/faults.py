@@ -357,12 +357,12 @@ FAULTS = (
         ("test_families.py::test_masked_groups_are_those_zeroed_by_hand",),
     ),
     Fault(
-        "fused_rows_in_another_order", "prune_lab/models/anatomy.py",
+        "fused_rows_in_another_order", "prune_lab/models/families.py",
         '"rows", ("query", "kv", "kv"))', '"rows", ("kv", "query", "kv"))',
         ("test_families.py::test_masked_groups_are_those_zeroed_by_hand",),
     ),
     Fault(
-        "interleaved_rows_read_as_runs", "prune_lab/models/anatomy.py",
+        "interleaved_rows_read_as_runs", "prune_lab/models/families.py",
         '"rows", ("qkv",))', '"rows", ("kv", "kv", "kv"))',
         ("test_families.py::test_masked_groups_are_those_zeroed_by_hand",),
     ),

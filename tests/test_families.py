@@ -18,8 +18,9 @@ from prune_lab.measure.inference import decode, prefill
 from prune_lab.methods.base import Method
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.structured import Structured
-from prune_lab.models.anatomy import FAMILIES, Anatomy, check_matrices
+from prune_lab.models.anatomy import Anatomy, check_matrices
 from prune_lab.models.export import check_reload, save_model
+from prune_lab.models.families import FAMILIES
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.models.loss import window_losses
 from prune_lab.pruning.calibration import Calibrator

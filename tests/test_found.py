@@ -29,6 +29,7 @@ from prune_lab.models import anatomy as anatomies
 from prune_lab.models import found
 from prune_lab.models.anatomy import Anatomy, scope_of
 from prune_lab.models.export import check_reload, save_model
+from prune_lab.models.families import FAMILIES
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.models.loss import window_losses
 from prune_lab.models.products import FusedMatrix
@@ -86,7 +87,7 @@ def test_of_a_described_family_the_same_weights_go(
     other = copied(described)
     prune(described, method)
     with monkeypatch.context() as patch:
-        patch.delitem(anatomies.FAMILIES, family)
+        patch.delitem(FAMILIES, family)
         prune(other, method)
     for mine, wanted in zip(other.model.parameters(), described.model.parameters(), strict=True):
         assert torch.equal(mine == 0, wanted == 0)

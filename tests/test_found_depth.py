@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 
 from prune_lab.errors import Refused
 from prune_lab.methods.depth import Depth
-from prune_lab.models import anatomy as anatomies
 from prune_lab.models import fewer_blocks, found
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.export import check_reload, save_model
+from prune_lab.models.families import FAMILIES
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.models.resize import dense_count, keep_blocks, original_blocks, shape_of
 from prune_lab.pruning.block_importance import _distances, block_influence
@@ -116,7 +116,7 @@ def test_of_a_described_family_the_same_blocks_go(
     described = HubModel(name=str(make_folder(tmp_path / "m", family, **more))).load(CPU, seed=0)
     other = copied(described)
     wanted = [prune(described.model, amount, by) for amount in (0.2, 0.6)]
-    monkeypatch.delitem(anatomies.FAMILIES, family)
+    monkeypatch.delitem(FAMILIES, family)
     got = [prune(other.model, amount, by) for amount in (0.2, 0.6)]
     assert [gone_of(pruned) for pruned in got] == [gone_of(pruned) for pruned in wanted]
     assert [sorted(map(str, pruned.rows)) for pruned in got] == [sorted(map(str, pruned.rows)) for pruned in wanted]
@@ -143,7 +143,7 @@ def test_both_ways_through_the_blocks_give_the_same_figures(
     model = HubModel(name=str(make_folder(tmp_path / "m", family))).load(CPU, seed=0).model
     calibrator = Calibrator(WINDOWS, batch_size=4)
     influence, distances = (of(calibrator, Anatomy(model)) for of in (block_influence, _distances))
-    monkeypatch.delitem(anatomies.FAMILIES, family)
+    monkeypatch.delitem(FAMILIES, family)
     layout = found.layout_of(model)
     found.keep(model, found.Layout(layout.blocks, layout.matrices, one_by_one=False))
     assert block_influence(calibrator, Anatomy(model)) == pytest.approx(influence, rel=1e-5)

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from prune_lab.errors import Refused
 from prune_lab.methods.structured import Structured
-from prune_lab.models import anatomy as anatomies
 from prune_lab.models import found as found_layouts
 from prune_lab.models import found_units
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.export import check_reload, save_model
+from prune_lab.models.families import FAMILIES
 from prune_lab.models.found import forget_layout
 from prune_lab.models.found_units import forget_units, units_of
 from prune_lab.models.load import HubModel, Loaded
@@ -103,7 +103,7 @@ def test_of_a_described_family_the_same_units_are_found(
         for kind in described.family.units
     }
     possible = {kind: described.possible_counts(kind, near=1) for kind in wanted}
-    monkeypatch.delitem(anatomies.FAMILIES, family)
+    monkeypatch.delitem(FAMILIES, family)
     found = Anatomy(described.model)
     for kind, (count, of_blocks) in wanted.items():
         if possible[kind] == [count]:
@@ -130,7 +130,7 @@ def test_of_a_described_family_the_same_units_go(
     units = ("mlp",) if family == "gpt2" else ("mlp", "heads")
     other = copied(described)
     wanted = prune(described, units=units, **keys)
-    monkeypatch.delitem(anatomies.FAMILIES, family)
+    monkeypatch.delitem(FAMILIES, family)
     pruned = prune(other, units=units, **keys)
     assert {(row.layer, row.before, row.removed) for row in pruned.rows} == {
         (row.layer, row.before, row.removed) for row in wanted.rows
@@ -220,7 +220,7 @@ def test_a_count_that_a_config_cannot_hold_is_refused_with_those_that_it_can(
     """Llama's query heads must divide its hidden size: of 4 groups 3 are not possible."""
     folder = make_folder(tmp_path / "m", hidden_size=64, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
     loaded = HubModel(name=str(folder)).load(CPU, seed=0)
-    monkeypatch.delitem(anatomies.FAMILIES, "llama")
+    monkeypatch.delitem(FAMILIES, "llama")
     with pytest.raises(Refused, match=r"leaves 3 of 4 KV groups.*possible are 1 \(amount=0.75\), 2 \(amount=0.5\)"):
         Structured(amount=0.25, units=("heads",)).check_model(Anatomy(loaded.model), [0.25])
     Structured(amount=0.25, units=("heads",), physical=False).check_model(Anatomy(loaded.model), [0.25])

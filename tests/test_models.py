@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from prune_lab.config.parts import build
 from prune_lab.errors import Refused
-from prune_lab.models.anatomy import Anatomy, family_of
+from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.families import family_of
 from prune_lab.models.folder_check import check_folder
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.system.device import Device

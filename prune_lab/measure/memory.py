@@ -24,7 +24,7 @@ from prune_lab.export.base import Export
 from prune_lab.measure.inference import decode, prefill
 from prune_lab.measure.settings import Measure
 from prune_lab.measure.size import MB, held_bytes
-from prune_lab.models.anatomy import FAMILIES
+from prune_lab.models.families import FAMILIES
 from prune_lab.system.device import Device
 
 # glibc then gives freed pages back at once instead of keeping them in per-thread pools: four runs on a model of 11 MB

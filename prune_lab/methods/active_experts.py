@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from prune_lab.errors import Refused
 from prune_lab.methods.base import Method
-from prune_lab.models.anatomy import ACTIVE, FAMILIES
+from prune_lab.models.anatomy import ACTIVE
+from prune_lab.models.families import FAMILIES
 from prune_lab.pruning.pruned import Pruned
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from prune_lab.errors import Refused
 from prune_lab.methods.base import Method
-from prune_lab.models.anatomy import FAMILIES
+from prune_lab.models.families import FAMILIES
 from prune_lab.pruning.pruned import LayerRow, Pruned
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from prune_lab.errors import Refused
 from prune_lab.methods.base import Method
-from prune_lab.models.anatomy import ALIGNED, FAMILIES, HIDDEN, LABELS, unit_kind
+from prune_lab.models.anatomy import ALIGNED, HIDDEN, LABELS
+from prune_lab.models.families import FAMILIES, unit_kind
 from prune_lab.models.stand_in import check_stand_in, held, needs_stand_in, note_of, why_held_no_more
 from prune_lab.pruning.pruned import Pruned
 from prune_lab.pruning.refit_targets import NEEDS_OF_TARGET, TARGETS

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from prune_lab.errors import Refused
 from prune_lab.methods.base import Method
-from prune_lab.models.anatomy import FAMILIES, out_in
+from prune_lab.models.anatomy import out_in
+from prune_lab.models.families import FAMILIES
 from prune_lab.pruning.pattern import Pattern
 from prune_lab.pruning.pruned import LayerRow, Pruned
 from prune_lab.pruning.refit_targets import NEEDS_OF_TARGET, TARGETS

@@ -10,10 +10,11 @@ import torch
 
 from prune_lab.errors import Refused
 from prune_lab.models import formats
-from prune_lab.models.anatomy import FAMILIES, check_matrices, check_type
+from prune_lab.models.anatomy import check_matrices
 from prune_lab.models.auto_class import auto_class
 from prune_lab.models.checkpoint import read_checkpoint
 from prune_lab.models.contents import check_finite
+from prune_lab.models.families import FAMILIES, check_type
 from prune_lab.models.folder_check import check_config
 from prune_lab.models.foreign import explained
 from prune_lab.models.low_bit.compressed_tensors import leave_out_compression

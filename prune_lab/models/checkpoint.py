@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from prune_lab.errors import Refused
-from prune_lab.models.anatomy import family_of
+from prune_lab.models.families import family_of
 from prune_lab.models.foreign import common_prefix, explained
 from prune_lab.models.formats import format_of
 from prune_lab.models.low_bit import compressed_tensors

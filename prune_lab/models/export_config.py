@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from prune_lab.models.anatomy import FAMILIES
+from prune_lab.models.families import FAMILIES
 
 _CODE = ("auto_map", "custom_pipelines")  # they name classes in Python files beside the weights
 # Classes that version 4 does not have: tokenizer.json is all that they read, as its class for any such file does.
@@ -36,7 +36,7 @@ def rewrite_configs(folder: Path, tokenizer_config: dict[str, Any], processor: I
 def with_older_fields(config: dict[str, Any]) -> dict[str, Any]:
     """A config as version 5 writes it, with the names that version 4 has for the same settings.
 
-    Of the families of models/anatomy.py alone: others have such fields of other kinds, or are newer than version 4.
+    Of the families of models/families.py alone: others have such fields of other kinds, or are newer than version 4.
     """
     config = without_code(config)
     if config.get("model_type") not in FAMILIES:

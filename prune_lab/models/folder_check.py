@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.errors import Refused
-from prune_lab.models.anatomy import check_type
+from prune_lab.models.families import check_type
 
 # Fields of a config that say how large a model is, and the most that any model has by far: what is beyond is damaged,
 # and building it would take all memory or all day.

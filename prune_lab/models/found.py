@@ -1,4 +1,4 @@
-"""A model's layout, found by running it on a few tokens: for types that the table of models/anatomy.py does not have.
+"""A model's layout, found by running it on a few tokens: for types that the table of models/families.py does not have.
 
 Which of its modules are the decoder blocks, by which matrices they multiply (Linears, parts of fused experts, in either
 orientation), what in them is left alone and why, and whether blocks can be called one by one.

@@ -27,9 +27,9 @@ import torch
 from prune_lab import cache
 from prune_lab.errors import Refused
 from prune_lab.fingerprint import digest_of, source_sha256
-from prune_lab.models.anatomy import family_of
 from prune_lab.models.checkpoint import skeleton
 from prune_lab.models.contents import check_finite
+from prune_lab.models.families import family_of
 from prune_lab.models.folder_check import check_config
 from prune_lab.models.gguf.vocabulary import ORIGIN
 from prune_lab.models.gguf_header import Header, read_header

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from prune_lab.models.anatomy import family_of
+from prune_lab.models.families import family_of
 
 MAGIC, SUFFIX = b"GGUF", ".gguf"
 _VERSIONS = (2, 3)

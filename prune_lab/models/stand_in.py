@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from prune_lab.errors import Refused
-from prune_lab.models.anatomy import FAMILIES
+from prune_lab.models.families import FAMILIES
 
 if TYPE_CHECKING:
     from prune_lab.models.anatomy import Anatomy

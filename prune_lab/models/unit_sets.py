@@ -13,7 +13,7 @@ from prune_lab.models.found import Matrix, read_matrix
 
 @dataclass(frozen=True)
 class Side:
-    """Rows or columns of a matrix that units are made of: `widths` of each unit in each run (models/anatomy.py)."""
+    """Rows or columns of a matrix that units are made of: `widths` of each unit in each run (models/families.py)."""
 
     matrix: Matrix
     side: str  # "rows" | "columns"

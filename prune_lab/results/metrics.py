@@ -136,7 +136,7 @@ METRICS = (
            row="multiply-accumulates per token", form=",.0f",
            measured="of Linears, attention and head, from shapes, at `measure.prompt_tokens` of context: what could be "
                     "saved; `latency/` is what was. Experts count by the tokens that come to them. Of types that "
-                    "`models/anatomy.py` does not describe, without what attention multiplies by itself"),
+                    "`models/families.py` does not describe, without what attention multiplies by itself"),
     Metric("compute/effective_macs_per_token", "multiply-accumulates", "lower", None,
            measured="the same without those of zero weights"),
     Metric("routing/same_experts", "fraction", "higher", 1.0, title="same choices of experts as the dense model",

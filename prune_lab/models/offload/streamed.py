@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from prune_lab.errors import Refused
-from prune_lab.models.anatomy import family_of
 from prune_lab.models.checkpoint import Checkpoint
+from prune_lab.models.families import family_of
 from prune_lab.models.formats import format_of
 from prune_lab.models.offload.on_disk import DiskWeights, stored_tensors
 from prune_lab.models.rebuild import weights_on_meta
