@@ -43,6 +43,8 @@ SHORTENED: dict[str, list[str]] = {
     "real_depth": ["amount=0.5", *OWN_TEXT],
     "real_depth_vs_width": ["amount=0.5", *OWN_TESTS],
     "real_first_sweep": ["amount=0.5", *OWN_TESTS, *FEW_PAIRS],
+    "real_methods": ["amount=0.5", *OWN_TESTS],
+    "real_prune_then_quantize": ["amount=0.4", *OWN_TESTS, "post.group_size=8"],
     "real_recover": [],  # chooses its own recoveries and steps: the job is that of `recover`
     "real_structured": [*OWN_TEXT, "method.refit=inputs"],
     "real_targets": [],  # the keys are those of real_structured and real_unstructured
