@@ -40,6 +40,7 @@ SHORTENED: dict[str, list[str]] = {
     "parallel": ["amount=0.5", "method=magnitude,random", "measure=quality_only"],
     "prune_then_quantize": ["amount=0.4", "dataset.calibration.n_samples=4", "post.group_size=8"],
     "ray": [],  # needs a cluster: tests/test_launchers.py
+    "real_allocation": OWN_TESTS,
     "real_depth": ["amount=0.5", *OWN_TEXT],
     "real_depth_vs_width": ["amount=0.5", *OWN_TESTS],
     "real_first_sweep": ["amount=0.5", *OWN_TESTS, *FEW_PAIRS],
