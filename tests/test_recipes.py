@@ -25,6 +25,7 @@ RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 STEPS = ["recovery.steps=16", "recovery.batch_size=2"]
 SHORT = [*STEPS, "recovery.validate_every=8", "recovery.validate_windows=2"]  # where recovery=none is not the first one
 OWN_TEXT = ["dataset.calibration.source=own", "dataset.calibration.name=null", "dataset.calibration.n_samples=4"]
+OWN_TESTS = [*OWN_TEXT, "dataset.test_path=null"]
 FEW_PAIRS = ["measure.prompt_tokens=16", "measure.decode_tokens=2", "measure.pairs=10"]
 # What makes each recipe short; a key given on the command line takes the place of that key in every grid.
 SHORTENED: dict[str, list[str]] = {
@@ -32,14 +33,20 @@ SHORTENED: dict[str, list[str]] = {
     "budget": ["hydra.sweeper.step=0.35"],
     "depth_vs_width": ["amount=0.5", "dataset.calibration.n_samples=4", *STEPS, *FEW_PAIRS],
     "during_vs_after": SHORT,
-    "experts": ["amount=0.5", "dataset.calibration.n_samples=4"],
+    "experts": ["amount=0.5", "seed=0", "dataset.calibration.n_samples=4"],
+    "experts_recover": ["dataset.calibration.n_samples=4", *STEPS],
     "first_look": ["amount=0.5", *FEW_PAIRS],
     "methods": ["amount=0.5", "seed=0", "dataset.calibration.n_samples=4"],
     "paper_wikitext2": ["method=magnitude,sparsegpt", "dataset.calibration.n_samples=4"],
     "parallel": ["amount=0.5", "method=magnitude,random", "measure=quality_only"],
     "prune_then_quantize": ["amount=0.4", "dataset.calibration.n_samples=4", "post.group_size=8"],
     "ray": [],  # needs a cluster: tests/test_launchers.py
+    "real_allocation": OWN_TESTS,
     "real_depth": ["amount=0.5", *OWN_TEXT],
+    "real_depth_vs_width": ["amount=0.5", *OWN_TESTS],
+    "real_first_sweep": ["amount=0.5", *OWN_TESTS, *FEW_PAIRS],
+    "real_methods": ["amount=0.5", *OWN_TESTS],
+    "real_prune_then_quantize": ["amount=0.4", *OWN_TESTS, "post.group_size=8"],
     "real_recover": [],  # chooses its own recoveries and steps: the job is that of `recover`
     "real_structured": [*OWN_TEXT, "method.refit=inputs"],
     "real_targets": [],  # the keys are those of real_structured and real_unstructured
