@@ -174,7 +174,7 @@ class Evaluator:
 
     def evaluate(self, loaded: Loaded, folder: Path, export: Export, console: Console) -> Measurements:
         """Measurements of a model that `export` wrote into `folder`, and its divergence from the dense one."""
-        same_experts = SameExperts()
+        same_experts = SameExperts(self.compared * (self.windows.shape[1] + self.bos.length))
         with same_experts.watching(loaded.model, self.dense.model):
             losses, divergence = measure_beside(
                 loaded.model, self.dense.model, self.compared, self.windows, self.measure.batch_size, self.device,

@@ -60,7 +60,7 @@ def run(parts: Parts, config: dict[str, Any], context: JobContext, console: Cons
         return _enter_again(parts, finished, summary, context)
     amounts = [event.amount for event in pruning_events(parts)[0]]
     parts.method.check_model(Anatomy(evaluator.dense.model), amounts)
-    parts.post.check_model(Anatomy(evaluator.dense.model))
+    parts.post.check_model(Anatomy(evaluator.dense.model), parts.method.cuts)
 
     with (
         parts.tracking.start_run(parts.settings.name, summary, context) as log,

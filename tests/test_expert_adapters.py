@@ -17,6 +17,7 @@ from prune_lab.methods.experts import Experts
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.models.anatomy import Anatomy, routers_of
 from prune_lab.models.load import HubModel, Loaded
+from prune_lab.models.resize import shape_of
 from prune_lab.pruning.masks import Masks
 from prune_lab.recovery import adapters
 from prune_lab.recovery.finetune import Finetune
@@ -110,6 +111,7 @@ def test_gradient_checkpointing_trains_the_same(place: Path, tmp_path: Path) -> 
 def test_lora_trains_a_pruned_mixture_and_goes_on_after_an_interruption(place: Path, tmp_path: Path) -> None:
     loaded = load(place, "mixtral")
     recipe = Lora(steps=24, batch_size=2, lr=0.01, checkpoint_every=9, validate_every=0, rank=RANK, scale=SCALE)
+    # With updates at work the experts would not be found anew: a checkpoint asks for what is known.
     keys: dict[str, Any] = {"method": Experts(amount=0.5, score="random"), "schedule": OneShot()}
     whole, cut, gone_on = interrupted(recipe, place / "mixtral", tmp_path, 20, **keys)
     assert cut.saved == 18
@@ -121,6 +123,18 @@ def test_lora_trains_a_pruned_mixture_and_goes_on_after_an_interruption(place: P
     before = weights_of(loaded.model)
     assert all(not torch.isin(after[name], before[name]).all() for name in moved)
     assert all(torch.isin(after[name], before[name]).all() for name in after if name.endswith("gate.weight"))
+
+
+def test_what_was_cut_is_known_while_updates_are_at_work(place: Path) -> None:
+    """A checkpoint asks for it; with updates the experts would not be found anew."""
+    loaded = load(place, "mixtral")
+    Experts(amount=0.5, score="aimer").prune(Anatomy(loaded.model), 0.5, 0)
+    adapters.attach(Anatomy(loaded.model), Masks(), RANK, SCALE, seed=3)
+    with torch.no_grad():
+        for name, parameter in loaded.model.named_parameters():
+            if name.endswith("lora_b"):
+                parameter.normal_()
+    assert shape_of(Anatomy(loaded.model)).units == {"experts": 2}
 
 
 def test_masked_experts_stay_zero(place: Path, tmp_path: Path) -> None:
@@ -155,3 +169,17 @@ def test_routers_of_a_model_without_experts_are_refused(folder: Path) -> None:
     dense = HubModel(name=str(folder)).load(CPU, seed=0)
     with pytest.raises(Refused, match=r"recovery\.train_router=false: models of the type llama have no routers"):
         Finetune(train_router=False).hashes(dense, CPU)
+
+
+def test_linears_that_are_not_called_are_left_out_and_named(place: Path, tmp_path: Path) -> None:
+    """Jamba's recurrent core uses the weight of dt_proj, which an update would not reach."""
+    loaded = load(place, "jamba")
+    before = {name: weight.clone() for name, weight in weights_of(loaded.model).items()}
+    training = training_of(loaded, tmp_path, steps=3)
+    Lora(steps=3, batch_size=2, lr=0.01, validate_every=0, rank=RANK, scale=SCALE).recover(loaded.model, training)
+    assert any("dt_proj" in warning and "not trained" in warning for warning in training.pruned.warnings)
+    for name, weight in weights_of(loaded.model).items():
+        if name.endswith("dt_proj.weight"):
+            assert torch.equal(weight, before[name])
+        if name.endswith("mamba.in_proj.weight"):
+            assert not torch.equal(weight, before[name])

@@ -398,8 +398,7 @@ def test_a_run_says_what_is_in_scope_and_its_export_is_stocks(cli: Cli, place: P
     [
         (["method=structured", "method.refit=residual"], ["method.refit=residual", "mixtral", "method.refit=inputs"]),
         (["method=wanda", "method.refit=residual"], ["method.refit=residual", "method.refit=inputs"]),
-        (["method=magnitude", "recovery=lora"], ["recovery=lora", "recovery=finetune"]),
-        (["method=magnitude", "post=int8_weight_only"], ["post=int8_weight_only", "post=none"]),
+        (["method=magnitude", "post=int8_dynamic"], ["post=int8_weight_only", "post=int4_weight_only"]),
         (["method=magnitude", "recovery=reconstruct"], ["recovery=reconstruct", "recovery=finetune"]),
         (["method=magnitude", "recovery=finetune", "recovery.dropout=0.1"], ["recovery.dropout"]),
         (["method=sensitivity"], ["method=sensitivity", "method.parts=[weights,block]"]),

@@ -56,10 +56,10 @@ def same_by_hand(dense: Tensor, other: Tensor) -> float:
 
 
 @torch.no_grad()
-def share_of(loaded: Loaded, dense: Loaded) -> float | None:
-    same = SameExperts()
+def share_of(loaded: Loaded, dense: Loaded, windows: int = len(WINDOWS), size: int = 2) -> float | None:
+    same = SameExperts(windows * WINDOWS.shape[1])
     with same.watching(loaded.model, dense.model):
-        for batch in WINDOWS.split(2):
+        for batch in WINDOWS.split(size):
             loaded.model(input_ids=batch, use_cache=False)
             dense.model(input_ids=batch, use_cache=False)
     return same.share
@@ -75,6 +75,14 @@ def test_choices_that_are_the_same_by_hand(mixtral: Path) -> None:
         wanted = same_by_hand(chosen_by(dense.model), found)
         assert 0.3 < wanted < 1
         assert share_of(loaded, dense) == pytest.approx(wanted)
+
+
+def test_what_fills_up_a_batch_is_not_counted(mixtral: Path) -> None:
+    dense, loaded = load(mixtral), load(mixtral)
+    prune(loaded, 0.5)
+    shares = {share_of(loaded, dense, windows=3, size=size) for size in (1, 3, 4, 6)}
+    assert len(shares) == 1
+    assert shares != {share_of(loaded, dense)}
 
 
 def test_choices_of_blocks_that_are_gone_are_not_made(mixtral: Path) -> None:

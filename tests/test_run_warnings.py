@@ -127,7 +127,7 @@ def test_a_machine_that_finds_the_dense_model_unlike_itself_is_not_quiet(
 
 APART = {"path": "a.jsonl", "test_path": "b.txt"}
 OWN, NAMED, SHARED = (
-    {"own": own, "source": "x", "text": None if own else {"also_in_the_run": also}}
+    {"own": own, "source": "x", "n_samples": 8, "mix": None, "text": None if own else {"also_in_the_run": also}}
     for own, also in ((True, 0), (False, 0), (False, 3))
 )
 

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prune_lab.measure.size import active_shares
+from prune_lab.measure.size import low_bit_experts
 from prune_lab.models.anatomy import Anatomy, out_in
 from prune_lab.models.found import Layout
-from prune_lab.models.low_bit.experts import LowBitExperts
 from prune_lab.models.low_bit.linears import LowBitLinear
 
 
@@ -62,8 +61,7 @@ def _of_found(anatomy: Anatomy, layout: Layout) -> Macs:
     for index in range(len(anatomy.blocks)):  # those that are quantized are no matrices to be pruned
         low_bit = [module for module in anatomy.blocks[index].modules() if isinstance(module, LowBitLinear)]
         counts += [(linear.codes().numel(), int(torch.count_nonzero(linear.codes()))) for linear in low_bit]
-    experts = [module for module in anatomy.model.modules() if isinstance(module, LowBitExperts)]
-    for of_experts, active in zip(experts, active_shares(anatomy, experts), strict=True):
+    for of_experts, active in low_bit_experts(anatomy):
         codes = of_experts.codes()
         counts.append((active * codes.numel(), active * int(torch.count_nonzero(codes))))
     return Macs(round(sum(total for total, _ in counts)), round(sum(effective for _, effective in counts)))

@@ -15,10 +15,14 @@ from prune_lab.models.resize import original_blocks, original_experts
 
 
 class SameExperts:
-    """Count of the dense model's choices, of an expert by a token, and of those that the other model makes as well."""
+    """Count of the dense model's choices, of an expert by a token, and of those that the other model makes as well.
 
-    def __init__(self) -> None:
-        self._same, self._all = 0, 0
+    tokens: how many of those that pass are counted, the first ones: the rest fills up a batch.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self._same, self._all, self._tokens = 0, 0, tokens
+        self._counted = dict[int, int]()  # tokens so far by block
         self._chosen = dict[int, Tensor]()  # by block of the dense model, of the batch that passes
 
     @property
@@ -45,9 +49,12 @@ class SameExperts:
             self._chosen[block] = numbers[block].to(chosen.device)[chosen] if block in numbers else chosen
 
         def compare(block: int, states: Tensor, chosen: Tensor, gates: Tensor) -> None:
+            before = self._counted.get(block, 0)
+            chosen = chosen[: max(0, self._tokens - before)]
+            self._counted[block] = before + len(chosen)
             self._all += chosen.numel()
             if block in self._chosen:
-                also = self._chosen[block].to(chosen.device)
+                also = self._chosen[block][: len(chosen)].to(chosen.device)
                 self._same += int((chosen[:, :, None] == also[:, None, :]).any(-1).sum())
 
         with watched(model, mine, note), watched(dense, of_dense, compare):

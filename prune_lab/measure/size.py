@@ -12,7 +12,7 @@ from torch import nn
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.contents import count_nonzero, count_weights
 from prune_lab.models.found import ROUTER
-from prune_lab.models.found_experts import modules_of_experts, top_k_of
+from prune_lab.models.found_experts import experts_of_a_token, modules_of_experts
 from prune_lab.models.low_bit.experts import LowBitExperts
 from prune_lab.models.low_bit.linears import LowBitLinear
 
@@ -89,17 +89,21 @@ def _idle_weights(anatomy: Anatomy) -> Iterator[tuple[float, float]]:
             if not matrix.is_linear and matrix.active < 1:
                 idle = (1 - matrix.active) * matrix.place.shape[0] * matrix.place.shape[1]
                 yield idle, idle * model.get_parameter(matrix.place.parameter).element_size()
-    low_bit = [module for module in model.modules() if isinstance(module, LowBitExperts)]
-    for module, active in zip(low_bit, active_shares(anatomy, low_bit), strict=True):
+    for module, active in low_bit_experts(anatomy):
         yield (1 - active) * module.codes().numel(), (1 - active) * sum(map(held_bytes, module.buffers()))
 
 
-def active_shares(anatomy: Anatomy, low_bit: list[LowBitExperts]) -> list[float]:
-    """Share of the experts of each of these that a token goes to."""
-    if not low_bit or anatomy.found is None:
+def low_bit_experts(anatomy: Anatomy) -> list[tuple[LowBitExperts, float]]:
+    """Matrices of experts in few bits, each with the share of its experts that a token goes to."""
+    held = [(name, module) for name, module in anatomy.model.named_modules() if isinstance(module, LowBitExperts)]
+    if not held or anatomy.found is None:
         return []
-    top_k = top_k_of(anatomy.model, modules_of_experts(anatomy.model, anatomy.found))
-    return [top_k / len(module) for module in low_bit]
+    modules, counts = modules_of_experts(anatomy.model, anatomy.found), dict[str, int]()
+    for name, module in held:
+        owner = name.rpartition(".")[0]
+        counts[owner] = min(counts.get(owner, len(module)), len(module))
+    chosen = experts_of_a_token(anatomy.model, modules, counts)
+    return [(module, chosen[name.rpartition(".")[0]] / len(module)) for name, module in held]
 
 
 def kv_cache_bytes(anatomy: Anatomy) -> int | None:

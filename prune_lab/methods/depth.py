@@ -42,6 +42,11 @@ class Depth(Method):
             raise ValueError(f"refit={self.refit!r} is not one of {', '.join(REFITS)}")
 
     @property
+    def cuts(self) -> tuple[str, ...]:
+        """Blocks."""
+        return ("blocks",) if self.amount > 0 else ()
+
+    @property
     def calibrated(self) -> bool:
         """True: every way needs calibration text."""
         return True

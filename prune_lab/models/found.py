@@ -165,6 +165,22 @@ def probe_tokens(model: Any) -> Tensor:
     return torch.randint(min(4, size - 1), min(size, 1000), _PROBE, generator=generator).to(model.device)
 
 
+def uncalled_linears(model: Any, layout: Layout) -> list[str]:
+    """Linears whose weights the model uses without calling them, as recurrent cores do: hooks do not see them."""
+    linears = [matrix.name for of_block in layout.matrices for matrix in of_block if matrix.is_linear]
+    called, hooks = set[str](), list[Any]()
+    for name in linears:
+        module = model.get_submodule(name)
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: called.add(name)))
+    try:
+        with evaluating(model):
+            model(input_ids=probe_tokens(model), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [name for name in linears if name not in called]
+
+
 @torch.no_grad()
 def _check_causal(model: Any) -> None:
     """Raises Refused where a token changes the logits of those before it: a perplexity would look at the answer."""

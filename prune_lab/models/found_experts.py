@@ -318,6 +318,23 @@ def _tensor(model: Any, name: str) -> Tensor:
     return found
 
 
+def experts_of_a_token(model: Any, modules: Mapping[int, str], counts: Mapping[str, int]) -> dict[str, float]:
+    """Experts with weights that a token goes to, on average, by the name of the module that has so many of them.
+
+    Some types have experts without weights beside them (LongCat-Flash), which take a part of a token's choices.
+    """
+    found = dict[str, float]()
+
+    def look(block: int, states: Tensor, chosen: Tensor, gates: Tensor) -> None:
+        for owner, count in counts.items():
+            if f"{owner}.".startswith(f"{modules[block]}."):
+                found[owner] = float((chosen < count).sum()) / len(chosen)
+
+    with evaluating(model), watched(model, modules, look):
+        model(input_ids=probe_tokens(model), use_cache=False)
+    return found
+
+
 def top_k_of(model: Any, modules: Mapping[int, str]) -> int:
     """Experts that each token goes to; modules: of experts, by block."""
     found = list[int]()

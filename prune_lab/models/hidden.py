@@ -117,7 +117,7 @@ def remove_hidden(anatomy: Anatomy, keep: Tensor) -> list[Cut]:
         else:
             places[id(old)] = selected(old, (Selection(dim, index),))
     rebuild(model, config, {name: places.get(id(tensor), tensor) for name, tensor in tensors.items()})
-    note_count(anatomy, "hidden", was)
+    note_count(anatomy, "hidden", was, count)
     forget_layout(model)
     forget_units(model)
     anatomy.look()

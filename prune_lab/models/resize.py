@@ -12,7 +12,8 @@ from prune_lab.models.fewer_blocks import rebuild_with_blocks
 from prune_lab.models.rebuild import edited
 
 # Kept with a model while it is pruned; in no export.
-_DENSE, _BLOCKS, _SIZES, _EXPERTS = "_dense_counts", "_original_blocks", "_dense_sizes", "_original_experts"
+_DENSE, _NOW, _BLOCKS = "_dense_counts", "_present_counts", "_original_blocks"
+_SIZES, _EXPERTS = "_dense_sizes", "_original_experts"
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,8 @@ class Shape:
 
 
 def shape_of(anatomy: Anatomy) -> Shape:
-    """The present shape; of units that were found, those of groups that were cut."""
-    groups = {*(anatomy.family.units if anatomy.found is None else ()), *anatomy.model.__dict__.get(_DENSE, ())}
-    groups -= {"blocks"}
-    units = {group: anatomy.unit_count(group) for group in sorted(groups)}
+    """The present shape: units of groups that were cut, as they were noted; in a training they may not be found."""
+    units = dict(sorted(anatomy.model.__dict__.get(_NOW, {}).items()))
     return Shape(units, original_blocks(anatomy), anatomy.config.model_type, sorted(original_experts(anatomy).items()))
 
 
@@ -59,9 +58,10 @@ def note_experts(anatomy: Anatomy, kept: dict[int, list[int]]) -> None:
     anatomy.model.__dict__[_EXPERTS] = kept
 
 
-def note_count(anatomy: Anatomy, group: str, was: int) -> None:
-    """Keeps the number of units of a group that there was before anything was removed."""
+def note_count(anatomy: Anatomy, group: str, was: int, now: int) -> None:
+    """Keeps the number of units of a group that there is now, and that there was before anything was removed."""
     anatomy.model.__dict__.setdefault(_DENSE, {}).setdefault(group, was)
+    anatomy.model.__dict__.setdefault(_NOW, {})[group] = now
 
 
 def dense_sizes(anatomy: Anatomy) -> list[dict[str, int]]:

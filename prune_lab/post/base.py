@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -35,8 +36,11 @@ class Post:
     def check(self, device: Device) -> None:
         """Raises Refused where the device has no backend for it, before anything is loaded."""
 
-    def check_model(self, anatomy: Anatomy) -> None:
-        """Raises Refused for a model that it is not for, before anything is pruned."""
+    def check_model(self, anatomy: Anatomy, cuts: Collection[str]) -> None:
+        """Raises Refused for a model that it is not for, before anything is pruned.
+
+        cuts: kinds of units that will be removed from it.
+        """
 
     def compress(self, anatomy: Anatomy) -> list[str]:
         """Changes the model in place and returns warnings; raises Refused where a layer does not fit."""

@@ -5,6 +5,7 @@ Embeddings, norms and the output layer keep their floats, as in the published ex
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,13 +27,16 @@ class LowBitPost(Post):
         """The fields of its Scheme (models/low_bit/scheme.py)."""
         raise NotImplementedError
 
-    def check_model(self, anatomy: Anatomy) -> None:
-        """Raises Refused for matrices of a layout that was found for which there are no codes."""
-        from prune_lab.models.low_bit.quantize_model import check_found
+    def check_model(self, anatomy: Anatomy, cuts: Collection[str]) -> None:
+        """Raises Refused for matrices without codes, and for groups that do not divide inputs which no cut changes."""
+        from prune_lab.models.low_bit.quantize_model import check_found, check_groups
         from prune_lab.models.low_bit.scheme import Scheme
 
+        scheme = Scheme(**self.scheme())
+        if not {"mlp", "heads", "hidden"} & {*cuts}:
+            check_groups(list(anatomy.linears()), scheme.group_size)
         if anatomy.found is not None:
-            check_found(anatomy, anatomy.found, Scheme(**self.scheme()))
+            check_found(anatomy, anatomy.found, scheme)
 
     def compress(self, anatomy: Anatomy) -> list[str]:
         """Replaces every prunable Linear; raises Refused where its inputs are no multiple of the group."""

@@ -120,7 +120,7 @@ def remove_units(anatomy: Anatomy, group: str, keep: list[Tensor]) -> list[Cut]:
         for part in s.parts:
             chosen |= _selections(part, part.lines(kept).nonzero().flatten())
     cuts = _rebuild(model, config_with(anatomy, group, count), chosen)
-    note_count(anatomy, group, was)
+    note_count(anatomy, group, was, count)
     forget_layout(model)
     forget_units(model)
     anatomy.look()
@@ -168,7 +168,7 @@ def _remove_found(anatomy: Anatomy, name: str, keep: list[Tensor], count: int) -
         wanted = model(input_ids=tokens, use_cache=False).logits
         of_blocks = _outputs(anatomy, calls, numbers)
     cuts = _rebuild(model, config_of(model, group, count), selections(model, group, keep))
-    note_count(anatomy, name, was)
+    note_count(anatomy, name, was, count)
     forget_layout(model)
     if name == EXPERTS:
         forget_units(model)  # the channels of those that stay have other names
@@ -217,7 +217,7 @@ def set_active_experts(anatomy: Anatomy, count: int) -> None:
     if count == top.count:
         return
     set_top_k(model, top, count)
-    note_count(anatomy, ACTIVE, top.count)
+    note_count(anatomy, ACTIVE, top.count, count)
     forget_layout(model)
     forget_units(model)
     anatomy.look()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 
 from prune_lab.models.anatomy import Anatomy, out_in
+from prune_lab.models.found import uncalled_linears
 from prune_lab.models.products import FusedMatrix
 from prune_lab.pruning.masks import Masks, clear
 from prune_lab.recovery import expert_adapters
@@ -18,16 +19,19 @@ from prune_lab.recovery import expert_adapters
 _A, _B = "lora_a", "lora_b"
 
 
-def attach(anatomy: Anatomy, masks: Masks, rank: int, scale: float, seed: int) -> None:
+def attach(anatomy: Anatomy, masks: Masks, rank: int, scale: float, seed: int) -> list[str]:
     """Gives every prunable Linear and expert an update scale * B A to train, and freezes everything else.
 
     A, shape (rank, in), is drawn uniformly from +-1/sqrt(in); B, shape (out, rank), is zero, so the model computes what
     it did (Hu et al., 2106.09685). Where a mask prunes single weights, the update is masked as it is used, so what is
-    trained is what `merge` leaves.
+    trained is what `merge` leaves. Returns Linears that have none: the model uses their weights without calling them.
     """
     generator = torch.Generator().manual_seed(seed % 2**63)
     anatomy.model.requires_grad_(False)
+    without = [] if anatomy.found is None else uncalled_linears(anatomy.model, anatomy.found)
     for name, linear in _linears(anatomy):
+        if name in without:
+            continue
         out_features, in_features = out_in(linear, linear.weight).shape
         a = (torch.rand(rank, in_features, generator=generator) * 2 - 1) / in_features**0.5
         like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
@@ -38,6 +42,7 @@ def attach(anatomy: Anatomy, masks: Masks, rank: int, scale: float, seed: int) -
             keep = out_in(linear, keep).to(linear.weight.device)
         linear.__dict__["forward"] = partial(_forward, linear, keep, scale)
     expert_adapters.attach(anatomy, masks, rank, scale, generator)
+    return without
 
 
 @torch.no_grad()
@@ -48,7 +53,7 @@ def merged(anatomy: Anatomy, masks: Masks, scale: float) -> dict[str, Tensor]:
         for name, weight in anatomy.model.named_parameters()
         if name.rpartition(".")[2] not in (_A, _B) and not expert_adapters.is_of_adapter(name)
     }
-    for name, linear in _linears(anatomy):
+    for name, linear in _adapted(anatomy):
         found[f"{name}.weight"] = linear.weight + out_in(linear, _update(linear, masks.keep.get(name), scale))
     return found | expert_adapters.updated(anatomy.model)
 
@@ -57,13 +62,17 @@ def merged(anatomy: Anatomy, masks: Masks, scale: float) -> dict[str, Tensor]:
 def merge(anatomy: Anatomy, masks: Masks, scale: float) -> None:
     """Adds every update to its weights, through the masks, and takes the adapters off."""
     expert_adapters.merge(anatomy.model)
-    for name, linear in _linears(anatomy):
+    for name, linear in _adapted(anatomy):
         out_in(linear, linear.weight).add_(_update(linear, masks.keep.get(name), scale))
         del linear.__dict__["forward"], linear._parameters[_A], linear._parameters[_B]
 
 
 def _linears(anatomy: Anatomy) -> Iterator[tuple[str, Any]]:
     return ((name, linear) for name, linear in anatomy.linears() if not isinstance(linear, FusedMatrix))
+
+
+def _adapted(anatomy: Anatomy) -> Iterator[tuple[str, Any]]:
+    return ((name, linear) for name, linear in _linears(anatomy) if _A in linear._parameters)
 
 
 def _update(linear: Any, keep: Tensor | None, scale: float) -> Tensor:

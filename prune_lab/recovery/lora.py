@@ -42,7 +42,12 @@ class Lora(Finetune):
         """Attaches new adapters and freezes the weights."""
         from prune_lab.recovery import adapters
 
-        adapters.attach(Anatomy(model), training.pruned.masks, self.rank, self.scale, training.seed + step)
+        without = adapters.attach(Anatomy(model), training.pruned.masks, self.rank, self.scale, training.seed + step)
+        if without:
+            training.warn(
+                f"{len(without)} Linears are not trained ({', '.join(without[:3])}{', ...' * (len(without) > 3)}): the "
+                "model uses their weights without calling them"
+            )
 
     def end(self, model: Any, training: TrainingContext) -> None:
         """Merges them."""

@@ -142,7 +142,7 @@ def local_rope_of(config: Any) -> dict[str, Any] | None:
 def check_config(config: Any, cuts: Collection[str] = ()) -> None:
     """Raises Refused where llama.cpp would not load a model of this config, or compute something else.
 
-    cuts: kinds of units that will be removed from it (heads, hidden), which change what else must fit.
+    cuts: kinds of units that will be removed from it (heads, hidden, blocks), which change what else must fit.
     """
     architecture = architecture_of(config)
     family = config.model_type
@@ -155,10 +155,15 @@ def check_config(config: Any, cuts: Collection[str] = ()) -> None:
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
             if getattr(config, key) is None:
                 raise _refused(family, key, None, "a number")
-    if (scalar := getattr(config, "query_pre_attn_scalar", None)) is not None and scalar != (
-        expected := _attention_scalar(config)
-    ):
-        raise _refused(family, "query_pre_attn_scalar", scalar, expected)
+    if (scalar := getattr(config, "query_pre_attn_scalar", None)) is not None:
+        if scalar != (expected := _attention_scalar(config)):
+            raise _refused(family, "query_pre_attn_scalar", scalar, expected)
+        if _is_27b(config) and {"heads", "hidden", "blocks"} & {*cuts} and scalar != head_dim(config):
+            raise Refused(
+                f"export=gguf: llama.cpp knows this {family} model by its number of blocks, and computes "
+                f"query_pre_attn_scalar={scalar} from its sizes, which method.units or method=depth would change; give "
+                "method.units=[mlp], or export=hf"
+            )
     if architecture.square and (not is_square(config) or ({"heads", "hidden"} & {*cuts} and family != "qwen2")):
         raise Refused(
             f"export=gguf: llama.cpp loads models of the type {family} whose heads are as wide as the states (heads x "
@@ -177,8 +182,11 @@ def _refused(family: str, key: str, present: Any, allowed: Any) -> Refused:
 
 def _attention_scalar(config: Any) -> int:
     """Number whose root llama.cpp divides the scores of attention of Gemma 2 and 3 by: by the number of blocks."""
-    is_27b = config.num_hidden_layers == {"gemma2": 46, "gemma3_text": 62}.get(config.model_type)
-    return int(config.hidden_size // config.num_attention_heads) if is_27b else head_dim(config)
+    return int(config.hidden_size // config.num_attention_heads) if _is_27b(config) else head_dim(config)
+
+
+def _is_27b(config: Any) -> bool:
+    return bool(config.num_hidden_layers == {"gemma2": 46, "gemma3_text": 62}.get(config.model_type))
 
 
 def _check_rope(config: Any, architecture: Architecture) -> None:

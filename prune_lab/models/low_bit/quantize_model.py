@@ -9,12 +9,13 @@ from torch import nn
 
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import Anatomy, out_in
-from prune_lab.models.found import Layout, evaluating, forget_layout, is_same, probe_tokens
+from prune_lab.models.found import Layout, evaluating, forget_layout, is_same, probe_tokens, uncalled_linears
 from prune_lab.models.low_bit.compressed_tensors import linear_names, replace_linear
 from prune_lab.models.low_bit.experts import (
     LowBitExperts,
     conversions_of,
     empty_experts,
+    is_read_by_stock,
     keep_conversions,
     parts_of,
     put_experts,
@@ -27,8 +28,8 @@ EXPANDED = "the weights are expanded to the inputs' type before each product, wh
 OWN_EXPORT = "only prune_lab can load the export: other software knows low-bit layouts of Linears, and these are {}s"
 
 OWN_EXPERTS = (
-    "only prune_lab can load the export: transformers 5 reads experts of 4 bits and of 8-bit floats, not of 8-bit "
-    "integers; post=int4_weight_only has what it reads"
+    "only prune_lab can load the export: of experts transformers 5 reads 4 bits and 8-bit floats, not 8-bit integers, "
+    "and of a few types (Kimi Linear) neither"
 )
 
 
@@ -38,24 +39,13 @@ def check_found(anatomy: Anatomy, layout: Layout, scheme: Scheme) -> None:
     These are experts that files do not hold as Linears, or whose inputs would be rounded, and Linears whose weights the
     model uses without calling them, as recurrent cores do.
     """
-    model, called, hooks = anatomy.model, set[str](), list[Any]()
-    conversions = conversions_of(model)
+    model, conversions = anatomy.model, conversions_of(anatomy.model)
     for name in _parameters_of_experts(anatomy):
         parts_of(model, name, scheme, conversions)
-    linears = [matrix.name for of_block in layout.matrices for matrix in of_block if matrix.is_linear]
-    for name in linears:
-        module = model.get_submodule(name)
-        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: called.add(name)))
-    try:
-        with evaluating(model):
-            model(input_ids=probe_tokens(model), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if (missed := next((name for name in linears if name not in called), None)) is not None:
+    if missed := uncalled_linears(model, layout):
         raise Refused(
-            f"{model.config.model_type} models use the weights of {missed} without calling it, which fewer bits do not "
-            "allow: give post=none"
+            f"{model.config.model_type} models use the weights of {missed[0]} without calling it, which fewer bits do "
+            "not allow: give post=none"
         )
 
 
@@ -73,7 +63,7 @@ def quantize(anatomy: Anatomy, scheme: Scheme) -> list[str]:
     """
     model: Any = anatomy.model
     matrices, without_product, notes = list(anatomy.linears()), 0, list[str]()
-    _check_groups(matrices, scheme.group_size)
+    check_groups(matrices, scheme.group_size)
     _quantize_experts(model, _parameters_of_experts(anatomy), scheme)
     linears = [(name, linear) for name, linear in matrices if not isinstance(linear, FusedMatrix)]
     for name, linear in linears:
@@ -87,7 +77,7 @@ def quantize(anatomy: Anatomy, scheme: Scheme) -> list[str]:
         without_product += not new.has_product
     untouched = [n for n in linear_names(model) if not isinstance(model.get_submodule(n), LowBitLinear)]
     model.config.quantization_config = scheme.to_config(untouched)
-    if scheme.bits == 8 and any(isinstance(m, LowBitExperts) for m in model.modules()):
+    if any(isinstance(m, LowBitExperts) for m in model.modules()) and not is_read_by_stock(model, scheme):
         notes.append(OWN_EXPERTS)
     strange = next((linear for _, linear in linears if not isinstance(linear, nn.Linear)), None)
     notes += [] if strange is None else [OWN_EXPORT.format(type(strange).__name__)]
@@ -103,17 +93,23 @@ def _quantize_experts(model: Any, names: list[str], scheme: Scheme) -> None:
     if not names:
         return
     tokens, conversions = probe_tokens(model)[:1], conversions_of(model)
-    made = dict[str, LowBitExperts]()
-    for name in names:
+
+    def stored(name: str) -> LowBitExperts:
         weight = model.get_parameter(name)
-        made[name] = empty_experts(model, name, scheme, weight.dtype, conversions)
-        made[name].store(weight)
-        if bool(made[name].codes()[weight == 0].any()):
+        new = empty_experts(model, name, scheme, weight.dtype, conversions)
+        new.store(weight)
+        if bool(new.codes()[weight == 0].any()):
             raise RuntimeError(f"{name}: weights that were zero are not zero after quantization")
-        weight.copy_(torch.stack([made[name][expert] for expert in range(len(weight))]))
+        return new
+
+    # Those of one module are compared with what its rounded weights give; all are of one class of transformers.
+    owner = names[0].rpartition(".")[0]
+    first = {name: stored(name) for name in names if name.rpartition(".")[0] == owner}
+    for name, new in first.items():
+        model.get_parameter(name).copy_(torch.stack([new[expert] for expert in range(len(new))]))
     with evaluating(model), eager_experts(model):
         wanted = model(input_ids=tokens, use_cache=False).logits
-    for name, new in made.items():
+    for name, new in first.items():
         put_experts(model, name, new)
     forget_layout(model)
     keep_conversions(model)
@@ -129,15 +125,22 @@ def _quantize_experts(model: Any, names: list[str], scheme: Scheme) -> None:
             f"experts of {model.config.model_type} models are not multiplied one after the other, as weights of fewer "
             "bits need it: give post=none"
         )
+    for name in names:
+        if name not in first:
+            put_experts(model, name, stored(name))
 
 
-def _check_groups(linears: list[tuple[str, Any]], group_size: int | None) -> None:
+def check_groups(linears: list[tuple[str, Any]], group_size: int | None) -> None:
+    """Raises Refused where a group does not divide the inputs of a matrix."""
+    widths = {out_in(linear, linear.weight).shape[1] for _, linear in linears}
     for name, linear in linears:
         inputs = out_in(linear, linear.weight).shape[1]
         if group_size is not None and inputs % group_size:
+            fitting = [size for size in (256, 128, 64, 32, 16, 8) if not any(width % size for width in widths)]
+            instead = f"give {' or '.join(map(str, fitting))}" if fitting else "give another post"
             raise Refused(
-                f"post.group_size={group_size} does not divide the {inputs} inputs of {name}: give a group "
-                f"that does, or cut to multiples of it with method.round_to={group_size}"
+                f"post.group_size={group_size} does not divide the {inputs} inputs of {name}: {instead}, or, where a "
+                f"structured method removes channels, method.round_to={group_size}"
             )
 
 
