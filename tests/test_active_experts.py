@@ -37,6 +37,10 @@ FIELDS = {
 GROUPED = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1}
 
 
+SLOW = (pytest.mark.slow, pytest.mark.process)
+FAST = ("mixtral", "gpt_oss", "dbrx", "deepseek_v3", "nemotron_h")
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("active")
@@ -73,7 +77,7 @@ def lower(folder: Path, field: str, count: int, place: Path) -> Any:
     return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place), dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("model_type", FIELDS)
+@pytest.mark.parametrize("model_type", [name if name in FAST else pytest.param(name, marks=SLOW) for name in FIELDS])
 def test_a_type_with_fewer_active_experts_is_stocks(model_type: str, place: Path, tmp_path: Path) -> None:
     """Equal logits to a model that was built so; no weight changes; the export is stock and says so."""
     loaded = loaded_of(place, model_type)
@@ -186,7 +190,7 @@ def test_results_of_the_dense_model_are_not_served_for_it(place: Path) -> None:
     assert dense.model.config.num_experts_per_tok == 2
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("model_type", ["mixtral", pytest.param("deepseek_v3", marks=SLOW)])
 def test_an_interrupted_training_goes_on_with_fewer_active_experts(
     model_type: str, place: Path, tmp_path: Path
 ) -> None:
