@@ -52,6 +52,11 @@ class Experts(Method):
             raise ValueError(f"round_to={self.round_to} must be at least 1")
 
     @property
+    def cuts(self) -> tuple[str, ...]:
+        """Experts."""
+        return ("experts",) if self.amount > 0 else ()
+
+    @property
     def calibrated(self) -> bool:
         """True where the score needs calibration text."""
         return self.score not in WITHOUT_TEXT
@@ -122,7 +127,6 @@ class Experts(Method):
 
     def _count_to_keep(self, anatomy: Anatomy, amount: float) -> int:
         """Number of experts that stay in each block; raises Refused for one that the router cannot choose among."""
-        from prune_lab.models.found import evaluating
         from prune_lab.models.found_experts import by_block, can_choose, router_groups, top_k_of
         from prune_lab.models.resize import dense_count
         from prune_lab.pruning.selection import count_to_remove
@@ -133,8 +137,7 @@ class Experts(Method):
         if amount > 0 and self.round_to > 1:
             count = min(max(1, round(count / self.round_to)), total // self.round_to) * self.round_to
         count = min(count, group.count)
-        with evaluating(anatomy.model):
-            top_k = top_k_of(anatomy.model, by_block(mixtures))
+        top_k = max(top_k_of(anatomy.model, by_block(mixtures)))
         # Of one expert some types make an MLP without a router.
         possible = [
             n

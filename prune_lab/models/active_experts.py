@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from prune_lab.errors import Refused
-from prune_lab.models.found import evaluating, probe_tokens
-from prune_lab.models.found_experts import Mixture, by_block, gated_mixtures, watched
+from prune_lab.models.found_experts import Mixture, by_block, gated_mixtures, top_k_of
 from prune_lab.models.rebuild import edited, rebuild, rebuilt, tensors_of, text_parts
 
 _KEPT = "_found_top_k"  # with the model and its copies; in no export
@@ -52,7 +50,7 @@ def _find(model: Any) -> TopK | str:
     mixtures = gated_mixtures(model)
     if isinstance(mixtures, str):
         return mixtures
-    counts = _chosen_by(model, mixtures)
+    counts = top_k_of(model, by_block(mixtures))
     if len(counts) != 1:
         return f"its blocks send a token to different numbers of experts ({', '.join(map(str, sorted(counts)))})"
     count = counts.pop()
@@ -71,7 +69,7 @@ def has_count(model: Any, top: TopK, count: int) -> bool:
     if config is None:
         return False
     try:
-        return _chosen_by(rebuilt(model, config, tensors_of(model)), top.mixtures) == {count}
+        return top_k_of(rebuilt(model, config, tensors_of(model)), by_block(top.mixtures)) == {count}
     except torch.OutOfMemoryError:
         raise
     except Exception:  # of any modelling code of transformers
@@ -98,14 +96,3 @@ def _is_count(value: Any, count: int) -> bool:
     """True for a number, or a list with that of each block."""
     values = value if isinstance(value, list) and value else [value]
     return all(isinstance(one, int) and not isinstance(one, bool) and one == count for one in values)
-
-
-def _chosen_by(model: Any, mixtures: Iterable[Mixture]) -> set[int]:
-    """Numbers of experts that the blocks of a model send a token to."""
-    found = set[int]()
-    with (
-        evaluating(model),
-        watched(model, by_block(mixtures), lambda block, states, chosen, gates: found.add(chosen.shape[-1])),
-    ):
-        model(input_ids=probe_tokens(model)[:1], use_cache=False)
-    return found

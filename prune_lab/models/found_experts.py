@@ -182,7 +182,7 @@ def check_experts(model: Any, group: FoundGroup, calls: Calls) -> str | None:
     if isinstance(mixtures, str):
         return mixtures
     runs, seen = router_groups(model.config)[0], set[Any]()
-    top_k = top_k_of(model, by_block(mixtures))
+    top_k = max(top_k_of(model, by_block(mixtures)))
     if not can_choose(group.count - runs, top_k, *router_groups(model.config)):  # none can go
         return None
     gone = torch.zeros(runs, group.count // runs, dtype=torch.bool)
@@ -335,9 +335,12 @@ def experts_of_a_token(model: Any, modules: Mapping[int, str], counts: Mapping[s
     return found
 
 
-def top_k_of(model: Any, modules: Mapping[int, str]) -> int:
-    """Experts that each token goes to; modules: of experts, by block."""
-    found = list[int]()
-    with watched(model, modules, lambda block, states, chosen, gates: found.append(chosen.shape[-1])):
+def top_k_of(model: Any, modules: Mapping[int, str]) -> set[int]:
+    """Numbers of experts that the blocks of a model send a token to; modules: of experts, by block."""
+    found = set[int]()
+    with (
+        evaluating(model),
+        watched(model, modules, lambda block, states, chosen, gates: found.add(chosen.shape[-1])),
+    ):
         model(input_ids=probe_tokens(model)[:1], use_cache=False)
-    return max(found)
+    return found

@@ -33,7 +33,7 @@ def attach(anatomy: Anatomy, masks: Masks, rank: int, scale: float, seed: int) -
         if name in without:
             continue
         out_features, in_features = out_in(linear, linear.weight).shape
-        a = (torch.rand(rank, in_features, generator=generator) * 2 - 1) / in_features**0.5
+        a = expert_adapters.drawn(generator, rank, in_features)
         like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         linear.register_parameter(_A, nn.Parameter(a.to(**like)))
         linear.register_parameter(_B, nn.Parameter(torch.zeros(out_features, rank, **like)))

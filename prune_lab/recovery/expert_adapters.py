@@ -15,6 +15,12 @@ _KEPT = "_expert_adapters"  # where a model keeps them
 _A, _B = "_lora_a", "_lora_b"  # after the parameter's name
 
 
+def drawn(generator: torch.Generator, *shape: int) -> Tensor:
+    """A new A, (..., rank, in), uniform from +-1/sqrt(in)."""
+    found: Tensor = (torch.rand(*shape, generator=generator) * 2 - 1) / shape[-1] ** 0.5
+    return found
+
+
 class ExpertAdapter:
     """Update scale * B A of every matrix in a parameter: A (matrices, rank, in), B (matrices, out, rank).
 
@@ -37,7 +43,7 @@ class ExpertAdapter:
     def register(self, rank: int, generator: torch.Generator) -> None:
         """Gives the module that has the parameter an A, drawn uniformly from +-1/sqrt(in), and a B of zeros."""
         out_features, in_features = self._shape
-        a = (torch.rand(self._count, rank, in_features, generator=generator) * 2 - 1) / in_features**0.5
+        a = drawn(generator, self._count, rank, in_features)
         like = {"device": self._weight.device, "dtype": self._weight.dtype}
         self._owner.register_parameter(f"{self._leaf}{_A}", nn.Parameter(a.to(**like)))
         b = torch.zeros(self._count, out_features, rank, **like)
