@@ -15,6 +15,7 @@ from prune_lab.compare import compare, compute_figures
 from prune_lab.compatibility import check_found_layout, check_low_bit_model, pruning_events
 from prune_lab.compress import Compressed, checkpoints, compress, stopwatch
 from prune_lab.config.parts import Parts
+from prune_lab.estimate import COMPRESSION, DENSE, MEASURES, TIMING, expected_seconds
 from prune_lab.evaluator import Evaluator, open_evaluator
 from prune_lab.export.base import Export
 from prune_lab.fingerprint import fingerprint
@@ -61,12 +62,16 @@ def run(parts: Parts, config: dict[str, Any], context: JobContext, console: Cons
     amounts = [event.amount for event in pruning_events(parts)[0]]
     parts.method.check_model(Anatomy(evaluator.dense.model), amounts)
     parts.post.check_model(Anatomy(evaluator.dense.model), parts.method.cuts)
+    if console.is_live and (seconds := expected_seconds(parts, evaluator, calibrator)) is not None:
+        console.expect(seconds)
 
     with (
         parts.tracking.start_run(parts.settings.name, summary, context) as log,
         explained(config),  # here too, so that the tracker is told the reason that the job is
     ):
+        console.enter(DENSE)
         dense = evaluator.baseline(context.sweep, console)
+        console.enter(COMPRESSION)
         compressed = compress(parts, evaluator, calibrator, id_of_main, world, context.folder, console, log)
         figures, timings = _measure(parts, evaluator, compressed, summary, context.folder, console)
         metrics = compare(parts.method, dense, figures, timings, compressed.pruned)
@@ -206,6 +211,7 @@ def _measure(
 ) -> tuple[Measurements, Timings | None]:
     """Measurements of the compressed model, and timings beside the dense one."""
     loaded, timings = compressed.loaded, None
+    console.enter(MEASURES)
     with (
         _saved(loaded, folder, parts.export) as saved,
         stopwatch(compressed.seconds, "time/measure_s"),
@@ -214,6 +220,7 @@ def _measure(
         if parts.measure.latency:
             models = evaluator.dense.model, loaded.model
             with timing_lock.exclusive(console.note) as load:
+                console.enter(TIMING)
                 timings = measure_timings(
                     *models, evaluator.prompt, evaluator.grid, parts.measure, evaluator.device, console
                 )

@@ -44,7 +44,7 @@ LAYERS = (
     ("cleanup", "tracking"),
     ("config", "evaluator"),
     ("compatibility", "report"),
-    ("compress", "sweeps"),
+    ("compress", "estimate", "sweeps"),
     ("runner",),
     ("job", "commands"),
     ("__main__",),

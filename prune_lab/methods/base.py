@@ -34,6 +34,13 @@ class Method:
         """True where the method needs calibration text."""
         return False
 
+    def forward_passes(self, blocks: int) -> float:
+        """Time of a pruning of a model of so many blocks, in forward passes over the calibration text, about.
+
+        For the estimate of a run's time. Measured on SmolLM2-135M (16 windows of 1024, two cores): Wanda 1.5.
+        """
+        return 1.5
+
     def solved_width(self, anatomy: Anatomy) -> int | None:
         """Most inputs of a Linear for which it solves with their gram matrix; None where it solves for none."""
         return None

@@ -51,6 +51,13 @@ class Depth(Method):
         """True: every way needs calibration text."""
         return True
 
+    def forward_passes(self, blocks: int) -> float:
+        """One, and one more for a refit; those that try each block without it pass once for each trial."""
+        if self.by in ("bi", "angle"):
+            return 1.0 + (self.refit != "none")
+        removed = int(self.amount * blocks)
+        return removed * (blocks - removed / 2)
+
     def solved_width(self, anatomy: Anatomy) -> int | None:
         """Inputs of the Linear by which an MLP writes, where that is refitted."""
         if self.refit == "none":

@@ -30,6 +30,10 @@ class SparseGPT(WeightMethod):
     needs = ("gram",)
     scopes: ClassVar[tuple[str, ...]] = ("window", "row")
 
+    def forward_passes(self, blocks: int) -> float:
+        """Measured as Wanda's were: 2.8, of which 1.3 are the solve."""
+        return super().forward_passes(blocks) + 1.3
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.allocation == "global":

@@ -52,6 +52,10 @@ class WeightMethod(Method):
     needs: ClassVar[tuple[str, ...]] = ()
     scopes: ClassVar[tuple[str, ...]] = ("row", "layer", "global")
 
+    def forward_passes(self, blocks: int) -> float:
+        """As of any method; more for a refit of rows, and for a scan that tries each block at four amounts."""
+        return 1.5 + 2 * (self.refit != "none") + 4 * blocks * (self.allocation == "sensitivity")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scope not in self.scopes:

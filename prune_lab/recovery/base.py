@@ -21,6 +21,7 @@ class Recovery:
 
     not_applicable: ClassVar[tuple[str, ...]] = ()
     follows_pruning: ClassVar[bool] = False  # True where everything must be pruned before it begins
+    forward_passes: ClassVar[float] = 3.0  # that a step takes the time of, about: backward takes that of two
 
     def __post_init__(self) -> None:
         if self.steps < 1:

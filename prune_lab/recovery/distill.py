@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from prune_lab.errors import Refused
 from prune_lab.models.load import HubModel, Loaded
@@ -28,6 +28,8 @@ class Distill(Finetune):
     temperature: float = 2.0
     alpha: float = 0.5
     teacher: str | None = None
+
+    forward_passes: ClassVar[float] = 4.0  # the teacher's beside those of finetuning
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console as RichConsole
 from tqdm import tqdm
 
+from prune_lab.system.run_clock import RunClock, in_words
 from prune_lab.system.timing_lock import timing_lock
 
 
@@ -19,7 +21,8 @@ class Console:
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
-        self._live = sys.stderr.isatty() and not quiet
+        self._clock: RunClock | None = None
+        self.is_live = sys.stderr.isatty() and not quiet
         width = None if sys.stdout.isatty() else 160
         self._rich = RichConsole(
             file=sys.stdout, width=width, highlight=False, soft_wrap=True, markup=False, emoji=False
@@ -32,8 +35,19 @@ class Console:
 
     def note(self, text: str) -> None:
         """One line about what is going on, for a person who waits."""
-        if self._live:
+        if self.is_live:
             tqdm.write(text, file=sys.stderr)
+
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """Says how long the stages of a run will take, and from then on, beside each progress bar, what is left."""
+        self._clock = RunClock(seconds)
+        stages = ", ".join(f"{stage} {in_words(took)}" for stage, took in seconds.items() if took >= 1)
+        self.note(f"time      about {in_words(sum(seconds.values()))}" + f" ({stages})" * bool(stages))
+
+    def enter(self, stage: str) -> None:
+        """Begins a stage of those that are expected."""
+        if self._clock is not None:
+            self._clock.enter(stage)
 
     def result(self, shown: Any) -> None:
         """A table or a line that is the outcome."""
@@ -46,15 +60,31 @@ class Console:
         total=None: not known beforehand.
         """
         return _Bar(
-            total=total, desc=what, unit=unit, unit_scale=unit in ("tok", "B"), leave=False, disable=not self._live,
-            dynamic_ncols=True,
+            self._clock, total=total, desc=what, unit=unit, unit_scale=unit in ("tok", "B"), leave=False,
+            disable=not self.is_live, dynamic_ncols=True,
         )  # fmt: skip
 
 
 class _Bar(tqdm):
-    """Progress bar whose updates also pause this job while another job of the machine is timed."""
+    """Progress bar that says what is left of the run.
+
+    Its updates also pause this job while another job of the machine is timed.
+    """
+
+    def __init__(self, clock: RunClock | None, **keys: Any) -> None:
+        self._clock = clock
+        super().__init__(**keys)
 
     def update(self, n: float | None = 1) -> bool | None:
         """Moves the bar on by n."""
         timing_lock.pause()
         return super().update(n)
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What tqdm shows, with the time that is left of the run."""
+        shown: dict[str, Any] = super().format_dict
+        if self._clock is not None:
+            run = f"run: {in_words(self._clock.left())} left"
+            shown["postfix"] = ", ".join(filter(None, (shown["postfix"], run)))
+        return shown

@@ -1,0 +1,78 @@
+"""Estimate of the seconds that the stages of a run take, from a few timed forward passes of the dense model."""
+
+from __future__ import annotations
+
+import time
+
+from prune_lab.compatibility import pruning_events
+from prune_lab.config.parts import Parts
+from prune_lab.evaluator import Evaluator
+from prune_lab.measure.inference import decode, prefill
+from prune_lab.measure.perplexity import measure_losses
+from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.offload.on_disk import weights_on_disk
+from prune_lab.pruning.calibration import Calibrator
+from prune_lab.system.console import Console
+
+DENSE, COMPRESSION, MEASURES, TIMING = "dense model", "compression", "measures", "timing"
+STAGES = (DENSE, COMPRESSION, MEASURES, TIMING)
+# Seconds until a fresh Python has imported what loads a model, on two cores. It need not be exact.
+FRESH_PROCESS = 8.0
+
+
+def expected_seconds(parts: Parts, evaluator: Evaluator, calibrator: Calibrator | None) -> dict[str, float] | None:
+    """Expected seconds of each stage of a run; None for a streamed model, of which a trial takes as long as a run.
+
+    Results that are in a cache are counted as if they were not. It takes two forward passes of one window of the test
+    text, and decodes four tokens.
+    """
+    if weights_on_disk(evaluator.dense.model) is not None:
+        return None
+    token, step = _pace(evaluator)
+    measure, windows = parts.measure, evaluator.windows
+    dense, memory = float(windows.numel()), 0.0
+    compared = evaluator.compared * windows.shape[1]
+    if measure.memory and not evaluator.device.is_cuda:
+        memory = FRESH_PROCESS + measure.prompt_tokens * token + measure.decode_tokens * step
+    continuing = measure.generation_prompts * measure.generation_tokens * step
+    times = 2 * (measure.warmup + measure.pairs)
+    shapes = [tuple(evaluator.prompt.shape), *evaluator.grid]
+    timed = sum(rows * length * token + measure.decode_tokens * step for rows, length in shapes)
+    return {
+        DENSE: dense * token + memory + continuing,
+        COMPRESSION: token * (_pruning(parts, evaluator, calibrator) + _training(parts, evaluator)),
+        MEASURES: (dense + compared) * token + memory + continuing,
+        TIMING: times * (timed + measure.aa * timed / len(shapes)) * measure.latency,
+    }
+
+
+def _pace(evaluator: Evaluator) -> tuple[float, float]:
+    """Seconds for a token of a window of the test text, and for a decoding step."""
+    model, device = evaluator.dense.model, evaluator.device
+    window, quiet = evaluator.windows[:1], Console(quiet=True)
+    for _ in range(2):  # the first warms up
+        began = time.perf_counter()
+        measure_losses(model, window, 1, device, quiet, evaluator.bos)
+        device.synchronize()
+        forward = time.perf_counter() - began
+    output = prefill(model, window[:, :16].long().to(device.torch_device))
+    decode(model, output, 1)
+    device.synchronize()
+    began = time.perf_counter()
+    decode(model, output, 3)
+    device.synchronize()
+    return forward / window.shape[1], (time.perf_counter() - began) / 3
+
+
+def _pruning(parts: Parts, evaluator: Evaluator, calibrator: Calibrator | None) -> float:
+    """Tokens that pass the model while it is pruned, about."""
+    if calibrator is None:
+        return 0.0
+    passes = parts.method.forward_passes(len(Anatomy(evaluator.dense.model).blocks))
+    return len(pruning_events(parts)[0]) * passes * calibrator.windows.numel()
+
+
+def _training(parts: Parts, evaluator: Evaluator) -> float:
+    """Tokens that pass the model while it is trained, about, in forward passes."""
+    recovery = parts.recovery  # a reconstruction's steps are those of each block, which is one of so many
+    return recovery.training_steps * recovery.batch_size * evaluator.seq_len * recovery.forward_passes
