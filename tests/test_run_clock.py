@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,10 +63,8 @@ def test_times_in_words(seconds: float, words: str) -> None:
 def on_terminal(words: list[str], place: Path) -> Iterator[str]:
     """What a run writes to its terminal."""
     ours, theirs = pty.openpty()
-    environment = os.environ | {"COLUMNS": "160", "LINES": "40"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "prune_lab", *words], cwd=place, env=environment, stdout=theirs, stderr=theirs
-    )
+    termios.tcsetwinsize(theirs, (40, 160))
+    process = subprocess.Popen([sys.executable, "-m", "prune_lab", *words], cwd=place, stdout=theirs, stderr=theirs)
     os.close(theirs)
     try:
         while chunk := os.read(ours, 4096):
