@@ -1046,6 +1046,11 @@ FAULTS = (
         ("test_sweep.py::test_the_front_is_what_nothing_beats_in_both",),
     ),
     Fault(
+        "time_left_corrected_the_wrong_way", "prune_lab/system/run_clock.py",
+        "min(max(took / known, FASTEST), SLOWEST)", "min(max(known / took, FASTEST), SLOWEST)",
+        ("test_run_clock.py::test_what_is_left_is_what_was_expected_less_what_passed",),
+    ),
+    Fault(
         "no_change_shown_as_a_speedup", "prune_lab/results/metrics.py",
         "if found.contains(1) else", "if False else",
         ("test_sweep.py::test_a_speedup_whose_interval_contains_1_is_no_change",),

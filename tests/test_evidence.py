@@ -100,10 +100,14 @@ def test_the_default_choice_and_refit_beat_each_score_without(lab: Lab, units: s
     assert default < 0.97 * min(lab.perplexity(option, 0.5, units=[units]) for option in ("wifv", "taylor"))
 
 
+@pytest.mark.slow
+@pytest.mark.process  # the daily loop leaves it out
 def test_trying_blocks_is_no_worse_than_their_influence(lab: Lab) -> None:
     assert lab.perplexity("depth", 0.4, by="perplexity") <= lab.perplexity("depth", 0.4, by="bi") * 1.001
 
 
+@pytest.mark.slow
+@pytest.mark.process  # the daily loop leaves it out
 def test_an_allocation_by_outliers_or_by_a_scan_beats_equal_shares(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """On 6 windows: a scan prunes each block at four amounts. The margin, 40 against 28 and 29, is that of 16."""
     monkeypatch.setattr(lab, "calibrator", Calibrator(lab.tokens.calibration_windows(6, 256, seed=0).windows))

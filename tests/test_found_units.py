@@ -58,8 +58,7 @@ GROUPS: dict[str, dict[str, int]] = {
     },  # counts of heads for each block
 }  # fmt: skip
 FAST = (
-    "cohere", "glm", "recurrent_gemma", "bert", "mixtral", "gpt_oss", "dbrx", "deepseek_v3", "llama4_text", "gemma3",
-    "qwen3_5_text", "bamba",
+    "cohere", "recurrent_gemma", "bert", "mixtral", "gpt_oss", "deepseek_v3", "gemma3", "qwen3_5_text",
 )  # fmt: skip
 SLOW = (pytest.mark.slow, pytest.mark.process)
 # Types without units of a kind, and what is said of it.

@@ -34,6 +34,7 @@ from prune_lab.pruning.calibration import Calibrator
 WINDOWS = torch.randint(4, 300, (6, 24), generator=torch.Generator().manual_seed(7))
 # One projector or several, positions in three dimensions, scaled logits, text parts of other files of transformers,
 # mixtures.
+SLOW = (pytest.mark.slow, pytest.mark.process)
 TYPES = ["llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "internvl", "aya_vision", "kimi_k25", "qwen3_vl_moe"]
 METHODS: dict[str, Method] = {
     "wanda": Wanda(amount=0.5),
@@ -75,7 +76,7 @@ def beside_text(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("text_config", "transformers_version")}
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", [*TYPES[:3], *(pytest.param(name, marks=SLOW) for name in TYPES[3:])])
 def test_the_text_part_is_pruned_and_the_rest_stays(model_type: str, place: Path, tmp_path: Path) -> None:
     """By single weights, channels and blocks: what stock transformers reads has the logits of what is in memory."""
     folder = folder_of(place, model_type)

@@ -226,6 +226,8 @@ def test_nothing_but_the_headline_is_timed_unasked(calls: list[tuple[int, tuple[
     assert len(calls) == 2 * 11 * 2
 
 
+@pytest.mark.slow
+@pytest.mark.process  # the daily loop leaves it out
 def test_a_compiled_model_answers_as_before_and_leaves_nothing_behind(loaded: Loaded) -> None:
     """Captured by torch.compile and run by PyTorch itself, which needs no compiler: all but the making of kernels."""
     prompt, before = torch.arange(24).view(2, 12), torch._dynamo.config.recompile_limit

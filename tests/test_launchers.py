@@ -211,7 +211,7 @@ def test_jobs_ran_in_other_processes_than_the_sweep(ended: Ended) -> None:
     assert ended.parent.data.tags["prune_lab.pid"] not in pids
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "submitit"])
+@pytest.mark.parametrize("launcher", ["joblib", pytest.param("submitit", marks=pytest.mark.slow)])
 def test_jobs_elsewhere_leave_out_what_does_not_apply(launcher: str, request: pytest.FixtureRequest) -> None:
     """Each job is told which keys only the others' options have; what its own option takes arrives."""
     ended = request.getfixturevalue(launcher)

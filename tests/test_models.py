@@ -339,6 +339,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_needs_packages_names_them(own: Path, tmp_path: Path) -> None:
     """tokenizer.model alone, as older Llama folders have it: a real one, trained here; with the packages it is read."""
     import sentencepiece

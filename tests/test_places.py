@@ -172,6 +172,7 @@ def test_a_cache_that_cannot_be_written_costs_a_note(small: list[str], tmp_path:
     assert "PRUNE_LAB_CACHE=FOLDER" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_sweep_without_a_home_draws_its_plot_and_says_nothing_of_fonts(small: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     words = ["-m", *small, *FAST, "tracking=none", "amount=0.2,0.4"]
@@ -250,6 +251,7 @@ def test_a_package_that_is_missing_is_named_with_what_installs_it(
     assert says in done.stderr
 
 
+@pytest.mark.slow
 def test_a_missing_driver_is_named_with_what_installs_it(tmp_path: Path) -> None:
     without = (
         "import sys, os; sys.modules['psycopg2'] = None\nos.environ['MLFLOW_TRACKING_URI'] = 'postgresql://u:pw@h/d'"

@@ -1,15 +1,6 @@
-"""The time that a run will still take: said at its beginning, corrected by its stages, shown beside each bar."""
+"""The time that a run will still take, as its stages correct it; what a person sees of it: test_terminal.py."""
 
 from __future__ import annotations
-
-import os
-import pty
-import re
-import subprocess
-import sys
-import termios
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -58,34 +49,3 @@ def test_a_stage_that_was_left_out_or_is_unknown_counts_for_nothing() -> None:
 )
 def test_times_in_words(seconds: float, words: str) -> None:
     assert in_words(seconds) == words
-
-
-def on_terminal(words: list[str], place: Path) -> Iterator[str]:
-    """What a run writes to its terminal."""
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (40, 160))
-    process = subprocess.Popen([sys.executable, "-m", "prune_lab", *words], cwd=place, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    try:
-        while chunk := os.read(ours, 4096):
-            yield chunk.decode(errors="replace")
-    except OSError:  # the terminal's other end is closed
-        pass
-    finally:
-        os.close(ours)
-        assert process.wait() == 0
-
-
-def test_a_run_on_a_terminal_says_how_long_it_will_take(small: list[str], tmp_path: Path) -> None:
-    """Before its work begins, and beside each bar; in a pipe the same run says nothing of the kind."""
-    words = [*small, "method=wanda", "measure.max_windows=16", "tracking=none", "resume=false"]
-    shown = "".join(on_terminal([*words, "measure=quick"], tmp_path))
-    said = re.search(r"time +about \d+ (s|min)", shown)
-    assert said is not None, shown
-    assert said.start() < shown.index("measuring the dense model")
-    left = re.findall(r"\w[\w ]*: +\d+%[^\r\n]*run: \d+ (?:s|min) left", shown)
-    assert any("calibrating" in bar for bar in left), shown
-    assert any("latency" in bar for bar in left), shown
-    command = [sys.executable, "-m", "prune_lab", *words, "measure=quality_only"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "about" not in done.stdout + done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -45,6 +46,11 @@ def test_a_person_sees_header_progress_and_table(small: list[str], tmp_path: Pat
         assert wanted in seen, wanted
     assert "dense -> compressed" in seen
     assert seen.index("training:") < seen.index("dense -> compressed")
+    said = re.search(r"time +about \d+ (s|min)", seen)  # before the work begins, and beside each bar
+    assert said is not None
+    assert said.start() < seen.index("measuring the dense model")
+    left = re.findall(r"(\w[\w ]*): +\d+%[^\r\n]*run: \d+ (?:s|min) left", seen)
+    assert {"training", "latency"} <= set(left)
 
 
 def test_a_pipe_gets_the_outcome_alone(small: list[str], cli: Cli) -> None:
@@ -54,6 +60,7 @@ def test_a_pipe_gets_the_outcome_alone(small: list[str], cli: Cli) -> None:
     assert done.stdout.startswith("dense -> compressed")
     assert "\x1b" not in done.stdout
     assert "it/s" not in done.stdout
+    assert "about" not in done.stdout
 
 
 def test_quiet_prints_nothing(small: list[str], cli: Cli) -> None:

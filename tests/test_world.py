@@ -39,7 +39,7 @@ def test_a_gpu_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("recovery", "launchers"),
     [
-        ("finetune", [TORCHRUN]),  # its shards: test_fsdp.py
+        pytest.param("finetune", [TORCHRUN], marks=pytest.mark.slow),  # its shards: test_fsdp.py
         ("distill", [None, ACCELERATE_FSDP]),
         pytest.param("lora", [None, ACCELERATE_FSDP], marks=pytest.mark.slow),
     ],
