@@ -83,7 +83,7 @@ class _Bar(tqdm):
     @property
     def format_dict(self) -> dict[str, Any]:
         """What tqdm shows, with the time that is left of the run."""
-        shown: dict[str, Any] = super().format_dict
+        shown = dict(super().format_dict)
         if self._clock is not None:
             run = f"run: {in_words(self._clock.left())} left"
             shown["postfix"] = ", ".join(filter(None, (shown["postfix"], run)))
