@@ -872,17 +872,32 @@ FAULTS = (
     ),
     Fault(
         "streamed_export_lacks_what_was_not_changed", "prune_lab/models/offload/on_disk.py",
-        "if name not in self._written:", "if False:",
+        "            if name not in self._written:\n", "            if False:\n",
         ("test_streaming.py::test_every_family_streams_to_the_same_files",),
     ),
     Fault(
         "streamed_block_not_written_back", "prune_lab/models/offload/on_disk.py",
-        'self._write(f"{block}.{name}", tensor)', "pass",
+        "            self.put(model, changed)", "            pass",
         ("test_streaming.py::test_every_family_streams_to_the_same_files",),
     ),
     Fault(
-        "tied_matrix_streamed_twice", "prune_lab/models/offload/on_disk.py",
-        "if id(tensor) not in seen:", "if name not in found:",
+        "streamed_experts_in_one_place", "prune_lab/models/offload/stored.py",
+        "whole[expert, number * each : (number + 1) * each]", "whole[0, number * each : (number + 1) * each]",
+        ("test_streaming.py::test_every_type_whose_layout_is_found_streams_to_the_same_files",),
+    ),
+    Fault(
+        "streamed_experts_as_active_as_before", "prune_lab/models/found_experts.py",
+        "replace(m, active=m.active * was / count)", "replace(m, active=m.active)",
+        ("test_streaming.py::test_two_prunings_in_a_row_of_a_streamed_mixture",),
+    ),
+    Fault(
+        "choices_of_streamed_batches_in_another_order", "prune_lab/measure/routing.py",
+        ".popleft()", ".pop()",
+        ("test_streaming.py::test_a_streamed_run_is_the_run_in_memory",),
+    ),
+    Fault(
+        "tied_matrix_streamed_twice", "prune_lab/models/offload/stored.py",
+        "if of_tensor[id(tensor)] == name}", "if name}",
         ("test_streaming.py::test_every_family_streams_to_the_same_files",),
     ),
     Fault(

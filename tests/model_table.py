@@ -245,7 +245,8 @@ groups, and of {experts} experts.
 - experts: whether `method=experts` removes half of the experts of each block, where there are any: what is left has the
   logits of the model whose routers avoid the others, and stock transformers reads it with the same.
 - Calibrated: behind pruned blocks, block by block; or behind dense blocks in passes through the whole model, where a
-  block cannot be called by itself.{more}
+  block cannot be called by itself. What is calibrated block by block can be streamed
+  ([`model.stream=true`](offloading.md)), unless blocks share weights.{more}
 
 | type | share | magnitude | wanda | sparsegpt | 2:4 | depth | channels | KV groups | experts | calibrated | remark |
 |---|---|---|---|---|---|---|---|---|---|---|---|

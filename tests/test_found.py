@@ -402,7 +402,6 @@ def test_a_run_says_what_is_in_scope_and_its_export_is_stocks(cli: Cli, place: P
         (["method=magnitude", "recovery=reconstruct"], ["recovery=reconstruct", "recovery=finetune"]),
         (["method=magnitude", "recovery=finetune", "recovery.dropout=0.1"], ["recovery.dropout"]),
         (["method=sensitivity"], ["method=sensitivity", "method.parts=[weights,block]"]),
-        (["method=magnitude", "model.stream=true"], ["model.stream=true", "stream=false"]),
     ],
 )
 def test_what_is_not_done_to_a_found_layout_is_refused(

@@ -170,6 +170,11 @@ def test_streamed_through_the_gpu_is_as_in_its_memory(folder: Path, tmp_path: Pa
     check_alike(folder, tmp_path, method, device=Device(GPU, torch.bfloat16))
 
 
+@pytest.mark.parametrize("method", [Wanda(amount=0.5), Experts(amount=0.5)], ids=str)
+def test_a_mixture_streamed_through_the_gpu_is_as_in_its_memory(tmp_path: Path, method: Method) -> None:
+    check_alike(tiny_folder(tmp_path / "model", "mixtral"), tmp_path, method, device=Device(GPU, torch.bfloat16))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # with and without biases
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_2_4_kernels_compute_what_the_zeros_do(tmp_path: Path, dtype: torch.dtype, family: str) -> None:

@@ -6,14 +6,16 @@ import json
 import shutil
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ALL_FAMILIES, CPU, ROOT, make_folder
+from model_types import tiny_folder
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from prune_lab import __main__ as program
 from prune_lab import compatibility
@@ -27,6 +29,7 @@ from prune_lab.measure.settings import Measure
 from prune_lab.measure.size import measure_size
 from prune_lab.methods.base import Method
 from prune_lab.methods.depth import Depth
+from prune_lab.methods.experts import SCORES, Experts
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.none import NoPruning
 from prune_lab.methods.random import Random
@@ -37,6 +40,7 @@ from prune_lab.methods.unstructured import Unstructured
 from prune_lab.methods.wanda import Wanda
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.export import check_reload, save_model
+from prune_lab.models.found import layout_of
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.models.offload import states
 from prune_lab.models.offload.on_disk import own_copy
@@ -95,7 +99,8 @@ def compressed(folder: Path, method: Method, place: Path, stream: bool, propagat
         count_macs(Anatomy(loaded.model), 16),
     )
     hashes = dense.fingerprint(), loaded.fingerprint()
-    return (quality, size, macs, pruned.rows, pruned.warnings, hashes, dense.describe()), place / "export"
+    said = pruned.rows, pruned.warnings, pruned.files, pruned.metrics
+    return (quality, size, macs, said, hashes, dense.describe()), place / "export"
 
 
 def check_alike(folder: Path, place: Path, method: Method, propagate: str = "pruned", device: Device = CPU) -> None:
@@ -143,6 +148,105 @@ def test_every_streamed_method_gives_the_same_files(
     folders: Folders, tmp_path: Path, method: Method, propagate: str
 ) -> None:
     check_alike(folders["qwen2"], tmp_path, method, propagate)
+
+
+# Experts that lie one by one in files, fused there, with biases, in every block or in some, beside shared ones, behind
+# routers with corrections that are parameters or buffers.
+MIXTURES = [
+    "deepseek_v3", "qwen3_moe", "olmoe", "gpt_oss", "dbrx", "ernie4_5_moe", "qwen2_moe", "granitemoehybrid", "jamba",
+    "lfm2_moe", "phimoe", "nemotron_h", "minimax_m2", "granitemoe", "glm4_moe",
+]  # fmt: skip
+# Some of them, recurrences, other norms, scaled logits, a wrapper of text and images, a tied head before all else, and
+# experts that cannot be removed.
+OTHERS = [
+    "gpt_oss", "dbrx", "qwen3_next", "lfm2", "mamba2", "nemotron_h", "olmo2", "gemma3", "granite", "camembert",
+    "longcat_flash", "llama4_text",
+]  # fmt: skip
+OF_WEIGHTS = [
+    Magnitude(amount=0.5, pattern="2:4"), SparseGPT(amount=0.5), Ria(amount=0.5), NoPruning(),
+    Wanda(amount=0.5, allocation="owl"), Wanda(amount=0.5, refit="inputs"),
+    Unstructured(score="moe_pruner", amount=0.5),
+]  # fmt: skip
+FOUND: list[tuple[str, Method]] = [
+    *(("mixtral", Experts(amount=0.5, score=score)) for score in SCORES if score != "reap"),
+    *((model_type, Experts(amount=0.5)) for model_type in MIXTURES),
+    *(("mixtral", method) for method in OF_WEIGHTS),
+    *((model_type, Wanda(amount=0.5)) for model_type in OTHERS),
+]
+SLOW = (pytest.mark.slow, pytest.mark.process)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "method"),
+    [
+        ("mixtral", Experts(amount=0.5)), ("mixtral", Wanda(amount=0.5)),
+        *(pytest.param(*of, marks=SLOW) for of in FOUND),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_type_whose_layout_is_found_streams_to_the_same_files(
+    model_type: str, method: Method, tmp_path: Path
+) -> None:
+    check_alike(tiny_folder(tmp_path / "model", model_type), tmp_path, method)
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.parametrize("method", [Experts(amount=0.5), Wanda(amount=0.5)], ids=str)
+def test_a_mixture_in_half_precision_streams_to_the_same_files(method: Method, tmp_path: Path) -> None:
+    check_alike(tiny_folder(tmp_path / "model", "mixtral"), tmp_path, method, device=BF16)
+
+
+def test_two_prunings_in_a_row_of_a_streamed_mixture(tmp_path: Path) -> None:
+    """Single weights, then experts twice: what was changed before is there still, and the layout is what is found."""
+    folder, saved = tiny_folder(tmp_path / "model", "mixtral"), list[Path]()
+    for stream in (False, True):
+        place = tmp_path / str(stream)
+        dense = HubModel(name=str(folder), stream=stream).load(CPU, seed=0)
+        loaded = Loaded(own_copy(dense.model, place / "weights"), dense.tokenizer, dense.name, dense.family)
+        anatomy, calibrator = Anatomy(loaded.model), Calibrator(WINDOWS, batch_size=2)
+        Magnitude(amount=0.3).prune(anatomy, 0.3, 0)
+        for amount in (0.25, 0.5):
+            pruned = Experts(amount=amount).prune(anatomy, amount, 0, calibrator)
+        assert pruned.realized == pytest.approx(0.5)
+        save_model(loaded, place / "export")
+        check_reload(loaded.model, place / "export", WINDOWS[:1])
+        saved.append(place / "export" / "model.safetensors")
+    assert saved[0].read_bytes() == saved[1].read_bytes()
+    own = list((tmp_path / "True" / "weights").rglob("*.safetensors"))
+    assert len(own) == 1  # those of the larger models are gone
+    kept, anew = layout_of(loaded.model), layout_of(AutoModelForCausalLM.from_pretrained(saved[1].parent).eval())
+    assert [[m.name for m in of] for of in kept.matrices] == [[m.name for m in of] for of in anew.matrices]
+    for matrix, wanted in zip(chain(*kept.matrices), chain(*anew.matrices), strict=True):
+        assert (matrix.place, matrix.active) == (wanted.place, pytest.approx(wanted.active))
+    assert kept.share == pytest.approx(anew.share)
+
+
+def test_a_mixture_runs_as_a_whole_from_disk(tmp_path: Path) -> None:
+    """Each block is read when it is called, and gone afterwards, whatever ends the call."""
+    folder = tiny_folder(tmp_path / "model", "mixtral")
+    streamed, whole = (HubModel(name=str(folder), stream=stream).load(CPU, seed=0).model for stream in (True, False))
+    with torch.no_grad():
+        assert torch.equal(streamed(input_ids=WINDOWS[:2]).logits, whole(input_ids=WINDOWS[:2]).logits)
+    hook = streamed.model.layers[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        streamed(input_ids=WINDOWS[:2])
+    hook.remove()
+    assert all(tensor.is_meta for tensor in streamed.model.layers.parameters())
+    with torch.no_grad():
+        assert torch.equal(streamed(input_ids=WINDOWS[:2]).logits, whole(input_ids=WINDOWS[:2]).logits)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [
+        ("falcon", "called one by one, do not give its states"),
+        pytest.param("zamba2", "is shared with another block", marks=SLOW),
+    ],
+)
+def test_blocks_that_cannot_be_read_one_by_one_are_refused(model_type: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=f"^model.stream=true: .*{model_type}.*{said}.*give model.stream=false"):
+        HubModel(name=str(tiny_folder(tmp_path, model_type)), stream=True).load(CPU, seed=0)
 
 
 def test_states_in_a_file_and_half_precision_change_nothing(
@@ -220,11 +324,19 @@ def test_what_is_fetched_ahead_is_what_was_asked_for() -> None:
     assert ahead.take("blocks.1", lambda: zero) is zero
 
 
-def test_a_streamed_run_is_the_run_in_memory(tmp_path: Path, folders: Folders, corpus: Path) -> None:
+@pytest.mark.parametrize("method", ["wanda", "experts"])
+def test_a_streamed_run_is_the_run_in_memory(method: str, tmp_path: Path, folders: Folders, corpus: Path) -> None:
     """By the command line: equal metrics and exports; so one is served for the other; nothing else is left."""
+    folder = tmp_path / "model"
+    if method == "wanda":
+        shutil.copytree(folders["untied"], folder)
+    else:
+        tiny_folder(folder, "mixtral")
+    (folder / "generation_config.json").unlink()  # then config.json says what it would
     shared = [
-        "model=hf", f"model.name={folders['untied']}", "dataset=text", f"dataset.path={corpus}", "dataset.seq_len=32",
-        "measure=quality_only", "measure.max_windows=8", "method=wanda", "dataset.calibration.n_samples=20",
+        "model=hf", f"model.name={folder}", "dataset=text", f"dataset.path={corpus}", "dataset.seq_len=32",
+        "measure=quality_only", "measure.max_windows=8", "measure.batch_size=3", f"method={method}",
+        "dataset.calibration.n_samples=20",
         "tracking=none", "quiet=true", "export=hf",
     ]  # fmt: skip
     for name, stream in (("disk", "true"), ("memory", "false")):
@@ -237,7 +349,8 @@ def test_a_streamed_run_is_the_run_in_memory(tmp_path: Path, folders: Folders, c
         {key: value for key, value in of["metrics"].items() if not key.startswith("time/")} for of in (disk, memory)
     )
     assert here == there
-    assert here["params/nonzero"] < here["params/total"]
+    assert here["params/nonzero"] < here["params/dense_total"]
+    assert ("routing/same_experts" in here) == (method == "experts")
     names = sorted(path.name for path in (tmp_path / "disk" / "export").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "memory" / "export").iterdir())
     for name in set(names) - {"README.md"}:  # the card has the command and the times
@@ -338,6 +451,7 @@ from prune_lab.system.console import Console
 from prune_lab.system.device import Device
 from prune_lab.measure.memory import _peak, _reset_peak
 from prune_lab.measure.perplexity import measure_losses
+from prune_lab.methods.experts import Experts
 from prune_lab.methods.wanda import Wanda
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.load import HubModel
@@ -351,24 +465,31 @@ _reset_peak()
 dense = HubModel(name=sys.argv[1], stream=True).load(device, 0)
 copied = own_copy(dense.model, Path(sys.argv[3]))
 windows = torch.randint(1, 300, (4, 32))
-Wanda().prune(Anatomy(copied), 0.5, 0, Calibrator(windows))
+(Wanda if sys.argv[4] == "wanda" else Experts)().prune(Anatomy(copied), 0.5, 0, Calibrator(windows))
 measure_losses(copied, windows, 2, device, Console(quiet=True))
 print(_peak() - before)
 """
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_number_of_blocks(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["wanda", "experts"])
+def test_memory_does_not_grow_with_the_number_of_blocks(folder: Path, tmp_path: Path, method: str) -> None:
     """A model of 24 blocks of 17 MB each, pruned and evaluated in a fresh process: 403 MB, of which 17 at a time."""
-    config = LlamaConfig(
+    config: Any = LlamaConfig(
         vocab_size=300, hidden_size=512, intermediate_size=2048, num_hidden_layers=24, num_attention_heads=8,
         num_key_value_heads=8, max_position_embeddings=128,
     )  # fmt: skip
+    if method == "experts":
+        folder = tiny_folder(tmp_path / "small", "mixtral")
+        config = MixtralConfig(
+            vocab_size=300, hidden_size=256, intermediate_size=688, num_hidden_layers=24, num_attention_heads=4,
+            num_key_value_heads=4, num_local_experts=8, max_position_embeddings=128,
+        )  # fmt: skip
     large = tmp_path / "large"
     AutoModelForCausalLM.from_config(config).save_pretrained(large)
     for file in folder.glob("tokenizer*"):
         (large / file.name).write_bytes(file.read_bytes())
-    command = [sys.executable, "-c", MEASURED, large, folder, tmp_path / "own"]
+    command = [sys.executable, "-c", MEASURED, large, folder, tmp_path / "own", method]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 120e6

@@ -53,11 +53,12 @@ def _of_found(anatomy: Anatomy, layout: Layout) -> Macs:
         [] if head is None else [(head.weight.numel(), int(torch.count_nonzero(head.weight)))]
     )
     for index, of_block in enumerate(layout.matrices):
-        for matrix, (_, linear) in zip(of_block, layout.modules(anatomy.model, index), strict=True):
-            if isinstance(linear, LowBitLinear):
-                continue
-            weight: Any = _matrix(linear) if matrix.is_linear else linear.weight
-            counts.append((matrix.active * weight.numel(), matrix.active * int(torch.count_nonzero(weight))))
+        with anatomy.at_hand(index):
+            for matrix, (_, linear) in zip(of_block, layout.modules(anatomy.model, index), strict=True):
+                if isinstance(linear, LowBitLinear):
+                    continue
+                weight: Any = _matrix(linear) if matrix.is_linear else linear.weight
+                counts.append((matrix.active * weight.numel(), matrix.active * int(torch.count_nonzero(weight))))
     for index in range(len(anatomy.blocks)):  # those that are quantized are no matrices to be pruned
         low_bit = [module for module in anatomy.blocks[index].modules() if isinstance(module, LowBitLinear)]
         counts += [(linear.codes().numel(), int(torch.count_nonzero(linear.codes()))) for linear in low_bit]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,9 @@ class SameExperts:
     def __init__(self, tokens: int) -> None:
         self._same, self._all, self._tokens = 0, 0, tokens
         self._counted = dict[int, int]()  # tokens so far by block
-        self._chosen = dict[int, Tensor]()  # by block of the dense model, of the batch that passes
+        # By block of the dense model, of batches that it is yet to be given: of a model on disk, of all of them.
+        self._chosen = dict[int, deque[Tensor]]()
+        self._noted = dict[int, int]()  # tokens so far by block
 
     @property
     def share(self) -> float | None:
@@ -46,15 +49,18 @@ class SameExperts:
 
         def note(now: int, states: Tensor, chosen: Tensor, gates: Tensor) -> None:
             block = blocks[now]
-            self._chosen[block] = numbers[block].to(chosen.device)[chosen] if block in numbers else chosen
+            if (noted := self._noted.get(block, 0)) < self._tokens:
+                self._noted[block] = noted + len(chosen)
+                here = numbers[block].to(chosen.device)[chosen] if block in numbers else chosen
+                self._chosen.setdefault(block, deque()).append(here.to(torch.int16))
 
         def compare(block: int, states: Tensor, chosen: Tensor, gates: Tensor) -> None:
             before = self._counted.get(block, 0)
             chosen = chosen[: max(0, self._tokens - before)]
             self._counted[block] = before + len(chosen)
             self._all += chosen.numel()
-            if block in self._chosen:
-                also = self._chosen[block][: len(chosen)].to(chosen.device)
+            if self._chosen.get(block):
+                also = self._chosen[block].popleft()[: len(chosen)].to(chosen.device)
                 self._same += int((chosen[:, :, None] == also[:, None, :]).any(-1).sum())
 
         with watched(model, mine, note), watched(dense, of_dense, compare):

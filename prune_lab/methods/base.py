@@ -48,7 +48,7 @@ class Method:
     @property
     def needs_whole_model(self) -> str | None:
         """Reason that it cannot prune block by block (model.stream=true), with what can; None where it can."""
-        return "units and blocks are removed from a model in memory; give a method for single weights"
+        return "units and blocks are removed from a model in memory; give a method for single weights or experts"
 
     @property
     def cuts(self) -> tuple[str, ...]:

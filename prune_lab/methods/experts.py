@@ -61,6 +61,11 @@ class Experts(Method):
         """True where the score needs calibration text."""
         return self.score not in WITHOUT_TEXT
 
+    @property
+    def needs_whole_model(self) -> str | None:
+        """None: a block is scored, and loses its experts, by itself."""
+        return None
+
     def check(self, config: Any, amounts: Iterable[float]) -> None:
         """Raises Refused for a family that has no experts."""
         if config.model_type in FAMILIES:
@@ -127,7 +132,7 @@ class Experts(Method):
 
     def _count_to_keep(self, anatomy: Anatomy, amount: float) -> int:
         """Number of experts that stay in each block; raises Refused for one that the router cannot choose among."""
-        from prune_lab.models.found_experts import by_block, can_choose, router_groups, top_k_of
+        from prune_lab.models.found_experts import can_choose, most_of_a_token, router_groups
         from prune_lab.models.resize import dense_count
         from prune_lab.pruning.selection import count_to_remove
 
@@ -137,7 +142,7 @@ class Experts(Method):
         if amount > 0 and self.round_to > 1:
             count = min(max(1, round(count / self.round_to)), total // self.round_to) * self.round_to
         count = min(count, group.count)
-        top_k = max(top_k_of(anatomy.model, by_block(mixtures)))
+        top_k = most_of_a_token(anatomy.model, mixtures)
         # Of one expert some types make an MLP without a router.
         possible = [
             n
@@ -163,7 +168,8 @@ class Experts(Method):
         if self.score == "random":
             return torch.rand(group.count, generator=random, dtype=torch.float64)
         if self.score == "aimer":
-            found = expert_scores.aimer(_weights(anatomy, mixture, group))
+            with anatomy.at_hand(mixture.block):
+                found = expert_scores.aimer(_weights(anatomy, mixture, group))
         else:
             assert sums is not None
             if self.score == "ranked_choice":

@@ -288,6 +288,25 @@ def routers_of(model: Any) -> list[nn.Module]:
     return [model.get_submodule(name.rpartition(".")[0]) for name in names]
 
 
+def check_one_by_one(model: Any) -> None:
+    """Raises Refused for a model on disk whose blocks, called one by one, do not give what it gives as a whole."""
+    from prune_lab.models.offload.on_disk import weights_on_disk
+
+    found, weights = Anatomy(model).found, weights_on_disk(model)
+    assert weights is not None, "a model on disk is checked"
+    if found is not None and found.blocks != weights.list_of_blocks:
+        raise Refused(
+            f"model.stream=true: this {model.config.model_type} model computes text by {found.blocks}, and "
+            f"{weights.list_of_blocks} is its largest list of blocks, of which one is read at a time; give "
+            "model.stream=false"
+        )
+    if found is not None and not found.one_by_one:
+        raise Refused(
+            f"model.stream=true: the blocks of this {model.config.model_type} model, called one by one, do not give "
+            "its states, so that each batch would read all of them; give model.stream=false"
+        )
+
+
 def check_matrices(model: Any) -> None:
     """Raises Refused where a block holds a matrix that is neither prunable nor named by its family as left alone.
 

@@ -103,13 +103,16 @@ def _instead_of(blocks: list[nn.Module], forward: Callable[..., Tensor]) -> Iter
     def named(*args: Any, hidden_states: Tensor | None = None, **kwargs: Any) -> Tensor:
         return forward(*(args if hidden_states is None else (hidden_states, *args)), **kwargs)
 
+    before = [vars(block).get("forward") for block in blocks]  # one of a model on disk has its own
     for block in blocks:
         block.forward = named  # of this object alone: its class keeps its own
     try:
         yield
     finally:
-        for block in blocks:
+        for block, own in zip(blocks, before, strict=True):
             del block.forward
+            if own is not None:
+                block.forward = own
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 
 from prune_lab.errors import Refused
 from prune_lab.models import formats
-from prune_lab.models.anatomy import check_matrices
+from prune_lab.models.anatomy import check_matrices, check_one_by_one
 from prune_lab.models.auto_class import auto_class
 from prune_lab.models.checkpoint import read_checkpoint
 from prune_lab.models.contents import check_finite
@@ -63,16 +63,11 @@ def build(
             model = _start_at_random(config, device, seed)
         else:
             folder = Path(source)
-            if stream and config.model_type not in FAMILIES:
-                raise Refused(
-                    f"model.stream=true: the blocks of {config.model_type} models are found by running the model in "
-                    f"memory; give stream=false (described families, which can be streamed: {', '.join(FAMILIES)})"
-                )
             if stream:
                 streamed.check(folder, config, name)
             stored = formats.dequantized_from(config)
             if config.model_type not in FAMILIES or stored is not None:
-                model, notes = _load_other(source, config, name, device)
+                model, notes = _load_other(source, config, name, stream, device)
             else:
                 checkpoint = read_checkpoint(folder, config, name)
                 notes = checkpoint.warnings
@@ -91,6 +86,8 @@ def build(
         raise _not_loaded(name, error) from error
     check_matrices(model)
     check_finite(model, name)
+    if stream:
+        check_one_by_one(model)
     return model.eval(), tokenizer, notes
 
 
@@ -144,14 +141,18 @@ def _load_weights(source: str, config: Any, name: str, device: Device) -> Any:
     return model.to(device.torch_device)
 
 
-def _load_other(source: str, config: Any, name: str, device: Device) -> tuple[Any, list[str]]:
+def _load_other(source: str, config: Any, name: str, stream: bool, device: Device) -> tuple[Any, list[str]]:
     """A model of a type that is not in FAMILIES, and notes: transformers says whether its files and config agree.
 
     Its tensors may have other names in files (experts one by one), and it is saved under those again.
     """
     if getattr(config, "rescale_every", 0):  # RWKV would divide its weights as it runs; states are the same without
         config.rescale_every = 0
-    loaded: Any = formats.load(Path(source), config, dtype=device.dtype, output_loading_info=True)
+    loaded: Any
+    if stream:
+        loaded = streamed.build_other(Path(source), config, device)
+    else:
+        loaded = formats.load(Path(source), config, dtype=device.dtype, output_loading_info=True)
     model, report = loaded
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     unused, wrong = sorted(report["unexpected_keys"]), sorted({*report["missing_keys"], *mismatched})
@@ -160,7 +161,7 @@ def _load_other(source: str, config: Any, name: str, device: Device) -> tuple[An
     if wrong:
         raise Refused(f"model.name={name!r} lacks the weights {', '.join(wrong[:3])}, or has them in another shape")
     notes = [f"{len(unused)} tensors of the checkpoint are not used: {', '.join(unused[:3])}"] if unused else []
-    return model.to(device.torch_device), notes
+    return model if stream else model.to(device.torch_device), notes
 
 
 def _start_at_random(config: Any, device: Device, seed: int) -> Any:

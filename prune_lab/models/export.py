@@ -12,11 +12,13 @@ from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import BlockStream
 from prune_lab.models.checkpoint import read_checkpoint
 from prune_lab.models.export_config import rewrite_configs
+from prune_lab.models.families import FAMILIES
 from prune_lab.models.formats import load
+from prune_lab.models.found import keep, layout_of
 from prune_lab.models.load import Loaded
 from prune_lab.models.loss import by_chunks, last_states, logits_of
 from prune_lab.models.offload import streamed
-from prune_lab.models.offload.on_disk import lay_out_model, weights_on_disk
+from prune_lab.models.offload.on_disk import weights_on_disk
 from prune_lab.system.files import atomic_folder
 
 
@@ -50,11 +52,12 @@ def save_model(loaded: Loaded, folder: Path) -> None:
 
 def save_dense(loaded: Loaded, folder: Path) -> None:
     """The dense model as a folder to be measured; of one on disk, files as large as its own would be, and empty."""
-    if weights_on_disk(loaded.model) is None:
+    weights = weights_on_disk(loaded.model)
+    if weights is None:
         save_model(loaded, folder)
     else:
         folder.mkdir(parents=True)
-        lay_out_model(loaded.model, folder)
+        weights.files_for(loaded.model, folder)
 
 
 def save_weights(model: Any, folder: Path) -> None:
@@ -82,6 +85,10 @@ def read_folder(folder: Path, like: Any = None) -> Any:
     if like is None:
         return load(folder, config, dtype=config.dtype).eval()
     if (weights := weights_on_disk(like)) is not None:
+        if config.model_type not in FAMILIES:
+            again = streamed.build_other(folder, config, weights.device)[0].eval()
+            keep(again, layout_of(like))  # of one config; their logits are compared
+            return again
         return streamed.build(folder, config, read_checkpoint(folder, config, str(folder)), weights.device).eval()
     return load(folder, config, dtype=like.dtype).to(like.device).eval()
 

@@ -1,8 +1,8 @@
 """Families of models that are described: names of blocks, Linears and units, and config fields that count them.
 
-They say what must be known before a model is run: to stream its blocks from disk, to refuse counts and kinds of units
-before it is loaded, and which families need a BOS token before a text. Of any other type that stock transformers has,
-blocks, matrices and units are found by running it (models/found.py, models/found_units.py); what is found of these
+They say what must be known before a model is run: to refuse counts and kinds of units before it is loaded, to compare
+its files with its config, and which families need a BOS token before a text. Of any other type that stock transformers
+has, blocks, matrices and units are found by running it (models/found.py, models/found_units.py); what is found of these
 families is what stands here (tests/test_found_units.py).
 """
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from prune_lab.errors import Refused
 from prune_lab.models import layout_cache
 from prune_lab.models.products import FusedMatrix, Place, seen_on
 
-_KEPT = "_found_layout"  # with the model and its copies; in no export
+_KEPT, _FACTS = "_found_layout", "_found_with_layout"  # with the model and its copies; in no export
+Found = TypeVar("Found")
 _PROBE = (2, 24)  # windows and tokens that a model is looked at with
 # Reasons why a tensor of two dimensions or more is left alone; the last for all that no matrix product has.
 ROUTER, CONVOLUTION, BIAS = "router of experts", "kernel of a convolution", "bias"
@@ -94,6 +95,17 @@ def read_matrix(of: dict[str, Any]) -> Matrix:
     return Matrix(of["name"], where, of["is_linear"], of["active"])
 
 
+def found_once(model: Any, key: Any, find: Callable[[], Found]) -> Found:
+    """The result of `find` for a model, found once for as long as its layout is the same."""
+    layout, (of, kept) = layout_of(model), model.__dict__.get(_FACTS, (None, {}))
+    if of is not layout:
+        of, kept = model.__dict__[_FACTS] = layout, {}
+    if key not in kept:
+        kept[key] = find()
+    found: Found = kept[key]
+    return found
+
+
 def forget_layout(model: Any) -> None:
     """Has the layout of a model, whose modules are others now, found anew when it is asked for."""
     model.__dict__.pop(_KEPT, None)
@@ -115,18 +127,20 @@ def matrices_of(model: Any, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
 def _module(model: Any, matrix: Matrix) -> Any:
     if matrix.is_linear:
         return model.get_submodule(matrix.name)
-    return FusedMatrix(model.get_parameter(matrix.place.parameter), matrix.place)
+    return FusedMatrix(model, matrix.place)
 
 
 def _find(model: Any) -> Layout:
     was_training = model.training
     model.eval()
     try:
-        _check_causal(model)
+        with torch.no_grad():
+            wanted = model(input_ids=probe_tokens(model)[:1], use_cache=False).logits
+        _check_causal(model, wanted)
         layout = layout_cache.kept("layout", model, lambda: _find_parts(model), _read)
         model.__dict__[_KEPT] = layout  # the stream of blocks asks for it
         # Of this model alone: they compare logits, which are those of its weights.
-        facts = _is_one_by_one(model), _has_more_than_head(model), _decodes(model)
+        facts = _is_one_by_one(model, wanted), _has_more_than_head(model, wanted), _decodes(model, wanted)
         return replace(layout, one_by_one=facts[0], whole_logits=facts[1], decodes=facts[2])
     except Refused:
         raise
@@ -182,13 +196,16 @@ def uncalled_linears(model: Any, layout: Layout) -> list[str]:
 
 
 @torch.no_grad()
-def _check_causal(model: Any) -> None:
-    """Raises Refused where a token changes the logits of those before it: a perplexity would look at the answer."""
+def _check_causal(model: Any, wanted: Tensor) -> None:
+    """Raises Refused where a token changes the logits of those before it: a perplexity would look at the answer.
+
+    wanted: the logits of the first window of the probe.
+    """
     tokens = probe_tokens(model)[:1]
     other = tokens.clone()
     other[0, -1] = tokens[0, 0]
-    of_both = [model(input_ids=text, use_cache=False).logits[:, :-1] for text in (tokens, other)]
-    if int(tokens[0, 0]) != int(tokens[0, -1]) and not is_same(*of_both):
+    found = model(input_ids=other, use_cache=False).logits
+    if int(tokens[0, 0]) != int(tokens[0, -1]) and not is_same(wanted[:, :-1], found[:, :-1]):
         is_switched_off = getattr(model.config, "is_decoder", None) is False
         hint = "; if it is a decoder, its config.json needs is_decoder=true" if is_switched_off else ""
         raise Refused(
@@ -303,7 +320,7 @@ def _matrices_of(model: Any, name: str, parameter: Tensor, places: dict[Place, i
 
 
 @torch.no_grad()
-def _is_one_by_one(model: Any) -> bool:
+def _is_one_by_one(model: Any, wanted: Tensor) -> bool:
     """True where calling block after block gives the model's logits, of a batch that no call was recorded of."""
     from prune_lab.models.anatomy import Anatomy
     from prune_lab.models.blocks import BlockStream
@@ -314,19 +331,17 @@ def _is_one_by_one(model: Any) -> bool:
         stream.run(lambda _: None)
         with stream.replayed(0):
             found = model(input_ids=tokens[:1], use_cache=False).logits
-        wanted = model(input_ids=tokens[:1], use_cache=False).logits
     except Exception:  # of any modelling code of transformers: then it is not
         return False
     return is_same(found, wanted)
 
 
 @torch.no_grad()
-def _has_more_than_head(model: Any) -> bool:
+def _has_more_than_head(model: Any, wanted: Tensor) -> bool:
     """True where the output embeddings of the last states are not the model's logits."""
     from prune_lab.models.loss import head_logits, states_before_head
 
     tokens = probe_tokens(model)[:1]
-    wanted = model(input_ids=tokens, use_cache=False).logits
     try:
         found = head_logits(model, states_before_head(model, tokens))
     except Exception:  # of any modelling code of transformers: then it has
@@ -335,11 +350,10 @@ def _has_more_than_head(model: Any) -> bool:
 
 
 @torch.no_grad()
-def _decodes(model: Any) -> bool:
+def _decodes(model: Any, wanted: Tensor) -> bool:
     """True where one token after the cache of those before it has the logits that it has in the whole text."""
     try:
         before, last = decoded(model)
-        wanted = model(input_ids=probe_tokens(model)[:1], use_cache=False).logits
     except Exception:  # of any modelling code of transformers: then it does not
         return False
     return before.shape[1] == 1 and is_same(last, wanted[:, -1:])

@@ -9,14 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prune_lab.models.found import ROUTER, Layout, evaluating, is_same, layout_of, probe_tokens
+from prune_lab.models.found import ROUTER, Layout, Matrix, evaluating, found_once, is_same, layout_of, probe_tokens
 from prune_lab.models.low_bit.experts import LowBitExperts
+from prune_lab.models.offload.on_disk import at_hand
 from prune_lab.models.products import Place, Products
 from prune_lab.models.rebuild import edited, shapes, skeleton, text_parts
 from prune_lab.models.unit_cut import filled, selections
@@ -137,6 +138,10 @@ def gated_mixtures(model: Any) -> list[Mixture] | str:
 
 def _called_with_choices(model: Any, owners: set[str]) -> dict[str, str]:
     """The module of experts that each owner of their weights is or is in: what is called with choices and gates."""
+    return found_once(model, frozenset(owners), lambda: _find_called(model, owners))
+
+
+def _find_called(model: Any, owners: set[str]) -> dict[str, str]:
     seen, hooks = set[str](), list[Any]()
 
     def look(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -158,6 +163,27 @@ def _called_with_choices(model: Any, owners: set[str]) -> dict[str, str]:
         for hook in hooks:
             hook.remove()
     return {owner: name for owner, names in above.items() for name in names[::-1] if name in seen}
+
+
+def with_experts(model: Any, layout: Layout, was: int, count: int) -> Layout:
+    """The layout of a model that has `count` of `was` experts in each block now, of what it was before.
+
+    The rest of it is the same: found anew, it would take as many passes through the model.
+    """
+    matrices = tuple(tuple(_left_of(model, of_block, was, count)) for of_block in layout.matrices)
+    inside = sum(matrix.place.shape[0] * matrix.place.shape[1] for of_block in matrices for matrix in of_block)
+    total = sum(parameter.numel() for parameter in model.get_submodule(layout.blocks).parameters())
+    return replace(layout, matrices=matrices, share=inside / max(1, total))
+
+
+def _left_of(model: Any, of_block: tuple[Matrix, ...], was: int, count: int) -> Iterator[Matrix]:
+    by_parameter = dict[str, list[Matrix]]()
+    for matrix in of_block:
+        by_parameter.setdefault(matrix.place.parameter, []).append(matrix)
+    for name, matrices in by_parameter.items():
+        left = model.get_parameter(name).numel() // (matrices[0].place.shape[0] * matrices[0].place.shape[1])
+        is_cut = left < len(matrices)
+        yield from (replace(m, active=m.active * was / count) if is_cut else m for m in matrices[:left])
 
 
 def router_groups(config: Any) -> tuple[int, int]:
@@ -182,7 +208,7 @@ def check_experts(model: Any, group: FoundGroup, calls: Calls) -> str | None:
     if isinstance(mixtures, str):
         return mixtures
     runs, seen = router_groups(model.config)[0], set[Any]()
-    top_k = max(top_k_of(model, by_block(mixtures)))
+    top_k = most_of_a_token(model, mixtures)
     if not can_choose(group.count - runs, top_k, *router_groups(model.config)):  # none can go
         return None
     gone = torch.zeros(runs, group.count // runs, dtype=torch.bool)
@@ -197,16 +223,24 @@ def check_experts(model: Any, group: FoundGroup, calls: Calls) -> str | None:
             if sort in seen:
                 continue
             seen.add(sort)
-            found = calls.output(mixture.block, filled(made, model, path, chosen))
-            with without_experts(model, [mixture], {mixture.block: gone.flatten()}):
-                wanted = calls.output(mixture.block)
-            if not is_same(found, wanted):
-                return f"block {mixture.block} with fewer experts is not one whose router avoids the others"
+            with at_hand(model, path), filled(made, model, path, chosen) as fewer:
+                if not gives_the_same(model, mixture, gone.flatten(), calls, fewer):
+                    return f"block {mixture.block} with fewer experts is not one whose router avoids the others"
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of any modelling code of transformers
         return f"a block with fewer experts does not run ({type(error).__name__})"
     return None
+
+
+def gives_the_same(model: Any, mixture: Mixture, gone: Tensor, calls: Calls, fewer: Any) -> bool:
+    """True where a block with fewer experts gives what the model's own gives while no token chooses those that go.
+
+    gone: bools (experts,). The block is at hand.
+    """
+    with without_experts(model, [mixture], {mixture.block: gone}):
+        wanted = calls.output(mixture.block)
+    return is_same(calls.output(mixture.block, fewer), wanted)
 
 
 def _table_of_tokens(whole: Any) -> str | None:
@@ -288,34 +322,35 @@ def without_experts(model: Any, mixtures: list[Mixture], gone: Mapping[int, Tens
     gone: by block, bools (experts,), or (tokens, experts) for those of each token.
     """
     blocks = {name: mixture.block for mixture in mixtures for name in mixture.router if mixture.block in gone}
-    parameters = {name: model.get_parameter(name) for name in blocks}
 
     def tell(place: Place, inputs: Tensor, outputs: Tensor) -> None:
         mask = gone[blocks[place.parameter]].to(outputs.device)
         outputs.masked_fill_(mask.expand(outputs.shape), -torch.inf)
 
-    added = list[tuple[Tensor, Tensor]]()
-    for mixture in mixtures:
-        mask = gone.get(mixture.block)
-        if mask is None or mask.dim() > 1:
-            continue
-        for name in mixture.choices:
-            tensor = _tensor(model, name)
-            added.append((tensor, tensor.clone()))
-            tensor[..., mask.to(tensor.device)] = -torch.inf
+    put = list[tuple[dict[str, Any], str, Any]]()
     try:
-        with Products(parameters, tell, follow_casts=True):
+        for mixture in mixtures:
+            mask = gone.get(mixture.block)
+            if mask is None or mask.dim() > 1:
+                continue
+            for name in mixture.choices:
+                owner, _, key = name.rpartition(".")
+                module = model.get_submodule(owner)
+                tensors = module._parameters if key in module._parameters else module._buffers
+                put.append((tensors, key, tensors[key]))
+                tensors[key] = _with_infinity(tensors[key], mask)
+        with Products(model, blocks, tell, follow_casts=True):
             yield
     finally:
-        for tensor, before in added:
-            tensor.copy_(before)
+        for tensors, key, before in put:
+            tensors[key] = before
 
 
-def _tensor(model: Any, name: str) -> Tensor:
-    owner, _, key = name.rpartition(".")
-    module = model.get_submodule(owner)
-    found: Tensor = (module._parameters.get(key) if key in module._parameters else module._buffers[key]).detach()
-    return found
+def _with_infinity(tensor: Tensor, mask: Tensor) -> Tensor:
+    """A tensor like another, a parameter or a buffer, with minus infinity where a mask of its last dimension is."""
+    found = tensor.detach().clone()
+    found[..., mask.to(tensor.device)] = -torch.inf
+    return torch.nn.Parameter(found, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else found
 
 
 def experts_of_a_token(model: Any, modules: Mapping[int, str], counts: Mapping[str, int]) -> dict[str, float]:
@@ -332,6 +367,12 @@ def experts_of_a_token(model: Any, modules: Mapping[int, str], counts: Mapping[s
 
     with evaluating(model), watched(model, modules, look):
         model(input_ids=probe_tokens(model), use_cache=False)
+    return found
+
+
+def most_of_a_token(model: Any, mixtures: list[Mixture]) -> int:
+    """Largest number of experts that a block sends a token to."""
+    found: int = found_once(model, "experts of a token", lambda: max(top_k_of(model, by_block(mixtures))))
     return found
 
 

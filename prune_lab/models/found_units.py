@@ -15,8 +15,9 @@ import torch
 from prune_lab.errors import Refused
 from prune_lab.models import layout_cache
 from prune_lab.models.anatomy import LABELS
-from prune_lab.models.found import layout_of
+from prune_lab.models.found import Layout, evaluating, layout_of
 from prune_lab.models.found_experts import EXPERTS, NO_EXPERTS, check_experts, find_experts
+from prune_lab.models.offload.on_disk import weights_on_disk
 from prune_lab.models.products import eager_experts
 from prune_lab.models.rebuild import shapes
 from prune_lab.models.unit_cut import check_cut
@@ -25,6 +26,7 @@ from prune_lab.models.unit_probe import Calls, find_sets
 from prune_lab.models.unit_sets import FoundGroup, FoundSet, read_group
 
 _KEPT = "_found_units"  # with the model and its copies; in no export
+_ON_DISK = "its weights are on disk (model.stream=true)"
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ def units_of(model: Any) -> FoundUnits:
     """The units of a model, found once and kept with it."""
     kept = model.__dict__.get(_KEPT)
     if kept is None:
-        kept = model.__dict__[_KEPT] = layout_cache.kept("units", model, lambda: _find(model), _read, _is_whole)
+        kind, find = ("units", _find) if weights_on_disk(model) is None else ("experts", _find_on_disk)
+        kept = model.__dict__[_KEPT] = layout_cache.kept(kind, model, lambda: find(model), _read, _is_whole)
     found: FoundUnits = kept
     return found
 
@@ -51,7 +54,8 @@ def _read(of: dict[str, Any]) -> FoundUnits:
 
 def _is_whole(units: FoundUnits) -> bool:
     """True where all kinds were found, but for experts: of the others weights may have hidden some."""
-    return not units.why_not.keys() - {EXPERTS} and units.why_not.get(EXPERTS, NO_EXPERTS) == NO_EXPERTS
+    hidden = {kind for kind, why in units.why_not.items() if why != _ON_DISK} - {EXPERTS}
+    return not hidden and units.why_not.get(EXPERTS, NO_EXPERTS) == NO_EXPERTS
 
 
 def forget_units(model: Any) -> None:
@@ -80,15 +84,28 @@ def _find(model: Any) -> FoundUnits:
                     groups[name] = replace(group, name=name)
                 if why is not None:
                     why_not[kind] = why
-            experts = find_experts(model, layout)
-            why = check_experts(model, experts, calls) if isinstance(experts, FoundGroup) else experts
-            if isinstance(experts, FoundGroup) and why is None:
-                groups[EXPERTS] = experts
-            else:
-                why_not[EXPERTS] = str(why)
+            _add_experts(model, layout, calls, FoundUnits(groups, why_not))
             return FoundUnits(groups, why_not)
     finally:
         model.train(was_training)
+
+
+def _find_on_disk(model: Any) -> FoundUnits:
+    """The experts alone: what other units there are is seen in many passes through each block."""
+    layout, found = layout_of(model), FoundUnits({}, dict.fromkeys(LABELS, _ON_DISK))
+    with evaluating(model), eager_experts(model):
+        _add_experts(model, layout, Calls(model, layout), found)
+    return found
+
+
+def _add_experts(model: Any, layout: Layout, calls: Calls, units: FoundUnits) -> None:
+    """Puts the experts among the groups, or the reason why there are none."""
+    experts = find_experts(model, layout)
+    why = check_experts(model, experts, calls) if isinstance(experts, FoundGroup) else experts
+    if isinstance(experts, FoundGroup) and why is None:
+        units.groups[EXPERTS] = experts
+    else:
+        units.why_not[EXPERTS] = str(why)
 
 
 def _groups_of(model: Any, kind: str, sets: list[FoundSet], calls: Calls) -> tuple[list[FoundGroup], str | None]:

@@ -33,7 +33,8 @@ from prune_lab.models.families import family_of
 from prune_lab.models.folder_check import check_config
 from prune_lab.models.gguf.vocabulary import ORIGIN
 from prune_lab.models.gguf_header import Header, read_header
-from prune_lab.models.offload.on_disk import lay_out_model, stored_tensors
+from prune_lab.models.offload.on_disk import lay_out_model
+from prune_lab.models.offload.stored import stored_tensors
 from prune_lab.system.files import owner_suffix, state_of
 from prune_lab.system.hub import why_not
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from prune_lab.models.offload.on_disk import weights_on_disk
 
 
 @dataclass(frozen=True)
@@ -33,26 +35,36 @@ _OPERANDS = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2)}
 
 
 class Products(TorchDispatchMode):
-    """Mode in which every product of activations with a watched parameter is told of.
+    """Mode in which every product of activations with a parameter of a model, watched by its full name, is told of.
 
     A product is recognised by the storage of its second operand, so that Linears, GPT-2's Conv1D, weights that are used
     without their module, and the parts of fused experts are seen alike. Casts of a weight (autocast) are not, unless
-    follow_casts: then they are kept as long as the mode lasts.
+    follow_casts: then they are kept as long as the mode lasts. Of a model on disk, those of the block at hand are
+    watched.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], tell: Tell, follow_casts: bool = False) -> None:
+    def __init__(self, model: Any, names: Iterable[str], tell: Tell, follow_casts: bool = False) -> None:
         super().__init__()
-        self._follows, self._casts = follow_casts, list[Tensor]()
+        self._model, self._names, self._tell, self._follows = model, list(names), tell, follow_casts
+        self._weights = weights_on_disk(model)
+        self._look_up()
+
+    def _look_up(self) -> None:
+        """Notes where the parameters lie, as far as they are in memory."""
+        self._loads, self._casts = self._weights.loads if self._weights is not None else 0, list[Tensor]()
         # By storage, which several parameters may share: views of one tensor of a checkpoint.
         self._spans: dict[int, list[tuple[int, int, str]]] = {}
-        for name, p in parameters.items():
-            start = int(p.storage_offset())
-            self._spans.setdefault(p.untyped_storage().data_ptr(), []).append((start, start + p.numel(), name))
-        self._tell = tell
+        for name in self._names:
+            p = self._model.get_parameter(name)
+            if not p.is_meta:
+                start = int(p.storage_offset())
+                self._spans.setdefault(p.untyped_storage().data_ptr(), []).append((start, start + p.numel(), name))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         operands = _OPERANDS.get(func.overloadpacket.__name__)
+        if self._weights is not None and self._weights.loads != self._loads:
+            self._look_up()
         if operands is not None:
             inputs, weight = args[operands[0]], args[operands[1]]
             place = int(weight.storage_offset())
@@ -123,8 +135,15 @@ class FusedMatrix:
 
     bias = None
 
-    def __init__(self, parameter: Tensor, place: Place) -> None:
-        self.parameter, self.place = parameter, place
+    def __init__(self, model: Any, place: Place) -> None:
+        owner, _, self._leaf = place.parameter.rpartition(".")
+        self._owner, self.place = model.get_submodule(owner), place
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter, as its module has it now: of a block on disk, while that is at hand, with values."""
+        found: Tensor = getattr(self._owner, self._leaf)
+        return found
 
     @property
     def weight(self) -> Tensor:
@@ -136,13 +155,16 @@ class FusedMatrix:
         return self.place.view(tensor.contiguous())
 
 
-def seen_on(model: Any, parameters: Mapping[str, Tensor], tokens: Tensor) -> dict[Place, int]:
-    """Matrices that a forward pass on `tokens`, shape (windows, tokens), multiplies by, with the rows that each saw."""
+def seen_on(model: Any, parameters: Iterable[str], tokens: Tensor) -> dict[Place, int]:
+    """Matrices that a forward pass on `tokens`, shape (windows, tokens), multiplies by, with the rows that each saw.
+
+    parameters: full names of those that are watched.
+    """
     rows: dict[Place, int] = {}
 
     def count(place: Place, inputs: Tensor, _: Tensor) -> None:
         rows[place] = rows.get(place, 0) + len(inputs)
 
-    with torch.no_grad(), eager_experts(model), Products(parameters, count):
+    with torch.no_grad(), eager_experts(model), Products(model, parameters, count):
         model(input_ids=tokens, use_cache=False)
     return rows

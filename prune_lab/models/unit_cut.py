@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from prune_lab.models.anatomy import LABELS
 from prune_lab.models.cuts import Selection, selected
 from prune_lab.models.found import is_same, layout_of, probe_tokens
+from prune_lab.models.offload.on_disk import set_parameters
 from prune_lab.models.rebuild import rebuilt, skeleton, tensors_of
 from prune_lab.models.unit_fields import can_hold, config_of
 from prune_lab.models.unit_probe import Calls, generic
@@ -107,7 +109,8 @@ def _is_same_by_block(
             continue
         seen.add(sort)
         try:
-            found = calls.output(number, filled(made, model, path, chosen))
+            with filled(made, model, path, chosen) as block:
+                found = calls.output(number, block)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # of any modelling code of transformers: it needs what a whole pass sets
@@ -117,9 +120,19 @@ def _is_same_by_block(
     return True
 
 
-def filled(made: Any, model: Any, path: str, chosen: dict[str, list[Selection]]) -> Any:
-    """A block of a skeleton with the tensors of the model's, cut."""
-    block, own = made.get_submodule(path), model.get_submodule(path)
+@contextmanager
+def filled(made: Any, model: Any, path: str, chosen: dict[str, list[Selection]]) -> Iterator[Any]:
+    """A block of a skeleton with the tensors of the model's, cut; its parameters go when the context ends."""
+    block, empty = made.get_submodule(path), dict(made.get_submodule(path).named_parameters())
+    _fill(block, model, path, chosen)
+    try:
+        yield block
+    finally:
+        set_parameters(block, empty)
+
+
+def _fill(block: Any, model: Any, path: str, chosen: dict[str, list[Selection]]) -> None:
+    own = model.get_submodule(path)
     for name, module in block.named_modules():
         source = own.get_submodule(name)
         prefix = f"{path}.{name}." if name else f"{path}."
@@ -136,7 +149,6 @@ def filled(made: Any, model: Any, path: str, chosen: dict[str, list[Selection]])
             (module._buffers if is_buffer else module._parameters)[key] = (
                 value if is_buffer else torch.nn.Parameter(value, requires_grad=False)
             )
-    return block
 
 
 def _with_zeros(model: Any, sets: list[tuple[FoundSet, Tensor]], compute: Callable[[], Tensor]) -> Tensor:

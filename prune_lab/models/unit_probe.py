@@ -32,7 +32,7 @@ class Calls:
         self._blocks = list(model.get_submodule(layout.blocks))
         self._calls: dict[int, tuple[Any, Any]] = {}
         self._parameters = [
-            {f"{layout.blocks}.{n}.{name}": p for name, p in block.named_parameters() if p.dim() >= 2}
+            [f"{layout.blocks}.{n}.{name}" for name, p in block.named_parameters() if p.dim() >= 2]
             for n, block in enumerate(self._blocks)
         ]
 
@@ -78,7 +78,7 @@ class Calls:
                 column = outputs[: max(1, len(outputs) // 2), move[1]]
                 column += 1 + 2 * column.abs().max()
 
-        with Products(self._parameters[number], tell), suppress(ReachedError):
+        with Products(self._model, self._parameters[number], tell), suppress(ReachedError):
             self.output(number)
         return found
 

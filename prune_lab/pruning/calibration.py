@@ -71,7 +71,15 @@ class Calibrator:
 
     @torch.no_grad()
     def pass_whole(self, model: Any, what: str, watch: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
-        """Passes all windows through a model as a whole, each batch within a context; what: the bar's name."""
+        """Passes all windows through a model as a whole, each batch within a context; what: the bar's name.
+
+        Of a model on disk all windows pass a block before the next one is read: each batch is within the context once
+        for each block.
+        """
+        anatomy = Anatomy(model)
+        if anatomy.is_on_disk:
+            self._pass_blocks(anatomy, what, watch)
+            return
         # Not the logits of every token, which nobody looks at.
         few = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
         with self.console.progress(self.windows.numel(), what, unit="tok") as bar:
@@ -79,6 +87,19 @@ class Calibrator:
                 with torch.autocast(model.device.type, torch.bfloat16, enabled=self.bfloat16), watch():
                     model(input_ids=batch.to(model.device, torch.int64), use_cache=False, **few)
                 bar.update(batch.numel())
+
+    def _pass_blocks(self, anatomy: Anatomy, what: str, watch: Callable[[], AbstractContextManager[Any]]) -> None:
+        stream = BlockStream(anatomy, self.windows, self.batch_size)
+
+        def step(block: int, number: int) -> None:
+            with watch():
+                stream.states[number] = stream.output(block, number)
+
+        count = len(anatomy.blocks)
+        with self.console.progress(count * self.windows.numel(), what, unit="tok") as bar:
+            for block in range(count):
+                with anatomy.at_hand(block):
+                    self.by_batch(stream, bar, partial(step, block))
 
     @cached_property
     def key(self) -> dict[str, Any]:
@@ -242,11 +263,12 @@ def _observe_found(
     with calibrator.console.progress(passes * calibrator.windows.numel(), "calibrating", unit="tok") as bar:
         for index, matrices in enumerate(layout.matrices):
             observer = ProductObserver(anatomy.model, matrices, needs, gates)
-            with observer.watch():
-                calibrator.forward(stream, index, bar, keep=not propagate_pruned)
-            yield observer.statistics()
-            if propagate_pruned and index < count - 1:
-                calibrator.forward(stream, index, bar, keep=True)
+            with anatomy.at_hand(index):
+                with observer.watch():
+                    calibrator.forward(stream, index, bar, keep=not propagate_pruned)
+                yield observer.statistics()
+                if propagate_pruned and index < count - 1:
+                    calibrator.forward(stream, index, bar, keep=True)
 
 
 def _gates_for(model: Any, needs: Needs) -> ExpertGates | None:

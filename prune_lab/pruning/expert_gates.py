@@ -87,7 +87,6 @@ def why_no_gates(model: Any) -> str | None:
     if isinstance(mixtures, str):
         return mixtures
     gates = ExpertGates(model, mixtures)
-    parameters = {name: model.get_parameter(name) for name in gates.parameters}
 
     def tell(place: Place, inputs: Tensor, _: Tensor) -> None:
         gates.of(place, inputs)
@@ -97,7 +96,7 @@ def why_no_gates(model: Any) -> str | None:
             evaluating(model),
             eager_experts(model),
             gates.watch(),
-            Products(parameters, tell),
+            Products(model, gates.parameters, tell),
         ):
             model(input_ids=probe_tokens(model), use_cache=False)
     except Refused as error:

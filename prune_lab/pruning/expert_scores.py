@@ -63,8 +63,12 @@ def aimer(weights: list[Tensor]) -> Tensor:
 
     weights: of each matrix, (experts, ...).
     """
-    flat = torch.cat([weight.flatten(1).double() for weight in weights], 1)
-    return -flat.abs().mean(1) / flat.square().mean(1).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+
+    def of_expert(parts: tuple[Tensor, ...]) -> Tensor:  # of one expert they are held in float64 at a time
+        flat = torch.cat([part.flatten().double() for part in parts])
+        return -flat.abs().mean() / flat.square().mean().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+
+    return torch.stack([of_expert(parts) for parts in zip(*weights, strict=True)])
 
 
 def ranked_choice(orders: Tensor, k: int) -> Tensor:

@@ -255,9 +255,8 @@ class ProductObserver:
     def watch(self) -> Iterator[None]:
         """Context in which every product with the matrices is observed."""
         names = {place.parameter for place in self._of}
-        parameters = {name: self._model.get_parameter(name) for name in names}
         watching = nullcontext() if self._gates is None else self._gates.watch()
-        with eager_experts(self._model), watching, Products(parameters, self._tell):
+        with eager_experts(self._model), watching, Products(self._model, names, self._tell):
             yield
 
     def statistics(self) -> dict[str, LinearStatistics]:
@@ -270,8 +269,8 @@ class ProductObserver:
                     continue
                 running = self._gathered[place, is_output]
                 if not self._rows[place]:
-                    parameter = self._model.get_parameter(place.parameter)
-                    running.add(parameter.new_zeros(1, place.shape[0 if is_output else 1]), wanted)
+                    parameter, width = self._model.get_parameter(place.parameter), place.shape[0 if is_output else 1]
+                    running.add(torch.zeros(1, width, dtype=parameter.dtype, device=self._model.device), wanted)
                 results = running.result()
                 fields |= {_field(one, is_output): results[one] for of in wanted for one in _RESULTS[of]}
             found[matrix.name] = LinearStatistics(**fields, rows=self._rows[place])

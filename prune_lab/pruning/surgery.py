@@ -13,10 +13,19 @@ from prune_lab.models.active_experts import set_top_k, top_k_of_model
 from prune_lab.models.anatomy import ACTIVE, HIDDEN, LABELS, Anatomy, UnitLinear, out_in
 from prune_lab.models.cuts import Cut, Selection, cut, selected
 from prune_lab.models.found import evaluating, forget_layout, is_same, layout_of, probe_tokens
-from prune_lab.models.found_experts import EXPERTS, mixtures_of, router_groups, without_experts
+from prune_lab.models.found import keep as keep_layout
+from prune_lab.models.found_experts import (
+    EXPERTS,
+    gives_the_same,
+    mixtures_of,
+    router_groups,
+    with_experts,
+    without_experts,
+)
 from prune_lab.models.found_units import after_cut, forget_units, units_of
 from prune_lab.models.hidden import remove_hidden
-from prune_lab.models.rebuild import rebuild, tensors_of
+from prune_lab.models.offload.streamed import cut_on_disk
+from prune_lab.models.rebuild import rebuild, skeleton, tensors_of
 from prune_lab.models.resize import (
     Shape,
     config_with,
@@ -27,7 +36,7 @@ from prune_lab.models.resize import (
     original_experts,
 )
 from prune_lab.models.stand_in import take_stand_in
-from prune_lab.models.unit_cut import selections
+from prune_lab.models.unit_cut import filled, selections
 from prune_lab.models.unit_fields import config_of
 from prune_lab.models.unit_probe import Calls
 from prune_lab.models.unit_sets import FoundGroup
@@ -158,6 +167,9 @@ def _remove_found(anatomy: Anatomy, name: str, keep: list[Tensor], count: int) -
     """Rebuilds a model without units of a found group; raises Refused where it is not what it was with zeros."""
     model, units = anatomy.model, units_of(anatomy.model)
     group = units.groups[name]
+    if anatomy.is_on_disk:
+        _remove_on_disk(anatomy, group, keep, count)
+        return []
     tokens, was = probe_tokens(model)[:1], group.count
     for s, kept in zip(anatomy.unit_sets(name), keep, strict=True):
         zero_units(s.parts, kept)
@@ -172,9 +184,7 @@ def _remove_found(anatomy: Anatomy, name: str, keep: list[Tensor], count: int) -
     forget_layout(model)
     if name == EXPERTS:
         forget_units(model)  # the channels of those that stay have other names
-        before = original_experts(anatomy)
-        stay = {s.block: kept.nonzero().flatten().tolist() for s, kept in zip(group.sets, keep, strict=True)}
-        note_experts(anatomy, {b: [before[b][i] for i in of] if b in before else of for b, of in stay.items()})
+        _note_experts(anatomy, group, keep)
     else:
         after_cut(model, units, name, count)
     anatomy.look()
@@ -185,11 +195,47 @@ def _remove_found(anatomy: Anatomy, name: str, keep: list[Tensor], count: int) -
     alike = bool(of_blocks) and len(of_blocks) == len(cut_blocks) and all(map(is_same, cut_blocks, of_blocks))
     if not alike and not is_same(found, wanted):
         way = "" if name == EXPERTS else "; give method.physical=false, which leaves zeros"
-        raise Refused(
-            f"without {was - count} of {was} {LABELS.get(group.kind, EXPERTS)} the {model.config.model_type} model is "
-            f"not what it is where they are there and do nothing{way}"
-        )
+        raise _not_the_same(model, group, was - count, way)
     return cuts
+
+
+def _not_the_same(model: Any, group: FoundGroup, gone: int, way: str = "") -> Refused:
+    return Refused(
+        f"without {gone} of {group.count} {LABELS.get(group.kind, EXPERTS)} the {model.config.model_type} model is not "
+        f"what it is where they are there and do nothing{way}"
+    )
+
+
+def _note_experts(anatomy: Anatomy, group: FoundGroup, keep: list[Tensor]) -> None:
+    before = original_experts(anatomy)
+    stay = {s.block: kept.nonzero().flatten().tolist() for s, kept in zip(group.sets, keep, strict=True)}
+    note_experts(anatomy, {b: [before[b][i] for i in of] if b in before else of for b, of in stay.items()})
+
+
+def _remove_on_disk(anatomy: Anatomy, group: FoundGroup, keep: list[Tensor], count: int) -> None:
+    """Writes each block without those of its experts that go, into new files, and has the model be of them.
+
+    Raises Refused where a block is not what it was while no token chose them.
+    """
+    model, config = anatomy.model, config_of(anatomy.model, group, count)
+    mixtures = mixtures_of(model, group)
+    if isinstance(mixtures, str):
+        raise Refused(f"method=experts: {mixtures}")
+    of_block = {mixture.block: (mixture, ~kept) for mixture, kept in zip(mixtures, keep, strict=True)}
+    layout, chosen = layout_of(model), selections(model, group, keep)
+    with evaluating(model), cut_on_disk(model, skeleton(model, config), skeleton(model, config)) as cut_copy:
+        calls = Calls(model, layout)
+        for index in range(len(anatomy.blocks)):
+            path = f"{anatomy.family.blocks}.{index}"
+            with anatomy.at_hand(index), filled(cut_copy.model, model, path, chosen) as block:
+                if index in of_block and not gives_the_same(model, *of_block[index], calls, block):
+                    raise _not_the_same(model, group, group.count - count)
+                cut_copy.put(path, chosen.keys())
+    note_count(anatomy, group.name, group.count, count)
+    keep_layout(model, with_experts(model, layout, group.count, count))
+    forget_units(model)
+    _note_experts(anatomy, group, keep)
+    anatomy.look()
 
 
 def _outputs(anatomy: Anatomy, calls: Calls, numbers: list[int]) -> list[Tensor]:

@@ -4,6 +4,7 @@ The model has random bfloat16 weights and is written tensor by tensor: it is nev
 fresh process: its peak is the one that Linux keeps (VmHWM), plus what its children hold, looked at ten times a second.
 
     python tests/benchmarks/streamed.py --place FOLDER_ON_A_DISK [--blocks 16] [--tokens 256] [--windows 8] [--memory]
+    python tests/benchmarks/streamed.py --place FOLDER_ON_A_DISK --experts 8 --blocks 8 --methods experts
 """
 
 from __future__ import annotations
@@ -18,31 +19,40 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from prune_lab.models.load import TINY
-from prune_lab.models.offload.on_disk import stored_tensors
+from prune_lab.models.offload.stored import as_saved, stored_tensors
 from prune_lab.models.shards import lay_out
 
 MB = 1e6
 
 
-def make_model(folder: Path, blocks: int) -> None:
-    """A bfloat16 Llama of hidden 2048 in the Hub's layout, with the shipped tokenizer; 16 blocks: 1.1B parameters."""
-    config = LlamaConfig(
-        vocab_size=32_000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=blocks, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=2048, tie_word_embeddings=False, dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
+def make_model(folder: Path, blocks: int, experts: int) -> None:
+    """A bfloat16 model in the Hub's layout, with the shipped tokenizer.
+
+    Without experts a Llama of hidden 2048: 1.1B parameters in 16 blocks. Else a Mixtral of hidden 1024 whose experts
+    have 50 MB each.
+    """
+    sizes: dict[str, Any] = {"hidden_size": 2048, "num_attention_heads": 32}
+    if experts:
+        sizes = {"hidden_size": 1024, "num_attention_heads": 16, "num_local_experts": experts}
+    config = (MixtralConfig if experts else LlamaConfig)(
+        vocab_size=32_000, intermediate_size=8192, num_hidden_layers=blocks, num_key_value_heads=8,
+        max_position_embeddings=2048, tie_word_embeddings=False, dtype="bfloat16",
+        architectures=["MixtralForCausalLM" if experts else "LlamaForCausalLM"], **sizes,
     )  # fmt: skip
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / name, folder)
     with torch.device("meta"):
-        tensors = stored_tensors(LlamaForCausalLM(config).bfloat16())
+        model = (MixtralForCausalLM if experts else LlamaForCausalLM)(config).bfloat16()
+        tensors = as_saved(model, {name: tensor.detach() for name, tensor in stored_tensors(model).items()})
     shards, generator = lay_out(folder, tensors), torch.Generator().manual_seed(0)
     for name, tensor in tensors.items():
         is_norm = tensor.dim() == 1
@@ -101,6 +111,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--place", type=Path, required=True, help="a folder on a disk, not on a memory file system")
     parser.add_argument("--blocks", type=int, default=16)
+    parser.add_argument("--experts", type=int, default=0, help="of each block; a mixture then")
     parser.add_argument("--tokens", type=int, default=256, help="of a window")
     parser.add_argument("--windows", type=int, default=8, help="to evaluate on; twice as many to calibrate on")
     parser.add_argument("--methods", nargs="+", default=["magnitude", "wanda"])
@@ -108,9 +119,9 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     place = asked.place.resolve()
     os.environ.setdefault("PRUNE_LAB_CACHE", str(place / "cache"))
-    model = place / f"llama-{asked.blocks}"
+    model = place / (f"mixtral-{asked.blocks}-{asked.experts}" if asked.experts else f"llama-{asked.blocks}")
     if not model.exists():
-        make_model(model, asked.blocks)
+        make_model(model, asked.blocks, asked.experts)
     on_disk = sum(path.stat().st_size for path in model.glob("*.safetensors")) / MB
     print(
         f"{asked.blocks} blocks, {on_disk:.0f} MB on disk, windows of {asked.tokens} tokens: {asked.windows}",
