@@ -82,6 +82,8 @@ def run(parts: Parts, config: dict[str, Any], context: JobContext, console: Cons
         summary.status = "FINISHED"
         if parts.export.is_kept:
             reading = parts.export.reading(compressed.loaded)
+            engines = parts.export.engines(compressed.loaded, parts.method.cuts)
+            summary.loads_in = [asdict(verdict) for verdict in engines]
             card = model_card(summary, evaluator.dense.name, context.command, reading, parts.export.library)
             write_text(_export_of(context.folder) / "README.md", card)
         files = _write_files(context.folder, compressed, evaluator.dense)

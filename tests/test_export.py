@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ALL_FAMILIES, CPU, FAMILIES, OTHER_FAMILIES, ROOT, Cli, copied, make_folder, story
+from conftest import ALL_FAMILIES, CPU, FAMILIES, OTHER_FAMILIES, ROOT, Cli, copied, in_older, make_folder, story
 from conftest import logits as logits_of_windows
 from model_types import tiny_config, tiny_folder
 from safetensors.torch import load_file, save_file
@@ -389,24 +388,6 @@ OLDER_FORMS: dict[str, tuple[str, dict[str, Any]]] = {
                       "rope_scaling": FACTORS | {"type": "longrope"}}),
     "windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def older(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment in which transformers is 4.57, with the packages that are of its time; the others are ours."""
-    place = tmp_path_factory.mktemp("older")
-    packages = ("transformers==4.57.*", "huggingface-hub>=0.34,<1", "tokenizers>=0.22,<=0.23.0")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place), *packages]
-    subprocess.run(command, check=True)
-    paths = [str(place), str(ROOT), str(ROOT / "tests")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
-
-
-def in_older(environment: dict[str, str], code: str, *arguments: str) -> str:
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def export_each(loaded: Loaded, place: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from prune_lab.export.engines import Verdict
     from prune_lab.models.load import Loaded
 
 
@@ -67,6 +68,10 @@ class Export:
 
     def reading(self, loaded: Loaded) -> str:
         """Instructions for loading the export of a model, for the model card."""
+        raise NotImplementedError
+
+    def engines(self, loaded: Loaded, cuts: Collection[str] = ()) -> list[Verdict]:
+        """What the export of a model loads in; cuts: kinds of units that pruning took out of it."""
         raise NotImplementedError
 
     def check(self, model: Any, folder: Path, tokens: Tensor, own_kernels: bool = False) -> None:

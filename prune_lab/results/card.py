@@ -40,12 +40,26 @@ def model_card(summary: Summary, base_model: str, command: str, reading: str, li
         "",
         "    " + command,
         "",
+        *_engines(summary),
         "| metric | value |",
         "|---|---|",
         *rows,
         "",
     ]
     return "\n".join(lines)
+
+
+def _engines(summary: Summary) -> list[str]:
+    """Table of what the export loads in, as lines."""
+    if not summary.loads_in:
+        return []
+    rows = [
+        f"| {found['engine']} | {found['loads']} | {found['note']}"
+        + (f". Would change it: {', '.join(f'`{key}`' for key in found['keys'])}" if found["keys"] else "")
+        + " |"
+        for found in summary.loads_in
+    ]
+    return ["| engine | loads it | how, or why not |", "|---|---|---|", *rows, ""]
 
 
 def is_card_of(path: Path, summary: Summary) -> bool:
