@@ -67,7 +67,8 @@ CASES: dict[str, tuple[Make, Callable[[Loaded], None] | None, Export, tuple[str,
         found("mixtral"), pruned(Experts(score="aimer", amount=0.5)), EXPORT, (YES, YES, YES, YES, YES)
     ),
     "qwen3_moe": (
-        found("qwen3_moe", norm_topk_prob=True), pruned(Experts(score="aimer", amount=0.25)), EXPORT, (YES, YES, YES, YES, YES)
+        found("qwen3_moe", norm_topk_prob=True), pruned(Experts(score="aimer", amount=0.25)), EXPORT,
+        (YES, YES, YES, YES, YES),
     ),
     "granite": (found("granite"), None, EXPORT, (YES, YES, UNKNOWN, YES, UNKNOWN)),
     "int8": (made("llama"), in_bits(bits=8), EXPORT, (YES, YES, YES, NO, NO)),
@@ -311,7 +312,9 @@ def test_that_of_onnx_is_so(name: str, tmp_path: Path) -> None:
 
     tokens = torch.randint(300, (1, 24), generator=torch.Generator().manual_seed(5))
     length = ({1: torch.export.Dim("length", min=2, max=100)},)
-    torch.onnx.export(Logits().eval(), (tokens,), tmp_path / "m.onnx", dynamo=True, dynamic_shapes=length, verbose=False)
+    torch.onnx.export(
+        Logits().eval(), (tokens,), tmp_path / "m.onnx", dynamo=True, dynamic_shapes=length, verbose=False
+    )
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     for some in (tokens, tokens[:, :11]):
         (found,) = session.run(None, {session.get_inputs()[0].name: some.numpy()})

@@ -43,7 +43,7 @@ _WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermed
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an engine does with an export: `loads` is YES, NO or UNKNOWN, `note` says how, or why not.
+    """Answer of an engine to an export: `loads` is YES, NO or UNKNOWN, `note` says how, or why not.
 
     keys: what would change the answer, as overrides of a command line.
     """
@@ -220,7 +220,7 @@ def row_type(length: int) -> str:
 
 
 def _quants(shapes: Shapes) -> tuple[str, tuple[str, ...]]:
-    """What llama-quantize makes of the matrices, by the length of their rows; and keys."""
+    """Types that llama-quantize gives the matrices, by the length of their rows; and keys."""
     says = []
     if fall := _named(shapes.rows, "32"):
         says.append(f"K-quants fall back in rows of {fall}, no multiple of 256: Q4_K to Q5_0, Q6_K to Q8_0")

@@ -7,6 +7,8 @@ from pathlib import Path
 from prune_lab.results.metrics import dense_figures
 from prune_lab.results.summary import Summary
 
+CARD = "README.md"
+
 
 def model_card(summary: Summary, base_model: str, command: str, reading: str, library: str = "transformers") -> str:
     """Markdown with the base model, what was done and measured, the command that repeats it, and what loads it.

@@ -12,6 +12,7 @@ from prune_lab.results.metrics import check_known
 from prune_lab.system.files import write_text
 
 SCHEMA_VERSION = 1
+EXPORT = "export"  # folder of the export in that of its run
 FILE, RESULTS = "summary.json", "results.json"  # of a run; of a sweep, the summaries of its jobs
 _DIVERGED = " diverged: it is not a finite number"  # what a warning says of a metric
 
