@@ -71,7 +71,7 @@ class Export:
         raise NotImplementedError
 
     def engines(self, loaded: Loaded, cuts: Collection[str] = ()) -> list[Verdict]:
-        """Engines that load the export of a model, and those that do not; cuts: kinds of units that pruning took out of it."""
+        """Answers of engines to the export of a model; cuts: kinds of units that pruning took out of it."""
         raise NotImplementedError
 
     def check(self, model: Any, folder: Path, tokens: Tensor, own_kernels: bool = False) -> None:
