@@ -47,7 +47,7 @@ def same(model: Any, tensors: dict[str, torch.Tensor]) -> bool:
     ("method", "keys"),
     [
         ("structured", {"units": ["mlp", "heads"], "score": "wanda", "refit": "inputs"}),
-        ("wanda", {"pattern": "2:4"}),
+        pytest.param("wanda", {"pattern": "2:4"}, marks=pytest.mark.slow),
         pytest.param("taylor", {}, marks=pytest.mark.slow),
         pytest.param("sparsegpt", {}, marks=pytest.mark.slow),
         pytest.param("random", {}, marks=pytest.mark.slow),
@@ -135,10 +135,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-def test_refusals_are_those_of_the_command_line(folder: Path) -> None:
+@pytest.mark.parametrize("every", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_refusals_are_those_of_the_command_line(every: int, folder: Path) -> None:
+    """Every second one in the daily loop, and the others."""
     model, tokenizer = loaded(folder)
     documents = [story(seed) for seed in range(300, 303)]
-    for wrong, says in WRONG:
+    for wrong, says in WRONG[every::2]:
         call: dict[str, Any] = {"method": "structured", "score": "wanda", "text": documents, "calibration": SMALL}
         if "method" in wrong or "score" in wrong:
             del call["score"]
@@ -158,8 +160,10 @@ def test_refusals_are_those_of_the_command_line(folder: Path) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ["amount=2"], ["amount=0.1,0.2"], ["amount"], ["nothing=1"], ["method.nothing=1"], ["method=nope"],
-        ["model=hf"], ["model=hf", "model.name=nowhere"], ["post=fp8"], ["device=tpu"],
+        ["amount=2"], ["amount=0.1,0.2"], ["method.nothing=1"], ["post=fp8"],
+        *(pytest.param(words, marks=pytest.mark.slow) for words in (
+            ["amount"], ["nothing=1"], ["method=nope"], ["model=hf"], ["model=hf", "model.name=nowhere"], ["device=tpu"]
+        )),
     ],
 )  # fmt: skip
 def test_a_run_is_refused_in_the_words_of_the_command_line(
@@ -248,7 +252,9 @@ def state() -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["without Hydra", "within the caller's Hydra"])
+@pytest.mark.parametrize(
+    "own", [pytest.param(False, marks=pytest.mark.slow), True], ids=["without Hydra", "within the caller's Hydra"]
+)
 def test_the_process_is_as_it_was(own: bool, folder: Path, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "mine.yaml").write_text("a: ${mine:7}\n")

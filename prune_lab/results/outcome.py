@@ -61,7 +61,7 @@ def show(summary: Summary, console: Console) -> None:
 
 
 def _engines(verdicts: list[dict[str, Any]]) -> list[str]:
-    """What the export loads in, and the keys that would change it, a line each; none where no export was kept."""
+    """Engines that load the export, and the keys that would change it, a line each; none where no export was kept."""
     by_answer: dict[str, list[str]] = {}
     for found in verdicts:
         by_answer.setdefault(found["loads"], []).append(found["engine"])
