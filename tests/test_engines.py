@@ -181,7 +181,8 @@ def test_rows_by_the_block_sizes_of_the_package_gguf(length: int) -> None:
     import numpy as np
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-    assert row_type(length) == "K" if length % GGML_QUANT_SIZES[GGMLQuantizationType.Q4_K][0] == 0 else True
+    block, _ = GGML_QUANT_SIZES[GGMLQuantizationType.Q4_K]
+    assert (row_type(length) == "K") == (length % block == 0)
     try:
         quants.quantize(np.ones((2, length), np.float32), GGMLQuantizationType.Q8_0)
         fits = True

@@ -336,6 +336,8 @@ def test_the_card_is_with_the_run_and_the_export_is_registered(small: list[str],
     versions = client.search_model_versions("name = 'mine 0.5'")
     assert sorted(int(version.version) for version in versions) == [1, 2]
     assert {version.run_id for version in versions} > {found.info.run_id}
+    assert all(version.description.startswith("# ") for version in versions)
+    assert all("| transformers 5 | yes |" in version.description for version in versions)
     summary = json.loads((tmp_path / "three" / "summary.json").read_text())
     assert "registered in MLflow as models:/mine 0.5/1" in summary["warnings"]
     for version, folder in (("1", "one"), ("2", "four")):

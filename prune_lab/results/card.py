@@ -64,6 +64,12 @@ def _engines(summary: Summary) -> list[str]:
     return ["| engine | loads it | how, or why not |", "|---|---|---|", *rows, ""]
 
 
+def description(path: Path) -> str:
+    """Text of the model card at `path` without its front matter and its metrics, at most 5,000 characters."""
+    text = path.read_text(encoding="utf-8").removeprefix("---\n").partition("\n---\n")[2]
+    return text.partition("\n| metric |")[0].strip()[:5000]
+
+
 def is_card_of(path: Path, summary: Summary) -> bool:
     """True where the model card at `path`, and so the export beside it, is of this run."""
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab import explain
-from prune_lab.results.card import CARD, is_card_of
+from prune_lab.results.card import CARD, description, is_card_of
 from prune_lab.results.summary import EXPORT, Summary
 from prune_lab.system.interrupt import signals_deferred
 from prune_lab.tracking.params import tags_of
@@ -102,7 +102,7 @@ def register(client: Any, run_id: str, name: str, folder: Path) -> str:
     if not any(found.name == name for found in client.search_registered_models(f"name = '{name}'")):
         client.create_registered_model(name)
     source = f"{client.get_run(run_id).info.artifact_uri}/{EXPORT}"
-    return _registered(client.create_model_version(name, source, run_id, description=f"{EXPORT}/{CARD} of its run"))
+    return _registered(client.create_model_version(name, source, run_id, description=description(folder / CARD)))
 
 
 def _registered(version: Any) -> str:
