@@ -56,7 +56,8 @@ class Report:
     """Report of a pruning: fractions of the pruned scope, weights of the whole model (a tied matrix once), seconds.
 
     layers: what was removed from each matrix. metrics: figures of the method, by name. calibration: the stamp of its
-    text, as in summary.json; None for a method that looks at none. overrides: the same on a command line.
+    text, as in summary.json; None for a method that looks at none. overrides: the same on a command line. files: those
+    that the method leaves in the folder of a run, such as sensitivity.md, by name.
     """
 
     amount: float
@@ -70,6 +71,7 @@ class Report:
     metrics: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     calibration: dict[str, Any] | None = field(default=None, repr=False)
+    files: dict[str, bytes] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         lines = [
@@ -188,6 +190,7 @@ def _compressed(
         amount=amounts[-1], removed=pruned.realized, parameters_before=before, parameters=count_weights(own),
         nonzero=count_nonzero(own), seconds=time.perf_counter() - began, overrides=words, layers=tuple(pruned.rows),
         metrics=dict(pruned.metrics), warnings=tuple(pruned.warnings), calibration=stamp,
+        files=dict(pruned.files),
     )  # fmt: skip
     return Compression(own, report)
 
@@ -220,6 +223,8 @@ def _calibrator(
     model: Any, tokenizer: Any, text: Any, asked: Calibration, seed: int, device: Device, console: Console
 ) -> tuple[Any, dict[str, Any]]:
     """Calibration windows of the text, as a run with dataset.calibration.source=text would have it."""
+    if not hasattr(tokenizer, "bos_token_id") or not callable(tokenizer):
+        raise Refused(f"tokenizer is a {type(tokenizer).__name__}: give the model's, such as AutoTokenizer's")
     family = model.config.model_type
     bos = resolve_bos("auto", family, needs_bos(family), tokenizer)
     check_length("dataset.calibration.seq_len", asked.seq_len, context_of(model.config), bos)

@@ -102,6 +102,16 @@ def test_in_place_is_the_model_itself(folder: Path) -> None:
     assert "removed 0.5000 of the pruned scope (0.5 requested)" in str(report)
 
 
+def test_numbers_of_numpy_and_pytorch_and_files_of_a_method(folder: Path) -> None:
+    model, tokenizer = loaded(folder)
+    amounts = (0.5, np.float64(0.5), torch.tensor(0.5), "0.5")
+    reports = [prune_lab.compress(model, tokenizer, "magnitude", amount)[1] for amount in amounts]
+    assert {report.nonzero for report in reports} == {reports[0].nonzero}
+    documents = [story(seed) for seed in range(300, 303)]
+    _, report = prune_lab.compress(model, tokenizer, "sensitivity", 0.5, documents, calibration=SMALL, parts=["block"])
+    assert b"|" in report.files["sensitivity.md"]
+
+
 def test_a_pruned_model_goes_on_in_transformers(folder: Path, tmp_path: Path) -> None:
     model, tokenizer = loaded(folder)
     keys = {"score": "l2", "refit": "none", "units": ["mlp", "heads"]}
@@ -148,6 +158,8 @@ def test_refusals_are_those_of_the_command_line(every: int, folder: Path) -> Non
             wrong = wrong | {"calibration": SMALL | wrong["calibration"]}
         with pytest.raises(Refused, match=re.escape(says)):
             prune_lab.compress(model, tokenizer, **(call | wrong))
+    with pytest.raises(Refused, match="tokenizer is a NoneType"):
+        prune_lab.compress(model, None, "wanda", 0.5, documents, calibration=SMALL)
     for other, says in ((torch.nn.Linear(2, 2), "model is a Linear"), (None, "model is a NoneType")):
         with pytest.raises(Refused, match=says):
             prune_lab.compress(other, tokenizer)

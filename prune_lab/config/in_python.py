@@ -102,6 +102,7 @@ def without_hydra(config: DictConfig) -> tuple[DictConfig, Any]:
 
 def as_words(key: str, value: Any) -> str:
     """The override that gives a key a value of Python; raises Refused where Hydra's grammar has none for it."""
+    value = _plain(value)
     if isinstance(value, str | Path):
         word = overrides.as_override(key, str(value))
         if word is not None:
@@ -111,7 +112,14 @@ def as_words(key: str, value: Any) -> str:
     raise Refused(f"{key}={value!r}: no override can say this value")
 
 
+def _plain(value: Any) -> Any:
+    """A number of NumPy or PyTorch as one of Python; anything else as it is."""
+    is_number = type(value).__module__.partition(".")[0] in ("numpy", "torch") and getattr(value, "ndim", None) == 0
+    return value.item() if is_number else value
+
+
 def _literal(key: str, value: Any) -> str:
+    value = _plain(value)
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, int | float):
