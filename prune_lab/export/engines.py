@@ -276,7 +276,9 @@ def vllm(shapes: Shapes) -> Verdict:
         any(n % 128 for n in _quantized_rows(shapes)) or any(n % 64 for n in shapes.outputs)
     ):  # verify_marlin_supports_shape
         notes.append("no Marlin kernel: it wants inputs in multiples of 128 and outputs in multiples of 64")
-    return Verdict("vLLM", YES if known else UNKNOWN, "; ".join(notes) or "as it is", tuple(sorted(keys)))
+    return Verdict(
+        "vLLM", YES if known else UNKNOWN, f"{'; '.join(notes)} (by its source, not run)".lstrip(), tuple(sorted(keys))
+    )
 
 
 def _quantized_rows(shapes: Shapes) -> list[int]:
