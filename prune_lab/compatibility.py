@@ -25,6 +25,11 @@ def check_parts(parts: Parts, choices: Mapping[str, str]) -> None:
     _check_streaming(parts, choices)
     _check_target(parts)
     _check_reconstruction(parts, choices)
+    if (name := getattr(parts.tracking, "register", None)) is not None and not parts.export.is_kept:
+        raise Refused(
+            f"tracking.register={name} registers an export, and export={choices.get('export')} keeps none: give "
+            "export=hf, or tracking.register=null"
+        )
     if parts.post.is_low_bit and not parts.export.takes_low_bits:
         raise Refused(
             f"export={choices.get('export')} cannot hold quantized weights, which post={choices.get('post')} makes: "

@@ -81,10 +81,7 @@ class Evaluator:
         return Tokens(corpus, self.dense.tokenizer, console, self.dense.model.config.get_text_config().vocab_size)
 
     def _check_length(self, key: str, seq_len: int) -> None:
-        """Raises Refused where a window of `seq_len` tokens, with its BOS, is longer than the model's context."""
-        if self.context is not None and seq_len + self.bos.length > self.context:
-            with_bos = " with the BOS token before it (dataset.add_bos)" if self.bos.length else ""
-            raise Refused(f"{key}={seq_len}{with_bos} is above the model's context of {self.context} tokens")
+        check_length(key, seq_len, self.context, self.bos)
 
     @property
     def compared(self) -> int:
@@ -137,20 +134,8 @@ class Evaluator:
             self._check_length("dataset.calibration.seq_len", asked.seq_len)
             corpora = calibration_corpora(asked, self.tokens.corpus, self.dense.tokenizer)
             parts = [None if corpus is None else self._tokens(corpus, console) for corpus in corpora]
-            windows, text = draw_windows(asked, self.tokens, parts, self.windows.flatten(), seed)
-            bfloat16 = uses_bfloat16(asked.autocast, self.device.torch_device)
-            found = Anatomy(self.dense.model).found
-            one_by_one = found is None or found.one_by_one
-            propagate = asked.propagate if one_by_one else "dense"  # its text passes the whole model at once
-            stamp = text | {
-                "seq_len": asked.seq_len,
-                "propagate": propagate,
-                "pass": "blocks one by one" if one_by_one else "the whole model",
-                "bfloat16": bfloat16,
-                "seed": seed,
-            }
-            seen, prefix = self.bos.before(windows), self.bos.length
-            self._calibrators[seed] = Calibrator(seen, propagate, asked.batch_size, bfloat16, prefix), stamp
+            drawn = draw_windows(asked, self.tokens, parts, self.windows.flatten(), seed)
+            self._calibrators[seed] = calibrator_of(self.dense.model, drawn, asked, seed, self.bos, self.device)
         calibrator, stamp = self._calibrators[seed]
         return replace(calibrator, console=console), stamp
 
@@ -274,6 +259,33 @@ class Evaluator:
         kind = "token_losses"
         (part,) = self.dense_cache.parts(self.dense_cache.key(kind, self._of_windows), kind, 1, losses)
         return part["losses"].cpu()
+
+
+def check_length(key: str, seq_len: int, context: int | None, bos: Bos) -> None:
+    """Raises Refused where a window of `seq_len` tokens, with its BOS, is longer than a model's context."""
+    if context is not None and seq_len + bos.length > context:
+        with_bos = " with the BOS token before it (dataset.add_bos)" if bos.length else ""
+        raise Refused(f"{key}={seq_len}{with_bos} is above the model's context of {context} tokens")
+
+
+def calibrator_of(
+    model: Any, drawn: tuple[Tensor, dict[str, Any]], asked: Calibration, seed: int, bos: Bos, device: Device
+) -> tuple[Calibrator, dict[str, Any]]:
+    """Calibrator with the windows that were drawn for a model, and the stamp of it; drawn: by `draw_windows`."""
+    windows, text = drawn
+    bfloat16 = uses_bfloat16(asked.autocast, device.torch_device)
+    found = Anatomy(model).found
+    one_by_one = found is None or found.one_by_one
+    propagate = asked.propagate if one_by_one else "dense"  # its text passes the whole model at once
+    stamp = text | {
+        "seq_len": asked.seq_len,
+        "propagate": propagate,
+        "pass": "blocks one by one" if one_by_one else "the whole model",
+        "bfloat16": bfloat16,
+        "seed": seed,
+    }
+    seen, prefix = bos.before(windows), bos.length
+    return Calibrator(seen, propagate, asked.batch_size, bfloat16, prefix), stamp
 
 
 _open: dict[tuple[Any, ...], Evaluator] = {}

@@ -34,6 +34,24 @@ def run(build: Callable[[], Parts], config: dict[str, Any], context: JobContext)
     single run ends the program with exit code 2 or 1. So does one that finished and whose tracker does not have it.
     """
     interrupt.end_on_signals()
+    try:
+        summary = perform(build, config, context)
+    except Refused as error:
+        _ended(context, str(error), REFUSED)
+        return None
+    except Exception as error:
+        _ended(context, _reason(error), FAILED)
+        return None
+    if summary.unlogged is not None:
+        _ended(context, f"finished, but {summary.unlogged}", FAILED)
+    return _objectives(tuple(config["objectives"]), summary)
+
+
+def perform(build: Callable[[], Parts], config: dict[str, Any], context: JobContext) -> Summary:
+    """Runs a job, prints what came out, and returns its summary; what ends it otherwise is on record and raised.
+
+    Raises Refused, also where a package is missing, or whatever made it fail.
+    """
     cleanup.remove(context)
     record = _Record(context, config)
     _warn_once(why_not_kept())
@@ -50,27 +68,38 @@ def run(build: Callable[[], Parts], config: dict[str, Any], context: JobContext)
         with timing_lock.shared() if launch.size() == 1 else nullcontext(), out_of_memory.explained(config):
             summary = runner.run(parts, config, context, console)
     except Refused as error:
-        record.failed(str(error), REFUSED)
-        return None
+        record.failed(str(error))
+        raise
     except ModuleNotFoundError as error:
         log.exception("a package is missing")
-        record.failed(_not_installed(error), REFUSED)
-        return None
+        record.failed(_not_installed(error))
+        raise Refused(_not_installed(error)) from error
     except Exception as error:
         log.exception("the run failed")
-        reason = f"{type(error).__name__}: {explain.one_line(error)}"
         if isinstance(error, OutOfMemory):
             out_of_memory.give_back(error)
-        record.failed(f"{reason} (traceback in the run's log)", FAILED)
-        return None
+        record.failed(_reason(error))
+        raise
     except BaseException as error:  # Ctrl-C, or a signal
         record.write("KILLED", type(error).__name__)
         raise
     if launch.rank() == 0:
         outcome.show(summary, console)
-    if summary.unlogged is not None:
-        record.say(f"finished, but {summary.unlogged}", FAILED)
-    return _objectives(parts.settings.objectives, summary)
+    return summary
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {explain.one_line(error)} (traceback in the run's log)"
+
+
+def _ended(context: JobContext, message: str, exit_code: int) -> None:
+    """Says what is wrong with a job, and ends a single run."""
+    sweep = context.sweep is not None
+    asked = " ".join(context.overrides)
+    asked = asked if len(asked) <= _ASKED else f"{asked[:_ASKED]}..."  # the message itself must not be cut short
+    explain.to_stderr((f"job {context.job} ({asked}): " if sweep else "") + message)
+    if not sweep:
+        raise SystemExit(exit_code)
 
 
 def _not_installed(error: ModuleNotFoundError) -> str:
@@ -101,20 +130,10 @@ class _Record:
         self._context, self._config = context, config
         self._earlier = read_summary(context.folder)  # of another run: the folder may have been used before
 
-    def failed(self, reason: str, exit_code: int) -> None:
-        """Writes the reason, says it, and ends a single run."""
+    def failed(self, reason: str) -> None:
+        """Writes the reason."""
         log.error("%s", reason)
         self.write("FAILED", reason)
-        self.say(reason, exit_code)
-
-    def say(self, message: str, exit_code: int) -> None:
-        """Says what is wrong with the job, and ends a single run."""
-        sweep = self._context.sweep is not None
-        asked = " ".join(self._context.overrides)
-        asked = asked if len(asked) <= _ASKED else f"{asked[:_ASKED]}..."  # the message itself must not be cut short
-        explain.to_stderr((f"job {self._context.job} ({asked}): " if sweep else "") + message)
-        if not sweep:
-            raise SystemExit(exit_code)
 
     def write(self, status: str, reason: str) -> None:
         """Writes the summary, unless the result was written already when something else went wrong."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from prune_lab.compare import compare, compute_figures
 from prune_lab.compatibility import check_found_layout, check_low_bit_model, pruning_events
-from prune_lab.compress import Compressed, checkpoints, compress, stopwatch
+from prune_lab.compressing import Compressed, checkpoints, compress, stopwatch
 from prune_lab.config.parts import Parts
 from prune_lab.estimate import COMPRESSION, DENSE, MEASURES, TIMING, expected_seconds
 from prune_lab.evaluator import Evaluator, open_evaluator
@@ -30,8 +30,8 @@ from prune_lab.models.resize import block_of, original_blocks
 from prune_lab.out_of_memory import explained
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.results import outcome, run_warnings, samples
-from prune_lab.results.card import is_card_of, model_card
-from prune_lab.results.summary import Summary
+from prune_lab.results.card import CARD, is_card_of, model_card
+from prune_lab.results.summary import EXPORT, Summary
 from prune_lab.system import device as devices
 from prune_lab.system.console import Console
 from prune_lab.system.device import Device
@@ -87,8 +87,10 @@ def run(parts: Parts, config: dict[str, Any], context: JobContext, console: Cons
         summary.status = "FINISHED"
         if parts.export.is_kept:
             reading = parts.export.reading(compressed.loaded)
+            engines = parts.export.engines(compressed.loaded, parts.method.cuts)
+            summary.loads_in = [asdict(verdict) for verdict in engines]
             card = model_card(summary, evaluator.dense.name, context.command, reading, parts.export.library)
-            write_text(_export_of(context.folder) / "README.md", card)
+            write_text(_export_of(context.folder) / CARD, card)
         files = _write_files(context.folder, compressed, evaluator.dense)
         if evaluator.prompts is not None:
             files.append(write_text(context.folder / samples.FILE, samples.markdown(texts, evaluator.prompts.said)))
@@ -177,11 +179,11 @@ def _find_finished(parts: Parts, summary: Summary, context: JobContext) -> Summa
 def _has_export(finished: Summary, export: Export) -> bool:
     """True where a finished run's export is still its own: another run may have used its folder since."""
     folder = _export_of(Path(finished.folder))
-    return bool(export.files(folder)) and is_card_of(folder / "README.md", finished)
+    return bool(export.files(folder)) and is_card_of(folder / CARD, finished)
 
 
 def _export_of(run_folder: Path) -> Path:
-    return run_folder / "export"
+    return run_folder / EXPORT
 
 
 def _enter_again(parts: Parts, finished: Summary, asked: Summary, context: JobContext) -> Summary:

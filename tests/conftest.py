@@ -8,6 +8,7 @@ import inspect
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -201,6 +202,24 @@ def small(folder: Path, corpus: Path) -> list[str]:
         "model=hf", f"model.name={folder}", "dataset=text", f"dataset.path={corpus}", "dataset.seq_len=32",
         "measure=quick", "measure.max_windows=8", "measure.prompt_tokens=16", "measure.decode_tokens=2",
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def older(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which transformers is 4.57, with the packages that are of its time; the others are ours."""
+    place = tmp_path_factory.mktemp("older")
+    packages = ("transformers==4.57.*", "huggingface-hub>=0.34,<1", "tokenizers>=0.22,<=0.23.0")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place), *packages]
+    subprocess.run(command, check=True)
+    paths = [str(place), str(ROOT), str(ROOT / "tests")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+
+
+def in_older(environment: dict[str, str], code: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]

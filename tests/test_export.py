@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ALL_FAMILIES, CPU, FAMILIES, OTHER_FAMILIES, ROOT, Cli, copied, make_folder, story
+from conftest import ALL_FAMILIES, CPU, FAMILIES, OTHER_FAMILIES, ROOT, Cli, copied, in_older, make_folder, story
 from conftest import logits as logits_of_windows
+from model_types import tiny_config, tiny_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -29,6 +29,8 @@ from prune_lab.methods.depth import Depth
 from prune_lab.methods.structured import Structured
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.export import check_reload, save_model
+from prune_lab.models.export_config import READ_BY_4
+from prune_lab.models.families import FAMILIES as DESCRIBED
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.system.device import Device
@@ -388,24 +390,6 @@ OLDER_FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def older(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment in which transformers is 4.57, with the packages that are of its time; the others are ours."""
-    place = tmp_path_factory.mktemp("older")
-    packages = ("transformers==4.57.*", "huggingface-hub>=0.34,<1", "tokenizers>=0.22,<=0.23.0")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place), *packages]
-    subprocess.run(command, check=True)
-    paths = [str(place), str(ROOT), str(ROOT / "tests")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
-
-
-def in_older(environment: dict[str, str], code: str, *arguments: str) -> str:
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def export_each(loaded: Loaded, place: Path) -> None:
     """Exports of a model: as it is, and with units and blocks taken out or zeroed; each beside its logits."""
     loaded.model.set_attn_implementation("eager")
@@ -460,6 +444,37 @@ def test_what_transformers_4_wrote_it_reads_again_from_an_export(older: dict[str
         ours = torch.load(place / "none.pt")
         assert float((theirs - ours).abs().max() / ours.abs().max()) < 1e-5, name
     check_in_older(older, tmp_path / "inputs", 4 * len(cases))
+
+
+def with_theta(rope: Any) -> Any:
+    """Rotary positions with a frequency that is no version's default."""
+    if not isinstance(rope, dict):
+        return rope
+    return {key: 500.0 if key == "rope_theta" else with_theta(value) for key, value in rope.items()}
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "olmoe", "glm4", "cohere"])
+def test_a_type_that_is_not_described_has_the_older_names_too(tmp_path: Path, model_type: str) -> None:
+    rope = with_theta(tiny_config(model_type).rope_parameters)
+    config, _ = exported(tiny_folder(tmp_path / "made", model_type, rope_parameters=rope), tmp_path / "export")
+    assert config["rope_theta"] == 500.0
+    assert config["torch_dtype"] == "float32"
+    if model_type == "qwen3_moe":
+        assert config["num_experts"] == config["num_local_experts"] == 4
+
+
+@pytest.mark.slow
+def test_other_types_that_transformers_4_has_give_equal_logits_there(older: dict[str, str], tmp_path: Path) -> None:
+    types = [model_type for model_type in READ_BY_4 if model_type not in DESCRIBED]
+    for model_type in types:
+        rope = with_theta(getattr(tiny_config(model_type), "rope_parameters", None))
+        more = {} if rope is None else {"rope_parameters": rope}
+        loaded = HubModel(name=str(tiny_folder(tmp_path / "made" / model_type, model_type, **more))).load(CPU, seed=0)
+        with suppress(ValueError, NotImplementedError):  # some have attention of one kind alone
+            loaded.model.set_attn_implementation("eager")
+        save_model(loaded, tmp_path / "exports" / "of" / model_type)
+        torch.save(logits_of_windows(loaded.model), tmp_path / "exports" / "of" / f"{model_type}.pt")
+    check_in_older(older, tmp_path / "exports", len(types))
 
 
 # A process that has no prune_lab: argv is an export and a text. Perplexity of the first 8 windows of 32 tokens.

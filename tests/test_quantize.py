@@ -219,6 +219,32 @@ SCHEMES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_reader_of_compressed_tensors_itself_opens_an_export(name: str, folder: Path, tmp_path: Path) -> None:
+    """Config and tensors of each Linear, without transformers: its weights are ours, and it writes what we wrote."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    model = export(folder, tmp_path / "export", SCHEMES[name])
+    config = json.loads((tmp_path / "export" / "config.json").read_text())["quantization_config"]
+    scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
+    tensors = load_file(tmp_path / "export" / "model.safetensors")
+    reader, linears = BaseCompressor.get_value_from_registry(scheme.format), 0
+    for linear, module in model.named_modules():
+        if not isinstance(module, LowBitLinear):
+            continue
+        linears += 1
+        stored = {
+            key.removeprefix(f"{linear}."): tensor for key, tensor in tensors.items() if key.startswith(f"{linear}.")
+        }
+        weight = reader.decompress(dict(stored), scheme)["weight"]
+        assert torch.equal(weight.float(), module.expand().float()), linear
+        again = reader.compress({"weight": weight, "weight_scale": stored["weight_scale"]}, scheme)
+        for key, tensor in stored.items():
+            assert torch.equal(again[key].view(torch.uint8), tensor.view(torch.uint8)), (linear, key)
+    assert linears == 14
+
+
 def test_stock_software_loads_an_export(tmp_path: Path) -> None:
     """Transformers with compressed-tensors, in a process without prune_lab: the same weights, the same logits."""
     models = dict[str, Any]()

@@ -312,3 +312,37 @@ def test_a_stores_password_is_not_shown() -> None:
     lines = "\n".join(how_to_look("https://mlflow.example.org/", "7", ["a", "b"]))
     assert "mlflow ui" not in lines
     assert "https://mlflow.example.org/#/experiments/7/runs" in lines
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of MLflow's own queries
+def test_the_card_is_with_the_run_and_the_export_is_registered(small: list[str], tmp_path: Path, cli: Cli) -> None:
+    """Also of a run that had finished before, and once."""
+    from mlflow import MlflowClient
+    from transformers import AutoModelForCausalLM
+
+    run = [*small, "method=magnitude", "export=hf", "measure=quality_only", "quiet=true"]
+    done = cli(*run, "hydra.run.dir=one")
+    assert done.returncode == 0, done.stderr
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (found,) = client.search_runs([client.get_experiment_by_name("prune_lab").experiment_id])
+    assert [file.path for file in client.list_artifacts(found.info.run_id, "export")] == ["export/README.md"]
+    card = Path(client.download_artifacts(found.info.run_id, "export/README.md")).read_text()
+    assert card == (tmp_path / "one" / "export" / "README.md").read_text()
+    assert client.search_registered_models() == []
+    for folder, words in (("two", []), ("three", []), ("four", ["amount=0.25"])):
+        done = cli(*run, *words, "tracking.register=mine 0.5", f"hydra.run.dir={folder}")
+        assert done.returncode == 0, done.stderr
+    versions = client.search_model_versions("name = 'mine 0.5'")
+    assert sorted(int(version.version) for version in versions) == [1, 2]
+    assert {version.run_id for version in versions} > {found.info.run_id}
+    assert all(version.description.startswith("# ") for version in versions)
+    assert all("| transformers 5 | yes |" in version.description for version in versions)
+    summary = json.loads((tmp_path / "three" / "summary.json").read_text())
+    assert "registered in MLflow as models:/mine 0.5/1" in summary["warnings"]
+    for version, folder in (("1", "one"), ("2", "four")):
+        (source,) = (one.source for one in versions if str(one.version) == version)
+        again = AutoModelForCausalLM.from_pretrained(Path(source.removeprefix("file://")))
+        expected = load_file(tmp_path / folder / "export" / "model.safetensors")
+        state = again.state_dict()
+        assert all((state[name] == tensor).all() for name, tensor in expected.items())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from prune_lab.export.engines import Verdict
     from prune_lab.models.load import Loaded
 
 
@@ -68,6 +69,10 @@ class Export:
     def reading(self, loaded: Loaded) -> str:
         """Instructions for loading the export of a model, for the model card."""
         raise NotImplementedError
+
+    def engines(self, loaded: Loaded, cuts: Collection[str] = ()) -> list[Verdict]:
+        """Answers of engines to the export of a model, as far as there are rules; cuts: what pruning took out of it."""
+        return []
 
     def check(self, model: Any, folder: Path, tokens: Tensor, own_kernels: bool = False) -> None:
         """Reads a written folder back and compares logits of `tokens`, shape (1, tokens), with the model's.

@@ -5,6 +5,7 @@ In memory and in time nothing changes: the tensors are dense there.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from prune_lab.export.hf import HuggingFace
 
 if TYPE_CHECKING:
+    from prune_lab.export.engines import Verdict
     from prune_lab.models.load import Loaded
 
 
@@ -37,3 +39,9 @@ class Bitmask(HuggingFace):
     def reading(self, loaded: Loaded) -> str:
         """prune_lab."""
         return "prune_lab alone (`model=hf model.name=FOLDER`)"
+
+    def engines(self, loaded: Loaded, cuts: Collection[str] = ()) -> list[Verdict]:
+        """None of them."""
+        from prune_lab.export.engines import of_bitmask
+
+        return of_bitmask()

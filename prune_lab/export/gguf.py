@@ -16,6 +16,7 @@ from prune_lab.export.base import Export
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from prune_lab.export.engines import Verdict
     from prune_lab.models.load import Loaded
 
 FILE = "model.gguf"
@@ -119,3 +120,9 @@ class Gguf(Export):
             f"llama.cpp: `llama-cli -m {FILE}`. {FILE} holds the tokenizer, the chat template and all weights, the "
             f"matrices in {self.type}"
         )
+
+    def engines(self, loaded: Loaded, cuts: Collection[str] = ()) -> list[Verdict]:
+        """llama.cpp, and what reads its files."""
+        from prune_lab.export.engines import of_gguf, shapes_of
+
+        return of_gguf(shapes_of(loaded, cuts), self.type)

@@ -14,6 +14,19 @@ from typing import Any
 
 from prune_lab.models.families import FAMILIES
 
+# Types beside FAMILIES that version 4 has as well, and whose exports give equal logits there (tests/test_export.py).
+# Others are newer than version 4, have such fields of other kinds, or compute otherwise there.
+_ALSO_IN_4 = (
+    "arcee", "bamba", "bitnet", "bloom", "codegen", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "diffllama",
+    "doge", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4", "falcon", "falcon_h1", "falcon_mamba", "flex_olmo", "glm",
+    "glm4", "glm4_moe", "gpt_bigcode", "gpt_neo", "gpt_oss", "gptj", "granite", "granitemoe", "granitemoeshared",
+    "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "jamba", "jetmoe", "lfm2", "llama4_text", "mamba", "minimax",
+    "ministral", "mixtral", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "persimmon", "phi", "phimoe",
+    "qwen2_moe", "qwen3_moe", "qwen3_next", "rwkv", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma",
+    "xglm",
+)  # fmt: skip
+READ_BY_4 = (*FAMILIES, *_ALSO_IN_4)
+_OLDER_NAMES = {"qwen3_moe": {"num_local_experts": "num_experts"}}
 _CODE = ("auto_map", "custom_pipelines")  # they name classes in Python files beside the weights
 # Classes that version 4 does not have: tokenizer.json is all that they read, as its class for any such file does.
 _ONLY_IN_5 = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend", "MistralCommonBackend")
@@ -36,11 +49,13 @@ def rewrite_configs(folder: Path, tokenizer_config: dict[str, Any], processor: I
 def with_older_fields(config: dict[str, Any]) -> dict[str, Any]:
     """A config as version 5 writes it, with the names that version 4 has for the same settings.
 
-    Of the families of models/families.py alone: others have such fields of other kinds, or are newer than version 4.
+    Of the types of READ_BY_4 alone.
     """
     config = without_code(config)
-    if config.get("model_type") not in FAMILIES:
+    if config.get("model_type") not in READ_BY_4:
         return config
+    for name, older in _OLDER_NAMES.get(config["model_type"], {}).items():
+        config[older] = config[name]
     if "dtype" in config:
         config["torch_dtype"] = config["dtype"]
     if isinstance(rope := config.get("rope_parameters"), dict) and rope:
@@ -63,7 +78,7 @@ def _older_rope(config: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
         fields["rope_scaling"] = {
             "type": of_all["rope_type"], "short_factor": of_all["short_factor"], "long_factor": of_all["long_factor"]
         }  # fmt: skip
-    original, context = of_all.get("original_max_position_embeddings"), config["max_position_embeddings"]
+    original, context = of_all.get("original_max_position_embeddings"), config.get("max_position_embeddings")
     if of_all.get("rope_type") == "longrope" and original not in (None, context):
         fields["original_max_position_embeddings"] = original  # which version 4 reads there for this type alone
     if local is not None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from prune_lab.results.metrics import dense_figures
 from prune_lab.results.summary import Summary
 
+CARD = "README.md"
+
 
 def model_card(summary: Summary, base_model: str, command: str, reading: str, library: str = "transformers") -> str:
     """Markdown with the base model, what was done and measured, the command that repeats it, and what loads it.
@@ -40,12 +42,32 @@ def model_card(summary: Summary, base_model: str, command: str, reading: str, li
         "",
         "    " + command,
         "",
+        *_engines(summary),
         "| metric | value |",
         "|---|---|",
         *rows,
         "",
     ]
     return "\n".join(lines)
+
+
+def _engines(summary: Summary) -> list[str]:
+    """Table of what the export loads in, as lines."""
+    if not summary.loads_in:
+        return []
+    rows = [
+        f"| {found['engine']} | {found['loads']} | {found['note']}"
+        + (f". Would change it: {', '.join(f'`{key}`' for key in found['keys'])}" if found["keys"] else "")
+        + " |"
+        for found in summary.loads_in
+    ]
+    return ["| engine | loads it | how, or why not |", "|---|---|---|", *rows, ""]
+
+
+def description(path: Path) -> str:
+    """Text of the model card at `path` without its front matter and its metrics, at most 5,000 characters."""
+    text = path.read_text(encoding="utf-8").removeprefix("---\n").partition("\n---\n")[2]
+    return text.partition("\n| metric |")[0].strip()[:5000]
 
 
 def is_card_of(path: Path, summary: Summary) -> bool:

@@ -50,12 +50,31 @@ def show(summary: Summary, console: Console) -> None:
     console.result(removed)
     if divergence := beside_dense(m):
         console.result(f"quality   {divergence}")
+    for line in _engines(summary.loads_in):
+        console.result(line)
     for warning in summary.warnings:
         console.result(f"note      {warning}")
     if summary.reused_from:
         console.result(
             f"note      finished before, not computed again ({summary.folder}); resume=false computes it anew"
         )
+
+
+def _engines(verdicts: list[dict[str, Any]]) -> list[str]:
+    """Engines that load the export, and the keys that would change it, a line each; none where no export was kept."""
+    by_answer: dict[str, list[str]] = {}
+    for found in verdicts:
+        by_answer.setdefault(found["loads"], []).append(found["engine"])
+    words = {"yes": "", "no": "not in ", "not known": "not known of "}
+    parts = [f"{said}{', '.join(by_answer[answer])}" for answer, said in words.items() if answer in by_answer]
+    lines = [f"loads in  {'; '.join(parts)} (how: README.md of the export)"] if parts else []
+    keys: dict[str, list[str]] = {}
+    for found in verdicts:
+        for key in found["keys"]:
+            keys.setdefault(key, []).append(found["engine"])
+    if keys:
+        lines.append("          changed by " + "; ".join(f"{key} ({', '.join(of)})" for key, of in keys.items()))
+    return lines
 
 
 def beside_dense(m: dict[str, float]) -> str:

@@ -12,6 +12,7 @@ from prune_lab.results.metrics import check_known
 from prune_lab.system.files import write_text
 
 SCHEMA_VERSION = 1
+EXPORT = "export"  # folder of the export in that of its run
 FILE, RESULTS = "summary.json", "results.json"  # of a run; of a sweep, the summaries of its jobs
 _DIVERGED = " diverged: it is not a finite number"  # what a warning says of a metric
 
@@ -34,6 +35,7 @@ class Summary:
     warnings: list[str] = field(default_factory=list)
     not_applicable: dict[str, list[str]] = field(default_factory=dict)  # keys of a group that its option ignores
     reason: str | None = None
+    loads_in: list[dict[str, Any]] = field(default_factory=list)  # of a kept export: Verdicts of export/engines.py
     folder: str = ""  # where the run that computed this wrote its files
     unlogged: str | None = None  # why the tracker does not have this result, which is finished all the same
     reused_from: str | None = None  # the MLflow run or the folder that held this result, where it was not computed anew

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab import explain
-from prune_lab.results.summary import Summary
+from prune_lab.results.card import CARD, description, is_card_of
+from prune_lab.results.summary import EXPORT, Summary
 from prune_lab.system.interrupt import signals_deferred
 from prune_lab.tracking.params import tags_of
 
@@ -58,8 +59,19 @@ class MlflowLog:
             for file in files:
                 self._client.log_artifact(self._run_id, str(file))
             self._client.log_text(self._run_id, yaml.safe_dump(summary.config, sort_keys=False), "config.yaml")
+            self._keep_export(summary, files[0].parent / EXPORT)
         except Exception as error:
             self.lost = explain.one_line(error)[:200]
+
+    def _keep_export(self, summary: Summary, folder: Path) -> None:
+        """Logs the card of an export, or all of the export where it is to be registered, and registers it."""
+        if not is_card_of(folder / CARD, summary):
+            return
+        name = (summary.config.get("tracking") or {}).get("register")
+        if name is None:
+            self._client.log_artifact(self._run_id, str(folder / CARD), EXPORT)
+        else:
+            summary.warnings.append(register(self._client, self._run_id, str(name), folder))
 
     def end(self, status: str, reason: str | None = None) -> None:
         """Ends the run; one that is not wholly there does not end FINISHED."""
@@ -76,6 +88,25 @@ class MlflowLog:
         while self._waiting:
             self._client.log_batch(self._run_id, self._waiting[:_AT_ONCE])
             del self._waiting[:_AT_ONCE]
+
+
+def register(client: Any, run_id: str, name: str, folder: Path) -> str:
+    """Logs a folder with a run and makes it a version of a registered model, once; returns a note that says so.
+
+    The store gets a copy of the weights: a version must be there for whoever reads the store.
+    """
+    for version in client.search_model_versions(f"run_id = '{run_id}'"):
+        if version.name == name:
+            return _registered(version)
+    client.log_artifacts(run_id, str(folder), EXPORT)
+    if not any(found.name == name for found in client.search_registered_models(f"name = '{name}'")):
+        client.create_registered_model(name)
+    source = f"{client.get_run(run_id).info.artifact_uri}/{EXPORT}"
+    return _registered(client.create_model_version(name, source, run_id, description=description(folder / CARD)))
+
+
+def _registered(version: Any) -> str:
+    return f"registered in MLflow as models:/{version.name}/{version.version}"
 
 
 def log_metrics(client: Any, run_id: str, values: dict[str, float]) -> None:

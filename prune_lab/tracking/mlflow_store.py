@@ -18,13 +18,13 @@ from typing import Any
 
 from prune_lab.explain import one_line
 from prune_lab.job_context import JobContext
-from prune_lab.results.summary import Summary, from_dict
+from prune_lab.results.summary import EXPORT, Summary, from_dict
 from prune_lab.system.files import owner_suffix
 from prune_lab.system.interrupt import signals_deferred
 from prune_lab.tracking import links
 from prune_lab.tracking.base import Tracker
 from prune_lab.tracking.connection import connect, reaching
-from prune_lab.tracking.mlflow_log import MlflowLog, end, log_metrics
+from prune_lab.tracking.mlflow_log import MlflowLog, end, log_metrics, register
 from prune_lab.tracking.ownership import is_alive, owner_tags
 from prune_lab.tracking.params import params_of, run_name
 
@@ -36,7 +36,17 @@ NOTE = "mlflow.note.content"  # what the UI shows of a run as its description
 
 @dataclass(frozen=True)
 class Mlflow(Tracker):
-    """Tracks in the store that MLFLOW_TRACKING_URI names, or in mlflow.db in the working folder."""
+    """Tracks in the store that MLFLOW_TRACKING_URI names, or in mlflow.db in the working folder.
+
+    register: name of a registered model, of which the export becomes a version.
+    """
+
+    register: str | None = None
+
+    def __post_init__(self) -> None:
+        name = self.register
+        if name is not None and (not name.strip() or name in (".", "..") or {*name} & {*"/:'\\"}):
+            raise ValueError(f"register={name!r} is no name of a registered model: give one without / : ' and \\")
 
     @contextmanager
     def start_run(self, name: str, summary: Summary, context: JobContext) -> Iterator[MlflowLog]:
@@ -77,7 +87,17 @@ class Mlflow(Tracker):
         return None
 
     def enter_again(self, name: str, summary: Summary, context: JobContext) -> None:
-        """Child of a sweep with the earlier run's figures, tagged with its id instead of a fingerprint."""
+        """Child of a sweep with the earlier run's figures, tagged with its id instead of a fingerprint.
+
+        Its export is registered where that is asked for now.
+        """
+        if self.register is not None and (Path(summary.folder) / EXPORT).is_dir() and summary.reused_from:
+            try:
+                client, _ = connect(name)
+                note = register(client, summary.reused_from, self.register, Path(summary.folder) / EXPORT)
+                summary.warnings.append(note)
+            except Exception as error:
+                summary.unlogged = _unlogged(one_line(error)[:200], context)
         if context.sweep is None:
             return
         try:
