@@ -22,8 +22,8 @@ from prune_lab.system.timing_lock import timing_lock
 log = logging.getLogger(__name__)
 _ASKED = 160  # characters of a job's overrides in a message
 _EXTRAS = {
-    "accelerate": "distributed", "compressed_tensors": "low-bits", "gguf": "gguf", "lm_eval": "tasks",
-    "pynvml": "energy",
+    "accelerate": "distributed", "compressed_tensors": "low-bits", "gguf": "gguf", "lm_eval": "tasks", "onnx": "onnx",
+    "onnxruntime": "onnx", "onnxscript": "onnx", "pynvml": "energy",
 }  # fmt: skip
 
 

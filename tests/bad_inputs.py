@@ -84,9 +84,11 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
     ("seed=1.5", ("seed", "1.5", "Integer")),
     ("seed=null", ("seed",)),
     ("objectives=[size/dsk_mb]", ("objectives=['size/dsk_mb']", "size/disk_mb")),
-    ("export=perhaps", ("export", "perhaps", "bitmask", "gguf", "hf", "none")),
+    ("export=perhaps", ("export", "perhaps", "bitmask", "gguf", "hf", "none", "onnx")),
     ("export=gguf export.type=q5_0", ("export.type='q5_0'", "f32, f16, bf16, q8_0, q4_0")),
     ("export=gguf export.type=null", ("export.type",)),
+    ("export=onnx export.type=q8_0", ("export.type='q8_0'", "f32, f16")),
+    ("export=onnx post=int8_weight_only", ("export=onnx", "post=int8_weight_only", "give export=hf, or post=none")),
     ("export=gguf post=int8_weight_only", ("export=gguf", "post=int8_weight_only", "give export=hf, or post=none")),
     (
         "model.stream=true measure=quality_only method=wanda export=gguf",

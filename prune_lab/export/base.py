@@ -26,7 +26,8 @@ class Export:
     `exact`: what is read back computes equal logits; otherwise they may differ as another order of additions makes
     them.
     `takes_low_bits`: it can hold quantized weights, those of a post-compression. `takes_streamed`: it can be written
-    of a model whose weights are on disk (model.stream=true). `library`: the Hub's name of what loads it.
+    of a model whose weights are on disk (model.stream=true). `library`: the Hub's name of what loads it. `readers`:
+    modules that `read` imports, whose memory is not the model's.
     """
 
     not_applicable: ClassVar[tuple[str, ...]] = ()
@@ -36,6 +37,7 @@ class Export:
     takes_low_bits: ClassVar[bool] = False
     takes_streamed: ClassVar[bool] = False
     library: ClassVar[str] = "transformers"
+    readers: ClassVar[tuple[str, ...]] = ("prune_lab.models.export",)
 
     def check_config(self, config: Any, cuts: Collection[str]) -> None:
         """Raises Refused for a model that it cannot hold, by its config, before the model is loaded.

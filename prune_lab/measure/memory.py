@@ -63,7 +63,8 @@ def _peak_of_this_process(folder: str, export: Export, prompt_tokens: int, decod
     import psutil
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    importlib.import_module("prune_lab.models.export")  # the code that reads is not what is measured
+    for name in export.readers:  # the code that reads is not what is measured
+        importlib.import_module(name)
 
     config = AutoConfig.from_pretrained(folder)
     # A first, tiny model brings in the code, the thread pool and the kernels that every model needs; of a type that is

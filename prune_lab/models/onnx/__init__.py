@@ -1,0 +1,1 @@
+"""Models as ONNX graphs: traced by transformers' exporter, run by ONNX Runtime."""
