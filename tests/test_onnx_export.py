@@ -49,7 +49,7 @@ class Plain:
 
 
 def test_a_run_s_export_writes_the_same_text(folder: Path, small: list[str], cli: Cli, tmp_path: Path) -> None:
-    """A pruned model's: what stock transformers continues greedily from export=hf, ONNX Runtime does from export=onnx."""
+    """A pruned model's: what stock transformers continues from export=hf, ONNX Runtime does from export=onnx."""
     words = [*small, "method=structured", "method.units=[mlp,heads]", "amount=0.5", "measure=quality_only"]
     words += ["measure.max_windows=4", "tracking=none"]
     for name in ("onnx", "hf"):
@@ -100,7 +100,7 @@ def test_a_graph_of_another_model_does_not_pass(tmp_path: Path) -> None:
     graph.write(model, tmp_path, torch.float16)
     written = OnnxModel(tmp_path)
     compare.compare(model, written, TOKENS, 4, torch.float16)
-    with pytest.raises(RuntimeError, match="differs from the model: by .* in a logit of 40 tokens at once"):
+    with pytest.raises(RuntimeError, match=r"differs from the model: by .* in a logit of 40 tokens at once"):
         compare.compare(model, written, TOKENS, 4, torch.float32)
     other = tiny_model("llama")
     with torch.no_grad():
@@ -128,9 +128,8 @@ def test_types_that_were_not_compared_are_refused() -> None:
 def test_a_run_is_refused_before_its_work(small: list[str], cli: Cli, tmp_path: Path) -> None:
     other = make_folder(tmp_path / "other", "llama")
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(
-        json.dumps(config | {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]})
-    )
+    config |= {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]}
+    (other / "config.json").write_text(json.dumps(config))
     words = [f"model.name={other}" if word.startswith("model.name=") else word for word in small]
     done = cli(*words, "method=wanda", "export=onnx", "tracking=none", "hydra.run.dir=run")
     assert done.returncode == 2

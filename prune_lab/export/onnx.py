@@ -87,6 +87,6 @@ class Onnx(Export):
         return (
             "ONNX Runtime: `onnxruntime.InferenceSession('model.onnx')` in this folder, or "
             "`transformers.exporters.ExportedModel.from_pretrained(folder)`. Inputs: `input_ids` and `position_ids` "
-            "(batch, tokens), and for each block the keys and values of earlier tokens (batch, KV heads, earlier tokens, "
-            f"head size), of which a prompt has none; {self.type}"
+            "(batch, tokens), and for each block the keys and values of earlier tokens (batch, KV heads, earlier "
+            f"tokens, head size), of which a prompt has none; {self.type}"
         )

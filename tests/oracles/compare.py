@@ -68,15 +68,9 @@ def _compare(python: str, evaluator: Evaluator, place: Path) -> int:
         seconds, mine = time.perf_counter() - began, perplexity(pruned.model)
         del pruned
         out = place / f"{name}-theirs"
-        script = [
-            python,
-            str(Path(__file__).with_name("llm_compressor.py")),
-            name,
-            str(AMOUNT),
-            str(dense),
-            str(tokens),
-        ]
-        done = subprocess.run([*script, str(out)], capture_output=True, text=True, check=False)
+        script = [python, str(Path(__file__).with_name("llm_compressor.py")), name, str(AMOUNT)]
+        paths = [str(path) for path in (dense, tokens, out)]
+        done = subprocess.run([*script, *paths], capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(done.stderr[-3000:])
         their_seconds = float(done.stdout.rsplit("seconds ", 1)[1].split()[0])

@@ -24,8 +24,8 @@ FILE = "model.onnx"
 # Types whose graph was compared with PyTorch, prompt and decoding, also beyond a sliding window
 # (tests/test_onnx_export.py). The exporter traces others too; what it makes of them was not compared.
 TYPES = (
-    "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmoe", "opt", "phi3", "qwen2",
-    "qwen3", "qwen3_moe",
+    "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmoe", "opt", "phi3",
+    "qwen2", "qwen3", "qwen3_moe",
 )  # fmt: skip
 
 
