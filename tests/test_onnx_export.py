@@ -18,6 +18,7 @@ from prune_lab.errors import Refused
 from prune_lab.export.onnx import PACKAGES, TYPES, Onnx
 from prune_lab.models.onnx import compare, graph
 from prune_lab.models.onnx.session import OnnxModel
+from prune_lab.models.onnx.types import TYPES as MODEL_TYPES
 
 SLOW = (pytest.mark.slow, pytest.mark.process)
 TOKENS = torch.randint(90, (1, 40), generator=torch.Generator().manual_seed(3))
@@ -78,7 +79,7 @@ def test_a_run_s_export_writes_the_same_text(folder: Path, small: list[str], cli
 
 
 @pytest.mark.parametrize(
-    "model_type", [pytest.param(one, marks=SLOW if one not in ("mistral", "mixtral") else ()) for one in graph.TYPES]
+    "model_type", [pytest.param(one, marks=SLOW if one != "mistral" else ()) for one in MODEL_TYPES]
 )
 def test_logits_are_those_of_stock_transformers(model_type: str, tmp_path: Path) -> None:
     """At once, and token by token behind a cache, beyond the sliding window of those that have one."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from prune_lab.errors import Refused
-from prune_lab.models.families import FAMILIES
+from prune_lab.models.onnx.types import TYPES as IN_ONNX
 
 if TYPE_CHECKING:
     from prune_lab.models.load import Loaded
@@ -36,7 +36,6 @@ _IN_VLLM = frozenset(
 ) | {"GPT2LMHeadModel"}  # fmt: skip
 # Their classes there divide hidden_size by the number of heads, whatever head_dim says (qwen2.py, olmoe.py).
 _SQUARE_IN_VLLM = ("qwen2", "qwen2_moe", "olmoe")
-_IN_ONNX = (*FAMILIES, "mixtral", "qwen3_moe", "olmoe")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 
@@ -153,6 +152,16 @@ def of_gguf(shapes: Shapes, asked: str) -> list[Verdict]:
         Verdict("transformers 4.57", UNKNOWN, "not tried", ("export=hf",)),
         Verdict("vLLM", UNKNOWN, "its support of GGUF is experimental", ("export=hf",)),
         Verdict("ONNX", NO, "a GGUF file is not traced", ("export=hf",)),
+    ]
+
+
+def of_onnx(asked: str) -> list[Verdict]:
+    """Verdicts on export=onnx of the type `asked`."""
+    others = ("transformers 5", "transformers 4.57", "llama.cpp", "vLLM")
+    how = f"ONNX Runtime, with a key-value cache, in {asked}"
+    return [
+        Verdict("ONNX", YES, how),
+        *(Verdict(name, NO, "an ONNX graph is not read", ("export=hf",)) for name in others),
     ]
 
 
@@ -306,14 +315,15 @@ def _numbers(numbers: Any) -> str:
 
 
 def onnx(shapes: Shapes) -> Verdict:
-    """ONNX by torch.onnx.export(dynamo=True), which traces the model that stock transformers loads.
+    """ONNX by export=onnx, or by torch.onnx.export(dynamo=True) of the model that stock transformers loads.
 
-    Tried with PyTorch 2.13, onnxscript 0.7.2 and ONNX Runtime 1.32: the logits of _IN_ONNX are equal to 1e-6 of the
-    largest, also of fewer heads with a head_dim of their own.
+    Both were tried with PyTorch 2.13, onnxscript 0.7.2 and ONNX Runtime 1.32: the logits of IN_ONNX are equal to 1e-5
+    of the largest, also of fewer heads with a head_dim of their own.
     """
     if shapes.bits is not None:
         return Verdict("ONNX", NO, "torch.onnx does not trace the modules of quantized weights", ("post=none",))
     loading = ', loaded with experts_implementation="batched_mm"' if shapes.experts is not None else ""
-    known = shapes.config.model_type in _IN_ONNX
+    known = shapes.config.model_type in IN_ONNX
     how = f"`torch.onnx.export(model, ..., dynamo=True)`{loading}"
+    how = f"export=onnx here, or {how}" if known else how
     return Verdict("ONNX", YES if known else UNKNOWN, how if known else f"{how}; this type was not tried")

@@ -13,6 +13,7 @@ from prune_lab.export.base import Export
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from prune_lab.export.engines import Verdict
     from prune_lab.models.load import Loaded
 
 TYPES = ("f32", "f16")
@@ -44,7 +45,7 @@ class Onnx(Export):
 
     def check_config(self, config: Any, cuts: Collection[str]) -> None:
         """Raises Refused for a model type whose graph was never compared with PyTorch."""
-        from prune_lab.models.onnx.graph import check_type
+        from prune_lab.models.onnx.types import check_type
 
         check_type(config)
 
@@ -71,6 +72,12 @@ class Onnx(Export):
         from prune_lab.models.onnx.session import OnnxModel
 
         return OnnxModel(folder)
+
+    def engines(self, loaded: Loaded, cuts: Collection[str] = ()) -> list[Verdict]:
+        """ONNX Runtime alone."""
+        from prune_lab.export.engines import of_onnx
+
+        return of_onnx(self.type)
 
     def check(self, model: Any, folder: Path, tokens: Tensor, own_kernels: bool = False) -> None:
         """Compares logits of `tokens`, shape (1, tokens), and of tokens decoded one by one, with the model's.

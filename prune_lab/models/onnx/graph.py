@@ -18,24 +18,7 @@ from typing import Any
 
 import torch
 
-from prune_lab.errors import Refused
-
 FILE = "model.onnx"
-# Types whose graph was compared with PyTorch, prompt and decoding, also beyond a sliding window
-# (tests/test_onnx_export.py). The exporter traces others too; what it makes of them was not compared.
-TYPES = (
-    "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmoe", "opt", "phi3",
-    "qwen2", "qwen3", "qwen3_moe",
-)  # fmt: skip
-
-
-def check_type(config: Any) -> None:
-    """Raises Refused for a model type whose graph was not compared."""
-    if config.model_type not in TYPES:
-        raise Refused(
-            f"export=onnx writes {', '.join(TYPES)}; graphs of the type {config.model_type!r} were not compared with "
-            "PyTorch. Give export=hf, and try transformers.exporters on its folder"
-        )
 
 
 def write(model: Any, folder: Path, dtype: torch.dtype) -> None:
