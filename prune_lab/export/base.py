@@ -25,7 +25,8 @@ class Export:
     `exact`: what is read back computes equal logits; otherwise they may differ as another order of additions makes
     them.
     `takes_low_bits`: it can hold quantized weights, those of a post-compression. `takes_streamed`: it can be written
-    of a model whose weights are on disk (model.stream=true). `library`: the Hub's name of what loads it.
+    of a model whose weights are on disk (model.stream=true). `library`: the Hub's name of what loads it. `engines`:
+    those of measure.engine that load it.
     """
 
     not_applicable: ClassVar[tuple[str, ...]] = ()
@@ -35,6 +36,7 @@ class Export:
     takes_low_bits: ClassVar[bool] = False
     takes_streamed: ClassVar[bool] = False
     library: ClassVar[str] = "transformers"
+    engines: ClassVar[tuple[str, ...]] = ()
 
     def check_config(self, config: Any, cuts: Collection[str]) -> None:
         """Raises Refused for a model that it cannot hold, by its config, before the model is loaded.

@@ -33,6 +33,7 @@ class Gguf(Export):
 
     exact: ClassVar[bool] = False
     library: ClassVar[str] = "gguf"
+    engines: ClassVar[tuple[str, ...]] = ("llama_cpp",)
 
     def __post_init__(self) -> None:
         if self.type not in TYPES:
