@@ -84,6 +84,12 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
     ("export=perhaps", ("export", "perhaps", "bitmask", "gguf", "hf", "none")),
     ("export=gguf export.type=q5_0", ("export.type='q5_0'", "f32, f16, bf16, q8_0, q4_0")),
     ("export=gguf export.type=null", ("export.type",)),
+    ("measure.engine=vllm", ("measure.engine='vllm'", "none, llama_cpp")),
+    ("measure.engine=null", ("measure.engine",)),
+    ("measure.engine_windows=-1", ("measure.engine_windows=-1", "at least 0")),
+    ("measure.engine=llama_cpp", ("measure.engine=llama_cpp", "export=none", "export=gguf, or measure.engine=none")),
+    ("measure.engine=llama_cpp export=hf", ("measure.engine=llama_cpp", "export=hf", "give export=gguf")),
+    ("measure.engine=llama_cpp export=bitmask", ("measure.engine=llama_cpp", "export=bitmask", "give export=gguf")),
     ("export=gguf post=int8_weight_only", ("export=gguf", "post=int8_weight_only", "give export=hf, or post=none")),
     (
         "model.stream=true measure=quality_only method=wanda export=gguf",

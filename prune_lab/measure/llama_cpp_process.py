@@ -2,8 +2,8 @@
 
 It answers requests, a line of JSON each, with a line of JSON. The first one names the `files` that are loaded, with the
 `settings` of Model, and the others a method of Model to `do`, the number of the `model`, and the method's arguments; or
-the first and only one has the arguments of peak_of. Warnings and errors of llama.cpp's log go to the standard error,
-and so does the reason where the process ends: by an exception here, or by an abort there.
+the first and only one has the arguments of peak_of. Errors of llama.cpp's log go to the standard error, and so does the
+reason where the process ends: by an exception here, or by an abort there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from prune_lab.system.resident import peak, reset_peak
 
 Floats = NDArray[np.float32]
-_WARN, _CONTINUED = 3, 5  # levels of llama.cpp's log; the package's own names for them are of an older one
+_ERROR, _CONTINUED = 4, 5  # levels of llama.cpp's log; the package's own names for them are of an older one
 _LOGITS_AT_ONCE = 2**24  # numbers; a window's logits of a large vocabulary would be gigabytes
 
 
@@ -131,10 +131,10 @@ def peak_of(file: str, ids: list[int], tokens: int, threads: int) -> int:
 
 @llama.llama_log_callback
 def _log(level: int, text: bytes, _: Any) -> None:
-    """Writes a part of llama.cpp's log from warnings on."""
+    """Writes a part of llama.cpp's log if it is of an error."""
     if level != _CONTINUED:
         _log_level[0] = level
-    if _log_level[0] >= _WARN:
+    if _log_level[0] >= _ERROR:
         sys.stderr.write(text.decode(errors="replace"))
         sys.stderr.flush()
 
