@@ -845,6 +845,11 @@ FAULTS = (
         ("test_sweep.py::test_the_metrics_belong_together",),
     ),
     Fault(
+        "figures_of_an_engine_swapped", "prune_lab/compare.py",
+        '_both(f"{name}/{figure}", after, before)', '_both(f"{name}/{figure}", before, after)',
+        ("test_metrics.py::test_figures_of_an_engine_are_of_their_model",),
+    ),
+    Fault(
         "counter_that_begins_again_loses_its_turn", "prune_lab/measure/energy.py",
         "(self._range if now < self._last else 0)", "0",
         ("test_energy.py::test_a_counter_that_begins_again_loses_nothing",),

@@ -163,8 +163,9 @@ BUSY = "while True: pass"
 
 def test_what_others_compute_is_seen_and_what_we_compute_is_not(tmp_path: Path) -> None:
     """A process that computes all the time takes a good part of a core; this one computes too, which is no load."""
-    start = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', '{BUSY}'], stdout=2).pid)"
-    of_another = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, check=True)
+    busy = f"subprocess.Popen([sys.executable, '-c', '{BUSY}'], stdout=subprocess.DEVNULL)"
+    start = [sys.executable, "-c", f"import subprocess, sys; print({busy}.pid)"]
+    of_another = subprocess.run(start, stdout=subprocess.PIPE, text=True, check=True)
     try:
         with TimingLock(tmp_path).exclusive() as load:
             began = time.process_time()
