@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from prune_lab.measure.continuations import generation_of
 from prune_lab.measure.divergence import flips
-from prune_lab.measure.engine import Engine
+from prune_lab.measure.engine_figures import Engine
 from prune_lab.measure.macs import Macs
 from prune_lab.measure.measurements import Measurements
 from prune_lab.measure.speed import Paired

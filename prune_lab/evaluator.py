@@ -23,7 +23,8 @@ from prune_lab.fingerprint import baseline_key
 from prune_lab.measure import llama_cpp
 from prune_lab.measure.continuations import Continuation
 from prune_lab.measure.divergence import POSITIONS, perplexity_of, ratio_interval
-from prune_lab.measure.engine import Engine, EngineFigures, stamp_of
+from prune_lab.measure.engine import stamp_of
+from prune_lab.measure.engine_figures import Engine, EngineFigures
 from prune_lab.measure.generation import Prompts, continue_prompts, prepare_prompts, samples_of
 from prune_lab.measure.macs import Macs, count_macs
 from prune_lab.measure.measurements import Measurements, continuations_from

@@ -21,7 +21,7 @@ from prune_lab.fingerprint import fingerprint
 from prune_lab.job_context import JobContext
 from prune_lab.measure import llama_cpp
 from prune_lab.measure.accelerate import check_acceleration
-from prune_lab.measure.engine import Engine
+from prune_lab.measure.engine_figures import Engine
 from prune_lab.measure.measurements import Measurements
 from prune_lab.measure.timing import Timings, measure_timings
 from prune_lab.models.anatomy import Anatomy, scope_of

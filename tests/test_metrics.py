@@ -15,7 +15,7 @@ from prune_lab.compare import compare, compute_figures, engine_figures
 from prune_lab.measure.continuations import Continuation
 from prune_lab.measure.divergence import Divergence, divergence_of, position_divergences, ratio_interval
 from prune_lab.measure.energy import Energy
-from prune_lab.measure.engine import Engine, EngineFigures
+from prune_lab.measure.engine_figures import Engine, EngineFigures
 from prune_lab.measure.macs import Macs
 from prune_lab.measure.measurements import Measurements
 from prune_lab.measure.perplexity import Quality

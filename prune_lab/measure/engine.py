@@ -6,46 +6,13 @@ llama_cpp: the GGUF files of the dense and of the compressed model, in llama.cpp
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prune_lab.errors import Refused
 
-if TYPE_CHECKING:
-    from prune_lab.measure.speed import Latency
-
 ENGINES = ("none", "llama_cpp")
-
-
-@dataclass(frozen=True)
-class EngineFigures:
-    """Figures of one model in an engine.
-
-    Each field is a metric of its name. file_mb: bytes of its file in MB (10^6 bytes). perplexity: of the first windows
-    of the test text; perplexity_vs_torch: that, divided by PyTorch's of the same. peak_mb: peak memory of a fresh
-    process. None where it was not asked for.
-    """
-
-    file_mb: float
-    perplexity: float | None
-    perplexity_vs_torch: float | None
-    peak_mb: float | None
-
-
-@dataclass(frozen=True)
-class Engine:
-    """Figures of both models in an engine, and times in pairs where they were asked for.
-
-    name: of the engine. cores: load of other work while they were timed, None where they were not.
-    """
-
-    name: str
-    dense: EngineFigures
-    compressed: EngineFigures
-    latency: Latency | None = None
-    cores: float | None = None
 
 
 def check_engine(engine: str, export: str, loads: Collection[str]) -> None:
