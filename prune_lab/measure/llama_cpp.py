@@ -29,6 +29,9 @@ from prune_lab.system.console import Console
 from prune_lab.system.files import owner_suffix
 
 _PLAIN = {"GGML_NO_BACKTRACE": "1"}  # an abort says its reason last
+# Threads that wait for each other sleep: on a machine with other work they else take several times as long. What is
+# timed is as llama.cpp has it by itself.
+_PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 _SAID = 700  # characters of a log's end in a message
 
 
@@ -88,7 +91,7 @@ def loaded(files: list[Path], context: int, exact: bool) -> Iterator[LlamaCpp]:
     context, exact: as of Model in llama_cpp_process.py.
     """
     settings = {"context": context, "threads": torch.get_num_threads(), "exact": exact}
-    with process() as started:
+    with process(**(_PATIENT if exact else {})) as started:
         started.send({"files": [str(file.absolute()) for file in files], "settings": settings})
         yield started
 
@@ -127,7 +130,7 @@ def peak_mb(file: Path, prompt: Tensor, settings: Measure, console: Console) -> 
         "file": str(file.absolute()), "ids": prompt[0].tolist(), "tokens": settings.decode_tokens,
         "threads": torch.get_num_threads(),
     }  # fmt: skip
-    with process(**EXACT_ALLOCATOR) as llama:
+    with process(**EXACT_ALLOCATOR, **_PATIENT) as llama:
         return float(llama.send({"peak": asked})) / MB
 
 
