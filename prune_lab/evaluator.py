@@ -232,6 +232,7 @@ class Evaluator:
         with self._dense_export(export, console) as dense_folder:
             files = [path for of in (dense_folder, folder) for path in export.files(of)]
             of = {"engine": self.protocol["engine"], "build": llama_cpp.build(), "export": export.identity}
+            of |= {"repack": settings.engine_repack}
             of |= self._of_windows | {"windows": len(self._windows_of_engine)}
             found = [
                 self.dense_cache.value("engine", of, lambda: self._perplexity_in_engine(files[0], console), module),
@@ -258,7 +259,7 @@ class Evaluator:
         windows = self.bos.before(self._windows_of_engine)
         if not len(windows):
             return None
-        return perplexity_of(llama_cpp.mean_loss(file, windows, self.bos.length, console))
+        return perplexity_of(llama_cpp.mean_loss(file, windows, self.bos.length, console, self.measure.engine_repack))
 
     @contextmanager
     def _dense_export(self, export: Export, console: Console) -> Iterator[Path]:

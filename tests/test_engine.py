@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from test_gguf_export import (
     written,
 )
 
-from prune_lab.export.gguf import FILE
+from prune_lab.export.gguf import FILE, Gguf
 from prune_lab.measure import llama_cpp
 from prune_lab.measure.divergence import perplexity_of
 from prune_lab.measure.perplexity import measure_losses
@@ -167,6 +168,18 @@ print(json.dumps(model.losses(json.loads(sys.argv[3]), int(sys.argv[4]))))
 
 
 @needs_llama_cpp
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_files_of_few_bits_compute_what_they_hold(kind: str, tmp_path: Path) -> None:
+    """The dequantised weights, which our reader has; llama.cpp also rounds the inputs of a product to 8 bits."""
+    loaded = loaded_of(tmp_path, "llama")
+    written(loaded, tmp_path / "export", kind)
+    file = tmp_path / "export" / FILE
+    found = perplexity_of(llama_cpp.mean_loss(file, WINDOWS, 0, QUIET, repack=False))
+    read = replace(loaded, model=Gguf(type=kind).read(tmp_path / "export", loaded.model))
+    assert found == pytest.approx(perplexity(read, Bos()), rel=0.05)
+
+
+@needs_llama_cpp
 @pytest.mark.parametrize("prefix", [0, 1, 7])
 def test_a_window_in_parts_has_the_same_losses(prefix: int, tmp_path: Path) -> None:
     """As of a large vocabulary, whose logits are gigabytes for a window: 7 tokens at a time, and all 40."""
@@ -288,7 +301,7 @@ def test_a_crash_there_is_a_failure_with_its_reason(tmp_path: Path) -> None:
     with llama_cpp.loaded([file], 40, exact=True) as llama:
         os.kill(llama._process.pid, signal.SIGKILL)
         llama._process.wait()
-        with pytest.raises(RuntimeError, match=r"its process was ended by signal 9"):
+        with pytest.raises(RuntimeError, match=r"its process was ended by signal 9, and said last: nothing"):
             llama.ask(0, "losses", ids=WINDOWS[0].tolist() * 10000, prefix=0)
     with (
         llama_cpp.loaded([file], 40, exact=True) as llama,

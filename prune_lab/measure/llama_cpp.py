@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,10 @@ _PLAIN = {"GGML_NO_BACKTRACE": "1"}  # an abort says its reason last
 # Threads that wait for each other sleep: on a machine with other work they else take several times as long. What is
 # timed is as llama.cpp has it by itself.
 _PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+_OF_CRASHES = (
+    ". A build whose AMX kernels are broken crashes with files of q8_0 and q4_0: try measure.engine_repack=false, which "
+    "llama.cpp's programs call --no-repack"
+)
 _SAID = 700  # characters of a log's end in a message
 
 
@@ -59,7 +64,8 @@ class LlamaCpp:
             code = self._process.wait()
             how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
             said = self._log.read_text(encoding="utf-8", errors="replace").strip()[-_SAID:]
-            raise RuntimeError(f"llama.cpp failed: its process {how}, and said last: {said}")
+            hint = _OF_CRASHES if code == -signal.SIGSEGV else ""
+            raise RuntimeError(f"llama.cpp failed: its process {how}, and said last: {said or 'nothing'}{hint}")
         return json.loads(reply)
 
 
@@ -85,12 +91,12 @@ def process(**environment: str) -> Iterator[LlamaCpp]:
 
 
 @contextmanager
-def loaded(files: list[Path], context: int, exact: bool) -> Iterator[LlamaCpp]:
+def loaded(files: list[Path], context: int, exact: bool, repack: bool = True) -> Iterator[LlamaCpp]:
     """A process of llama.cpp that has loaded files, with PyTorch's number of threads.
 
-    context, exact: as of Model in llama_cpp_process.py.
+    context, exact, repack: as of Model in llama_cpp_process.py.
     """
-    settings = {"context": context, "threads": torch.get_num_threads(), "exact": exact}
+    settings = {"context": context, "threads": torch.get_num_threads(), "exact": exact, "repack": repack}
     with process(**(_PATIENT if exact else {})) as started:
         started.send({"files": [str(file.absolute()) for file in files], "settings": settings})
         yield started
@@ -109,12 +115,12 @@ def build() -> str:
         ) from error
 
 
-def mean_loss(file: Path, windows: Tensor, prefix: int, console: Console) -> float:
+def mean_loss(file: Path, windows: Tensor, prefix: int, console: Console, repack: bool = True) -> float:
     """Mean cross-entropy of the tokens of windows, shape (windows, prefix + tokens), in nats, as perplexity has it."""
     found = list[float]()
     what = "perplexity in llama.cpp"
     with (
-        loaded([file], windows.shape[1], exact=True) as llama,
+        loaded([file], windows.shape[1], exact=True, repack=repack) as llama,
         console.progress(windows.numel(), what, unit="tok") as bar,
     ):
         for window in windows.tolist():
@@ -128,7 +134,7 @@ def peak_mb(file: Path, prompt: Tensor, settings: Measure, console: Console) -> 
     console.note("measuring memory of llama.cpp in a fresh process")
     asked = {
         "file": str(file.absolute()), "ids": prompt[0].tolist(), "tokens": settings.decode_tokens,
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(), "repack": settings.engine_repack,
     }  # fmt: skip
     with process(**EXACT_ALLOCATOR, **_PATIENT) as llama:
         return float(llama.send({"peak": asked})) / MB
@@ -142,7 +148,7 @@ def measure_pairs(files: list[Path], prompt: Tensor, settings: Measure, console:
     ids, taken = prompt[0].tolist(), list[list[tuple[float, float]]]()
     pairs = settings.warmup + settings.pairs
     with (
-        loaded(files, len(ids) + settings.decode_tokens, exact=False) as llama,
+        loaded(files, len(ids) + settings.decode_tokens, exact=False, repack=settings.engine_repack) as llama,
         console.progress(pairs, "latency in llama.cpp", unit="pair") as bar,
     ):
         for pair in range(pairs):

@@ -30,12 +30,13 @@ class Model:
 
     context: tokens that it has room for. threads: of all its work. exact: keys and values of attention are kept in
     float32 and multiplied as they are; else in float16 and by the kernels of flash attention, as llama.cpp does it by
-    itself.
+    itself. repack: weights of few bits may be laid out anew for the processor, as it does by itself.
     """
 
-    def __init__(self, file: str, context: int, threads: int, exact: bool) -> None:
+    def __init__(self, file: str, context: int, threads: int, exact: bool, repack: bool = True) -> None:
         settings = llama.llama_model_default_params()
         settings.n_gpu_layers = 0
+        settings.use_extra_bufts = repack
         self._model = llama.llama_model_load_from_file(file.encode(), settings)
         if not self._model:
             raise RuntimeError(f"llama.cpp does not load {file}")
@@ -120,12 +121,12 @@ class Model:
         llama.llama_synchronize(self._context)
 
 
-def peak_of(file: str, ids: list[int], tokens: int, threads: int) -> int:
+def peak_of(file: str, ids: list[int], tokens: int, threads: int, repack: bool) -> int:
     """Bytes by which loading a file, a prefill and a decode raised this process's peak resident memory."""
     llama.llama_backend_init()
     reset_peak()
     before = peak()
-    Model(file, len(ids) + tokens, threads, exact=False).timed(ids, tokens)
+    Model(file, len(ids) + tokens, threads, exact=False, repack=repack).timed(ids, tokens)
     return peak() - before
 
 

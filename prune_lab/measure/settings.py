@@ -29,7 +29,8 @@ class Measure:
     memory: the peak of loading and inference. energy: joules per decoded token, where a counter can be read.
     aa: the dense model timed against a copy of itself. accelerate: how models are made ready to be timed, of CHOICES.
     engine: the program that runs the exported model too, one of ENGINES. engine_windows: the first so many windows on
-    which its perplexity is measured; None: all, 0: none.
+    which its perplexity is measured; None: all, 0: none. engine_repack: llama.cpp may lay weights of few bits out anew
+    for the processor, as it does by itself.
     tasks: names of lm-eval's tasks. task_path: a folder of TASK.jsonl, used for the tasks found there; None: the Hub.
     task_limit: documents of each, the first so many. task_shots: examples before each question.
     """
@@ -52,6 +53,7 @@ class Measure:
     energy: bool = False
     engine: str = "none"
     engine_windows: int | None = 32
+    engine_repack: bool = True
     tasks: tuple[str, ...] = ()
     task_path: str | None = None
     task_limit: int | None = None
