@@ -34,7 +34,7 @@ _PLAIN = {"GGML_NO_BACKTRACE": "1"}  # an abort says its reason last
 # timed is as llama.cpp has it by itself.
 _PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 _OF_CRASHES = (
-    ". A build whose AMX kernels are broken crashes with files of q8_0 and q4_0: try measure.engine_repack=false, "
+    ". Builds for processors with AMX were seen to crash with files of q8_0 and q4_0: try measure.engine_repack=false, "
     "which llama.cpp's programs call --no-repack"
 )
 _SAID = 700  # characters of a log's end in a message
