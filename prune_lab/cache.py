@@ -44,6 +44,8 @@ KINDS = {
     "block_distances": "angles of the states between blocks",
     "block_losses": "losses and divergences with blocks left out",
     "sensitivity": "loss increases of single blocks",
+    "dense_export": "dense models as measure.engine loads them",
+    "engine": "perplexity of dense models in measure.engine",
     "baseline": "quality, size and task scores of dense models",
     "continuations": "greedy continuations of prompts by dense models",
     "token_losses": "losses of dense models on the test text, for the interval of a ratio of perplexities",

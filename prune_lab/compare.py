@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from prune_lab.measure.continuations import generation_of
 from prune_lab.measure.divergence import flips
+from prune_lab.measure.engine_figures import Engine
 from prune_lab.measure.macs import Macs
 from prune_lab.measure.measurements import Measurements
 from prune_lab.measure.speed import Paired
@@ -84,6 +85,21 @@ def latency_figures(timings: Timings) -> dict[str, float]:
     return metrics
 
 
+def engine_figures(engine: Engine) -> dict[str, float]:
+    """Metrics of an engine by name."""
+    name, metrics = engine.name, dict[str, float]()
+    for figure, after in asdict(engine.compressed).items():
+        before = getattr(engine.dense, figure)
+        if after is not None and before is not None:
+            metrics |= _both(f"{name}/{figure}", after, before)
+    if (after := engine.compressed.perplexity) is not None and engine.dense.perplexity is not None:
+        metrics[f"{name}/perplexity_ratio"] = after / engine.dense.perplexity
+    if engine.latency is not None:
+        metrics |= _timed("prefill", "ms", engine.latency.prefill, name)
+        metrics |= _timed("decode", "ms_per_token", engine.latency.decode, name)
+    return metrics
+
+
 def compute_figures(dense: Macs, compressed: Macs) -> dict[str, float]:
     """Metrics of multiply-accumulates per token by name."""
     effective = {"compute/effective_macs_per_token": compressed.effective}
@@ -95,17 +111,17 @@ def _both(name: str, compressed: float, dense: float) -> dict[str, float]:
     return {name: compressed, dense_name(name): dense}
 
 
-def _timed(stage: str, unit: str, paired: Paired) -> dict[str, float]:
-    median = f"latency/{stage}_{unit}_p50"
+def _timed(stage: str, unit: str, paired: Paired, of: str = "latency") -> dict[str, float]:
+    median = f"{of}/{stage}_{unit}_p50"
     return {
         median: float(paired.compressed.quantile(0.5)),
-        f"latency/{stage}_{unit}_p95": float(paired.compressed.quantile(0.95)),
+        f"{of}/{stage}_{unit}_p95": float(paired.compressed.quantile(0.95)),
         dense_name(median): float(paired.dense.quantile(0.5)),
-        **_speedup(stage, paired),
+        **_speedup(stage, paired, of=of),
     }
 
 
-def _speedup(stage: str, paired: Paired, at: str = "") -> dict[str, float]:
+def _speedup(stage: str, paired: Paired, at: str = "", of: str = "latency") -> dict[str, float]:
     low, high = paired.interval()
-    name = f"latency/{stage}_speedup{at}"
+    name = f"{of}/{stage}_speedup{at}"
     return {name: paired.speedup, f"{name}_low": low, f"{name}_high": high}

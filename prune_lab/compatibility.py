@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from prune_lab.config.parts import Parts
 from prune_lab.errors import Refused
+from prune_lab.measure.engine import check_engine
 from prune_lab.methods.depth import Depth
 from prune_lab.methods.sensitivity import Sensitivity
 from prune_lab.methods.structured import Structured
@@ -30,6 +31,7 @@ def check_parts(parts: Parts, choices: Mapping[str, str]) -> None:
             f"tracking.register={name} registers an export, and export={choices.get('export')} keeps none: give "
             "export=hf, or tracking.register=null"
         )
+    check_engine(parts.measure.engine, str(choices.get("export")), parts.export.measured_in)
     if parts.post.is_low_bit and not parts.export.takes_low_bits:
         raise Refused(
             f"export={choices.get('export')} cannot hold quantized weights, which post={choices.get('post')} makes: "

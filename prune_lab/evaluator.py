@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -11,14 +13,18 @@ from typing import Any
 
 from torch import Tensor
 
+from prune_lab import cache as store
 from prune_lab.cache import cache_folder
 from prune_lab.dense_cache import DenseCache
 from prune_lab.errors import Refused
 from prune_lab.export.base import Export
 from prune_lab.export.hf import HuggingFace
 from prune_lab.fingerprint import baseline_key
+from prune_lab.measure import llama_cpp
 from prune_lab.measure.continuations import Continuation
-from prune_lab.measure.divergence import POSITIONS, ratio_interval
+from prune_lab.measure.divergence import POSITIONS, perplexity_of, ratio_interval
+from prune_lab.measure.engine import stamp_of
+from prune_lab.measure.engine_figures import Engine, EngineFigures
 from prune_lab.measure.generation import Prompts, continue_prompts, prepare_prompts, samples_of
 from prune_lab.measure.macs import Macs, count_macs
 from prune_lab.measure.measurements import Measurements, continuations_from
@@ -27,7 +33,7 @@ from prune_lab.measure.perplexity import measure_beside, measure_losses, quality
 from prune_lab.measure.prompts import PromptShape, cut_grid, cut_headline
 from prune_lab.measure.routing import SameExperts
 from prune_lab.measure.settings import Measure
-from prune_lab.measure.size import measure_size
+from prune_lab.measure.size import MB, measure_size
 from prune_lab.measure.task_setup import ReadyTask, prepare_tasks
 from prune_lab.measure.tasks import measure_tasks
 from prune_lab.models.anatomy import Anatomy
@@ -42,6 +48,7 @@ from prune_lab.system.console import Console
 from prune_lab.system.device import Device, uses_bfloat16
 from prune_lab.system.files import owner_suffix, state_of
 from prune_lab.system.lock import locked
+from prune_lab.system.timing_lock import timing_lock
 from prune_lab.text.bos import Bos, resolve_bos
 from prune_lab.text.calibration_corpus import calibration_corpora, calibration_files
 from prune_lab.text.calibration_windows import draw_windows
@@ -89,6 +96,11 @@ class Evaluator:
         asked = self.measure.kl_windows
         return len(self.windows) if asked is None else min(asked, len(self.windows))
 
+    @property
+    def _windows_of_engine(self) -> Tensor:
+        """Test windows on which an engine's perplexity is measured, as `windows`."""
+        return self.windows[: self.measure.engine_windows]
+
     @cached_property
     def protocol(self) -> dict[str, Any]:
         """Protocol stamp: all that figures depend on beside the model. Runs with other stamps must not be compared."""
@@ -108,6 +120,7 @@ class Evaluator:
             "device": str(self.device.torch_device),
             "prompt_tokens": self.prompt.shape[1] - self.bos.length,
             **asdict(self.measure),
+            "engine": stamp_of(self.measure.engine, len(self._windows_of_engine)),
             "tasks": [task.stamp for task in self._tasks],
         }
 
@@ -171,6 +184,7 @@ class Evaluator:
             continuations=continue_prompts(loaded.model, self.prompts, self.device, console),
             divergence=divergence,
             ratio_interval=ratio_interval(self._dense_losses(console), losses),
+            first_perplexity=self._first_perplexity(losses),
             same_experts=same_experts.share,
         )
 
@@ -188,6 +202,63 @@ class Evaluator:
             return None
         console.note("measuring memory in a fresh process" if not self.device.is_cuda else "measuring memory")
         return measure_memory(loaded.model, folder, export, self.prompt, self.measure, self.device)
+
+    def _first_perplexity(self, losses: Tensor) -> float | None:
+        """Perplexity of the windows that an engine has, of all losses; None where it has none."""
+        first = losses[: len(self._windows_of_engine)]
+        return perplexity_of(float(first.double().mean())) if len(first) else None
+
+    def in_engine(self, folder: Path, export: Export, measured: Measurements, console: Console) -> Engine:
+        """Figures of measure.engine, of the dense model and of the one that `export` wrote into `folder`.
+
+        measured: what PyTorch measured of that one.
+        """
+        settings, module = self.measure, (type(export).__module__,)
+        with self._dense_export(export, console) as dense_folder:
+            files = [path for of in (dense_folder, folder) for path in export.files(of)]
+            of = {"engine": self.protocol["engine"], "build": llama_cpp.build(), "export": export.identity}
+            of |= {"repack": settings.engine_repack}
+            of |= self._of_windows | {"windows": len(self._windows_of_engine)}
+            found = [
+                self.dense_cache.value("engine", of, lambda: self._perplexity_in_engine(files[0], console), module),
+                self._perplexity_in_engine(files[1], console),
+            ]
+            by_torch = [self._first_perplexity(self._dense_losses(console)), measured.first_perplexity]
+            dense, compressed = (
+                EngineFigures(
+                    file_mb=file.stat().st_size / MB,
+                    perplexity=perplexity,
+                    perplexity_vs_torch=None if perplexity is None or other is None else perplexity / other,
+                    peak_mb=llama_cpp.peak_mb(file, self.prompt, settings, console) if settings.memory else None,
+                )
+                for file, perplexity, other in zip(files, found, by_torch, strict=True)
+            )
+            if not settings.latency:
+                return Engine(settings.engine, dense, compressed)
+            with timing_lock.exclusive(console.note) as load:
+                latency = llama_cpp.measure_pairs(files, self.prompt, settings, console)
+            return Engine(settings.engine, dense, compressed, latency, load.cores)
+
+    def _perplexity_in_engine(self, file: Path, console: Console) -> float | None:
+        """Perplexity of the first test windows in measure.engine; None where there are none."""
+        windows = self.bos.before(self._windows_of_engine)
+        if not len(windows):
+            return None
+        return perplexity_of(llama_cpp.mean_loss(file, windows, self.bos.length, console, self.measure.engine_repack))
+
+    @contextmanager
+    def _dense_export(self, export: Export, console: Console) -> Iterator[Path]:
+        """The dense model as `export` writes it, from the cache."""
+
+        def write(folder: Path) -> dict[str, Any]:
+            console.note("exporting the dense model")
+            export.write(self.dense, folder)
+            return {}
+
+        of = {"export": export.identity, "carried": self.hashes["carried"]}
+        key = self.dense_cache.key("dense_export", of, (type(export).__module__,))
+        with store.entry("dense_export", key, write) as entry:
+            yield entry.folder
 
     def baseline(self, sweep_folder: Path | None, console: Console) -> Measurements:
         """The dense model's figures, once in a process, and once in a sweep whoever runs its jobs.

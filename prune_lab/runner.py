@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from prune_lab.compare import compare, compute_figures
+from prune_lab.compare import compare, compute_figures, engine_figures
 from prune_lab.compatibility import check_found_layout, check_low_bit_model, pruning_events
 from prune_lab.compressing import Compressed, checkpoints, compress, stopwatch
 from prune_lab.config.parts import Parts
@@ -20,7 +20,9 @@ from prune_lab.evaluator import Evaluator, open_evaluator
 from prune_lab.export.base import Export
 from prune_lab.fingerprint import fingerprint
 from prune_lab.job_context import JobContext
+from prune_lab.measure import llama_cpp
 from prune_lab.measure.accelerate import check_acceleration
+from prune_lab.measure.engine_figures import Engine
 from prune_lab.measure.measurements import Measurements
 from prune_lab.measure.timing import Timings, measure_timings
 from prune_lab.models.anatomy import Anatomy, scope_of
@@ -73,8 +75,9 @@ def run(parts: Parts, config: dict[str, Any], context: JobContext, console: Cons
         dense = evaluator.baseline(context.sweep, console)
         console.enter(COMPRESSION)
         compressed = compress(parts, evaluator, calibrator, id_of_main, world, context.folder, console, log)
-        figures, timings = _measure(parts, evaluator, compressed, summary, context.folder, console)
+        figures, timings, engine = _measure(parts, evaluator, compressed, summary, context.folder, console)
         metrics = compare(parts.method, dense, figures, timings, compressed.pruned)
+        metrics |= engine_figures(engine) if engine is not None else {}
         metrics |= compute_figures(evaluator.macs, compressed.macs) | compressed.seconds
         if (scope := summary.model["scope"]) is not None:
             metrics |= {"scope/share": scope["share"]}
@@ -87,8 +90,8 @@ def run(parts: Parts, config: dict[str, Any], context: JobContext, console: Cons
         summary.status = "FINISHED"
         if parts.export.is_kept:
             reading = parts.export.reading(compressed.loaded)
-            engines = parts.export.engines(compressed.loaded, parts.method.cuts)
-            summary.loads_in = [asdict(verdict) for verdict in engines]
+            verdicts = parts.export.loads_in(compressed.loaded, parts.method.cuts)
+            summary.loads_in = [asdict(verdict) for verdict in verdicts]
             card = model_card(summary, evaluator.dense.name, context.command, reading, parts.export.library)
             write_text(_export_of(context.folder) / CARD, card)
         files = _write_files(context.folder, compressed, evaluator.dense)
@@ -107,6 +110,8 @@ def _resolve_device(parts: Parts) -> Device:
     device = devices.resolve(parts.settings.device, parts.settings.dtype)
     parts.post.check(device)
     check_acceleration(parts.measure.accelerate, device)
+    if parts.measure.engine != "none":
+        llama_cpp.build()
     return device
 
 
@@ -149,12 +154,17 @@ def _begin(
         config=config,
         folder=str(context.folder),
         model=evaluator.dense.describe(),
-        environment=describe_environment(evaluator.device),
+        environment=describe_environment(evaluator.device) | _engine_build(parts),
         protocol=protocol,
         not_applicable=_not_applicable(parts, context),
         fingerprint=fingerprint(config | {"export": parts.export.identity}, protocol=protocol, hashes=hashes),
     )
     return summary, calibrator
+
+
+def _engine_build(parts: Parts) -> dict[str, str]:
+    """An engine's own words on how it was built, for the record of the environment."""
+    return {"engine": llama_cpp.build()} if parts.measure.engine != "none" else {}
 
 
 def _not_applicable(parts: Parts, context: JobContext) -> dict[str, list[str]]:
@@ -210,9 +220,9 @@ def _helped(summary: Summary, context: JobContext) -> Summary:
 
 def _measure(
     parts: Parts, evaluator: Evaluator, compressed: Compressed, summary: Summary, folder: Path, console: Console
-) -> tuple[Measurements, Timings | None]:
-    """Measurements of the compressed model, and timings beside the dense one."""
-    loaded, timings = compressed.loaded, None
+) -> tuple[Measurements, Timings | None, Engine | None]:
+    """Measurements of the compressed model, timings beside the dense one, and both models in another engine."""
+    loaded, timings, engine, loads = compressed.loaded, None, None, list[float]()
     console.enter(MEASURES)
     with (
         _saved(loaded, folder, parts.export) as saved,
@@ -226,9 +236,14 @@ def _measure(
                 timings = measure_timings(
                     *models, evaluator.prompt, evaluator.grid, parts.measure, evaluator.device, console
                 )
-            summary.environment["cores_used_by_others"] = round(load.cores, 2)
+            loads.append(load.cores)
         parts.export.check(loaded.model, saved, evaluator.windows[:1].long(), parts.post.own_kernels)
-    return figures, timings
+        if parts.measure.engine != "none":
+            engine = evaluator.in_engine(saved, parts.export, figures, console)
+            loads += [engine.cores] if engine.cores is not None else []
+    if loads:
+        summary.environment["cores_used_by_others"] = round(max(loads), 2)
+    return figures, timings, engine
 
 
 @contextmanager

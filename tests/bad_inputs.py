@@ -89,6 +89,12 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
     ("export=gguf export.type=null", ("export.type",)),
     ("export=onnx export.type=q8_0", ("export.type='q8_0'", "f32, f16")),
     ("export=onnx post=int8_weight_only", ("export=onnx", "post=int8_weight_only", "give export=hf, or post=none")),
+    ("measure.engine=vllm", ("measure.engine='vllm'", "none, llama_cpp")),
+    ("measure.engine=null", ("measure.engine",)),
+    ("measure.engine_windows=-1", ("measure.engine_windows=-1", "at least 0")),
+    ("measure.engine=llama_cpp", ("measure.engine=llama_cpp", "export=none", "export=gguf, or measure.engine=none")),
+    ("measure.engine=llama_cpp export=hf", ("measure.engine=llama_cpp", "export=hf", "give export=gguf")),
+    ("measure.engine=llama_cpp export=bitmask", ("measure.engine=llama_cpp", "export=bitmask", "give export=gguf")),
     ("export=gguf post=int8_weight_only", ("export=gguf", "post=int8_weight_only", "give export=hf, or post=none")),
     (
         "model.stream=true measure=quality_only method=wanda export=gguf",

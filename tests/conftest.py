@@ -52,10 +52,10 @@ ALL_FAMILIES = FAMILIES | OTHER_FAMILIES
 
 
 # What a function names that starts processes or a whole run: modules of Python, a browser, functions of warm.py and
-# processes.py; the command line itself, within the test's process; and what measures memory in a fresh one.
+# processes.py; the command line itself, within the test's process; and what measures in a fresh one.
 STARTERS = {
     "subprocess", "multiprocessing", "venv", "sync_playwright", "run_module", "start_module", "together", "launched",
-    "give_store", "program", "measure_memory",
+    "give_store", "program", "measure_memory", "llama_cpp",
 }  # fmt: skip
 
 

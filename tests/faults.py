@@ -845,6 +845,11 @@ FAULTS = (
         ("test_sweep.py::test_the_metrics_belong_together",),
     ),
     Fault(
+        "figures_of_an_engine_swapped", "prune_lab/compare.py",
+        '_both(f"{name}/{figure}", after, before)', '_both(f"{name}/{figure}", before, after)',
+        ("test_metrics.py::test_figures_of_an_engine_are_of_their_model",),
+    ),
+    Fault(
         "counter_that_begins_again_loses_its_turn", "prune_lab/measure/energy.py",
         "(self._range if now < self._last else 0)", "0",
         ("test_energy.py::test_a_counter_that_begins_again_loses_nothing",),
@@ -1092,14 +1097,14 @@ FAULTS = (
         ("test_export.py::test_a_type_that_is_not_described_has_the_older_names_too",),
     ),
     Fault(
-        "k_quants_keep_rows_of_32", "prune_lab/export/engines.py",
+        "k_quants_keep_rows_of_32", "prune_lab/export/loads_in.py",
         'return "K" if not length % SUPERBLOCK else', 'return "K" if not length % BLOCK else',
-        ("test_engines.py::test_rows_by_the_block_sizes_of_the_package_gguf",),
+        ("test_loads_in.py::test_rows_by_the_block_sizes_of_the_package_gguf",),
     ),
     Fault(
-        "kv_heads_are_never_copied", "prune_lab/export/engines.py",
+        "kv_heads_are_never_copied", "prune_lab/export/loads_in.py",
         "(kv % n if kv >= n else n % kv)", "kv % n",
-        ("test_engines.py::test_where_vllm_spreads_a_model",),
+        ("test_loads_in.py::test_where_vllm_spreads_a_model",),
     ),
     Fault(
         "text_of_a_call_taken_for_a_split", "prune_lab/api.py",

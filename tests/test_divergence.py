@@ -367,7 +367,10 @@ def test_a_run_that_changes_nothing(small: list[str], cli: Cli, tmp_path: Path) 
 # As bounds of a search.
 
 
-@pytest.mark.parametrize("name", ["quality/kl", "quality/kl_p99", "quality/perplexity_ratio_high", "tasks/piqa_flips"])
+@pytest.mark.parametrize(
+    "name",
+    ["quality/kl", "quality/kl_p99", "quality/perplexity_ratio_high", "tasks/piqa_flips", "llama_cpp/perplexity_ratio"],
+)
 def test_a_bound_on_divergence_looks_for_the_largest_amount(name: str) -> None:
     budget = Budget({name: 0.25})
     assert budget.on_quality

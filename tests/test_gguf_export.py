@@ -63,7 +63,8 @@ TURNS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window
 def loaded_of(place: Path, family: str, **changes: Any) -> Loaded:
     """A small model of a family, by name of the folder that it is made in."""
     if family in MIXTURES:
-        folder = tiny_folder(place / "made", family, **{**MIXTURES[family], **changes})
+        shape = {"num_key_value_heads": 4} if family == "olmoe" else {}  # as many as heads, as its norms there want it
+        folder = tiny_folder(place / "made", family, **{**MIXTURES[family], **shape, **changes})
     else:
         folder = make_folder(place / "made", family, **{"intermediate_size": 64, **changes})
     return HubModel(name=str(folder)).load(CPU, seed=0)
@@ -344,6 +345,7 @@ def test_a_file_that_was_tampered_with_does_not_pass(tmp_path: Path) -> None:
         ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [0]}, (), r"mlp_only_layers=\[0\]"),
         ("olmoe", {"norm_topk_prob": True}, (), "norm_topk_prob=True"),
         ("olmoe", {"clip_qkv": 5.0}, (), "clip_qkv=5.0"),
+        ("olmoe", {"num_key_value_heads": 2}, (), "num_key_value_heads=2.*num_key_value_heads=16 alone"),
         ("olmoe", {}, ("heads",), "heads x head_dim = hidden_size.*which would change; give method.units="),
         ("phi3", {}, ("hidden",), "heads x head_dim = hidden_size.*which would change"),
         ("gemma2", {"tie_word_embeddings": False}, (), "tie_word_embeddings=False"),

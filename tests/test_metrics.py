@@ -11,10 +11,11 @@ import torch
 from conftest import ROOT
 
 from prune_lab.commands.reference import write_metrics
-from prune_lab.compare import compare, compute_figures
+from prune_lab.compare import compare, compute_figures, engine_figures
 from prune_lab.measure.continuations import Continuation
 from prune_lab.measure.divergence import Divergence, divergence_of, position_divergences, ratio_interval
 from prune_lab.measure.energy import Energy
+from prune_lab.measure.engine_figures import Engine, EngineFigures
 from prune_lab.measure.macs import Macs
 from prune_lab.measure.measurements import Measurements
 from prune_lab.measure.perplexity import Quality
@@ -45,6 +46,8 @@ def emitted() -> set[str]:
     size = Size(1, 1, 1.0, 1.0, 1.0, 1, 1)
     figures = Measurements(quality, size, 1.0, tasks, answers, texts, divergence, (1.0, 1.0), 1.0)
     found = set(compare(Magnitude(), figures, figures, timings, Pruned()))
+    there = EngineFigures(1.0, 1.0, 1.0, 1.0)
+    found |= set(engine_figures(Engine("llama_cpp", there, there, latency)))
     return found | set(compute_figures(Macs(1, 1), Macs(1, 1))) | written()
 
 
@@ -72,6 +75,24 @@ def test_what_is_logged_is_in_the_table() -> None:
         for end, unit in UNITS.items():
             if metric.endswith(end) and not metric.endswith("tokens_per_s"):
                 assert entry.unit == unit, metric
+
+
+def test_figures_of_an_engine_are_of_their_model() -> None:
+    """By hand: what was not asked for of one of the two has no metric."""
+    pair = Paired(torch.full((10,), 6.0), torch.full((10,), 4.0))
+    engine = Engine(
+        "llama_cpp", EngineFigures(30.0, 8.0, 1.02, 50.0), EngineFigures(20.0, 10.0, 1.03, None), Latency(pair, pair)
+    )
+    times = {"p50": 4.0, "p95": 4.0}
+    assert engine_figures(engine) == {
+        "llama_cpp/file_mb": 20.0, "llama_cpp/dense_file_mb": 30.0,
+        "llama_cpp/perplexity": 10.0, "llama_cpp/dense_perplexity": 8.0, "llama_cpp/perplexity_ratio": 1.25,
+        "llama_cpp/perplexity_vs_torch": 1.03, "llama_cpp/dense_perplexity_vs_torch": 1.02,
+        **{f"llama_cpp/prefill_ms_{end}": value for end, value in times.items()}, "llama_cpp/dense_prefill_ms_p50": 6.0,
+        **{f"llama_cpp/decode_ms_per_token_{end}": value for end, value in times.items()},
+        "llama_cpp/dense_decode_ms_per_token_p50": 6.0,
+        **{f"llama_cpp/{stage}_speedup{end}": 1.5 for stage in ("prefill", "decode") for end in ("", "_low", "_high")},
+    }  # fmt: skip
 
 
 def test_a_task_may_be_called_as_a_dense_figure_is() -> None:
@@ -181,7 +202,7 @@ def test_titles_of_axes() -> None:
     assert axis("params/nonzero").title == "non-zero parameters (millions), lower is better"
     assert axis("train/loss").title == "train/loss"
     assert [metric.name for metric in METRICS if axis(metric.name).logarithmic] == [
-        "quality/perplexity", "quality/perplexity_ratio",
+        "quality/perplexity", "quality/perplexity_ratio", "llama_cpp/perplexity", "llama_cpp/perplexity_ratio",
     ]  # fmt: skip
 
 

@@ -97,6 +97,9 @@ def test_removed_parameters_without_a_speedup() -> None:
     (note,) = said(**smaller, **faster("prefill", 1.2, 1.001, 1.3))
     assert "no decode speed-up" in note
     assert said(**smaller, **FASTER) == []
+    there = {name.replace("latency", "llama_cpp"): value for name, value in faster("decode", 1.0, 0.9, 1.1).items()}
+    (note,) = said(**smaller, **FASTER, **there)
+    assert note.endswith("but no decode speed-up in llama.cpp: 1.000 [0.900, 1.100] contains 1")
 
 
 @pytest.mark.parametrize(("high", "is_slower"), [(0.999, True), (1.0, False)])

@@ -449,7 +449,7 @@ from pathlib import Path
 import torch
 from prune_lab.system.console import Console
 from prune_lab.system.device import Device
-from prune_lab.measure.memory import _peak, _reset_peak
+from prune_lab.system.resident import peak, reset_peak
 from prune_lab.measure.perplexity import measure_losses
 from prune_lab.methods.experts import Experts
 from prune_lab.methods.wanda import Wanda
@@ -460,14 +460,14 @@ from prune_lab.pruning.calibration import Calibrator
 
 device = Device(torch.device("cpu"), torch.float32)
 HubModel(name=sys.argv[2]).load(device, 0)  # a small one brings in the code and the thread pool
-before = _peak()
-_reset_peak()
+before = peak()
+reset_peak()
 dense = HubModel(name=sys.argv[1], stream=True).load(device, 0)
 copied = own_copy(dense.model, Path(sys.argv[3]))
 windows = torch.randint(1, 300, (4, 32))
 (Wanda if sys.argv[4] == "wanda" else Experts)().prune(Anatomy(copied), 0.5, 0, Calibrator(windows))
 measure_losses(copied, windows, 2, device, Console(quiet=True))
-print(_peak() - before)
+print(peak() - before)
 """
 
 

@@ -372,6 +372,18 @@ def test_the_leaderboard_is_by_perplexity_and_ends_with_what_did_not_finish(tmp_
     assert {len(cells) for cells in table} == {header.count("|") - 1}
 
 
+def test_the_leaderboard_has_speedups_in_llama_cpp_where_a_job_has_them(tmp_path: Path) -> None:
+    rows = [finished("0", 30, 500), finished("1", 20, 600)]
+    for stage, low in (("prefill", 1.2), ("decode", 0.9)):
+        name = f"llama_cpp/{stage}_speedup"
+        rows[1].summary.metrics.update({name: 1.3, f"{name}_low": low, f"{name}_high": 1.4})
+    comparison.write(tmp_path, rows)
+    header, _, *lines = (tmp_path / "results.md").read_text().splitlines()
+    assert header.endswith("| peak memory | prefill in llama.cpp | decode in llama.cpp |")
+    assert lines[1].endswith("| - | 1.30 [1.20, 1.40] | no change [0.90, 1.40] |")
+    assert lines[2].endswith("| - | - | - |")
+
+
 @pytest.mark.parametrize(
     ("width", "left_out"),
     [(160, []), (100, ["non-zero", "removed", "x dense"]), (80, ["decode speed-up", "peak memory"])],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from prune_lab.errors import Refused
 from prune_lab.results import run_warnings
 from prune_lab.system.console import Console
 from prune_lab.system.lock import locked
-from prune_lab.system.timing_lock import TimingLock, common_folder
+from prune_lab.system.timing_lock import TimingLock, _of_children, common_folder
 
 PATIENCE = 60
 
@@ -157,22 +158,38 @@ def test_whatever_the_umask_other_users_may_lock_too(tmp_path: Path) -> None:
     }
 
 
+BUSY = "while True: pass"
+
+
 def test_what_others_compute_is_seen_and_what_we_compute_is_not(tmp_path: Path) -> None:
     """A process that computes all the time takes a good part of a core; this one computes too, which is no load."""
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    busy = f"subprocess.Popen([sys.executable, '-c', '{BUSY}'], stdout=subprocess.DEVNULL)"
+    start = [sys.executable, "-c", f"import subprocess, sys; print({busy}.pid)"]
+    of_another = subprocess.run(start, stdout=subprocess.PIPE, text=True, check=True)
     try:
         with TimingLock(tmp_path).exclusive() as load:
             began = time.process_time()
             while time.process_time() - began < 1:
                 pass
     finally:
-        busy.kill()
-        busy.wait()
+        os.kill(int(of_another.stdout), signal.SIGKILL)
     assert load.cores > 0.2
     assert load.cores < (os.cpu_count() or 1) + 0.2
     (note,) = run_warnings.of_load({"cores_used_by_others": load.cores + 0.1})
     assert f"{load.cores + 0.1:.2f} cores" in note
     assert run_warnings.of_load({"cores_used_by_others": 0.04}) == run_warnings.of_load({}) == []
+
+
+def test_what_a_process_of_ours_computes_is_counted_as_ours() -> None:
+    """While it runs, and when it has ended: what is timed there is no load by others."""
+    busy, before = subprocess.Popen([sys.executable, "-c", BUSY]), _of_children()
+    try:
+        while (running := _of_children()) - before < 0.3:
+            time.sleep(0.05)
+    finally:
+        busy.kill()
+        busy.wait()
+    assert _of_children() >= running
 
 
 def test_a_job_that_waits_for_another_one_s_lock_holds_no_timing_up(start: Start, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prune_lab.export.engines import Verdict
+    from prune_lab.export.loads_in import Verdict
     from prune_lab.models.load import Loaded
 
 
@@ -27,7 +27,7 @@ class Export:
     them.
     `takes_low_bits`: it can hold quantized weights, those of a post-compression. `takes_streamed`: it can be written
     of a model whose weights are on disk (model.stream=true). `library`: the Hub's name of what loads it. `readers`:
-    modules that `read` imports, whose memory is not the model's.
+    modules that `read` imports, whose memory is not the model's. `measured_in`: engines of measure.engine that load it.
     """
 
     not_applicable: ClassVar[tuple[str, ...]] = ()
@@ -38,6 +38,7 @@ class Export:
     takes_streamed: ClassVar[bool] = False
     library: ClassVar[str] = "transformers"
     readers: ClassVar[tuple[str, ...]] = ("prune_lab.models.export",)
+    measured_in: ClassVar[tuple[str, ...]] = ()
 
     def check_config(self, config: Any, cuts: Collection[str]) -> None:
         """Raises Refused for a model that it cannot hold, by its config, before the model is loaded.
@@ -72,7 +73,7 @@ class Export:
         """Instructions for loading the export of a model, for the model card."""
         raise NotImplementedError
 
-    def engines(self, loaded: Loaded, cuts: Collection[str] = ()) -> list[Verdict]:
+    def loads_in(self, loaded: Loaded, cuts: Collection[str] = ()) -> list[Verdict]:
         """Answers of engines to the export of a model, as far as there are rules; cuts: what pruning took out of it."""
         return []
 

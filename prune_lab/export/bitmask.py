@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from prune_lab.export.hf import HuggingFace
 
 if TYPE_CHECKING:
-    from prune_lab.export.engines import Verdict
+    from prune_lab.export.loads_in import Verdict
     from prune_lab.models.load import Loaded
 
 
@@ -40,8 +40,8 @@ class Bitmask(HuggingFace):
         """prune_lab."""
         return "prune_lab alone (`model=hf model.name=FOLDER`)"
 
-    def engines(self, loaded: Loaded, cuts: Collection[str] = ()) -> list[Verdict]:
+    def loads_in(self, loaded: Loaded, cuts: Collection[str] = ()) -> list[Verdict]:
         """None of them."""
-        from prune_lab.export.engines import of_bitmask
+        from prune_lab.export.loads_in import of_bitmask
 
         return of_bitmask()

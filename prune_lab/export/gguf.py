@@ -16,7 +16,7 @@ from prune_lab.export.base import Export
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prune_lab.export.engines import Verdict
+    from prune_lab.export.loads_in import Verdict
     from prune_lab.models.load import Loaded
 
 FILE = "model.gguf"
@@ -34,6 +34,7 @@ class Gguf(Export):
 
     exact: ClassVar[bool] = False
     library: ClassVar[str] = "gguf"
+    measured_in: ClassVar[tuple[str, ...]] = ("llama_cpp",)
 
     def __post_init__(self) -> None:
         if self.type not in TYPES:
@@ -121,8 +122,8 @@ class Gguf(Export):
             f"matrices in {self.type}"
         )
 
-    def engines(self, loaded: Loaded, cuts: Collection[str] = ()) -> list[Verdict]:
+    def loads_in(self, loaded: Loaded, cuts: Collection[str] = ()) -> list[Verdict]:
         """llama.cpp, and what reads its files."""
-        from prune_lab.export.engines import of_gguf, shapes_of
+        from prune_lab.export.loads_in import of_gguf, shapes_of
 
         return of_gguf(shapes_of(loaded, cuts), self.type)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from prune_lab.export.base import Export
 
 if TYPE_CHECKING:
-    from prune_lab.export.engines import Verdict
+    from prune_lab.export.loads_in import Verdict
     from prune_lab.models.load import Loaded
 
 LOW_BITS = (
@@ -51,8 +51,8 @@ class HuggingFace(Export):
         stock = f"`{auto_class(loaded.model.config).__name__}.from_pretrained(folder)` of stock transformers"
         return LOW_BITS if loaded.is_low_bit else stock
 
-    def engines(self, loaded: Loaded, cuts: Collection[str] = ()) -> list[Verdict]:
+    def loads_in(self, loaded: Loaded, cuts: Collection[str] = ()) -> list[Verdict]:
         """By shapes and number types."""
-        from prune_lab.export.engines import of_folder, shapes_of
+        from prune_lab.export.loads_in import of_folder, shapes_of
 
         return of_folder(shapes_of(loaded, cuts))

@@ -13,7 +13,7 @@ from prune_lab.export.base import Export
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prune_lab.export.engines import Verdict
+    from prune_lab.export.loads_in import Verdict
     from prune_lab.models.load import Loaded
 
 TYPES = ("f32", "f16")
@@ -73,9 +73,9 @@ class Onnx(Export):
 
         return OnnxModel(folder)
 
-    def engines(self, loaded: Loaded, cuts: Collection[str] = ()) -> list[Verdict]:
+    def loads_in(self, loaded: Loaded, cuts: Collection[str] = ()) -> list[Verdict]:
         """ONNX Runtime alone."""
-        from prune_lab.export.engines import of_onnx
+        from prune_lab.export.loads_in import of_onnx
 
         return of_onnx(self.type)
 

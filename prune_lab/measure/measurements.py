@@ -20,8 +20,8 @@ class Measurements:
     answers: of each task whose documents are answered rightly or wrongly, "1" or "0" for each of them, in order.
     continuations: of each prompt, where any were asked for.
     divergence, ratio_interval: difference from the dense model, and the 95 % interval of the ratio of perplexities;
-    same_experts: share of the dense model's choices of experts that this one makes as well. None of the dense model
-    itself, and where there is none.
+    same_experts: share of the dense model's choices of experts that this one makes as well; first_perplexity: that of
+    the windows which measure.engine runs too. None of the dense model itself, and where there is none.
     """
 
     quality: Quality
@@ -33,6 +33,7 @@ class Measurements:
     divergence: Divergence | None = None
     ratio_interval: tuple[float, float] | None = None
     same_experts: float | None = None
+    first_perplexity: float | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Measurements:

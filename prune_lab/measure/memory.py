@@ -26,10 +26,11 @@ from prune_lab.measure.settings import Measure
 from prune_lab.measure.size import MB, held_bytes
 from prune_lab.models.families import FAMILIES
 from prune_lab.system.device import Device
+from prune_lab.system.resident import peak, reset_peak
 
 # glibc then gives freed pages back at once instead of keeping them in per-thread pools: four runs on a model of 11 MB
 # spread over 0.3 MB instead of 5 MB.
-_EXACT_ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+EXACT_ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def measure_memory(
@@ -41,7 +42,7 @@ def measure_memory(
     arguments = [folder, prompt.shape[1], settings.decode_tokens, torch.get_num_threads()]
     arguments += [type(export).__module__, type(export).__qualname__, json.dumps(asdict(export))]
     command = [sys.executable, "-m", __name__, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | _EXACT_ALLOCATOR)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | EXACT_ALLOCATOR)
     if done.returncode:
         raise RuntimeError(f"the process that measures memory failed: {done.stderr.strip()[-500:]}")
     return int(done.stdout.split()[-1]) / MB
@@ -79,29 +80,10 @@ def _peak_of_this_process(folder: str, export: Export, prompt_tokens: int, decod
     decode(small, prefill(small, prompt[:, :2]), 1)
     del small
     before = psutil.Process().memory_info().rss
-    _reset_peak()
+    reset_peak()
     model = export.read(Path(folder))
     decode(model, prefill(model, prompt), decode_tokens)
-    return _peak() - before
-
-
-def _reset_peak() -> None:
-    """Linux can forget an earlier peak; elsewhere the peak since the start serves."""
-    forget = Path("/proc/self/clear_refs")
-    if forget.exists():
-        forget.write_text("5")
-
-
-def _peak() -> int:
-    """Peak resident bytes of this process."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak() - before
 
 
 def _main(folder: str, numbers: list[int], module: str, name: str, keys: str) -> None:

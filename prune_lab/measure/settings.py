@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from prune_lab.measure.accelerate import CHOICES
 from prune_lab.measure.beginnings import BEGINNINGS
 from prune_lab.measure.continuations import LEAST
+from prune_lab.measure.engine import ENGINES
 from prune_lab.system.files import as_path
 
 MIN_PAIRS = 10
@@ -27,6 +28,9 @@ class Measure:
     batch_sizes, lengths: prompts that are timed beside that one, each number of rows with each number of tokens.
     memory: the peak of loading and inference. energy: joules per decoded token, where a counter can be read.
     aa: the dense model timed against a copy of itself. accelerate: how models are made ready to be timed, of CHOICES.
+    engine: the program that runs the exported model too, one of ENGINES. engine_windows: the first so many windows on
+    which its perplexity is measured; None: all, 0: none. engine_repack: llama.cpp may lay weights of few bits out anew
+    for the processor, as it does by itself.
     tasks: names of lm-eval's tasks. task_path: a folder of TASK.jsonl, used for the tasks found there; None: the Hub.
     task_limit: documents of each, the first so many. task_shots: examples before each question.
     """
@@ -47,6 +51,9 @@ class Measure:
     aa: bool = False
     accelerate: str = "none"
     energy: bool = False
+    engine: str = "none"
+    engine_windows: int | None = 32
+    engine_repack: bool = True
     tasks: tuple[str, ...] = ()
     task_path: str | None = None
     task_limit: int | None = None
@@ -58,7 +65,7 @@ class Measure:
         for name, least in (
             ("batch_size", 1), ("max_windows", 1), ("kl_windows", 0), ("pairs", MIN_PAIRS), ("warmup", 1),
             ("prompt_tokens", 1), ("decode_tokens", 1), ("task_limit", 1), ("task_shots", 0), ("generation_prompts", 0),
-            ("generation_tokens", LEAST),
+            ("generation_tokens", LEAST), ("engine_windows", 0),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:
@@ -77,6 +84,8 @@ class Measure:
                 raise ValueError(f"{name}={list(values)} must be different whole numbers of at least 1")
         if self.accelerate not in CHOICES:
             raise ValueError(f"accelerate={self.accelerate!r} is not one of {', '.join(CHOICES)}")
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine={self.engine!r} is not one of {', '.join(ENGINES)}")
         if not self.latency and self.accelerate != "none":
             raise ValueError(f"accelerate={self.accelerate!r} needs latency=true: it is for what is timed")
         if not self.latency and self.aa:

@@ -21,7 +21,7 @@ _SHOWN = (  # in the box beside a point, where the run has them; the two axes co
     "quality/perplexity", "quality/perplexity_ratio", "quality/kl", "quality/same_top", "quality/bits_per_byte",
     "generation/repetition", "generation/loops",
     "amount/realized", "params/nonzero", "params/total", "size/disk_mb", "memory/peak_mb", "latency/prefill_speedup",
-    "latency/decode_speedup",
+    "latency/decode_speedup", "llama_cpp/prefill_speedup", "llama_cpp/decode_speedup", "llama_cpp/perplexity",
 )  # fmt: skip
 
 

@@ -206,6 +206,31 @@ METRICS = (
            measured="its interval"),
     Metric("throughput/decode_tokens_per_s", "tokens per s", "higher", _tokens_per_s,
            title="decode (tokens per second)", measured="1000 / `latency/decode_ms_per_token_p50`"),
+    Metric("llama_cpp/perplexity", "", "lower", MEASURED, title="perplexity in llama.cpp",
+           row="perplexity in llama.cpp", form=".3f", logarithmic=True,
+           measured="of the GGUF file, on the first `measure.engine_windows` test windows ([below](#in-llamacpp)); "
+                    "`measure.engine=llama_cpp`, as all of `llama_cpp/`"),
+    Metric("llama_cpp/perplexity_ratio", "times dense", "lower", 1.0, form=".3f", logarithmic=True,
+           title="perplexity in llama.cpp, times the dense model's", measured="that / the dense model's"),
+    Metric("llama_cpp/perplexity_vs_torch", "times PyTorch's", "lower", MEASURED, form=".4f",
+           title="perplexity in llama.cpp, times PyTorch's",
+           measured="that / PyTorch's of the same model and windows: what the type of the file costs, and the engine"),
+    Metric("llama_cpp/file_mb", "MB", "lower", MEASURED, title="GGUF file (MB)", row="GGUF file, MB", form=".2f",
+           measured="bytes of the file, with its tokenizer"),
+    Metric("llama_cpp/peak_mb", "MB", "lower", MEASURED, title="peak memory of llama.cpp (MB)",
+           row="peak memory of llama.cpp, MB", form=".1f",
+           measured="peak of loading and inference in a fresh process; `measure.memory`"),
+    Metric("llama_cpp/prefill_ms_p50", "ms", "lower", MEASURED, title="prefill in llama.cpp (ms, median)",
+           stage="prefill", row="prefill in llama.cpp, ms (speed-up)", form=".2f",
+           measured="the prompt of `latency/prefill_ms_p50`, median over pairs; `measure.latency`"),
+    Metric("llama_cpp/prefill_ms_p95", "ms", "lower", None, measured="95th percentile"),
+    Metric("llama_cpp/decode_ms_per_token_p50", "ms per token", "lower", MEASURED, stage="decode",
+           title="decode in llama.cpp (ms per token, median)", row="decode in llama.cpp, ms per token (speed-up)",
+           form=".2f", measured="`measure.decode_tokens` after that prompt, greedily; median over pairs"),
+    Metric("llama_cpp/decode_ms_per_token_p95", "ms per token", "lower", None, measured="95th percentile"),
+    Metric("llama_cpp/{stage}_speedup", "times dense", "higher", 1.0, title="{stage} speed-up in llama.cpp",
+           measured="median over pairs of dense time / compressed time: above 1 is faster"),
+    Metric("llama_cpp/{stage}_speedup_{bound}", "times dense", "higher", 1.0, measured="its 95 % bootstrap interval"),
     Metric("time/{phase}_s", "s", "lower", None,
            measured="wall-clock of calibration and pruning, of training, of post-compression, of measuring and "
                     "checking the saved model; without what was waited for other jobs"),
@@ -344,17 +369,18 @@ def interval(metrics: Values, name: str) -> Interval | None:
     return Interval(*(metrics[one] for one in names)) if metrics.keys() >= set(names) else None
 
 
-def speedup_interval(metrics: Values, stage: str, at: str = "") -> Interval | None:
+def speedup_interval(metrics: Values, stage: str, at: str = "", of: str = "latency") -> Interval | None:
     """Speed-up of a stage with its 95 % interval, None where it was not timed.
 
-    stage: prefill or decode; after aa_ that of the dense model against itself. at: one shape, such as _b4_l128.
+    stage: prefill or decode; after aa_ that of the dense model against itself. at: one shape, such as _b4_l128. of:
+    latency, of PyTorch, or llama_cpp.
     """
-    return interval(metrics, f"latency/{stage}_speedup{at}")
+    return interval(metrics, f"{of}/{stage}_speedup{at}")
 
 
-def speedup(metrics: Values, stage: str, at: str = "") -> str:
+def speedup(metrics: Values, stage: str, at: str = "", of: str = "latency") -> str:
     """Speed-up as tables show it: "no change" where its interval contains 1, "-" where it was not timed."""
-    found = speedup_interval(metrics, stage, at)
+    found = speedup_interval(metrics, stage, at, of)
     if found is None:
         return "-"
     return f"no change {found.bounds('.2f')}" if found.contains(1) else f"{found:.2f}"

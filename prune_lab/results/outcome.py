@@ -13,6 +13,7 @@ from prune_lab.system.console import Console
 
 _ROWS = [metric for metric in METRICS if metric.row and not metric.stage]
 _TIMED = [metric for metric in METRICS if metric.stage]
+_HEADLINE = [metric for metric in _TIMED if metric.name.startswith("latency/")]
 
 
 def header(summary: Summary, console: Console) -> None:
@@ -119,7 +120,7 @@ def _table(m: dict[str, float], tasks: list[dict[str, Any]]) -> Table:
     for metric in _TIMED:
         if metric.name in m:
             dense, compressed = (format(m[of], metric.form) for of in (dense_name(metric.name), metric.name))
-            table.add_row(metric.row, dense, compressed, speedup(m, metric.stage))
+            table.add_row(metric.row, dense, compressed, speedup(m, metric.stage, of=metric.name.split("/")[0]))
     for words, _ in members("latency/aa_{stage}_speedup", m):
         table.add_row(f"dense against itself, {words['stage']}", "", "", speedup(m, f"aa_{words['stage']}"))
     return table
@@ -138,7 +139,7 @@ def _grid(m: dict[str, float], shapes: list[tuple[int, int]]) -> Table:
         table.add_column(name, justify="right")
     for batch, tokens in shapes:
         at, cells = f"_b{batch}_l{tokens}", [str(batch), str(tokens)]
-        for metric in _TIMED:
+        for metric in _HEADLINE:
             dense, compressed = (format(m[of + at], metric.form) for of in (dense_name(metric.name), metric.name))
             cells += [f"{dense} -> {compressed}", speedup(m, metric.stage, at)]
         table.add_row(*cells)

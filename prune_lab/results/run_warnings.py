@@ -8,6 +8,7 @@ from prune_lab.results.metrics import members, speedup_interval
 from prune_lab.results.summary import Summary
 
 _STAGES = ("prefill", "decode")
+_IN_ENGINE = ("llama_cpp/prefill_speedup", "llama_cpp/peak_mb")
 LOAD = 0.25  # cores; what a system does by itself is a tenth of it
 SPARSE = 0.005  # of the parameters; a row of zeros for padding is less
 OVERLAP = 2  # calibration windows that may share a token before it is said
@@ -171,7 +172,7 @@ def of_load(environment: dict[str, Any]) -> list[str]:
 
 def of_elsewhere(finished: Summary, environment: dict[str, Any]) -> list[str]:
     """Warning where a finished result is served again whose times and memory are of another machine."""
-    timed = {"latency/prefill_speedup", "memory/peak_mb"} & finished.metrics.keys()
+    timed = {"latency/prefill_speedup", "memory/peak_mb", *_IN_ENGINE} & finished.metrics.keys()
     there, here = (_machine(of) for of in (finished.environment, environment))
     if not timed or there == here:
         return []
@@ -188,7 +189,7 @@ def of_figures(metrics: dict[str, float]) -> list[str]:
         *_of_text(metrics),
         *_of_input(metrics),
         *_of_zeros(metrics),
-        *(note for stage in _STAGES for note in _of_time(metrics, stage)),
+        *(note for of in ("latency", "llama_cpp") for stage in _STAGES for note in _of_time(metrics, stage, of)),
         *_of_disk_and_memory(metrics),
         *_of_noise(metrics),
         *_of_tasks(metrics),
@@ -238,15 +239,16 @@ def _of_zeros(m: dict[str, float]) -> list[str]:
     return [f"{note}: the tensors are dense, zeros save neither bytes nor time in them" if dense else note]
 
 
-def _of_time(m: dict[str, float], stage: str) -> list[str]:
-    """Warning about fewer parameters without a measured speed-up, or with a slow-down."""
-    found, gone = speedup_interval(m, stage), m["params/physical_reduction"]
+def _of_time(m: dict[str, float], stage: str, of: str) -> list[str]:
+    """Warning about fewer parameters without a measured speed-up, or with a slow-down; `of` as of speedup_interval."""
+    found, gone = speedup_interval(m, stage, of=of), m["params/physical_reduction"]
+    where = "" if of == "latency" else " in llama.cpp"
     if found is None:
         return []
     if found.high < 1:
-        return [f"{stage} is slower than the dense model's: speed-up {found:.3f}"]
+        return [f"{stage} is slower than the dense model's{where}: speed-up {found:.3f}"]
     if gone > 0.01 and found.contains(1):
-        return [f"{gone:.0%} of the parameters are gone, but no {stage} speed-up: {found:.3f} contains 1"]
+        return [f"{gone:.0%} of the parameters are gone, but no {stage} speed-up{where}: {found:.3f} contains 1"]
     return []
 
 

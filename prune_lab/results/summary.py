@@ -35,7 +35,7 @@ class Summary:
     warnings: list[str] = field(default_factory=list)
     not_applicable: dict[str, list[str]] = field(default_factory=dict)  # keys of a group that its option ignores
     reason: str | None = None
-    loads_in: list[dict[str, Any]] = field(default_factory=list)  # of a kept export: Verdicts of export/engines.py
+    loads_in: list[dict[str, Any]] = field(default_factory=list)  # of a kept export: Verdicts of export/loads_in.py
     folder: str = ""  # where the run that computed this wrote its files
     unlogged: str | None = None  # why the tracker does not have this result, which is finished all the same
     reused_from: str | None = None  # the MLflow run or the folder that held this result, where it was not computed anew

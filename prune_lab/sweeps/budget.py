@@ -9,7 +9,12 @@ from typing import Any
 
 from prune_lab.results.metrics import axis
 
-_QUALITY = ("quality/", "tasks/", "generation/")  # what pruning costs; other metrics are what it saves
+_QUALITY = (
+    "quality/",
+    "tasks/",
+    "generation/",
+    "llama_cpp/perplexity",
+)  # what pruning costs; other metrics are what it saves
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,10 @@ from prune_lab.system.files import write_text
 LEADERBOARD, PLOT, REPORT = "results.md", "pareto.png", "report.html"
 ANSWER = "answer.md"  # what a sweeper that searches leaves; its first line is shown above the leaderboard
 # Columns of the leaderboard in the order in which a narrow terminal goes without them; and what is kept for `run`.
-_DISPENSABLE = ("non-zero", "x dense", "removed", "peak memory", "decode speed-up", "disk MB", "prefill speed-up")
+_IN_LLAMA_CPP = ("prefill in llama.cpp", "decode in llama.cpp")
+_DISPENSABLE = (
+    "non-zero", "x dense", "removed", "peak memory", *_IN_LLAMA_CPP, "decode speed-up", "disk MB", "prefill speed-up",
+)  # fmt: skip
 _LABEL = 24
 _COLUMNS = ("params/nonzero", "size/disk_mb", "quality/perplexity")  # of the leaderboard, of dense models too
 
@@ -99,7 +102,8 @@ def _fitting(table: list[list[str]], width: int) -> list[list[str]]:
     for name in _DISPENSABLE:
         if sum(room[kept] for kept in names) + 2 <= width:
             break
-        names.remove(name)
+        if name in names:
+            names.remove(name)
     return [[line[table[0].index(name)] for name in names] for line in table]
 
 
@@ -123,6 +127,8 @@ def _cells(rows: list[Row], sweep: list[Row]) -> tuple[list[str], list[list[str]
     on_front = {point.job for point in front(points, "params/nonzero")}
     header = ["job", "run", "removed", "non-zero", "disk MB", "perplexity", "x dense"]
     header += ["prefill speed-up", "decode speed-up", "peak memory"]
+    engine = any("llama_cpp/prefill_speedup" in row.summary.metrics for row in sweep)
+    header += [*_IN_LLAMA_CPP] if engine else []
     common = set(_shared_overrides(sweep))
     lines: list[list[str]] = []
     for dense in dense_points(points):
@@ -139,6 +145,7 @@ def _cells(rows: list[Row], sweep: list[Row]) -> tuple[list[str], list[list[str]
                 *(formatted(m, name) for name in ("amount/realized", *_COLUMNS, "quality/perplexity_ratio")),
                 *(speedup(m, stage) for stage in ("prefill", "decode")),
                 f"{-m['memory/reduction']:+.1%}" if "memory/reduction" in m else "-",
+                *(speedup(m, stage, of="llama_cpp") for stage in ("prefill", "decode") if engine),
             ]
         lines.append(cells)
     return header, [cells + [""] * (len(header) - len(cells)) for cells in lines]

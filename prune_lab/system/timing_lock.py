@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,10 +151,22 @@ def _open(path: Path) -> int | None:
 
 
 def _busy() -> float:
-    """Seconds that the machine's cores were busy with anything but this process."""
+    """Seconds that the machine's cores were busy with anything but this process and those that it started."""
     times = psutil.cpu_times()
     whole = sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal"))
-    return whole - time.process_time()
+    return whole - time.process_time() - _of_children()
+
+
+def _of_children() -> float:
+    """Processor seconds of the processes that this one started, and of those that they started; ended ones too."""
+    ended = os.times()
+    seconds = ended.children_user + ended.children_system
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            times = child.cpu_times()
+            seconds += times.user + times.system + getattr(times, "children_user", 0.0)
+            seconds += getattr(times, "children_system", 0.0)
+    return seconds
 
 
 def common_folder() -> Path:

@@ -26,9 +26,10 @@ class Architecture:
 
     name: in general.architecture. ropes: kinds of rotary scaling. fixed: fields of a config and the one value that
     they may have. in_pairs: rows of queries and keys are stored in the order of rotary pairs. norms_plus_one: norms are
-    stored with the 1 that the model adds to them. square: heads x head_dim must be hidden_size. own_head: the file has
-    a head also where it is tied; tied_only: it never has one. alternates: every so many blocks one sees all tokens.
-    read_again: transformers reads its files, so that the logits can be compared.
+    stored with the 1 that the model adds to them. square: heads x head_dim must be hidden_size. ungrouped: there must
+    be as many KV heads as heads. own_head: the file has a head also where it is tied; tied_only: it never has one.
+    alternates: every so many blocks one sees all tokens. read_again: transformers reads its files, so that the logits
+    can be compared.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Architecture:
     in_pairs: bool = False
     norms_plus_one: bool = False
     square: bool = False
+    ungrouped: bool = False
     own_head: bool = False
     tied_only: bool = False
     alternates: int = 0
@@ -84,6 +86,7 @@ ARCHITECTURES = {
         ("default",),
         _SILU | _NO_BIAS | {"norm_topk_prob": False, "clip_qkv": None},
         square=True,
+        ungrouped=True,
         own_head=True,
     ),
 }
@@ -170,6 +173,8 @@ def check_config(config: Any, cuts: Collection[str] = ()) -> None:
             f"head_dim = hidden_size) alone, {'which these are not' if not is_square(config) else 'which would change'}"
             "; give method.units=[mlp], or export=hf"
         )
+    if architecture.ungrouped and config.num_key_value_heads != config.num_attention_heads:
+        raise _refused(family, "num_key_value_heads", config.num_key_value_heads, config.num_attention_heads)
     _check_rope(config, architecture)
 
 

@@ -1,7 +1,7 @@
 """Engines that load an export: transformers 4.57 and 5, llama.cpp, vLLM and ONNX, by rules on shapes and layout.
 
 Each rule says where it is from. Those of transformers were tried (tests/test_export.py, tests/test_quantize.py,
-tests/test_engines.py); those of llama.cpp are of its source of 2026 (src/llama-quant.cpp, conversion/base.py), and its
+tests/test_loads_in.py); those of llama.cpp are of its source of 2026 (src/llama-quant.cpp, conversion/base.py), and its
 llama-quantize was run; those of vLLM are of its source of 2025, and nothing was run there.
 """
 

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from prune_lab.export.base import Export
 from prune_lab.export.bitmask import Bitmask
-from prune_lab.export.engines import NO, PARALLEL, UNKNOWN, YES, Verdict, not_spread, of_folder, row_type, shapes_of
 from prune_lab.export.gguf import Gguf
 from prune_lab.export.hf import HuggingFace
+from prune_lab.export.loads_in import NO, PARALLEL, UNKNOWN, YES, Verdict, not_spread, of_folder, row_type, shapes_of
 from prune_lab.methods.experts import Experts
 from prune_lab.methods.structured import Structured
 from prune_lab.models.anatomy import Anatomy
@@ -89,7 +89,7 @@ def exported(name: str, place: Path) -> tuple[Loaded, list[Verdict]]:
     if change is not None:
         change(loaded)
     export.write(loaded, place / "export")
-    return loaded, export.engines(loaded, ("mlp",))
+    return loaded, export.loads_in(loaded, ("mlp",))
 
 
 def reading_of(verdict: Verdict) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def refuses(heads: int, kv: int, width: int, experts: int | None, devices: int) 
 def test_where_vllm_spreads_a_model(devices: int, folder: Path) -> None:
     from transformers import LlamaConfig, Qwen3MoeConfig
 
-    from prune_lab.export.engines import Shapes
+    from prune_lab.export.loads_in import Shapes
 
     for heads, kv in ((9, 3), (8, 8), (8, 4), (16, 2), (12, 6), (24, 8), (6, 2), (4, 1), (14, 2)):
         for width in (1536, 1228, 1230, 1229):
