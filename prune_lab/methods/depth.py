@@ -52,7 +52,7 @@ class Depth(Method):
         return True
 
     def forward_passes(self, blocks: int) -> float:
-        """One, and one more for a refit; those that try each block without it pass once for each trial."""
+        """Time of one pass, and of another for a refit; of a pass for each trial where blocks are tried."""
         if self.by in ("bi", "angle"):
             return 1.0 + (self.refit != "none")
         removed = int(self.amount * blocks)

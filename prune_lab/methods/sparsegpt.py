@@ -31,7 +31,7 @@ class SparseGPT(WeightMethod):
     scopes: ClassVar[tuple[str, ...]] = ("window", "row")
 
     def forward_passes(self, blocks: int) -> float:
-        """Measured as Wanda's were: 2.8, of which 1.3 are the solve."""
+        """Time of the statistics, and of the solve: 2.8 passes together, measured as Wanda's were."""
         return super().forward_passes(blocks) + 1.3
 
     def __post_init__(self) -> None:
