@@ -1,10 +1,10 @@
-"""llm-compressor as an oracle: prunes or quantizes a folder on given tokens. Run by its own environment's Python.
+"""llm-compressor as an oracle: prunes a model on given tokens. Run by its own environment's Python.
 
 ENVIRONMENT/bin/python tests/oracles/llm_compressor.py KIND AMOUNT MODEL TOKENS OUT
 
-KIND: wanda, sparsegpt (AMOUNT of each Linear of the blocks becomes zero) or int4 (round to nearest, groups of 32;
-zeros stay zero). MODEL: a Hugging Face folder, computed in float32. TOKENS: a safetensors file with `windows`, shape
-(windows, tokens). OUT: the folder that is written, dense. Prints the seconds of pruning.
+KIND: wanda or sparsegpt; AMOUNT of each Linear of the blocks becomes zero. MODEL: a Hugging Face folder, computed in
+float32. TOKENS: a safetensors file with `windows`, shape (windows, tokens). OUT: the folder that is written, dense.
+Prints the seconds of pruning.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import torch
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
-from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main(kind: str, amount: float, folder: str, tokens: str, out: str) -> None:
-    """Compresses and saves."""
+    """Prunes and saves."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     windows = load_file(tokens)["windows"]
     data = Dataset.from_dict({"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()})
@@ -31,19 +30,14 @@ def main(kind: str, amount: float, folder: str, tokens: str, out: str) -> None:
         "sparsegpt": lambda: SparseGPTModifier(
             sparsity=amount, block_size=128, dampening_frac=0.01, targets=["Linear"], ignore=["re:.*lm_head"]
         ),
-        "int4": lambda: QuantizationModifier(scheme="W4A16", targets=["Linear"], ignore=["lm_head"]),
     }[kind]()
     began = time.perf_counter()
     oneshot(
-        model=model,
-        tokenizer=AutoTokenizer.from_pretrained(folder),
-        dataset=data,
-        recipe=recipe,
-        num_calibration_samples=len(windows),
-        max_seq_length=windows.shape[1],
-    )
+        model=model, tokenizer=AutoTokenizer.from_pretrained(folder), recipe=recipe, dataset=data,
+        num_calibration_samples=len(windows), max_seq_length=windows.shape[1],
+    )  # fmt: skip
     print(f"seconds {time.perf_counter() - began:.1f}")
-    model.save_pretrained(out, save_compressed=kind == "int4")
+    model.save_pretrained(out, save_compressed=False)
     AutoTokenizer.from_pretrained(folder).save_pretrained(out)
 
 
