@@ -20,10 +20,9 @@ from prune_lab.errors import Refused
 from prune_lab.export.base import Export
 from prune_lab.export.hf import HuggingFace
 from prune_lab.fingerprint import baseline_key
-from prune_lab.measure import llama_cpp
 from prune_lab.measure.continuations import Continuation
 from prune_lab.measure.divergence import POSITIONS, perplexity_of, ratio_interval
-from prune_lab.measure.engine import stamp_of
+from prune_lab.measure.engine import engine_module, stamp_of
 from prune_lab.measure.engine_figures import Engine, EngineFigures
 from prune_lab.measure.generation import Prompts, continue_prompts, prepare_prompts, samples_of
 from prune_lab.measure.macs import Macs, count_macs
@@ -213,38 +212,40 @@ class Evaluator:
 
         measured: what PyTorch measured of that one.
         """
-        settings, module = self.measure, (type(export).__module__,)
+        settings, source, engine = self.measure, (type(export).__module__,), engine_module(self.measure.engine)
         with self._dense_export(export, console) as dense_folder:
-            files = [path for of in (dense_folder, folder) for path in export.files(of)]
-            of = {"engine": self.protocol["engine"], "build": llama_cpp.build(), "export": export.identity}
+            of_both = [export.files(of) for of in (dense_folder, folder)]
+            files = [paths[0] for paths in of_both]  # what is opened; more of them lie beside it
+            of = {"engine": self.protocol["engine"], "build": engine.build(), "export": export.identity}
             of |= {"repack": settings.engine_repack}
             of |= self._of_windows | {"windows": len(self._windows_of_engine)}
             found = [
-                self.dense_cache.value("engine", of, lambda: self._perplexity_in_engine(files[0], console), module),
+                self.dense_cache.value("engine", of, lambda: self._perplexity_in_engine(files[0], console), source),
                 self._perplexity_in_engine(files[1], console),
             ]
             by_torch = [self._first_perplexity(self._dense_losses(console)), measured.first_perplexity]
             dense, compressed = (
                 EngineFigures(
-                    file_mb=file.stat().st_size / MB,
+                    file_mb=sum(path.stat().st_size for path in paths) / MB,
                     perplexity=perplexity,
                     perplexity_vs_torch=None if perplexity is None or other is None else perplexity / other,
-                    peak_mb=llama_cpp.peak_mb(file, self.prompt, settings, console) if settings.memory else None,
+                    peak_mb=engine.peak_mb(paths[0], self.prompt, settings, console) if settings.memory else None,
                 )
-                for file, perplexity, other in zip(files, found, by_torch, strict=True)
+                for paths, perplexity, other in zip(of_both, found, by_torch, strict=True)
             )
             if not settings.latency:
                 return Engine(settings.engine, dense, compressed)
             with timing_lock.exclusive(console.note) as load:
-                latency = llama_cpp.measure_pairs(files, self.prompt, settings, console)
+                latency = engine.measure_pairs(files, self.prompt, settings, console)
             return Engine(settings.engine, dense, compressed, latency, load.cores)
 
     def _perplexity_in_engine(self, file: Path, console: Console) -> float | None:
         """Perplexity of the first test windows in measure.engine; None where there are none."""
-        windows = self.bos.before(self._windows_of_engine)
+        windows, repack = self.bos.before(self._windows_of_engine), self.measure.engine_repack
         if not len(windows):
             return None
-        return perplexity_of(llama_cpp.mean_loss(file, windows, self.bos.length, console, self.measure.engine_repack))
+        loss = engine_module(self.measure.engine).mean_loss(file, windows, self.bos.length, console, repack)
+        return perplexity_of(loss)
 
     @contextmanager
     def _dense_export(self, export: Export, console: Console) -> Iterator[Path]:

@@ -20,8 +20,8 @@ from prune_lab.evaluator import Evaluator, open_evaluator
 from prune_lab.export.base import Export
 from prune_lab.fingerprint import fingerprint
 from prune_lab.job_context import JobContext
-from prune_lab.measure import llama_cpp
 from prune_lab.measure.accelerate import check_acceleration
+from prune_lab.measure.engine import engine_module
 from prune_lab.measure.engine_figures import Engine
 from prune_lab.measure.measurements import Measurements
 from prune_lab.measure.timing import Timings, measure_timings
@@ -111,7 +111,7 @@ def _resolve_device(parts: Parts) -> Device:
     parts.post.check(device)
     check_acceleration(parts.measure.accelerate, device)
     if parts.measure.engine != "none":
-        llama_cpp.build()
+        engine_module(parts.measure.engine).build()
     return device
 
 
@@ -164,7 +164,8 @@ def _begin(
 
 def _engine_build(parts: Parts) -> dict[str, str]:
     """An engine's own words on how it was built, for the record of the environment."""
-    return {"engine": llama_cpp.build()} if parts.measure.engine != "none" else {}
+    engine = parts.measure.engine
+    return {"engine": engine_module(engine).build()} if engine != "none" else {}
 
 
 def _not_applicable(parts: Parts, context: JobContext) -> dict[str, list[str]]:

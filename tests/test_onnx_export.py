@@ -12,13 +12,17 @@ import pytest
 import torch
 from conftest import Cli, make_folder
 from model_types import tiny_model
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from prune_lab.errors import Refused
 from prune_lab.export.onnx import PACKAGES, TYPES, Onnx
+from prune_lab.measure.onnx_runtime import mean_loss
 from prune_lab.models.onnx import compare, graph
 from prune_lab.models.onnx.session import OnnxModel
 from prune_lab.models.onnx.types import TYPES as MODEL_TYPES
+from prune_lab.results.metrics import METRICS
+from prune_lab.system.console import Console
 
 SLOW = (pytest.mark.slow, pytest.mark.process)
 TOKENS = torch.randint(90, (1, 40), generator=torch.Generator().manual_seed(3))
@@ -115,6 +119,44 @@ def test_a_graph_of_another_model_does_not_pass(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="token 21, decoded"):
         compare.compare(model, Forgetful(tmp_path), TOKENS, 4, torch.float16)
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_a_run_measures_both_graphs_in_onnx_runtime(folder: Path, small: list[str], cli: Cli, tmp_path: Path) -> None:
+    """In float32 perplexity is PyTorch's, and every figure is there."""
+    words = [*small, "method=structured", "amount=0.5", "tracking=none", "export=onnx", "measure.engine=onnxruntime"]
+    words += ["measure.engine_windows=2", "measure.generation_prompts=0", "measure.max_windows=4"]
+    words += ["measure.memory=true"]
+    done = cli(*words, "hydra.run.dir=run")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]
+    found = {name: value for name, value in metrics.items() if name.startswith("onnxruntime/")}
+    asked = {name for metric in METRICS if metric.name.startswith("onnxruntime/") for name in metric.names}
+    assert asked <= set(found)
+    for of in ("", "dense_"):
+        assert found[f"onnxruntime/{of}perplexity_vs_torch"] == pytest.approx(1, abs=1e-4)
+        assert found[f"onnxruntime/{of}peak_mb"] > 0
+    assert found["onnxruntime/perplexity"] != found["onnxruntime/dense_perplexity"]
+    export = tmp_path / "run" / "export"
+    size = sum((export / name).stat().st_size for name in ("model.onnx", "model.onnx.data")) / 1e6
+    assert found["onnxruntime/file_mb"] == pytest.approx(size)
+    assert found["onnxruntime/file_mb"] < found["onnxruntime/dense_file_mb"]
+    low, high = (found[f"onnxruntime/decode_speedup_{bound}"] for bound in ("low", "high"))
+    assert low <= found["onnxruntime/decode_speedup"] <= high
+    assert "perplexity in ONNX Runtime" in done.stdout
+
+
+def test_the_loss_in_onnx_runtime_is_of_the_targets_behind_a_bos(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    graph.write(model, tmp_path, torch.float32)
+    windows = torch.cat((torch.ones(3, 1, dtype=torch.int64), TOKENS[:, :36].view(3, 12)), 1)
+    for prefix in (0, 1):
+        with torch.no_grad():
+            logits = model(input_ids=windows).logits[:, prefix:-1]
+        expected = cross_entropy(logits.flatten(0, 1), windows[:, prefix + 1 :].flatten())
+        found = mean_loss(tmp_path / "model.onnx", windows, prefix, Console(quiet=True))
+        assert found == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_types_that_were_not_compared_are_refused() -> None:

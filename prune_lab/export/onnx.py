@@ -32,6 +32,7 @@ class Onnx(Export):
 
     exact: ClassVar[bool] = False
     library: ClassVar[str] = "onnx"
+    measured_in: ClassVar[tuple[str, ...]] = ("onnxruntime",)
     readers: ClassVar[tuple[str, ...]] = ("onnxruntime", "prune_lab.models.onnx.session")
 
     def __post_init__(self) -> None:

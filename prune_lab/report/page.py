@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.report.runs import Report
-from prune_lab.results.metrics import axis
+from prune_lab.results.metrics import ENGINES, axis
 from prune_lab.results.pareto import Point, front, lines, steps
 from prune_lab.results.samples import printable
 from prune_lab.results.summary import Summary
@@ -21,7 +21,8 @@ _SHOWN = (  # in the box beside a point, where the run has them; the two axes co
     "quality/perplexity", "quality/perplexity_ratio", "quality/kl", "quality/same_top", "quality/bits_per_byte",
     "generation/repetition", "generation/loops",
     "amount/realized", "params/nonzero", "params/total", "size/disk_mb", "memory/peak_mb", "latency/prefill_speedup",
-    "latency/decode_speedup", "llama_cpp/prefill_speedup", "llama_cpp/decode_speedup", "llama_cpp/perplexity",
+    "latency/decode_speedup",
+    *(f"{engine}/{of}" for engine in ENGINES for of in ("prefill_speedup", "decode_speedup", "perplexity")),
 )  # fmt: skip
 
 

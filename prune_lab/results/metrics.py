@@ -79,6 +79,44 @@ def _tokens_per_s(dense: Values) -> float | None:
     return 1e3 / ms if ms else None
 
 
+# Engines of measure.engine: the word that figures of each begin with, its name, and what it runs.
+ENGINES = {"llama_cpp": ("llama.cpp", "GGUF file"), "onnxruntime": ("ONNX Runtime", "ONNX graph")}
+
+
+def _in_engine(engine: str) -> tuple[Metric, ...]:
+    """Metrics of both models in an engine."""
+    title, file = ENGINES[engine]
+    return (
+        Metric(f"{engine}/perplexity", "", "lower", MEASURED, title=f"perplexity in {title}",
+               row=f"perplexity in {title}", form=".3f", logarithmic=True,
+               measured=f"of the {file}, on the first `measure.engine_windows` test windows "
+                        f"([below](#in-another-engine)); `measure.engine={engine}`, as all of `{engine}/`"),
+        Metric(f"{engine}/perplexity_ratio", "times dense", "lower", 1.0, form=".3f", logarithmic=True,
+               title=f"perplexity in {title}, times the dense model's", measured="that / the dense model's"),
+        Metric(f"{engine}/perplexity_vs_torch", "times PyTorch's", "lower", MEASURED, form=".4f",
+               title=f"perplexity in {title}, times PyTorch's",
+               measured="that / PyTorch's of the same model and windows: what the type of the file costs, and the "
+                        "engine"),
+        Metric(f"{engine}/file_mb", "MB", "lower", MEASURED, title=f"{file} (MB)", row=f"{file}, MB", form=".2f",
+               measured=f"bytes of the {file}"),
+        Metric(f"{engine}/peak_mb", "MB", "lower", MEASURED, title=f"peak memory of {title} (MB)",
+               row=f"peak memory of {title}, MB", form=".1f",
+               measured="peak of loading and inference in a fresh process; `measure.memory`"),
+        Metric(f"{engine}/prefill_ms_p50", "ms", "lower", MEASURED, title=f"prefill in {title} (ms, median)",
+               stage="prefill", row=f"prefill in {title}, ms (speed-up)", form=".2f",
+               measured="the prompt of `latency/prefill_ms_p50`, median over pairs; `measure.latency`"),
+        Metric(f"{engine}/prefill_ms_p95", "ms", "lower", None, measured="95th percentile"),
+        Metric(f"{engine}/decode_ms_per_token_p50", "ms per token", "lower", MEASURED, stage="decode",
+               title=f"decode in {title} (ms per token, median)", row=f"decode in {title}, ms per token (speed-up)",
+               form=".2f", measured="`measure.decode_tokens` after that prompt, greedily; median over pairs"),
+        Metric(f"{engine}/decode_ms_per_token_p95", "ms per token", "lower", None, measured="95th percentile"),
+        Metric(f"{engine}/{{stage}}_speedup", "times dense", "higher", 1.0, title=f"{{stage}} speed-up in {title}",
+               measured="median over pairs of dense time / compressed time: above 1 is faster"),
+        Metric(f"{engine}/{{stage}}_speedup_{{bound}}", "times dense", "higher", 1.0,
+               measured="its 95 % bootstrap interval"),
+    )  # fmt: skip
+
+
 # In the order of docs/metrics.md and of the rows of a run's table. A name belongs to the first entry that it fits.
 METRICS = (
     Metric("quality/perplexity", "", "lower", MEASURED, title="perplexity", row="perplexity", form=".3f",
@@ -206,31 +244,7 @@ METRICS = (
            measured="its interval"),
     Metric("throughput/decode_tokens_per_s", "tokens per s", "higher", _tokens_per_s,
            title="decode (tokens per second)", measured="1000 / `latency/decode_ms_per_token_p50`"),
-    Metric("llama_cpp/perplexity", "", "lower", MEASURED, title="perplexity in llama.cpp",
-           row="perplexity in llama.cpp", form=".3f", logarithmic=True,
-           measured="of the GGUF file, on the first `measure.engine_windows` test windows ([below](#in-llamacpp)); "
-                    "`measure.engine=llama_cpp`, as all of `llama_cpp/`"),
-    Metric("llama_cpp/perplexity_ratio", "times dense", "lower", 1.0, form=".3f", logarithmic=True,
-           title="perplexity in llama.cpp, times the dense model's", measured="that / the dense model's"),
-    Metric("llama_cpp/perplexity_vs_torch", "times PyTorch's", "lower", MEASURED, form=".4f",
-           title="perplexity in llama.cpp, times PyTorch's",
-           measured="that / PyTorch's of the same model and windows: what the type of the file costs, and the engine"),
-    Metric("llama_cpp/file_mb", "MB", "lower", MEASURED, title="GGUF file (MB)", row="GGUF file, MB", form=".2f",
-           measured="bytes of the file, with its tokenizer"),
-    Metric("llama_cpp/peak_mb", "MB", "lower", MEASURED, title="peak memory of llama.cpp (MB)",
-           row="peak memory of llama.cpp, MB", form=".1f",
-           measured="peak of loading and inference in a fresh process; `measure.memory`"),
-    Metric("llama_cpp/prefill_ms_p50", "ms", "lower", MEASURED, title="prefill in llama.cpp (ms, median)",
-           stage="prefill", row="prefill in llama.cpp, ms (speed-up)", form=".2f",
-           measured="the prompt of `latency/prefill_ms_p50`, median over pairs; `measure.latency`"),
-    Metric("llama_cpp/prefill_ms_p95", "ms", "lower", None, measured="95th percentile"),
-    Metric("llama_cpp/decode_ms_per_token_p50", "ms per token", "lower", MEASURED, stage="decode",
-           title="decode in llama.cpp (ms per token, median)", row="decode in llama.cpp, ms per token (speed-up)",
-           form=".2f", measured="`measure.decode_tokens` after that prompt, greedily; median over pairs"),
-    Metric("llama_cpp/decode_ms_per_token_p95", "ms per token", "lower", None, measured="95th percentile"),
-    Metric("llama_cpp/{stage}_speedup", "times dense", "higher", 1.0, title="{stage} speed-up in llama.cpp",
-           measured="median over pairs of dense time / compressed time: above 1 is faster"),
-    Metric("llama_cpp/{stage}_speedup_{bound}", "times dense", "higher", 1.0, measured="its 95 % bootstrap interval"),
+    *(metric for engine in ENGINES for metric in _in_engine(engine)),
     Metric("time/{phase}_s", "s", "lower", None,
            measured="wall-clock of calibration and pruning, of training, of post-compression, of measuring and "
                     "checking the saved model; without what was waited for other jobs"),
@@ -373,7 +387,7 @@ def speedup_interval(metrics: Values, stage: str, at: str = "", of: str = "laten
     """Speed-up of a stage with its 95 % interval, None where it was not timed.
 
     stage: prefill or decode; after aa_ that of the dense model against itself. at: one shape, such as _b4_l128. of:
-    latency, of PyTorch, or llama_cpp.
+    latency, of PyTorch, or one of ENGINES.
     """
     return interval(metrics, f"{of}/{stage}_speedup{at}")
 

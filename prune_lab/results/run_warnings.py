@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from prune_lab.results.metrics import members, speedup_interval
+from prune_lab.results.metrics import ENGINES, members, speedup_interval
 from prune_lab.results.summary import Summary
 
 _STAGES = ("prefill", "decode")
-_IN_ENGINE = ("llama_cpp/prefill_speedup", "llama_cpp/peak_mb")
+_IN_ENGINE = tuple(f"{engine}/{figure}" for engine in ENGINES for figure in ("prefill_speedup", "peak_mb"))
 LOAD = 0.25  # cores; what a system does by itself is a tenth of it
 SPARSE = 0.005  # of the parameters; a row of zeros for padding is less
 OVERLAP = 2  # calibration windows that may share a token before it is said
@@ -189,7 +189,7 @@ def of_figures(metrics: dict[str, float]) -> list[str]:
         *_of_text(metrics),
         *_of_input(metrics),
         *_of_zeros(metrics),
-        *(note for of in ("latency", "llama_cpp") for stage in _STAGES for note in _of_time(metrics, stage, of)),
+        *(note for of in ("latency", *ENGINES) for stage in _STAGES for note in _of_time(metrics, stage, of)),
         *_of_disk_and_memory(metrics),
         *_of_noise(metrics),
         *_of_tasks(metrics),
@@ -242,7 +242,7 @@ def _of_zeros(m: dict[str, float]) -> list[str]:
 def _of_time(m: dict[str, float], stage: str, of: str) -> list[str]:
     """Warning about fewer parameters without a measured speed-up, or with a slow-down; `of` as of speedup_interval."""
     found, gone = speedup_interval(m, stage, of=of), m["params/physical_reduction"]
-    where = "" if of == "latency" else " in llama.cpp"
+    where = f" in {ENGINES[of][0]}" if of in ENGINES else ""
     if found is None:
         return []
     if found.high < 1:

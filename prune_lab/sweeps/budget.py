@@ -7,14 +7,10 @@ from dataclasses import dataclass, field
 from math import ceil, floor
 from typing import Any
 
-from prune_lab.results.metrics import axis
+from prune_lab.results.metrics import ENGINES, axis
 
-_QUALITY = (
-    "quality/",
-    "tasks/",
-    "generation/",
-    "llama_cpp/perplexity",
-)  # what pruning costs; other metrics are what it saves
+# Metrics of what pruning costs; the others are of what it saves.
+_QUALITY = ("quality/", "tasks/", "generation/", *(f"{engine}/perplexity" for engine in ENGINES))
 
 
 @dataclass(frozen=True)

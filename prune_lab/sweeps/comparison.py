@@ -12,7 +12,7 @@ from rich.table import Table
 
 from prune_lab.report import page
 from prune_lab.report.runs import Run, report_of
-from prune_lab.results.metrics import formatted, speedup
+from prune_lab.results.metrics import ENGINES, formatted, speedup
 from prune_lab.results.pareto import Point, dense_points, draw, front
 from prune_lab.results.series import pivot, plain, position, shared
 from prune_lab.results.summary import RESULTS, Summary, read_summary, write_json
@@ -22,9 +22,10 @@ from prune_lab.system.files import write_text
 LEADERBOARD, PLOT, REPORT = "results.md", "pareto.png", "report.html"
 ANSWER = "answer.md"  # what a sweeper that searches leaves; its first line is shown above the leaderboard
 # Columns of the leaderboard in the order in which a narrow terminal goes without them; and what is kept for `run`.
-_IN_LLAMA_CPP = ("prefill in llama.cpp", "decode in llama.cpp")
+_STAGES = ("prefill", "decode")
+_IN_ENGINES = tuple(f"{stage} in {title}" for title, _ in ENGINES.values() for stage in _STAGES)
 _DISPENSABLE = (
-    "non-zero", "x dense", "removed", "peak memory", *_IN_LLAMA_CPP, "decode speed-up", "disk MB", "prefill speed-up",
+    "non-zero", "x dense", "removed", "peak memory", *_IN_ENGINES, "decode speed-up", "disk MB", "prefill speed-up",
 )  # fmt: skip
 _LABEL = 24
 _COLUMNS = ("params/nonzero", "size/disk_mb", "quality/perplexity")  # of the leaderboard, of dense models too
@@ -127,8 +128,8 @@ def _cells(rows: list[Row], sweep: list[Row]) -> tuple[list[str], list[list[str]
     on_front = {point.job for point in front(points, "params/nonzero")}
     header = ["job", "run", "removed", "non-zero", "disk MB", "perplexity", "x dense"]
     header += ["prefill speed-up", "decode speed-up", "peak memory"]
-    engine = any("llama_cpp/prefill_speedup" in row.summary.metrics for row in sweep)
-    header += [*_IN_LLAMA_CPP] if engine else []
+    timed = [of for of in ENGINES if any(f"{of}/prefill_speedup" in row.summary.metrics for row in sweep)]
+    header += [f"{stage} in {ENGINES[of][0]}" for of in timed for stage in _STAGES]
     common = set(_shared_overrides(sweep))
     lines: list[list[str]] = []
     for dense in dense_points(points):
@@ -143,9 +144,9 @@ def _cells(rows: list[Row], sweep: list[Row]) -> tuple[list[str], list[list[str]
         else:
             cells += [
                 *(formatted(m, name) for name in ("amount/realized", *_COLUMNS, "quality/perplexity_ratio")),
-                *(speedup(m, stage) for stage in ("prefill", "decode")),
+                *(speedup(m, stage) for stage in _STAGES),
                 f"{-m['memory/reduction']:+.1%}" if "memory/reduction" in m else "-",
-                *(speedup(m, stage, of="llama_cpp") for stage in ("prefill", "decode") if engine),
+                *(speedup(m, stage, of=of) for of in timed for stage in _STAGES),
             ]
         lines.append(cells)
     return header, [cells + [""] * (len(header) - len(cells)) for cells in lines]
