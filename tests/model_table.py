@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,8 @@ def _said(error: Exception) -> str:
     if "has no experts" in text or "have no experts" in text:
         return NO_EXPERTS
     kind = "" if isinstance(error, Refused) else f"{type(error).__name__}: "
-    return f"{kind}{text[:90]}" if text else type(error).__name__
+    text = text if len(text) <= 90 else f"{text[:90].rstrip()}..."
+    return f"{kind}{text}" if text else type(error).__name__
 
 
 def rows_of(types: Iterable[str]) -> Iterable[Row]:
@@ -218,35 +220,43 @@ IMAGE_TEXT = (
     "every type of model that it builds with `AutoModelForImageTextToText` alone",
 )
 OF_IMAGES = """
-- Text alone is measured and pruned: all other parts (vision tower, projector) are in the export as they came, and so
-  are the files of the processor. Refused are types that do not run without an image or other inputs, and those in
-  which a token changes what is predicted of those before it.
-- What is left after `method=depth` is compared on text. Where features of images enter at several blocks (Qwen3-VL),
-  they enter at the blocks of the same numbers of those that are left."""
+
+Only the text part is pruned, and only on text is it measured:
+
+- All other parts (vision tower, projector) are unchanged in the export, and so are the files of the processor.
+- Types are refused that do not run without an image or other inputs, or in which a token changes the predictions before it.
+- The model after `method=depth` is compared on text. Where image features enter at several blocks (Qwen3-VL), they enter at the
+  blocks of the same index among those that are left."""
 HEAD = """{title}
 
-Written by `python tests/model_table.py` with transformers {transformers}:
-{what} ({count}), as a small model with random weights. Of {works} of them all four methods of single weights work, of
-{every} every block can be removed, and of {some} more some blocks, of {channels} MLP channels, of {heads} KV
-groups, and of {experts} experts.
+What can be pruned of which model type. Look for the `model_type` of your `config.json` in the table.
 
-- Share: the part of the weights of the decoder blocks that methods of single weights prune. The rest is left alone:
-  norms and biases, routers of experts, convolutions and state parameters of recurrent layers. Experts that are fused
-  into one tensor are matrices like any other, each with its own tokens.
-- magnitude, wanda, sparsegpt, 2:4 (Wanda's): `yes` where exactly half of the weights in scope are zero afterwards, what
-  is left alone is as it was, and stock transformers reads the result with the same logits.
-- depth: how many of the blocks `method=depth` can remove, each alone: what is left has the logits of the model with the
-  block bypassed, as transformers builds it of its config. A block stays where others use more of it than its states, or
-  where its number or the count of blocks enters what they compute; a run that asks for more is refused, and says why.
-- channels, KV groups: whether `method=structured` removes half of them (`method.units=[mlp]`, `[heads]`; channels of
-  experts and shared experts are MLP channels): what is left has the logits of the model with zeros in their place, and
-  stock transformers reads it with the same. KV groups stay where a head would be another one, were there fewer of them,
-  and where a norm spans all heads.
-- experts: whether `method=experts` removes half of the experts of each block, where there are any: what is left has the
-  logits of the model whose routers avoid the others, and stock transformers reads it with the same.
-- Calibrated: behind pruned blocks, block by block; or behind dense blocks in passes through the whole model, where a
-  block cannot be called by itself. What is calibrated block by block can be streamed
-  ([`model.stream=true`](offloading.md)), unless blocks share weights.{more}
+Written on {date} by `python tests/model_table.py` with transformers {transformers}: {what} ({count}), each tried as a
+small model with random weights. `python tests/model_table.py TYPE` tries one type. This is the number of types for which each kind of pruning works:
+
+| single weights, all four methods | all blocks | some blocks | MLP channels | KV groups | experts |
+|---|---|---|---|---|---|
+| {works} | {every} | {some} | {channels} | {heads} | {experts} |
+
+The columns of the table below:
+
+- **share**: the part of the weights of the decoder blocks that methods of single weights prune. The rest is left alone: norms and
+  biases, routers of experts, convolutions and state parameters of recurrent layers. Experts that are fused into one tensor are pruned
+  like other matrices, each with its own tokens.
+- **magnitude, wanda, sparsegpt, 2:4** (Wanda's): `yes` if exactly half of the weights in scope are zero afterwards, what is left
+  alone is unchanged, and stock transformers reads the result with the same logits.
+- **depth**: how many of the blocks `method=depth` can remove, each alone. The model without the block, as transformers builds it from
+  its config, has the logits of the model that bypasses the block. A block cannot be removed if other blocks use more of it than its
+  output states, or if its index or the number of blocks changes what they compute. A run that asks for more is refused, and says why.
+- **channels, KV groups**: whether `method=structured` removes half of them (`method.units=[mlp]`, `[heads]`; channels of experts and
+  shared experts are MLP channels). The smaller model has the logits of the model with zeros in their place, and stock transformers
+  reads it with the same. KV groups cannot be removed if a head would compute something else with fewer of them, or if a norm spans
+  all heads.
+- **experts**: whether `method=experts` removes half of the experts of each block, if there are any. The smaller model has the logits
+  of the model whose routers avoid the removed experts, and stock transformers reads it with the same.
+- **calibrated**: "block by block", behind pruned blocks; or "whole model", behind dense blocks, for types whose blocks cannot be called
+  one by one. What is calibrated block by block can be streamed ([`model.stream=true`](offloading.md)), unless blocks share weights.
+- **remark**: the reason for a "no", shortened, and what is left alone.{more}
 
 | type | share | magnitude | wanda | sparsegpt | 2:4 | depth | channels | KV groups | experts | calibrated | remark |
 |---|---|---|---|---|---|---|---|---|---|---|---|
@@ -260,6 +270,7 @@ def page_of(title: str, what: str, rows: list[Row], more: str = "") -> str:
         title=title,
         what=what,
         more=more,
+        date=date.today(),
         transformers=version("transformers"),
         count=len(rows),
         works=sum(row.works(METHODS) for row in rows),
