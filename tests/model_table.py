@@ -224,15 +224,18 @@ OF_IMAGES = """
 Only the text part is pruned, and only on text is it measured:
 
 - All other parts (vision tower, projector) are unchanged in the export, and so are the files of the processor.
-- Types are refused that do not run without an image or other inputs, or in which a token changes the predictions before it.
-- The model after `method=depth` is compared on text. Where image features enter at several blocks (Qwen3-VL), they enter at the
-  blocks of the same index among those that are left."""
+- Types are refused that do not run without an image or other inputs, or in which a token changes the predictions
+  before it.
+- The model after `method=depth` is compared on text. Where image features enter at several blocks (Qwen3-VL), they
+  enter at the blocks of the same index among those that are left."""
 HEAD = """{title}
 
 What can be pruned of which model type. Look for the `model_type` of your `config.json` in the table.
 
-Written on {date} by `python tests/model_table.py` with transformers {transformers}: {what} ({count}), each tried as a
-small model with random weights. `python tests/model_table.py TYPE` tries one type. This is the number of types for which each kind of pruning works:
+Written on {date} by `python tests/model_table.py` with transformers {transformers}:
+{what} ({count}), each tried as a
+small model with random weights. `python tests/model_table.py TYPE` tries one type. This is the number of types for
+which each kind of pruning works:
 
 | single weights, all four methods | all blocks | some blocks | MLP channels | KV groups | experts |
 |---|---|---|---|---|---|
@@ -240,22 +243,24 @@ small model with random weights. `python tests/model_table.py TYPE` tries one ty
 
 The columns of the table below:
 
-- **share**: the part of the weights of the decoder blocks that methods of single weights prune. The rest is left alone: norms and
-  biases, routers of experts, convolutions and state parameters of recurrent layers. Experts that are fused into one tensor are pruned
-  like other matrices, each with its own tokens.
-- **magnitude, wanda, sparsegpt, 2:4** (Wanda's): `yes` if exactly half of the weights in scope are zero afterwards, what is left
-  alone is unchanged, and stock transformers reads the result with the same logits.
-- **depth**: how many of the blocks `method=depth` can remove, each alone. The model without the block, as transformers builds it from
-  its config, has the logits of the model that bypasses the block. A block cannot be removed if other blocks use more of it than its
-  output states, or if its index or the number of blocks changes what they compute. A run that asks for more is refused, and says why.
-- **channels, KV groups**: whether `method=structured` removes half of them (`method.units=[mlp]`, `[heads]`; channels of experts and
-  shared experts are MLP channels). The smaller model has the logits of the model with zeros in their place, and stock transformers
-  reads it with the same. KV groups cannot be removed if a head would compute something else with fewer of them, or if a norm spans
-  all heads.
-- **experts**: whether `method=experts` removes half of the experts of each block, if there are any. The smaller model has the logits
-  of the model whose routers avoid the removed experts, and stock transformers reads it with the same.
-- **calibrated**: "block by block", behind pruned blocks; or "whole model", behind dense blocks, for types whose blocks cannot be called
-  one by one. What is calibrated block by block can be streamed ([`model.stream=true`](offloading.md)), unless blocks share weights.
+- **share**: the part of the weights of the decoder blocks that methods of single weights prune. The rest is left
+  alone: norms and biases, routers of experts, convolutions and state parameters of recurrent layers. Experts that are
+  fused into one tensor are pruned like other matrices, each with its own tokens.
+- **magnitude, wanda, sparsegpt, 2:4** (Wanda's): `yes` if exactly half of the weights in scope are zero afterwards,
+  what is left alone is unchanged, and stock transformers reads the result with the same logits.
+- **depth**: how many of the blocks `method=depth` can remove, each alone. The model without the block, as
+  transformers builds it from its config, has the logits of the model that bypasses the block. A block cannot be
+  removed if other blocks use more of it than its output states, or if its index or the number of blocks changes what
+  they compute. A run that asks for more is refused, and says why.
+- **channels, KV groups**: whether `method=structured` removes half of them (`method.units=[mlp]`, `[heads]`; channels
+  of experts and shared experts are MLP channels). The smaller model has the logits of the model with zeros in their
+  place, and stock transformers reads it with the same. KV groups cannot be removed if a head would compute something
+  else with fewer of them, or if a norm spans all heads.
+- **experts**: whether `method=experts` removes half of the experts of each block, if there are any. The smaller model
+  has the logits of the model whose routers avoid the removed experts, and stock transformers reads it with the same.
+- **calibrated**: "block by block", behind pruned blocks; or "whole model", behind dense blocks, for types whose
+  blocks cannot be called one by one. What is calibrated block by block can be streamed
+  ([`model.stream=true`](offloading.md)), unless blocks share weights.
 - **remark**: the reason for a "no", shortened, and what is left alone.{more}
 
 | type | share | magnitude | wanda | sparsegpt | 2:4 | depth | channels | KV groups | experts | calibrated | remark |

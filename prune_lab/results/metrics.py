@@ -186,7 +186,7 @@ METRICS = (
     Metric("experts/under_128_tokens", "experts", None, None,
            measured="experts that got fewer than 128 of them: their scores are hardly known"),
     Metric("size/disk_mb", "MB", "lower", MEASURED, title="bytes on disk (MB)", row="on disk, MB", form=".2f",
-           measured="files with weights of the saved model: safetensors, the GGUF file, or the ONNX graph and its data"),
+           measured="saved files with weights: safetensors, the GGUF file, or the ONNX graph and its data"),
     Metric("size/reduction", "fraction", "higher", 0.0, measured="1 - bytes on disk / the dense model's"),
     Metric("memory/weights_mb", "MB", "lower", MEASURED, title="weights in memory (MB)", row="weights in memory, MB",
            form=".2f", measured="bytes of parameters and buffers in memory, a tied one once"),
