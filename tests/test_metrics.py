@@ -25,7 +25,7 @@ from prune_lab.measure.timing import Timings
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.methods.none import NoPruning
 from prune_lab.pruning.pruned import Pruned
-from prune_lab.results.metrics import MEASURED, METRICS, axis, check_known, find, members, of_dense
+from prune_lab.results.metrics import ENGINES, MEASURED, METRICS, axis, check_known, find, members, of_dense
 from prune_lab.results.series import Position, pivot
 from prune_lab.results.summary import Summary
 
@@ -47,7 +47,8 @@ def emitted() -> set[str]:
     figures = Measurements(quality, size, 1.0, tasks, answers, texts, divergence, (1.0, 1.0), 1.0)
     found = set(compare(Magnitude(), figures, figures, timings, Pruned()))
     there = EngineFigures(1.0, 1.0, 1.0, 1.0)
-    found |= set(engine_figures(Engine("llama_cpp", there, there, latency)))
+    for engine in ENGINES:
+        found |= set(engine_figures(Engine(engine, there, there, latency)))
     return found | set(compute_figures(Macs(1, 1), Macs(1, 1))) | written()
 
 
@@ -202,7 +203,8 @@ def test_titles_of_axes() -> None:
     assert axis("params/nonzero").title == "non-zero parameters (millions), lower is better"
     assert axis("train/loss").title == "train/loss"
     assert [metric.name for metric in METRICS if axis(metric.name).logarithmic] == [
-        "quality/perplexity", "quality/perplexity_ratio", "llama_cpp/perplexity", "llama_cpp/perplexity_ratio",
+        "quality/perplexity", "quality/perplexity_ratio",
+        "llama_cpp/perplexity", "llama_cpp/perplexity_ratio", "onnxruntime/perplexity", "onnxruntime/perplexity_ratio",
     ]  # fmt: skip
 
 

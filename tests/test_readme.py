@@ -116,6 +116,8 @@ def build_jobs(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Composes what a command line would run as the program does, and builds its parts: all jobs of a typed sweep, of
     a recipe's the first (tests/test_recipes.py has the others)."""
     monkeypatch.chdir(ROOT)
+    # Commands name llama.cpp, which is compiled for minutes and is not among the packages of the tests.
+    monkeypatch.setattr("prune_lab.measure.engine.find_spec", bool)
     arguments = command_line.in_order(words)
     recipes.check(arguments)
     command_line.check_overrides(arguments)
