@@ -127,7 +127,7 @@ def test_gradients_of_the_caller_change_nothing(folder: Path) -> None:
 
 
 def switches() -> list[Any]:
-    """What PyTorch's contexts are of, of this thread."""
+    """State of this thread that contexts of PyTorch change."""
     nesting = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
     return [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), nesting]

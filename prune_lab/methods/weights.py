@@ -53,7 +53,7 @@ class WeightMethod(Method):
     scopes: ClassVar[tuple[str, ...]] = ("row", "layer", "global")
 
     def forward_passes(self, blocks: int) -> float:
-        """As of any method; more for a refit of rows, and for a scan that tries each block at four amounts."""
+        """Passes of any method; more for a refit of rows, and for a scan that tries each block at four amounts."""
         return 1.5 + 2 * (self.refit != "none") + 4 * blocks * (self.allocation == "sensitivity")
 
     def __post_init__(self) -> None:

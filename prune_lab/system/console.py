@@ -82,7 +82,7 @@ class _Bar(tqdm):
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        """What tqdm shows, with the time that is left of the run."""
+        """Values that tqdm shows, with the time that is left of the run."""
         shown = dict(super().format_dict)
         if self._clock is not None:
             run = f"run: {in_words(self._clock.left())} left"
