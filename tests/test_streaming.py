@@ -179,7 +179,7 @@ SLOW = (pytest.mark.slow, pytest.mark.process)
 @pytest.mark.parametrize(
     ("model_type", "method"),
     [
-        ("mixtral", Experts(amount=0.5)), ("mixtral", Wanda(amount=0.5)),
+        ("mixtral", Experts(amount=0.5)), ("mixtral", Wanda(amount=0.5)), ("mamba", Wanda(amount=0.5)),
         *(pytest.param(*of, marks=SLOW) for of in FOUND),
     ],
     ids=str,
@@ -310,7 +310,7 @@ def test_a_block_is_there_only_while_it_is_at_hand(folders: Folders, tmp_path: P
         with anatomy.at_hand(1):
             assert bool((anatomy.blocks[1].mlp.up_proj.weight == 0).all()) is is_zero
     with pytest.raises(AssertionError, match="dense model was changed"), Anatomy(loaded.model).at_hand(0):
-        Anatomy(loaded.model).blocks[0].mlp.up_proj.weight.zero_()
+        Anatomy(loaded.model).blocks[0].mlp.up_proj.weight.detach().zero_()
     assert {path: path.read_bytes() for path in folders["gemma2"].iterdir()} == before
 
 

@@ -151,7 +151,7 @@ class DiskWeights:
         empty = dict(module.named_parameters())
         names, self._at_hand = list(empty), block
         brought = self._prefetch.take(block, lambda: self._read_block(block, names))
-        held = {name: nn.Parameter(brought.pop(name), requires_grad=False) for name in names}
+        held = {name: as_parameter(brought.pop(name)) for name in names}
         versions = {name: tensor._version for name, tensor in held.items()}
         if self.device.is_cuda:
             self._start_next(model, block)
@@ -227,8 +227,16 @@ class _Forward:
 
 def _tensor(model: Any, name: str) -> Tensor:
     owner, _, last = name.rpartition(".")
-    found: Tensor = getattr(model.get_submodule(owner), last)
+    found: Tensor = getattr(model.get_submodule(owner), last).detach()
     return found
+
+
+def as_parameter(tensor: Tensor) -> nn.Parameter:
+    """Parameter of a tensor, as from_pretrained makes it.
+
+    PyTorch chooses how it computes `weight @ states` by whether the weight learns: another sum, and other operands.
+    """
+    return nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
 
 
 def set_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
