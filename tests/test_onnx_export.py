@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,10 @@ def test_a_graph_of_another_model_does_not_pass(tmp_path: Path) -> None:
 def test_types_that_were_not_compared_are_refused() -> None:
     with pytest.raises(Refused, match="graphs of the type 'olmo2' were not compared"):
         Onnx().check_config(tiny_model("olmo2").config, ())
+    rotary = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    for of_config in ({"rope_parameters": rotary}, {"rope_parameters": {"full_attention": rotary}}):
+        with pytest.raises(Refused, match="rotary frequencies follow the longest text"):
+            Onnx().check_config(SimpleNamespace(model_type="llama", **of_config), ())
     assert [Onnx(type=kind).identity for kind in TYPES] == [
         {"class": "prune_lab.export.onnx.Onnx", "type": kind} for kind in TYPES
     ]
