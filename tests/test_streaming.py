@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -359,6 +361,27 @@ def test_a_streamed_run_is_the_run_in_memory(method: str, tmp_path: Path, folder
     assert left == {path.name for path in (tmp_path / "memory").iterdir()}
 
 
+@pytest.mark.slow
+def test_the_next_run_removes_the_weights_of_a_killed_one(folder: Path, corpus: Path, tmp_path: Path) -> None:
+    """As large as the model, in a folder that no later run uses: each run has one of its own."""
+    words = [
+        "model=hf", f"model.name={folder}", "model.stream=true", "dataset=text", f"dataset.path={corpus}", "quiet=true",
+        "dataset.seq_len=32", "measure=quality_only", "method=magnitude", "amount=0.5", "tracking=none",
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    killed = subprocess.Popen([sys.executable, "-m", "prune_lab", *words], cwd=tmp_path, env=environment)
+    weights = list[Path]()
+    while not weights and killed.poll() is None:
+        weights = list(tmp_path.glob("outputs/*/*/.weights*"))
+        time.sleep(0.001)
+    killed.kill()
+    killed.wait()
+    assert weights
+    assert weights[0].exists()
+    subprocess.run([sys.executable, "-m", "prune_lab", *words], cwd=tmp_path, env=environment, check=True)
+    assert not list(tmp_path.glob("outputs/*/*/.weights*"))
+
+
 # What it refuses.
 
 
@@ -445,6 +468,7 @@ def test_a_file_that_is_cut_off_is_refused(folder: Path, tmp_path: Path) -> None
 
 MEASURED = """
 import sys
+import time
 from pathlib import Path
 import torch
 from prune_lab.system.console import Console
