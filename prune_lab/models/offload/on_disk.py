@@ -7,7 +7,7 @@ model the functions here do nothing, so that those who use them read the same fo
 A run with such a model holds: the interpreter (some 300 MB); embeddings, last norm, head; one block (two on a GPU);
 states of the windows, 256 MB of them at most (states.py), the others in a file; and while a block is at work, what
 pruning its largest matrix takes (about 20 bytes for each of its weights; SparseGPT: inputs x inputs x 4 bytes several
-times) and the activations of one batch. The pruned weights go to `.weights...tmp` in the run's folder, as large as the model.
+times) and the activations of one batch. The pruned weights go to the run's folder and are as large as the model.
 """
 
 from __future__ import annotations
