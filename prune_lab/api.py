@@ -13,7 +13,7 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -90,8 +90,8 @@ class Compression(NamedTuple):
 
 def run(overrides: Sequence[str], recipe: str | None, recipes: str | Path | None) -> Summary:
     """One run, by overrides; see `prune_lab.run`."""
-    if isinstance(overrides, str):
-        raise Refused(f"overrides={overrides!r} is one text: give a list, one override each")
+    if isinstance(overrides, str) or not isinstance(overrides, Iterable):
+        raise Refused(f"overrides={overrides!r}: give a list, one override each")
     with _as_it_was(), in_python.own_hydra():
         config = in_python.composed([str(word) for word in overrides], recipe, recipes)
         task, hydra = in_python.without_hydra(config)
@@ -140,6 +140,15 @@ def _words(
     of_method = dict(method) if isinstance(method, Mapping) else {"name": method}
     if "name" not in of_method:
         raise Refused(f"method={method!r} has no name: give {{'name': 'structured', ...}}")
+    if not isinstance(calibration, Mapping):
+        raise Refused(f"calibration is a {type(calibration).__name__}: give a dictionary, such as {{'n_samples': 32}}")
+    if others := [key for key in [*of_method, *calibration] if not isinstance(key, str)]:
+        raise Refused(f"{others[0]!r}: keys are names of settings, such as 'score'")
+    if not isinstance(of_method["name"], str):
+        raise Refused(
+            f"method is a {type(of_method['name']).__name__}: give the name of a method, such as 'structured', or a "
+            "dictionary with a name"
+        )
     if both := of_method.keys() & keys.keys():
         raise Refused(f"{', '.join(sorted(both))}: given twice, in method and as a keyword")
     words = [in_python.as_words("method", of_method.pop("name"))]
@@ -164,11 +173,12 @@ def _compressed(
     _check_model(model)
     amounts = [event.amount for event in pruning_events(parts)[0]]
     parts.method.check(model.config, amounts)
-    device, was_training = _device_of(model), model.training
+    device, was_training = _device_of(model), {name for name, module in model.named_modules() if module.training}
     devices.seed_all(seed)
     own = model if in_place else copy.deepcopy(model)
     trained = {name: parameter.requires_grad for name, parameter in own.named_parameters()}
     own.eval().requires_grad_(True)  # scores may be of gradients
+    own.zero_grad(set_to_none=True)  # those of a training would be added to them, and have the shapes of before
     try:
         check_matrices(own)
         check_finite(own, NAME)
@@ -180,10 +190,10 @@ def _compressed(
         before, calibrator, stamp = count_weights(own), None, None
         if parts.method.calibrated:
             calibrator, stamp = _calibrator(own, tokenizer, text, parts.dataset.calibration, seed, device, console)
-        with torch.enable_grad():
-            pruned = parts.method.prune(anatomy, amounts[-1], seed, calibrator)
+        pruned = parts.method.prune(anatomy, amounts[-1], seed, calibrator)
     finally:
-        own.train(was_training)
+        for name, module in own.named_modules():
+            module.training = name in was_training
         for name, parameter in own.named_parameters():
             parameter.requires_grad_(trained.get(name, any(trained.values())))
     report = Report(
@@ -203,6 +213,11 @@ def _check_model(model: Any) -> None:
         raise Refused(
             f"model is a {type(model).__name__}: give a model of transformers, such as "
             "AutoModelForCausalLM.from_pretrained(...); of an adapter, merged into its model"
+        )
+    if not model.can_generate():
+        raise Refused(
+            f"model is a {type(model).__name__}, which has no output layer for text: give the language model, such as "
+            "AutoModelForCausalLM.from_pretrained(...)"
         )
     check_type(model.config.model_type)
     auto_class(model.config)
@@ -287,7 +302,7 @@ def _as_it_was() -> Iterator[None]:
     of_numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
     levels = _levels()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _own_switches():
             yield
     finally:
         random.setstate(numbers)
@@ -311,6 +326,27 @@ def _as_it_was() -> Iterator[None]:
                 logging.getLogger(name).setLevel(logging.NOTSET)
         if bars:
             of_transformers.enable_progress_bar()
+
+
+@contextmanager
+def _own_switches() -> Iterator[None]:
+    """Context in which PyTorch computes as on a command line, whatever contexts of its own the caller is within."""
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    # An autocast keeps its casts of weights until the outermost one ends: in a training they would be of weights before
+    # their steps.
+    around = torch.autocast_increment_nesting()
+    for _ in range(around):
+        torch.autocast_decrement_nesting()
+    try:
+        for kind in kinds:
+            torch.set_autocast_enabled(kind, False)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for kind in kinds:
+            torch.set_autocast_enabled(kind, True)
+        for _ in range(around - 1):
+            torch.autocast_increment_nesting()
 
 
 def _levels() -> dict[str, int]:

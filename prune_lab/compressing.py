@@ -19,6 +19,7 @@ from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.pruned import Pruned
 from prune_lab.recovery.context import TrainingContext
 from prune_lab.system.console import Console
+from prune_lab.system.files import temporary_name
 from prune_lab.system.timing_lock import timing_lock
 from prune_lab.system.world import World
 from prune_lab.tracking.base import RunLog
@@ -46,7 +47,7 @@ def compress(
 ) -> Compressed:
     """Prunes a copy of the dense model as the schedule says while recovery trains it, then post-compresses."""
     seconds = {"time/prune_s": 0.0, "time/recover_s": 0.0, "time/post_s": 0.0}
-    loaded, seed = evaluator.copy_of_dense(folder / ".weights"), parts.settings.seed
+    loaded, seed = evaluator.copy_of_dense(temporary_name(folder / "weights")), parts.settings.seed
     events, rewind = pruning_events(parts)
 
     def prune(amount: float) -> Pruned:

@@ -26,6 +26,7 @@ SOURCE = (
     "dense_cache.py",
     "export/base.py",
     "export/hf.py",
+    "export/onnx.py",
     "measure",
     "models",
     "pruning",

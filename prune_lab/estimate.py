@@ -10,6 +10,7 @@ from prune_lab.evaluator import Evaluator
 from prune_lab.measure.inference import decode, prefill
 from prune_lab.measure.perplexity import measure_losses
 from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.families import context_of
 from prune_lab.models.offload.on_disk import weights_on_disk
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.system.console import Console
@@ -18,18 +19,21 @@ DENSE, COMPRESSION, MEASURES, TIMING = "dense model", "compression", "measures",
 STAGES = (DENSE, COMPRESSION, MEASURES, TIMING)
 # Seconds until a fresh Python has imported what loads a model, on two cores. It need not be exact.
 FRESH_PROCESS = 8.0
+PROMPT, DECODED = 16, 4  # tokens
 
 
 def expected_seconds(parts: Parts, evaluator: Evaluator, calibrator: Calibrator | None) -> dict[str, float] | None:
     """Expected seconds of each stage of a run; None for a streamed model, of which a trial takes as long as a run.
 
     Results that are in a cache are counted as if they were not. It takes two forward passes of one window of the test
-    text, and decodes four tokens.
+    text, and decodes four tokens where a measure decodes: nothing that the measures do not do.
     """
     if weights_on_disk(evaluator.dense.model) is not None:
         return None
-    token, step = _pace(evaluator)
     measure, windows = parts.measure, evaluator.windows
+    token = _seconds_of_a_token(evaluator)
+    decodes = measure.memory or measure.latency or measure.generation_prompts > 0
+    step = _seconds_of_a_step(evaluator) if decodes else 0.0  # not every type has a cache to decode with
     dense, memory = float(windows.numel()), 0.0
     compared = evaluator.compared * windows.shape[1]
     if measure.memory and not evaluator.device.is_cuda:
@@ -46,22 +50,29 @@ def expected_seconds(parts: Parts, evaluator: Evaluator, calibrator: Calibrator 
     }
 
 
-def _pace(evaluator: Evaluator) -> tuple[float, float]:
-    """Seconds for a token of a window of the test text, and for a decoding step."""
-    model, device = evaluator.dense.model, evaluator.device
-    window, quiet = evaluator.windows[:1], Console(quiet=True)
+def _seconds_of_a_token(evaluator: Evaluator) -> float:
+    """Seconds for a token of a window of the test text."""
+    window, quiet, forward = evaluator.windows[:1], Console(quiet=True), 0.0
     for _ in range(2):  # the first warms up
         began = time.perf_counter()
-        measure_losses(model, window, 1, device, quiet, evaluator.bos)
-        device.synchronize()
+        measure_losses(evaluator.dense.model, window, 1, evaluator.device, quiet, evaluator.bos)
+        evaluator.device.synchronize()
         forward = time.perf_counter() - began
-    output = prefill(model, window[:, :16].long().to(device.torch_device))
+    return forward / window.shape[1]
+
+
+def _seconds_of_a_step(evaluator: Evaluator) -> float:
+    """Seconds for a decoding step, of tokens that fit into the model's context."""
+    model, device = evaluator.dense.model, evaluator.device
+    context = context_of(model.config) or PROMPT + DECODED
+    prompt = evaluator.windows[:1, : max(1, min(PROMPT, context - DECODED))]
+    output = prefill(model, prompt.long().to(device.torch_device))
     decode(model, output, 1)
     device.synchronize()
     began = time.perf_counter()
-    decode(model, output, 3)
+    decode(model, output, DECODED - 1)
     device.synchronize()
-    return forward / window.shape[1], (time.perf_counter() - began) / 3
+    return (time.perf_counter() - began) / (DECODED - 1)
 
 
 def _pruning(parts: Parts, evaluator: Evaluator, calibrator: Calibrator | None) -> float:

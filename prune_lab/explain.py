@@ -26,7 +26,7 @@ _REASONS = {
 def no_such_key(key: str, allowed: str, options: str = "") -> str:
     """Message that an option has no such key, with the keys it has, and the reason where other options have it."""
     reason = f" ({_REASONS[key]})" if key in _REASONS else ""
-    has = f"allowed are {allowed}" if allowed else "it has none"
+    has = f"allowed are {allowed}" if allowed.lstrip("; ") == allowed != "" else f"it has none{allowed}"
     return f"{key}: no such key{' in ' * bool(options)}{options}{reason}; {has}"
 
 

@@ -179,7 +179,7 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
      ("recovery=reconstruct", "method.units=[hidden]", "recovery=finetune")),
     ("method=structured method.units=[hidden] method.score=minitron model.stream=true measure=quality_only",
      ("model.stream=true", "a model in memory")),
-    ("model=tiny_moe model.stream=true measure=quality_only method=active_experts",
+    ("model.stream=true measure=quality_only method=active_experts",
      ("model.stream=true", "single weights or experts")),
     ("model.weights=split", ("model.weights='split'", "pretrained", "random")),
     ("schedule=iterative schedule.rounds=0", ("schedule.rounds=0", "at least 1")),

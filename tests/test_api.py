@@ -102,6 +102,63 @@ def test_in_place_is_the_model_itself(folder: Path) -> None:
     assert "removed 0.5000 of the pruned scope (0.5 requested)" in str(report)
 
 
+def test_parts_of_a_model_stay_in_the_mode_that_they_had(folder: Path) -> None:
+    model, tokenizer = loaded(folder)
+    model.train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    for in_place in (False, True):
+        pruned, _ = prune_lab.compress(model, tokenizer, "magnitude", 0.5, in_place=in_place)
+        assert [module.training for module in pruned.modules()] == before
+
+
+def test_gradients_of_the_caller_change_nothing(folder: Path) -> None:
+    """Those that a model has from its training are neither added to those of the method, nor left in other shapes."""
+    documents = [story(seed) for seed in range(300, 303)]
+    model, tokenizer = loaded(folder)
+    expected, _ = prune_lab.compress(model, tokenizer, "taylor", 0.5, documents, calibration=SMALL)
+    ids = torch.randint(300, (2, 20))
+    model(input_ids=ids, labels=ids).loss.backward()
+    for parameter in model.parameters():
+        parameter.grad.mul_(1000)
+    pruned, _ = prune_lab.compress(model, tokenizer, "taylor", 0.5, documents, calibration=SMALL, in_place=True)
+    assert same(pruned, dict(expected.state_dict()))
+    assert all(parameter.grad is None for parameter in pruned.parameters())
+
+
+def switches() -> list[Any]:
+    """State of this thread that contexts of PyTorch change."""
+    nesting = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), nesting]
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    ],
+    ids=["no_grad", "inference_mode", "autocast"],
+)  # fmt: skip
+def test_contexts_of_the_caller_change_nothing(around: Any, folder: Path, corpus: Path, tmp_path: Path) -> None:
+    """PyTorch's switches of this thread that the call is made within: they are for the caller's own code."""
+    documents = [story(seed) for seed in range(300, 303)]
+    model, tokenizer = loaded(folder)
+    for method in ("taylor", "structured", "sparsegpt"):
+        expected, _ = prune_lab.compress(model, tokenizer, method, 0.5, documents, calibration=SMALL)
+        with around():
+            found, _ = prune_lab.compress(model, tokenizer, method, 0.5, documents, calibration=SMALL)
+        assert same(found, dict(expected.state_dict()))
+    words = ["model=hf", f"model.name={folder}", "dataset=text", f"dataset.path={corpus}", "dataset.seq_len=32", *QUIET]
+    words += ["method=magnitude", "amount=0.5", "recovery=finetune", "recovery.steps=2", "resume=false"]
+    words += ["recovery.batch_size=2"]
+    expected = prune_lab.run([*words, f"hydra.run.dir={tmp_path}/alone"]).metrics["quality/perplexity"]
+    with around():
+        before = switches()
+        assert prune_lab.run([*words, f"hydra.run.dir={tmp_path}/within"]).metrics["quality/perplexity"] == expected
+        assert switches() == before
+
+
 def test_numbers_of_numpy_and_pytorch_and_files_of_a_method(folder: Path) -> None:
     model, tokenizer = loaded(folder)
     amounts = (0.5, np.float64(0.5), torch.tensor(0.5), "0.5")
@@ -142,6 +199,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"text": Path("nowhere")}, "nowhere"),
     ({"text": ["too short"]}, "0 windows of 32 tokens"),
     ({"score": object()}, "no override can say this value"),
+    ({"method": None}, "method is a NoneType: give the name of a method"),
+    ({"method": 3}, "method is a int: give the name of a method"),
+    ({"method": {"name": None}}, "method is a NoneType: give the name of a method"),
+    ({"method": {1: 2, "name": "structured"}}, "1: keys are names"),
+    ({"calibration": [1]}, "calibration is a list: give a dictionary"),
 ]  # fmt: skip
 
 
@@ -154,13 +216,17 @@ def test_refusals_are_those_of_the_command_line(every: int, folder: Path) -> Non
         call: dict[str, Any] = {"method": "structured", "score": "wanda", "text": documents, "calibration": SMALL}
         if "method" in wrong or "score" in wrong:
             del call["score"]
-        if "calibration" in wrong:
+        if isinstance(wrong.get("calibration"), dict):
             wrong = wrong | {"calibration": SMALL | wrong["calibration"]}
         with pytest.raises(Refused, match=re.escape(says)):
             prune_lab.compress(model, tokenizer, **(call | wrong))
     with pytest.raises(Refused, match="tokenizer is a NoneType"):
         prune_lab.compress(model, None, "wanda", 0.5, documents, calibration=SMALL)
-    for other, says in ((torch.nn.Linear(2, 2), "model is a Linear"), (None, "model is a NoneType")):
+    for other, says in (
+        (torch.nn.Linear(2, 2), "model is a Linear"),
+        (None, "model is a NoneType"),
+        (model.model, "model is a LlamaModel, which has no output layer"),
+    ):
         with pytest.raises(Refused, match=says):
             prune_lab.compress(other, tokenizer)
     with torch.no_grad():
@@ -199,6 +265,7 @@ def test_a_run_is_refused_in_the_words_of_the_command_line(
         (["--cfg", "job"], "flags are for the command line"),
         (["hydra.mode=MULTIRUN"], "makes a sweep"),
         ("amount=0.1", "give a list"),
+        (None, "overrides=None: give a list"),
     ],
 )
 def test_what_is_for_the_command_line_alone(words: Any, says: str) -> None:

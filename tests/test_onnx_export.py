@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,7 @@ def test_a_graph_of_another_model_does_not_pass(tmp_path: Path) -> None:
     graph.write(model, tmp_path, torch.float16)
     written = OnnxModel(tmp_path)
     compare.compare(model, written, TOKENS, 4, torch.float16)
-    with pytest.raises(RuntimeError, match=r"differs from the model: by .* in a logit of 40 tokens at once"):
+    with pytest.raises(RuntimeError, match=r"does not reload: its logits differ by .*, of 40 tokens at once"):
         compare.compare(model, written, TOKENS, 4, torch.float32)
     other = tiny_model("llama")
     with torch.no_grad():
@@ -162,6 +163,10 @@ def test_the_loss_in_onnx_runtime_is_of_the_targets_behind_a_bos(tmp_path: Path)
 def test_types_that_were_not_compared_are_refused() -> None:
     with pytest.raises(Refused, match="graphs of the type 'olmo2' were not compared"):
         Onnx().check_config(tiny_model("olmo2").config, ())
+    rotary = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    for of_config in ({"rope_parameters": rotary}, {"rope_parameters": {"full_attention": rotary}}):
+        with pytest.raises(Refused, match="rotary frequencies follow the longest text"):
+            Onnx().check_config(SimpleNamespace(model_type="llama", **of_config), ())
     assert [Onnx(type=kind).identity for kind in TYPES] == [
         {"class": "prune_lab.export.onnx.Onnx", "type": kind} for kind in TYPES
     ]

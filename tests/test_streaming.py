@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -179,7 +181,7 @@ SLOW = (pytest.mark.slow, pytest.mark.process)
 @pytest.mark.parametrize(
     ("model_type", "method"),
     [
-        ("mixtral", Experts(amount=0.5)), ("mixtral", Wanda(amount=0.5)),
+        ("mixtral", Experts(amount=0.5)), ("mixtral", Wanda(amount=0.5)), ("mamba", Wanda(amount=0.5)),
         *(pytest.param(*of, marks=SLOW) for of in FOUND),
     ],
     ids=str,
@@ -310,7 +312,7 @@ def test_a_block_is_there_only_while_it_is_at_hand(folders: Folders, tmp_path: P
         with anatomy.at_hand(1):
             assert bool((anatomy.blocks[1].mlp.up_proj.weight == 0).all()) is is_zero
     with pytest.raises(AssertionError, match="dense model was changed"), Anatomy(loaded.model).at_hand(0):
-        Anatomy(loaded.model).blocks[0].mlp.up_proj.weight.zero_()
+        Anatomy(loaded.model).blocks[0].mlp.up_proj.weight.detach().zero_()
     assert {path: path.read_bytes() for path in folders["gemma2"].iterdir()} == before
 
 
@@ -357,6 +359,27 @@ def test_a_streamed_run_is_the_run_in_memory(method: str, tmp_path: Path, folder
         assert len({(tmp_path / run / "export" / name).read_bytes() for run in ("disk", "memory")}) == 1, name
     left = {path.name for path in (tmp_path / "disk").iterdir()}
     assert left == {path.name for path in (tmp_path / "memory").iterdir()}
+
+
+@pytest.mark.slow
+def test_the_next_run_removes_the_weights_of_a_killed_one(folder: Path, corpus: Path, tmp_path: Path) -> None:
+    """As large as the model, in a folder that no later run uses: each run has one of its own."""
+    words = [
+        "model=hf", f"model.name={folder}", "model.stream=true", "dataset=text", f"dataset.path={corpus}", "quiet=true",
+        "dataset.seq_len=32", "measure=quality_only", "method=magnitude", "amount=0.5", "tracking=none",
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    killed = subprocess.Popen([sys.executable, "-m", "prune_lab", *words], cwd=tmp_path, env=environment)
+    weights = list[Path]()
+    while not weights and killed.poll() is None:
+        weights = list(tmp_path.glob("outputs/*/*/.weights*"))
+        time.sleep(0.001)
+    killed.kill()
+    killed.wait()
+    assert weights
+    assert weights[0].exists()
+    subprocess.run([sys.executable, "-m", "prune_lab", *words], cwd=tmp_path, env=environment, check=True)
+    assert not list(tmp_path.glob("outputs/*/*/.weights*"))
 
 
 # What it refuses.
@@ -445,6 +468,7 @@ def test_a_file_that_is_cut_off_is_refused(folder: Path, tmp_path: Path) -> None
 
 MEASURED = """
 import sys
+import time
 from pathlib import Path
 import torch
 from prune_lab.system.console import Console

@@ -12,7 +12,8 @@ import sys
 import termios
 from pathlib import Path
 
-from conftest import ROOT, Cli
+from conftest import ROOT, Cli, make_folder
+from model_types import tiny_folder
 
 
 def run_on_a_terminal(folder: Path, *arguments: str) -> str:
@@ -51,6 +52,20 @@ def test_a_person_sees_header_progress_and_table(small: list[str], tmp_path: Pat
     assert said.start() < seen.index("measuring the dense model")
     left = re.findall(r"(\w[\w ]*): +\d+%[^\r\n]*run: \d+ (?:s|min) left", seen)
     assert {"training", "latency"} <= set(left)
+
+
+def test_an_estimate_does_nothing_that_the_measures_do_not(small: list[str], tmp_path: Path) -> None:
+    """A context with no room for more than a window, and a type without a cache to decode with."""
+    short = make_folder(tmp_path / "short", "gpt2", n_positions=16)
+    for model in (short, tiny_folder(tmp_path / "rwkv", "rwkv")):
+        words = [f"model.name={model}" if word.startswith("model.name=") else word for word in small[:5]]
+        words[4] = "dataset.seq_len=16"
+        words += ["measure=quality_only", "measure.max_windows=4", "method=magnitude", "amount=0.5", "tracking=none"]
+        assert "dense -> compressed" in run_on_a_terminal(tmp_path, *words)
+    words = [f"model.name={short}" if word.startswith("model.name=") else word for word in small]
+    words[4] = "dataset.seq_len=16"
+    words += ["measure.prompt_tokens=12", "measure.decode_tokens=4", "method=magnitude", "amount=0.5", "tracking=none"]
+    assert "latency" in run_on_a_terminal(tmp_path, *words)
 
 
 def test_a_pipe_gets_the_outcome_alone(small: list[str], cli: Cli) -> None:

@@ -7,7 +7,7 @@ model the functions here do nothing, so that those who use them read the same fo
 A run with such a model holds: the interpreter (some 300 MB); embeddings, last norm, head; one block (two on a GPU);
 states of the windows, 256 MB of them at most (states.py), the others in a file; and while a block is at work, what
 pruning its largest matrix takes (about 20 bytes for each of its weights; SparseGPT: inputs x inputs x 4 bytes several
-times) and the activations of one batch. The pruned weights go to `.weights` in the run's folder, as large as the model.
+times) and the activations of one batch. The pruned weights go to the run's folder and are as large as the model.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ def own_copy(model: Any, folder: Path) -> Any:
     if weights is None:
         return copy.deepcopy(model)
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta}
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     folder.mkdir(parents=True)
     own = DiskWeights(weights.source, weights.blocks, weights.device, weights.like)
     own.lay_out(model, folder)
@@ -151,7 +150,7 @@ class DiskWeights:
         empty = dict(module.named_parameters())
         names, self._at_hand = list(empty), block
         brought = self._prefetch.take(block, lambda: self._read_block(block, names))
-        held = {name: nn.Parameter(brought.pop(name), requires_grad=False) for name in names}
+        held = {name: as_parameter(brought.pop(name)) for name in names}
         versions = {name: tensor._version for name, tensor in held.items()}
         if self.device.is_cuda:
             self._start_next(model, block)
@@ -227,8 +226,16 @@ class _Forward:
 
 def _tensor(model: Any, name: str) -> Tensor:
     owner, _, last = name.rpartition(".")
-    found: Tensor = getattr(model.get_submodule(owner), last)
+    found: Tensor = getattr(model.get_submodule(owner), last).detach()
     return found
+
+
+def as_parameter(tensor: Tensor) -> nn.Parameter:
+    """Parameter of a tensor, as from_pretrained makes it.
+
+    PyTorch chooses how it computes `weight @ states` by whether the weight learns: another sum, and other operands.
+    """
+    return nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
 
 
 def set_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:

@@ -16,7 +16,7 @@ from prune_lab.models.auto_class import auto_class, model_class
 from prune_lab.models.checkpoint import Checkpoint
 from prune_lab.models.families import family_of
 from prune_lab.models.formats import format_of
-from prune_lab.models.offload.on_disk import DiskWeights, weights_on_disk
+from prune_lab.models.offload.on_disk import DiskWeights, as_parameter, weights_on_disk
 from prune_lab.models.offload.stored import Converted, Stored, stored_tensors
 from prune_lab.models.rebuild import become, tensors_of, weights_on_meta
 from prune_lab.models.shards import Shards
@@ -193,7 +193,7 @@ def _give_freed_memory_back() -> None:
 
 def _put(model: Any, names: list[str], tensor: Tensor) -> None:
     """Puts a tensor in all places of a model that have it."""
-    parameter = nn.Parameter(tensor, requires_grad=False)
+    parameter = as_parameter(tensor)
     for name in names:
         owner, _, last = name.rpartition(".")
         module = model.get_submodule(owner)

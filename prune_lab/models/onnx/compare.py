@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,18 +21,20 @@ def compare(model: Any, graph: Any, tokens: Tensor, continued: int, dtype: torch
     tolerance = {torch.float32: 1e-4, torch.float16: 2e-2}[dtype]
     expected = wide(input_ids=tokens, use_cache=False).logits
     largest = max(1.0, float(expected.abs().max()))
-    _check(expected, graph(input_ids=tokens).logits, tolerance * largest, f"{tokens.shape[1]} tokens at once")
+    _check(
+        expected, graph(input_ids=tokens).logits, tolerance * largest, graph.folder, f"{tokens.shape[1]} tokens at once"
+    )
     prompt = tokens[:, : max(1, tokens.shape[1] // 2)]
     found, kept = graph(input_ids=prompt), prompt
     for _ in range(min(continued, tokens.shape[1] - prompt.shape[1])):
         expected = wide(input_ids=kept, use_cache=False).logits[:, -1]
-        _check(expected, found.logits[:, -1], tolerance * largest, f"token {kept.shape[1]}, decoded")
+        _check(expected, found.logits[:, -1], tolerance * largest, graph.folder, f"token {kept.shape[1]}, decoded")
         chosen = expected.argmax(-1, keepdim=True)
         kept = torch.cat((kept, chosen), 1)
         found = graph(input_ids=chosen, cache=found.cache)
 
 
-def _check(expected: Tensor, found: Tensor, tolerance: float, where: str) -> None:
+def _check(expected: Tensor, found: Tensor, tolerance: float, folder: Path, where: str) -> None:
     difference = float((expected - found.float()).abs().max())
     if not difference <= tolerance:
-        raise RuntimeError(f"the ONNX graph differs from the model: by {difference:g} in a logit of {where}")
+        raise RuntimeError(f"the export in {folder} does not reload: its logits differ by {difference:g}, of {where}")

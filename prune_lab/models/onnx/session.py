@@ -18,7 +18,10 @@ class OnnxModel:
     The cache is a dictionary of its own: keys and values by the name of the input that takes them.
     """
 
+    training = False
+
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
