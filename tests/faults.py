@@ -886,6 +886,11 @@ FAULTS = (
         ("test_streaming.py::test_every_family_streams_to_the_same_files",),
     ),
     Fault(
+        "streamed_weights_do_not_learn", "prune_lab/models/offload/on_disk.py",
+        "requires_grad=tensor.is_floating_point()", "requires_grad=False",
+        ("test_streaming.py::test_every_type_whose_layout_is_found_streams_to_the_same_files",),
+    ),
+    Fault(
         "streamed_experts_in_one_place", "prune_lab/models/offload/stored.py",
         "whole[expert, number * each : (number + 1) * each]", "whole[0, number * each : (number + 1) * each]",
         ("test_streaming.py::test_every_type_whose_layout_is_found_streams_to_the_same_files",),
@@ -1110,6 +1115,11 @@ FAULTS = (
         "text_of_a_call_taken_for_a_split", "prune_lab/api.py",
         "named = [tokens] if isinstance(corpus, UnsplitCorpus) else [None]", "named = [None]",
         ("test_api.py::test_the_weights_are_those_of_the_command_line",),
+    ),
+    Fault(
+        "gradients_of_a_training_added", "prune_lab/api.py",
+        "    own.zero_grad(set_to_none=True)", "    pass",
+        ("test_api.py::test_gradients_of_the_caller_change_nothing",),
     ),
     Fault(
         "hydra_of_a_call_left_behind", "prune_lab/config/in_python.py",
