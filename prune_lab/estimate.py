@@ -20,13 +20,14 @@ STAGES = (DENSE, COMPRESSION, MEASURES, TIMING)
 # Seconds until a fresh Python has imported what loads a model, on two cores. It need not be exact.
 FRESH_PROCESS = 8.0
 PROMPT, DECODED = 16, 4  # tokens
+TOKENS = 1024  # of the test text in a timed pass
 
 
 def expected_seconds(parts: Parts, evaluator: Evaluator, calibrator: Calibrator | None) -> dict[str, float] | None:
     """Expected seconds of each stage of a run; None for a streamed model, of which a trial takes as long as a run.
 
-    Results that are in a cache are counted as if they were not. It takes two forward passes of one window of the test
-    text, and decodes four tokens where a measure decodes: nothing that the measures do not do.
+    Results that are in a cache are counted as if they were not. It takes two forward passes of about a thousand tokens
+    of the test text, and decodes four tokens where a measure decodes: nothing that the measures do not do.
     """
     if weights_on_disk(evaluator.dense.model) is not None:
         return None
@@ -52,13 +53,15 @@ def expected_seconds(parts: Parts, evaluator: Evaluator, calibrator: Calibrator 
 
 def _seconds_of_a_token(evaluator: Evaluator) -> float:
     """Seconds for a token of a window of the test text."""
-    window, quiet, forward = evaluator.windows[:1], Console(quiet=True), 0.0
+    length, quiet, forward = evaluator.windows.shape[1], Console(quiet=True), 0.0
+    several = max(1, min(evaluator.measure.batch_size, TOKENS // length))  # one alone would be slower for each token
+    windows = evaluator.windows[:several]
     for _ in range(2):  # the first warms up
         began = time.perf_counter()
-        measure_losses(evaluator.dense.model, window, 1, evaluator.device, quiet, evaluator.bos)
+        measure_losses(evaluator.dense.model, windows, several, evaluator.device, quiet, evaluator.bos)
         evaluator.device.synchronize()
         forward = time.perf_counter() - began
-    return forward / window.shape[1]
+    return forward / windows.numel()
 
 
 def _seconds_of_a_step(evaluator: Evaluator) -> float:
