@@ -1076,6 +1076,11 @@ FAULTS = (
         ("test_run_clock.py::test_what_is_left_is_what_was_expected_less_what_passed",),
     ),
     Fault(
+        "outputs_of_the_first_choice_alone", "prune_lab/models/found_experts.py",
+        "of_all[chosen[:, i], torch.arange(tokens)]", "of_all[chosen[:, 0], torch.arange(tokens)]",
+        ("test_experts.py::test_scores_where_gates_multiply_the_states_by_hand",),
+    ),
+    Fault(
         "no_change_shown_as_a_speedup", "prune_lab/results/metrics.py",
         "if found.contains(1) else", "if False else",
         ("test_sweep.py::test_a_speedup_whose_interval_contains_1_is_no_change",),

@@ -37,7 +37,7 @@ NORMS = torch.tensor([[1, 2, 0.5, 4], [1, 1.5, 1, 3], [2, 1, 0.5, 2], [1, 2.5, 1
 # Of every layout of experts and every kind of router: softmax, sigmoid with a bias, groups, shared experts.
 TYPES = [
     "mixtral", "gpt_oss", "dbrx", "deepseek_v3", "ernie4_5_moe", "qwen2_moe",
-    "olmoe", "granitemoehybrid", "jamba", "lfm2_moe", "phimoe", "nemotron_h", "minimax_m2",
+    "llama4_text", "olmoe", "granitemoehybrid", "jamba", "lfm2_moe", "phimoe", "nemotron_h", "minimax_m2",
 ]  # fmt: skip
 SLOW = (pytest.mark.slow, pytest.mark.process)
 
@@ -178,7 +178,37 @@ def test_scores_of_a_mixture_by_hand(score: str, place: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("model_type", [*TYPES[:6], *(pytest.param(name, marks=SLOW) for name in TYPES[6:])])
+@torch.no_grad()
+@pytest.mark.parametrize("score", ["reap", "gate_sum", "frequency", "ranked_choice"])
+def test_scores_where_gates_multiply_the_states_by_hand(score: str, place: Path) -> None:
+    """Llama 4, two experts for a token: the sigmoid of its logits is the gate, and outputs are of unscaled states."""
+    folder = tiny_folder(place / f"llama4 {score}", "llama4_text", num_experts_per_tok=2)
+    loaded = HubModel(name=str(folder)).load(CPU, seed=0)
+    inside = loaded.model.model.layers[1].feed_forward
+    seen = list[Tensor]()
+    hook = inside.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    loaded.model(input_ids=WINDOWS.long(), use_cache=False)
+    hook.remove()
+    logits_of_experts, experts = seen[0] @ inside.router.weight.T, inside.experts
+    chosen = logits_of_experts.topk(2, dim=1).indices
+    wanted = list[float]()
+    for expert in range(4):
+        at = (chosen == expert).any(1)
+        gate, up = (seen[0][at] @ experts.gate_up_proj[expert]).chunk(2, dim=1)
+        outputs = (torch.nn.functional.silu(gate) * up) @ experts.down_proj[expert]
+        gates = logits_of_experts[at, expert].sigmoid()
+        reap = float((gates * outputs.norm(dim=1)).mean())
+        wanted.append({"reap": reap, "gate_sum": float(gates.sum()), "frequency": float(at.sum())}.get(score, 0.0))
+    if score == "ranked_choice":
+        wanted = ranked_choice(logits_of_experts.argsort(dim=1, descending=True), 2).tolist()
+    pruned = prune(loaded, score=score)
+    rows = [row for row in csv.DictReader(pruned.files["experts.csv"].decode().splitlines()) if row["block"] == "1"]
+    assert [float(row["score"]) for row in rows] == pytest.approx(wanted, rel=1e-3)
+    assert experts.gate_up_proj.shape[0] == 4
+    assert loaded.model.model.layers[1].feed_forward.experts.gate_up_proj.shape[0] == 2
+
+
+@pytest.mark.parametrize("model_type", [*TYPES[:7], *(pytest.param(name, marks=SLOW) for name in TYPES[7:])])
 def test_experts_of_a_type(model_type: str, place: Path, tmp_path: Path) -> None:
     """Half of them go, and stock transformers reads what is left, which is seen to be right as they go."""
     dense = loaded_of(place, model_type)
@@ -226,7 +256,6 @@ def test_groups_of_a_router_keep_as_many(place: Path) -> None:
     ("model_type", "keys", "said"),
     [
         ("mixtral", {"amount": 0.9}, r"leaves 1 of 4 experts.*choose 2 for each token.*possible are 2 \(amount=0.5\)"),
-        ("llama4_text", {}, "experts of this llama4_text model cannot be removed: .*not called with states"),
         ("longcat_flash", {}, "has not a part for each expert"),
         ("deepseek_v4", {}, "says by the token which experts"),
         ("olmo2", {}, "no experts that a field of its config counts"),

@@ -1,7 +1,8 @@
 """Experts of a mixture as units: found by the config field that counts them, and a model as it is without some of them.
 
 The modules of experts of transformers are called with states, choices and gates, whatever router is before them:
-hidden_states (tokens, hidden), the experts of each token (tokens, k), and what their outputs are multiplied by.
+hidden_states (tokens, hidden), the experts of each token (tokens, k), and what their outputs are multiplied by. Those
+of Llama 4 are called with the states of all tokens for each expert, which the scores of the router have multiplied.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class Mixture:
     """Mixture of a block: names of its module of experts, of the module that it and the router are in, and tensors.
 
     router: matrices whose rows are the experts. choices: other tensors that are added to what experts are chosen by.
+    scores: module that gives (tokens, experts) scores, 0 of experts that are not chosen, where these multiply the
+    states that experts are called with; empty where experts are called with choices and gates.
     """
 
     block: int
@@ -43,6 +46,12 @@ class Mixture:
     whole: str
     router: tuple[str, ...]
     choices: tuple[str, ...]
+    scores: str = ""
+
+    @property
+    def seen_at(self) -> str:
+        """The module whose calls tell the experts of a token."""
+        return self.scores or self.experts
 
 
 def find_experts(model: Any, layout: Layout) -> FoundGroup | str:
@@ -115,9 +124,13 @@ def mixtures_of(model: Any, group: FoundGroup) -> list[Mixture] | str:
         routers = [name for name in tensors if layout.left_alone.get(name) == ROUTER]
         if len(owners) != 1 or not routers:
             return f"block {s.block} has its experts in several modules"
-        owner = called.get(owners.pop())
+        weights = owners.pop()
+        owner, scores = called.get(weights), ""
         if owner is None:
-            return f"the experts of block {s.block} are not called with states, choices and gates"
+            scores = _scores_of(model, weights, routers[0].rpartition(".")[0], group.count)
+            owner = weights
+        if not (owner in called.values() or scores):
+            return _not_called(s.block)
         whole = _common_module([owner, *(name.rpartition(".")[0] for name in routers)])
         if (table := _table_of_tokens(model.get_submodule(whole))) is not None:
             return f"{whole}.{table} says by the token which experts it goes to"
@@ -125,15 +138,60 @@ def mixtures_of(model: Any, group: FoundGroup) -> list[Mixture] | str:
             name for name in tensors if name not in routers and name not in fused and not name.startswith(f"{owner}.")
         ]
         found.append(
-            Mixture(s.block, owner, whole, tuple(routers), tuple(n for n in choices if _CHOICES.search(n)))
+            Mixture(s.block, owner, whole, tuple(routers), tuple(n for n in choices if _CHOICES.search(n)), scores)
         )  # fmt: skip
+    return found
+
+
+def _not_called(block: int) -> str:
+    return f"the experts of block {block} are not called with states, choices and gates"
+
+
+def _scores_of(model: Any, experts: str, router: str, count: int) -> str:
+    """The name of a router whose scores multiply the states that a module of experts is called with; else nothing.
+
+    Of the states of all tokens for one expert after the other, those of tokens that have not chosen it are 0.
+    """
+
+    def look() -> str:
+        given, routed = list[Tensor](), list[tuple[Tensor, Any]]()
+        hooks = [
+            model.get_submodule(experts).register_forward_pre_hook(lambda _, args: given.append(args[0])),
+            model.get_submodule(router).register_forward_hook(lambda _, args, out: routed.append((args[0], out))),
+        ]
+        try:
+            with torch.no_grad():
+                model(input_ids=probe_tokens(model)[:1], use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if len(given) != 1 or len(routed) != 1:
+            return ""
+        states, scores = routed[0][0].flatten(0, -2), first_of(routed[0][1])
+        if scores.shape != (len(states), count) or len(given[0]) != count * len(states):
+            return ""
+        scaled = states.repeat(count, 1) * scores.T.reshape(-1, 1)
+        chosen = (scores != 0).sum(1)
+        return router if torch.equal(scaled, given[0]) and bool((chosen == chosen[0]).all()) else ""
+
+    found: str = found_once(model, f"scores of {experts}", look)
+    return found
+
+
+def first_of(out: Any) -> Tensor:
+    """The first tensor of what a module gives."""
+    found: Tensor = out[0] if isinstance(out, tuple | list) else out
     return found
 
 
 def gated_mixtures(model: Any) -> list[Mixture] | str:
     """The mixtures of a model, whatever could be removed of them, or the reason why their gates cannot be seen."""
     group = find_experts(model, layout_of(model))
-    return group if isinstance(group, str) else mixtures_of(model, group)
+    found = group if isinstance(group, str) else mixtures_of(model, group)
+    if isinstance(found, str):
+        return found
+    scaled = [mixture.block for mixture in found if mixture.scores]
+    return _not_called(scaled[0]) if scaled else found
 
 
 def _called_with_choices(model: Any, owners: set[str]) -> dict[str, str]:
@@ -264,8 +322,8 @@ Called = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 def by_block(mixtures: Iterable[Mixture]) -> dict[int, str]:
-    """Names of the modules of experts by block."""
-    return {mixture.block: mixture.experts for mixture in mixtures}
+    """Names, by block, of the modules whose calls tell the experts of a token."""
+    return {mixture.block: mixture.seen_at for mixture in mixtures}
 
 
 def modules_of_experts(model: Any, layout: Layout) -> dict[int, str]:
@@ -286,18 +344,34 @@ def modules_of_experts(model: Any, layout: Layout) -> dict[int, str]:
 
 @contextmanager
 def watched(model: Any, modules: Mapping[int, str], called: Called) -> Iterator[None]:
-    """Context in which every call of a module of experts is told of; modules: its full name by block."""
+    """Context in which every call of a module of experts is told of; modules: its full name by block.
+
+    Of experts that are called with scaled states it is the router, whose scores are the gates (Mixture.scores).
+    """
 
     def before(block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states, chosen, gates = (*args, *kwargs.values())[:3]
+        given = (*args, *kwargs.values())
+        if len(given) < 3:  # a router
+            return
+        states, chosen, gates = given[:3]
         called(block, states.flatten(0, -2), chosen.reshape(-1, chosen.shape[-1]), gates.reshape(-1, gates.shape[-1]))
 
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, kwargs, block=block: before(block, args, kwargs), with_kwargs=True
-        )
-        for block, name in modules.items()
-    ]
+    def behind(block: int, args: tuple[Any, ...], out: Any) -> None:
+        if len(args) != 1:  # experts
+            return
+        scores = first_of(out)
+        gates, chosen = scores.topk(int((scores != 0).sum(1).max()), dim=1)
+        called(block, args[0].flatten(0, -2), chosen, gates)
+
+    hooks = list[Any]()
+    for block, name in modules.items():
+        module = model.get_submodule(name)
+        hooks += [
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs, block=block: before(block, args, kwargs), with_kwargs=True
+            ),
+            module.register_forward_hook(lambda _, args, out, block=block: behind(block, args, out)),
+        ]
     try:
         yield
     finally:
@@ -306,8 +380,15 @@ def watched(model: Any, modules: Mapping[int, str], called: Called) -> Iterator[
 
 
 def outputs_of(model: Any, mixture: Mixture, states: Tensor, chosen: Tensor) -> Tensor:
-    """Output of each token's experts before the gate, (tokens, k, hidden), as the model's own module computes them."""
+    """Output of each token's experts before the gate, (tokens, k, hidden), as the model's own module computes them.
+
+    Where the gates multiply the states, it is that of the states without them, as REAP's authors have it for Llama 4.
+    """
     tokens, k = chosen.shape
+    if mixture.scores:
+        count = model.get_parameter(mixture.router[0]).shape[0]
+        of_all = model.get_submodule(mixture.experts).forward(states.repeat(count, 1)).view(count, tokens, -1)
+        return torch.stack([of_all[chosen[:, i], torch.arange(tokens)] for i in range(k)], 1)
     each = states.repeat_interleave(k, 0)
     ones = torch.ones(tokens * k, 1, dtype=states.dtype, device=states.device)
     module = model.get_submodule(mixture.experts)
