@@ -163,7 +163,7 @@ def ray(lab: Lab, submitit: Ended) -> Ended:
         return lab.sweep("by_ray", "method=magnitude", "amount=0.3,1.5,0.4,0.1,0.6", at, recipe="ray")
 
 
-@pytest.fixture(params=["joblib", "submitit", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.fixture(params=["joblib", *(pytest.param(name, marks=pytest.mark.slow) for name in ("submitit", "ray"))])
 def ended(request: pytest.FixtureRequest) -> Ended:
     """Each of them."""
     found = request.getfixturevalue(request.param)
