@@ -3,7 +3,8 @@
 ENVIRONMENT/bin/python tests/oracles/llm_compressor_int4.py EXPORT OUT
 
 Weights of the blocks' Linears are rounded to nearest in groups of 32 inputs, symmetric, so that zero stays zero. OUT is
-read again by stock transformers; printed are the shares of zeros before and after. Exit code 1 where a zero is lost.
+read again by stock transformers; printed are the shares of zeros before and after. OUT-dense holds the rounded weights
+as floats, for prune_lab to measure. Exit code 1 where a zero is lost.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ def main(folder: str, out: str) -> int:
     AutoTokenizer.from_pretrained(folder).save_pretrained(out)
     config = CompressedTensorsConfig(run_compressed=False)
     again = linears(AutoModelForCausalLM.from_pretrained(out, quantization_config=config))
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for name, weight in linears(plain).items():
+        weight.copy_(again[name])
+    plain.save_pretrained(f"{out}-dense")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(f"{out}-dense")
     weights = sum(mask.numel() for mask in zeros.values())
     before = sum(int(mask.sum()) for mask in zeros.values())
     after = sum(int((again[name] == 0).sum()) for name in zeros)
