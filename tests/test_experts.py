@@ -224,6 +224,17 @@ def test_experts_of_a_type(model_type: str, place: Path, tmp_path: Path) -> None
     assert group.count == units_of(dense.model).groups["experts"].count // 2
 
 
+def test_experts_of_a_type_that_may_have_none(tmp_path: Path) -> None:
+    """Gemma 4's lie on the layer itself, beside a dense MLP, where its config asks for them."""
+    asked = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 16}
+    cut = HubModel(name=str(tiny_folder(tmp_path / "dense", "gemma4_text", **asked))).load(CPU, seed=0)
+    assert prune(cut, score="reap").realized == pytest.approx(0.5)
+    save_model(cut, tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    assert again.config.num_experts == 4
+    torch.testing.assert_close(logits(again), logits(cut.model))
+
+
 @pytest.mark.parametrize("score", SCORES)
 def test_every_score_and_two_prunings_in_a_row(score: str, place: Path) -> None:
     loaded = loaded_of(place, "qwen3_moe")
