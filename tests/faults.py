@@ -1077,7 +1077,7 @@ FAULTS = (
     ),
     Fault(
         "outputs_of_the_first_choice_alone", "prune_lab/models/found_experts.py",
-        "of_all[chosen[:, i], torch.arange(tokens)]", "of_all[chosen[:, 0], torch.arange(tokens)]",
+        "of_all[chosen[:, i], at]", "of_all[chosen[:, 0], at]",
         ("test_experts.py::test_scores_where_gates_multiply_the_states_by_hand",),
     ),
     Fault(

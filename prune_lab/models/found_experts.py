@@ -148,38 +148,45 @@ def _not_called(block: int) -> str:
 
 
 def _scores_of(model: Any, experts: str, router: str, count: int) -> str:
-    """The name of a router whose scores multiply the states that a module of experts is called with; else nothing.
+    """Name of the router whose scores multiply the states that a module of experts is called with; empty if none does.
 
-    Of the states of all tokens for one expert after the other, those of tokens that have not chosen it are 0.
+    The experts are called once, with the states of all tokens for one expert after the other; those of tokens that have
+    not chosen it are 0.
     """
 
     def look() -> str:
-        given, routed = list[Tensor](), list[tuple[Tensor, Any]]()
-        hooks = [
-            model.get_submodule(experts).register_forward_pre_hook(lambda _, args: given.append(args[0])),
-            model.get_submodule(router).register_forward_hook(lambda _, args, out: routed.append((args[0], out))),
-        ]
-        try:
-            with torch.no_grad():
-                model(input_ids=probe_tokens(model)[:1], use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if len(given) != 1 or len(routed) != 1:
-            return ""
-        states, scores = routed[0][0].flatten(0, -2), first_of(routed[0][1])
-        if scores.shape != (len(states), count) or len(given[0]) != count * len(states):
+        given, routed = list[tuple[Any, ...]](), list[tuple[Any, ...]]()
+        _passed(
+            model,
+            model.get_submodule(experts).register_forward_pre_hook(lambda _, args: given.append(args)),
+            model.get_submodule(router).register_forward_hook(lambda _, args, out: routed.append((*args, out))),
+        )
+        if [len(args) for args in given] != [1] or [len(call) for call in routed] != [2]:
+            return ""  # called several times, or with something else
+        ((rows,),), ((states, out),) = given, routed
+        states, scores = states.flatten(0, -2), first_of(out)
+        if scores.shape != (len(states), count) or rows.shape != (count * len(states), states.shape[-1]):
             return ""
         scaled = states.repeat(count, 1) * scores.T.reshape(-1, 1)
         chosen = (scores != 0).sum(1)
-        return router if torch.equal(scaled, given[0]) and bool((chosen == chosen[0]).all()) else ""
+        return router if torch.equal(scaled, rows) and bool((chosen == chosen[0]).all()) else ""
 
     found: str = found_once(model, f"scores of {experts}", look)
     return found
 
 
+def _passed(model: Any, *hooks: Any) -> None:
+    """Passes a few tokens through a model and removes the hooks that watch it."""
+    try:
+        with torch.no_grad():
+            model(input_ids=probe_tokens(model)[:1], use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def first_of(out: Any) -> Tensor:
-    """The first tensor of what a module gives."""
+    """First output of a module, which may give several."""
     found: Tensor = out[0] if isinstance(out, tuple | list) else out
     return found
 
@@ -214,12 +221,7 @@ def _find_called(model: Any, owners: set[str]) -> dict[str, str]:
                 lambda _, args, kwargs, name=name: look(name, args, kwargs), with_kwargs=True
             )
         )
-    try:
-        with torch.no_grad():
-            model(input_ids=probe_tokens(model)[:1], use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    _passed(model, *hooks)
     return {owner: name for owner, names in above.items() for name in names[::-1] if name in seen}
 
 
@@ -388,7 +390,8 @@ def outputs_of(model: Any, mixture: Mixture, states: Tensor, chosen: Tensor) -> 
     if mixture.scores:
         count = model.get_parameter(mixture.router[0]).shape[0]
         of_all = model.get_submodule(mixture.experts).forward(states.repeat(count, 1)).view(count, tokens, -1)
-        return torch.stack([of_all[chosen[:, i], torch.arange(tokens)] for i in range(k)], 1)
+        at = torch.arange(tokens, device=chosen.device)
+        return torch.stack([of_all[chosen[:, i], at] for i in range(k)], 1)
     each = states.repeat_interleave(k, 0)
     ones = torch.ones(tokens * k, 1, dtype=states.dtype, device=states.device)
     module = model.get_submodule(mixture.experts)

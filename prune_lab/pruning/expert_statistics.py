@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prune_lab.models.blocks import ReachedError
-from prune_lab.models.found_experts import Mixture, by_block, outputs_of, watched, without_experts
+from prune_lab.models.found_experts import Mixture, by_block, first_of, outputs_of, watched, without_experts
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.expert_scores import ExpertSums, sums_of
 
@@ -79,7 +79,7 @@ class _Watch:
             if self._needs == "orders":
                 self._look_at_orders(block, self._routed_before)
             else:
-                self._look_at_losses(block, self._routed_before, _states(out))
+                self._look_at_losses(block, self._routed_before, first_of(out))
         finally:
             self._inside = False
             del self._calls[block]
@@ -119,7 +119,7 @@ class _Watch:
                 continue
             gone = torch.zeros(self._experts, dtype=torch.bool)
             gone[expert] = True
-            found = _states(self._again(block, gone))
+            found = first_of(self._again(block, gone))
             difference = (found.flatten(0, -2) - wanted.flatten(0, -2))[rows].double()
             losses[expert] = float(difference.square().mean()) * int(rows.sum())
         before = self.sums[block].losses
@@ -127,8 +127,3 @@ class _Watch:
 
 
 _SUMS = ("tokens", "gates", "norms", "squares", "weighted")
-
-
-def _states(out: Any) -> Tensor:
-    found: Tensor = out[0] if isinstance(out, tuple | list) else out
-    return found
