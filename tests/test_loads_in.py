@@ -281,7 +281,7 @@ def test_a_run_and_its_card_name_the_engines_and_the_keys(
     done = cli(*run, "export=hf", "tracking=none", "hydra.run.dir=run", "measure.latency=false", "measure.memory=false")
     assert done.returncode == 0, done.stderr
     line, more = (text for text in done.stdout.splitlines() if text.startswith(("loads in", "          changed")))
-    assert line.startswith("loads in  transformers 5, transformers 4.57, llama.cpp, vLLM, ONNX (how:")
+    assert line.startswith("loads in  transformers 5, transformers 4.57, llama.cpp, vLLM, ONNX by rules, not tried")
     assert more == "          changed by method.round_to=256 (llama.cpp, vLLM)"
     card = (tmp_path / "run" / "export" / "README.md").read_text()
     assert "| vLLM | yes | on 1 device, tensor-parallel on 2; not 4: intermediate_size=270; not 8:" in card

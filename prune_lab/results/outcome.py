@@ -68,7 +68,7 @@ def _engines(verdicts: list[dict[str, Any]]) -> list[str]:
         by_answer.setdefault(found["loads"], []).append(found["engine"])
     words = {"yes": "", "no": "not in ", "not known": "not known of "}
     parts = [f"{said}{', '.join(by_answer[answer])}" for answer, said in words.items() if answer in by_answer]
-    lines = [f"loads in  {'; '.join(parts)} (how: README.md of the export)"] if parts else []
+    lines = [f"loads in  {'; '.join(parts)} by rules, not tried in this run (README.md of the export)"] if parts else []
     keys: dict[str, list[str]] = {}
     for found in verdicts:
         for key in found["keys"]:
