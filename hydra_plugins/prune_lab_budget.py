@@ -1,20 +1,14 @@
-"""hydra/sweeper=budget: the most that can be removed at a quality, or the best quality at a cost, in few runs.
+"""hydra/sweeper=budget: the best shape of a model within bounds, such as at most so many parameters, bytes or ms.
 
+    bound: ["params/total<=110e6"]
     hydra:
       mode: MULTIRUN
       sweeper:
-        at_most: {quality/perplexity_ratio: 1.1}     # or {size/disk_mb: 12}, {latency/decode_ms_per_token_p50: 3}
-        best: params/reduction                       # how candidates within it are compared
-        candidates:                                  # each a set of overrides
-          - {method: sparsegpt}
-          - {method: structured, method.score: wanda}
-        low: 0.1                                     # amounts that are tried: multiples of step between low and high
-        high: 0.8
-        step: 0.05
-        params: {seed: 0}                            # in every run
+        axes: [blocks, mlp, heads, experts, hidden]     # of the shape; those that the model has
+        shapes: 4                                       # shapes that are measured whole
 
-Each round launches one run for every candidate whose bracket is open, so a launcher may run them side by side. The
-answer stands above the sweep's leaderboard. The module lies here since Hydra finds sweepers in hydra_plugins alone.
+How it goes about it stands in prune_lab/sweeps/budget.py. The answer stands above the sweep's leaderboard. The module
+lies here since Hydra finds sweepers in hydra_plugins alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,18 +25,20 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+HELD_OUT = 8192  # tokens of the calibration text, at most a quarter of it
+
 
 @dataclass
 class BudgetConf:
     """The keys of hydra.sweeper."""
 
     _target_: str = "hydra_plugins.prune_lab_budget.BudgetSweeper"
-    at_most: dict[str, float] = field(default_factory=dict)
-    best: str = ""
-    candidates: list[dict[str, Any]] = field(default_factory=list)
-    low: float = 0.1
-    high: float = 0.8
-    step: float = 0.05
+    axes: list[str] = field(default_factory=lambda: ["blocks", "mlp", "heads", "experts", "hidden"])
+    amounts: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8])
+    round_to: int = 32
+    held_out: int | None = None
+    shapes: int = 4
+    best: str = "params/total"
     params: dict[str, Any] | None = None
 
 
@@ -50,25 +46,28 @@ ConfigStore.instance().store(group="hydra/sweeper", name="budget", node=BudgetCo
 
 
 class BudgetSweeper(Sweeper):
-    """Bisects the amount of every candidate, a round of runs at a time."""
+    """Searches the shapes of a model; runs are launched in batches."""
 
     def __init__(
         self,
-        at_most: Mapping[str, float],
+        axes: Sequence[str],
+        amounts: Sequence[float],
+        round_to: int,
+        held_out: int | None,
+        shapes: int,
         best: str,
-        candidates: Sequence[Mapping[str, Any]],
-        low: float,
-        high: float,
-        step: float,
         params: Mapping[str, Any] | None = None,
     ) -> None:
-        from prune_lab.sweeps.budget import Budget, Candidate, read_candidates
+        from prune_lab.results.bounds import check_metric
 
-        self.budget = Budget(dict(at_most), best)
-        self.candidates = [
-            Candidate(overrides, low, high, step, self.budget.on_quality) for overrides in read_candidates(candidates)
-        ]
+        check_metric(best)
+        if shapes < 1:
+            raise ValueError(f"hydra.sweeper.shapes={shapes} must be at least 1: those that are measured whole")
+        self.axes, self.amounts, self.round_to, self.held_out = tuple(axes), tuple(amounts), round_to, held_out
+        self.shapes, self.best = shapes, best
         self.params = [f"{key}={value}" for key, value in (params or {}).items()]
+        self.number = 0
+        self.returns: list[Sequence[JobReturn]] = []
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Makes the launcher that the configuration names."""
@@ -78,45 +77,94 @@ class BudgetSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Runs rounds until every bracket is closed; `arguments` are the command line's, which come last."""
-        from prune_lab.sweeps.budget import answer
+        """Runs the search; `arguments` are the command line's."""
+        from prune_lab.results.bounds import read_bounds
+        from prune_lab.sweeps.budget import Search, Settings, answer
+        from prune_lab.sweeps.budget_plots import draw
         from prune_lab.sweeps.comparison import ANSWER
 
         assert self.config is not None
-        self._refuse_sweeps(arguments)
-        folder = Path(self.config.hydra.sweep.dir)
+        self._refuse(arguments)
+        config, self.arguments = self.config, arguments
+        folder = Path(config.hydra.sweep.dir)
+        settings = Settings(
+            self._held_out(), self.shapes, self.best, keeps_export=config.measure.engine != "none",
+            stored_as_is=self._stores_as_is(), survey=self._survey(),
+        )  # fmt: skip
+        search = Search(read_bounds(config.bound), settings, self._run)
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
-        returns: list[Sequence[JobReturn]] = []
-        number = 0
-        while asked := [(c, amount) for c in self.candidates if (amount := c.next_amount()) is not None]:
-            batch = [[*self.params, *c.overrides, *arguments, f"amount={amount:g}"] for c, amount in asked]
-            self.validate_batch_is_legal(batch)
-            done = self.launcher.launch(batch, initial_job_idx=number)
-            for (candidate, amount), result in zip(asked, done, strict=True):
-                _ = result.return_value  # raises what the job raised
-                self._take_in(candidate, amount, result)
-            number += len(batch)
-            returns.append(done)
-        (folder / ANSWER).write_text(answer(self.budget, self.candidates), encoding="utf-8")
-        return returns
+        OmegaConf.save(config, folder / "multirun.yaml")
+        found = search.search()
+        (folder / ANSWER).write_text(answer(found), encoding="utf-8")
+        draw(found, folder)
+        return self.returns
 
-    def _take_in(self, candidate: Any, amount: float, result: JobReturn) -> None:
-        from prune_lab.results.summary import read_summary
+    def _run(self, batch: Sequence[Sequence[str]]) -> list[Any]:
+        from prune_lab.results.summary import Summary, read_summary
 
-        assert result.hydra_cfg is not None
-        summary = read_summary(Path(result.hydra_cfg.hydra.runtime.output_dir))
-        if summary is None or summary.status != "FINISHED":
-            candidate.refused = (summary and summary.reason) or "its process ended without saying so"
-        else:
-            candidate.tell(amount, summary.metrics, self.budget)
+        asked = [[*self.params, *self.arguments, *overrides] for overrides in batch]
+        self.validate_batch_is_legal(asked)
+        done = self.launcher.launch(asked, initial_job_idx=self.number)
+        self.number += len(asked)
+        self.returns.append(done)
+        summaries = []
+        for result in done:
+            _ = result.return_value  # raises what the job raised
+            assert result.hydra_cfg is not None
+            summary = read_summary(Path(result.hydra_cfg.hydra.runtime.output_dir))
+            summaries.append(summary or Summary("KILLED", reason="its process ended without saying so"))
+        return summaries
 
-    def _refuse_sweeps(self, arguments: list[str]) -> None:
+    def _survey(self) -> tuple[str, ...]:
+        """Overrides of the run that measures the damage: keys with other values than their defaults."""
+        from prune_lab.methods.damage import Damage
+
+        assert self.config is not None
+        of_method = {
+            "axes": list(self.axes), "amounts": [f"{amount:g}" for amount in self.amounts],
+            "round_to": self.round_to,
+        }  # fmt: skip
+        usual = Damage()
+        usual_of = {"axes": list(usual.axes), "amounts": [f"{a:g}" for a in usual.amounts], "round_to": usual.round_to}
+        changed = {f"method.{key}": value for key, value in of_method.items() if value != usual_of[key]}
+        unmeasured = {
+            "latency": False, "memory": False, "energy": False, "generation_prompts": 0, "tasks": [], "engine": "none",
+        }  # fmt: skip
+        measure = self.config.measure
+        changed |= {f"measure.{key}": value for key, value in unmeasured.items() if measure[key] != value}
+        if str(self.config.hydra.runtime.choices.export) != "none":
+            changed["export"] = "none"
+        return tuple(f"{key}={_word(value)}" for key, value in changed.items())
+
+    def _held_out(self) -> int:
+        """Calibration windows that are held out."""
+        assert self.config is not None
+        text = self.config.dataset.calibration
+        wanted = -(-HELD_OUT // int(text.seq_len)) if self.held_out is None else self.held_out
+        return max(1, min(wanted, int(text.n_samples) // 4)) if self.held_out is None else wanted
+
+    def _stores_as_is(self) -> bool:
+        """True where the files that a run measures hold the weights in its number type."""
+        assert self.config is not None
+        chosen = self.config.hydra.runtime.choices
+        return str(chosen.post) == "none" and str(chosen.export) in ("none", "hf")
+
+    def _refuse(self, arguments: list[str]) -> None:
+        from prune_lab.methods.shape import AXES
+
         assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        looked_for = ("amount", "method", "method.amount", "method.held_out", *(f"method.{axis}" for axis in AXES))
         for override in parser.parse_overrides(arguments):
-            if override.is_sweep_override() or override.get_key_element() in ("amount", "method.amount"):
+            if override.is_sweep_override() or override.get_key_element() in looked_for:
                 raise ValueError(
-                    f"{override.input_line}: the amount is what is looked for, and other keys have one value each; "
-                    "candidates are listed in the recipe"
+                    f"{override.input_line}: the shape is what is looked for, and other keys have one value each; "
+                    "hydra.sweeper.axes names the axes of the shape"
                 )
+
+
+def _word(value: Any) -> str:
+    """A value as an override has it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)

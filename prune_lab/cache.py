@@ -44,6 +44,8 @@ KINDS = {
     "block_distances": "angles of the states between blocks",
     "block_losses": "losses and divergences with blocks left out",
     "sensitivity": "loss increases of single blocks",
+    "damage": "divergences of models cut along one axis",
+    "shape_costs": "sizes of models at the corners of their axes",
     "dense_export": "dense models as measure.engine loads them",
     "engine": "perplexity of dense models in measure.engine",
     "baseline": "quality, size and task scores of dense models",

@@ -31,7 +31,7 @@ from prune_lab.models.offload.on_disk import weights_on_disk
 from prune_lab.models.resize import block_of, original_blocks
 from prune_lab.out_of_memory import explained
 from prune_lab.pruning.calibration import Calibrator
-from prune_lab.results import outcome, run_warnings, samples
+from prune_lab.results import bounds, outcome, run_warnings, samples
 from prune_lab.results.card import CARD, is_card_of, model_card
 from prune_lab.results.summary import EXPORT, Summary
 from prune_lab.system import device as devices
@@ -86,6 +86,7 @@ def run(parts: Parts, config: dict[str, Any], context: JobContext, console: Cons
         summary.samples = [asdict(sample) for sample in texts[: samples.SHOWN]]
         told = [*evaluator.dense.warnings, *evaluator.bos.warnings, *compressed.pruned.warnings]
         told += parts.export.notes(compressed.loaded)
+        told += bounds.not_kept(bounds.read_bounds(parts.settings.bound), metrics)
         summary.warnings += told + run_warnings.of_run(summary)
         summary.status = "FINISHED"
         if parts.export.is_kept:

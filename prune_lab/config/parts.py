@@ -23,6 +23,7 @@ from prune_lab.checks import check_amount
 from prune_lab.config.overrides import literal
 from prune_lab.errors import Refused
 from prune_lab.explain import no_such_key
+from prune_lab.results.bounds import read_bounds
 from prune_lab.results.metrics import axis
 
 if TYPE_CHECKING:  # importing them takes seconds
@@ -68,8 +69,11 @@ class Settings:
     resume: bool = True
     quiet: bool = False
     objectives: tuple[str, ...] = ("quality/perplexity",)
+    bound: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "bound", tuple(self.bound))
+        read_bounds(self.bound)
         object.__setattr__(self, "objectives", tuple(self.objectives))
         check_amount(self.amount)
         wrong = [name for name in self.objectives if name.count("/") != 1 or axis(name).better is None]

@@ -25,7 +25,7 @@ from prune_lab.errors import Refused
 # Keys of `hydra` that are data. A launcher's `setup` or `python`, a callback or the environment would be commands.
 _DATA = re.compile(
     r"mode|verbose"
-    r"|sweeper\.(at_most\.[\w/]+|best|low|high|step)"
+    r"|sweeper\.(best|low|high|step|shapes|round_to|held_out|(axes|amounts)\.\d+)"
     r"|sweeper\.(max_batch_size|n_trials|n_jobs|direction(\.\d+)?|study_name|sampler\.(seed|n_startup_trials|population_size))"
     r"|launcher\.(n_jobs|timeout_min|cpus_per_task|gpus_per_node|gpus_per_task|mem_gb|nodes|tasks_per_node"
     r"|array_parallelism|partition|max_num_timeout|ray\.(init|remote)\.(num_cpus|num_gpus|max_calls))"

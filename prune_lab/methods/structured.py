@@ -161,8 +161,8 @@ class Structured(Method):
         for amount in amounts:
             self._count_to_keep(anatomy, HIDDEN, amount)
 
-    def _prune_hidden(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None) -> Pruned:
-        """Removes channels of the hidden size."""
+    def _prune_hidden(self, anatomy: Anatomy, count: int, seed: int, calibrator: Calibrator | None) -> Pruned:
+        """Removes channels of the hidden size; `count` stay."""
         import torch
 
         from prune_lab.models.hidden import readers_of, remove_hidden
@@ -170,7 +170,7 @@ class Structured(Method):
         from prune_lab.pruning.hidden import minitron_scores, refit_readers, rows_of_hidden
         from prune_lab.pruning.selection import keep_rows
 
-        count, now = self._count_to_keep(anatomy, HIDDEN, amount), anatomy.unit_count(HIDDEN)
+        now = anatomy.unit_count(HIDDEN)
         pruned = Pruned(rows=rows_of_hidden(anatomy, dense_count(anatomy, HIDDEN), count))
         if count == now:
             return pruned
@@ -194,14 +194,25 @@ class Structured(Method):
         Units are zeroed block by block, so that later blocks are calibrated on the outputs of the pruned ones; shapes
         change at the end, all at once.
         """
+        groups = [HIDDEN] if self.is_of_hidden else self._groups(anatomy)
+        counts = {group: self._count_to_keep(anatomy, group, amount) for group in groups}
+        return self.prune_to(anatomy, counts, seed, calibrator)
+
+    def prune_to(
+        self, anatomy: Anatomy, counts: dict[str, int], seed: int, calibrator: Calibrator | None = None
+    ) -> Pruned:
+        """Likewise down to a count of each group of units in each block, counts that the config can hold."""
         model_type = anatomy.config.model_type
-        pruned = (self._prune_hidden if self.is_of_hidden else self._prune_units)(anatomy, amount, seed, calibrator)
+        if self.is_of_hidden:
+            pruned = self._prune_hidden(anatomy, counts[HIDDEN], seed, calibrator)
+        else:
+            pruned = self._prune_units(anatomy, counts, seed, calibrator)
         if anatomy.config.model_type != model_type:
             pruned.warnings.append(note_of(model_type, anatomy.config.model_type, type(anatomy.model).__name__))
         return pruned
 
-    def _prune_units(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None) -> Pruned:
-        """Removes (or zeroes) units of the blocks."""
+    def _prune_units(self, anatomy: Anatomy, kept: dict[str, int], seed: int, calibrator: Calibrator | None) -> Pruned:
+        """Removes (or zeroes) units of the blocks; kept: how many of each group stay in a block."""
         import torch
 
         from prune_lab.models.resize import dense_count
@@ -209,7 +220,6 @@ class Structured(Method):
         from prune_lab.pruning.units import rows_of_table
 
         pruned = Pruned()
-        kept = {group: self._count_to_keep(anatomy, group, amount) for group in self._groups(anatomy)}
         losing = [group for group, count in kept.items() if count < anatomy.unit_count(group)]
         sets = {group: anatomy.unit_sets(group) for group in kept}
         keep = {group: [torch.ones(s.units, dtype=torch.bool) for s in of_group] for group, of_group in sets.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -207,8 +208,9 @@ def least_needed(anatomy: Anatomy, remove: int, calibrator: Calibrator, among: S
 def divergence_from(anatomy: Anatomy, calibrator: Calibrator) -> Callable[[Any], float]:
     """Function of a model: its mean KL divergence in nats from the model as it is now, over all targets of the windows.
 
-    The last states of the whole model are held, windows x seq_len x hidden numbers.
+    The last states of the whole model are held, windows x seq_len x hidden numbers, and its head.
     """
+    before = copy.copy(anatomy.model)  # keeps its modules when the model is rebuilt: the head may lose channels
     device, prefix = next(anatomy.model.parameters()).device, calibrator.prefix
     batches = [batch.to(device) for batch in calibrator.windows.split(calibrator.batch_size)]
     whole = [target_states(anatomy.model, batch, prefix).flatten(0, 1) for batch in batches]
@@ -216,7 +218,7 @@ def divergence_from(anatomy: Anatomy, calibrator: Calibrator) -> Callable[[Any],
     @torch.no_grad()
     def divergence(model: Any) -> float:
         def of_rows(dense: Tensor, states: Tensor) -> Tensor:
-            return position_divergences(logits_of(model, dense), logits_of(model, states))[0]
+            return position_divergences(logits_of(before, dense), logits_of(model, states))[0]
 
         parts = [
             by_chunks(model, of_rows, dense, target_states(model, batch, prefix).flatten(0, 1))

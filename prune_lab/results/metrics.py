@@ -185,6 +185,9 @@ METRICS = (
            measured="tokens of the calibration text that came to the expert that got the fewest"),
     Metric("experts/under_128_tokens", "experts", None, None,
            measured="experts that got fewer than 128 of them: their scores are hardly known"),
+    Metric("shape/kl", "nats", "lower", None, form=".4f",
+           measured="of `method=shape` with `method.held_out`: KL divergence from the dense model on the calibration "
+                    "windows that were held out, before any recovery; by it a search chooses"),
     Metric("size/disk_mb", "MB", "lower", MEASURED, title="bytes on disk (MB)", row="on disk, MB", form=".2f",
            measured="saved files with weights: safetensors, the GGUF file, or the ONNX graph and its data"),
     Metric("size/reduction", "fraction", "higher", 0.0, measured="1 - bytes on disk / the dense model's"),

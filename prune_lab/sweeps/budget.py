@@ -1,153 +1,276 @@
-"""Search under a bound: bisection of the amount for each candidate. Pure; hydra/sweeper=budget runs it."""
+"""Search for the best shape of a model within bounds: the runs that it needs, in order. hydra/sweeper=budget runs it.
+
+1. method=damage measures each axis of the shape alone, once for a model and its calibration text.
+2. Costs that do not follow from a shape are measured of a few shapes, and a model is fitted to them.
+3. The shapes of least damage within the bounds are cut, refitted and measured whole; of those that keep to the bounds
+   the one with the least KL divergence on held-out calibration windows wins.
+4. The winner is made once more from all calibration windows, and exported.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import ceil, floor
+from pathlib import Path
 from typing import Any
 
-from prune_lab.results.metrics import ENGINES, axis
+from prune_lab.results.bounds import Bound, hold, number, said
+from prune_lab.results.summary import Summary
+from prune_lab.sweeps import cost_fit, shape_search
+from prune_lab.sweeps.shape_search import Counts, Space, Values
 
-# Metrics of what pruning costs; the others are of what it saves.
-_QUALITY = ("quality/", "tasks/", "generation/", *(f"{engine}/perplexity" for engine in ENGINES))
+KL, SURVEY = "shape/kl", "damage.json"
+ROUNDS = 3  # in which the bounds of fitted costs are drawn tighter, where what was measured is above them
+_ONE_WINDOW = ("measure.max_windows=1", "measure.kl_windows=0")
+# Any weights do where costs alone are of interest.
+_ANY_WEIGHTS = (
+    "method.blocks_by=bi", "method.blocks_refit=none", "method.units_score=l2", "method.units_refit=none",
+    "method.experts_score=random", "method.hidden_score=random", "method.hidden_refit=none",
+)  # fmt: skip
+
+Run = Callable[[Sequence[Sequence[str]]], list[Summary]]
 
 
 @dataclass(frozen=True)
-class Budget:
-    """Upper bounds on metrics, and the metric by which candidates that keep to them are compared.
+class Settings:
+    """Keys of the search: axes and steps as in method=damage; shapes: how many are measured whole.
 
-    Bounds are on quality, which the largest amount that keeps to them is looked for (`quality/perplexity_ratio: 1.1`,
-    `quality/kl: 0.05`, `tasks/piqa_flips: 0.1`), or on cost, which the smallest such amount is (`size/disk_mb: 12`,
-    `latency/decode_ms_per_token_p50: 3`).
+    best: of bounds on quality alone, the cost that is to be least. keeps_export: the runs that are compared export too,
+    since an engine measures exports. stored_as_is: files hold the weights in the run's number type. survey: overrides
+    of the keys of method=damage, and of what need not be measured beside it.
     """
 
-    at_most: Mapping[str, float]
-    best: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.at_most:
-            raise ValueError(
-                "hydra.sweeper.at_most is required: bounds by metric, such as {quality/perplexity_ratio: 1.1}"
-            )
-        if not self.best:
-            object.__setattr__(self, "best", "params/reduction" if self.on_quality else "quality/perplexity")
-        for name in self.at_most:
-            if axis(name).better != "lower" or "/" not in name:
-                raise ValueError(
-                    f"hydra.sweeper.at_most: {name!r} is not a metric that is better when lower, such as "
-                    "quality/perplexity_ratio, size/disk_mb, latency/decode_ms_per_token_p50"
-                )
-        if len({name.startswith(_QUALITY) for name in self.at_most}) > 1:
-            raise ValueError(
-                "hydra.sweeper.at_most bounds quality and cost at once, which pull the amount both ways: bound one, "
-                "and name the other in hydra.sweeper.best"
-            )
-        if axis(self.best).better is None or "/" not in self.best:
-            raise ValueError(
-                f"hydra.sweeper.best={self.best!r} is not a metric with a better end, such as size/disk_mb"
-            )
-
-    @property
-    def on_quality(self) -> bool:
-        """True where quality is bounded (and the largest amount wanted) rather than cost (the smallest)."""
-        return next(iter(self.at_most)).startswith(_QUALITY)
-
-    def holds(self, metrics: Mapping[str, float]) -> bool:
-        """True where a run keeps to it; a metric that it lacks (it diverged, or was not measured) does not."""
-        return all(metrics.get(name, float("inf")) <= bound for name, bound in self.at_most.items())
-
-    def rank(self, metrics: Mapping[str, float]) -> float:
-        """Lower is better."""
-        value = metrics.get(self.best, float("inf"))
-        return value if axis(self.best).better == "lower" else -value
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name} <= {bound:g}" for name, bound in self.at_most.items())
+    held_out: int
+    shapes: int
+    best: str
+    keeps_export: bool = False
+    stored_as_is: bool = True
+    survey: tuple[str, ...] = ()
 
 
 @dataclass
 class Candidate:
-    """A set of overrides, and the bisection of its amount among the multiples of `step` from `low` to `high`.
+    """A shape that was measured whole."""
 
-    It takes for granted that more pruning costs quality and saves the rest; a metric that noise makes go up and down is
-    bracketed somewhere in the noise.
-    """
+    counts: Counts
+    predicted: float  # its damage
+    costs: dict[str, float]  # predicted, by metric
+    summary: Summary
 
-    overrides: tuple[str, ...]
-    low: float
-    high: float
-    step: float
-    largest: bool
-    best: tuple[float, Mapping[str, float]] | None = None  # amount and metrics of the best run that keeps to the budget
-    tried: list[tuple[float, bool]] = field(default_factory=list)  # amount, and whether it does
-    refused: str | None = None  # why a run of it did not finish
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Its measured metrics; none where it did not finish."""
+        return self.summary.metrics if self.summary.status == "FINISHED" else {}
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.low < self.high < 1 or not 0 < self.step <= self.high - self.low:
-            raise ValueError(
-                f"hydra.sweeper.low={self.low:g}, high={self.high:g}, step={self.step:g}: needed is 0 <= low < high < "
-                "1 and a step between 0 and high - low"
-            )
-        # Rounded, so that a multiple that misses an end by its last bits alone counts as that end.
-        first, last = ceil(round(self.low / self.step, 9)), floor(round(self.high / self.step, 9))
-        # Multiples known to keep to the budget and not to, both just outside at first.
-        self._good, self._bad = (first - 1, last + 1) if self.largest else (last + 1, first - 1)
+    @property
+    def kl(self) -> float:
+        """KL divergence on the held-out windows."""
+        return self.metrics.get(KL, math.inf)
 
-    def next_amount(self) -> float | None:
-        """The amount to try next; None when the bracket is closed or a run was refused."""
-        if self.refused is not None or abs(self._good - self._bad) <= 1:
-            return None
-        return round((self._good + self._bad) // 2 * self.step, 10)
 
-    def tell(self, amount: float, metrics: Mapping[str, float], budget: Budget) -> None:
-        """Takes in the outcome of the amount that was asked for."""
-        holds, multiple = budget.holds(metrics), round(amount / self.step)
-        self.tried.append((amount, holds))
-        if holds:
-            self._good, self.best = multiple, (amount, metrics)
+@dataclass
+class Found:
+    """Outcome of a search, for its answer and its plots."""
+
+    bounds: tuple[Bound, ...]
+    space: Space
+    costs: dict[str, Values]  # of every shape, by bounded metric
+    fits: dict[str, cost_fit.CostFit] = field(default_factory=dict)
+    candidates: list[Candidate] = field(default_factory=list)
+    winner: Candidate | None = None
+    final: Summary | None = None
+    why_none: str | None = None
+    runs: int = 0
+
+
+class Search:
+    """A search within bounds; `run` runs a batch of overrides and returns the summaries."""
+
+    def __init__(self, bounds: tuple[Bound, ...], settings: Settings, run: Run) -> None:
+        if not bounds:
+            raise ValueError('bound is required: bounds on metrics, such as bound=["params/total<=110e6"]')
+        self.bounds, self.settings, self._launch = bounds, settings, run
+        self._runs, self._totals = 0, Counts()
+
+    def search(self) -> Found:
+        """Runs the search; raises ValueError for bounds that no shape keeps to, with what comes nearest."""
+        space = self._survey()
+        self._totals = space.dense
+        on_cost = [bound for bound in self.bounds if not bound.on_quality]
+        metrics = [bound.metric for bound in on_cost] or [self.settings.best]
+        found = Found(self.bounds, space, {})
+        self._price(found, metrics)
+        if on_cost:
+            self._within_cost(found, on_cost)
         else:
-            self._bad = multiple
+            self._least_cost(found)
+        kept = [one for one in found.candidates if hold(self.bounds, one.metrics)]
+        if kept:
+            rank = (lambda one: one.kl) if on_cost else (lambda one: one.metrics[self.settings.best])
+            found.winner = min(kept, key=rank)
+            (found.final,) = self._run([self._overrides(found.winner.counts, 0, is_last=True)])
+        elif found.why_none is None:
+            found.why_none = "no shape that was measured keeps to it"
+        found.runs = self._runs
+        return found
+
+    def _run(self, batch: Sequence[Sequence[str]]) -> list[Summary]:
+        self._runs += len(batch)
+        return self._launch(batch)
+
+    def _survey(self) -> Space:
+        """The damage of each axis, of a run that measures nothing else."""
+        overrides = ["method=damage", f"method.held_out={self.settings.held_out}", *self.settings.survey, "bound=[]"]
+        for again in ((), ("resume=false",)):  # the folder of a finished run may be gone
+            (summary,) = self._run([[*overrides, *again]])
+            if summary.status != "FINISHED":
+                raise ValueError(f"the damage of the model's axes could not be measured: {summary.reason}")
+            path = Path(summary.folder) / SURVEY
+            if path.is_file():
+                return Space.read(json.loads(path.read_text(encoding="utf-8")))
+        raise ValueError(f"{path} is missing")
+
+    def _price(self, found: Found, metrics: Sequence[str]) -> None:
+        """The costs of all shapes: exact where they follow from a shape, else by a fit to measured ones."""
+        space, fitted = found.space, list[str]()
+        for metric in metrics:
+            if metric in space.exact and (metric != "size/disk_mb" or self.settings.stored_as_is):
+                found.costs[metric] = space.cost(metric)
+            else:
+                fitted.append(metric)
+        if not fitted:
+            return
+        shapes = space.steps()
+        batch = [[*self._overrides(counts, 0), *_ANY_WEIGHTS, "bound=[]", *_ONE_WINDOW] for counts in shapes]
+        summaries = self._run(batch)
+        done = [(counts, s.metrics) for counts, s in zip(shapes, summaries, strict=True) if s.status == "FINISHED"]
+        if len(done) < 3:
+            raise ValueError(f"the shapes that costs are fitted to did not run: {summaries[0].reason}")
+        totals = space.dense
+        for metric in fitted:
+            if any(metric not in measured for _, measured in done):
+                raise ValueError(
+                    f"bound: the runs do not measure {metric}: give measure=default, or the keys of measure that "
+                    "docs/metrics.md names for it"
+                )
+            fit = cost_fit.fit([counts for counts, _ in done], [measured[metric] for _, measured in done], totals)
+            found.fits[metric] = fit
+            found.costs[metric] = fit.cost(space.options())
+
+    def _within_cost(self, found: Found, on_cost: Sequence[Bound]) -> None:
+        """Measures the shapes of least damage within bounds on costs."""
+        space, limits = found.space, {bound.metric: bound.limit for bound in on_cost}
+        for _ in range(ROUNDS if found.fits else 1):
+            bounded = [(Bound(bound.metric, limits[bound.metric]), found.costs[bound.metric]) for bound in on_cost]
+            kept = shape_search.within(bounded, space.shape)
+            if not kept.any():
+                if found.candidates:
+                    return
+                raise ValueError(f"bound: {shape_search.nearest(bounded, space)}")
+            taken = [one.counts for one in found.candidates]
+            asked = shape_search.best_apart(space, kept, self.settings.shapes, taken)
+            if not asked:
+                return
+            measured = self._measure(found, asked)
+            if any(hold(on_cost, one.metrics) for one in measured):
+                return
+            for metric in found.fits:  # the least that one of them was above what was predicted
+                above = [one.metrics[metric] / one.costs[metric] for one in measured if metric in one.metrics]
+                limits[metric] /= max(1.02, min(above, default=1.02))
+
+    def _least_cost(self, found: Found) -> None:
+        """Bisects the front of cost over damage for the cheapest shape that keeps to bounds on quality alone."""
+        shapes = shape_search.front(found.space, found.costs[self.settings.best])
+        good, bad = -1, len(shapes)  # the first is the dense model
+        kl = next((bound.limit for bound in self.bounds if bound.metric in ("quality/kl", KL)), None)
+        damage = [float(found.space.damage[found.space.place_of(counts)]) for counts in shapes]
+        at = sum(value <= kl for value in damage) - 1 if kl is not None else len(shapes) // 2
+        for _ in range(self.settings.shapes + 2):
+            at = min(max(at, good + 1), bad - 1)
+            if bad - good <= 1:
+                return
+            (one,) = self._measure(found, [shapes[at]])
+            if hold(self.bounds, one.metrics):
+                good = at
+            else:
+                bad = at
+            at = (good + bad) // 2
+
+    def _measure(self, found: Found, shapes: Sequence[Counts]) -> list[Candidate]:
+        """Cuts, refits and measures shapes, and notes them as candidates."""
+        space = found.space
+        summaries = self._run([self._overrides(counts, self.settings.held_out) for counts in shapes])
+        measured = []
+        for counts, summary in zip(shapes, summaries, strict=True):
+            place = space.place_of(counts)
+            costs = {name: float(_at(values, space, place)) for name, values in found.costs.items()}
+            measured.append(Candidate(counts, float(space.damage[place]), costs, summary))
+        found.candidates += measured
+        return measured
+
+    def _overrides(self, counts: Counts, held_out: int, is_last: bool = False) -> list[str]:
+        shape = [f"method.{axis}={count}" for axis, count in counts.items() if count < self._totals[axis]]
+        held = [f"method.held_out={held_out}"] if held_out else []
+        export = [] if is_last or self.settings.keeps_export else ["export=none"]
+        return ["method=shape", *shape, *held, *export]
 
 
-def answer(budget: Budget, candidates: Iterable[Candidate]) -> str:
-    """The outcome as Markdown: the best candidate within the budget, and what each came to."""
-    found = list(candidates)
-    within = sorted((c for c in found if c.best), key=lambda c: budget.rank(_best(c)))
-    runs = sum(len(c.tried) for c in found)
-    lines = [f"**Within {budget}** ({runs} runs): nothing that was tried."]
-    if within:
-        amount = within[0].best[0] if within[0].best else 0.0
-        lines = [
-            f"**Within {budget}** ({runs} runs), by {budget.best}: `{' '.join(within[0].overrides)} amount={amount:g}`."
-        ]
-    rows = [_row(budget, c) for c in [*within, *(c for c in found if c not in within)]]
-    names = list(dict.fromkeys([budget.best, *budget.at_most]))
-    lines += ["", f"| candidate | amount | {' | '.join(names)} |", f"| --- | --- |{' --- |' * len(names)}", *rows]
-    return "\n".join(lines) + "\n"
+def _at(values: Values, space: Space, place: tuple[int, ...]) -> Any:
+    return shape_search.numpy.broadcast_to(values, space.shape)[place]
 
 
-def _row(budget: Budget, candidate: Candidate) -> str:
-    names = list(dict.fromkeys([budget.best, *budget.at_most]))
-    what = " ".join(candidate.overrides)
-    if candidate.best is None:
-        why = candidate.refused or "not within the budget at any amount tried"
-        return f"| {what} | {why} |{'  |' * len(names)}"
-    amount, metrics = candidate.best
-    return (
-        f"| {what} | {amount:g} | {' | '.join(f'{metrics[name]:.4g}' if name in metrics else '' for name in names)} |"
-    )
+def answer(found: Found) -> str:
+    """The outcome as Markdown: the winner, what each candidate came to, and how far predictions were off."""
+    bounds = said(found.bounds)
+    if found.winner is None:
+        lines = [f"**Within {bounds}** ({found.runs} runs): {found.why_none}."]
+    else:
+        shape = _shown(found.winner.counts, found.space.dense, "method.")
+        final = found.final.metrics if found.final is not None else {}
+        titles = {"quality/kl": "KL", "quality/perplexity": "perplexity", "params/total": "parameters"}
+        figures = [f"{title} {number(final[name])}" for name, title in titles.items() if name in final]
+        lines = [f"**Within {bounds}** ({found.runs} runs): `method=shape {shape}`; {', '.join(figures)}."]
+    metrics = list(dict.fromkeys([*found.costs, *(bound.metric for bound in found.bounds)]))
+    head = ["shape", "damage", "KL held out", *(f"{name}" for name in metrics)]
+    lines += ["", f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
+    for one in sorted(found.candidates, key=lambda one: one.kl):
+        shape = _shown(one.counts, found.space.dense)
+        if one.summary.status != "FINISHED":
+            lines.append(f"| {shape} | {number(one.predicted)} | {one.summary.reason} |{'  |' * len(metrics)}")
+            continue
+        cells = [_predicted(one, name) for name in metrics]
+        lines.append(f"| {shape} | {number(one.predicted)} | {number(one.kl)} | {' | '.join(cells)} |")
+    lines += ["", *_errors(found), ""]
+    return "\n".join(lines)
 
 
-def _best(candidate: Candidate) -> Mapping[str, float]:
-    assert candidate.best is not None
-    return candidate.best[1]
+def _shown(counts: Counts, totals: Counts, prefix: str = "") -> str:
+    """The counts of a shape in which it differs from the dense model."""
+    return " ".join(f"{prefix}{axis}={count}" for axis, count in counts.items() if count < totals[axis]) or "dense"
 
 
-def read_candidates(entries: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Each candidate's overrides; raises ValueError where one sweeps, or sets the amount that is looked for."""
-    candidates = [tuple(f"{key}={value}" for key, value in entry.items()) for entry in entries]
-    for overrides in candidates or [("amount",)]:
-        if any(override.split("=")[0] in ("amount", "method.amount") for override in overrides):
-            raise ValueError("hydra.sweeper.candidates is a list of overrides such as {method: wanda}, without amount")
-    return candidates
+def _predicted(one: Candidate, metric: str) -> str:
+    measured = number(one.metrics[metric]) if metric in one.metrics else "-"
+    return f"{measured} (predicted {number(one.costs[metric])})" if metric in one.costs else measured
+
+
+def _errors(found: Found) -> list[str]:
+    """Sentences on how far predictions were from what was measured."""
+    lines = []
+    ratios = [one.kl / one.predicted for one in found.candidates if math.isfinite(one.kl) and one.predicted > 0]
+    if ratios:
+        lines.append(
+            f"Damage is the sum over axes, each cut alone; the KL divergence of the whole shape was {min(ratios):.2f} "
+            f"to {max(ratios):.2f} times that."
+        )
+    for metric in found.costs:
+        off = [abs(one.costs[metric] / one.metrics[metric] - 1) for one in found.candidates if one.metrics.get(metric)]
+        seen = f"at most {max(off):.2%} from what was measured of the candidates" if off else "not measured"
+        if metric in found.fits:
+            held = f"; leaving out each of the shapes that it was fitted to, at most {found.fits[metric].error:.1%}"
+            lines.append(f"Predicted {metric} was {seen}{held}.")
+        else:
+            lines.append(f"Predicted {metric} was {seen}.")
+    return lines

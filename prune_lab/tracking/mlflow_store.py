@@ -122,7 +122,7 @@ class Mlflow(Tracker):
         client, experiment = connect(name)
         parent = find_parent(client, experiment, folder)
         assert parent is not None, "open_sweep comes first"
-        for file in ("results.json", "results.md", "pareto.png", "report.html", "optimization_results.yaml"):
+        for file in _OF_SWEEPS:
             if (folder / file).exists():
                 client.log_artifact(parent, str(folder / file))
         if (folder / "results.md").exists():
@@ -141,6 +141,12 @@ class Mlflow(Tracker):
         if parent := find_parent(client, experiment, folder):
             end(client, parent, "FAILED", "refused before its first job")
             client.delete_run(parent)
+
+
+_OF_SWEEPS = (
+    "results.json", "results.md", "pareto.png", "report.html", "optimization_results.yaml", "budget_front.png",
+    "budget_axes.png",
+)  # fmt: skip
 
 
 def create_run(client: Any, experiment: str, summary: Summary, context: JobContext, tags: dict[str, str]) -> str:

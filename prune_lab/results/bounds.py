@@ -1,0 +1,101 @@
+"""Upper bounds on metrics, as `bound` gives them: what a run is checked for, and what searches keep to."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from prune_lab.results.metrics import ENGINES, axis, find
+
+# Metrics of what pruning costs; the others are of what it saves.
+_QUALITY = ("quality/", "tasks/", "generation/", "shape/", *(f"{engine}/perplexity" for engine in ENGINES))
+_FORM = re.compile(r"\s*([^<>=\s]+)\s*<=\s*(.+?)\s*")
+_EXAMPLE = "such as params/total<=110e6, size/disk_mb<=150, latency/decode_ms_per_token_p50<=20, quality/kl<=0.1"
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The largest value that a metric may have."""
+
+    metric: str
+    limit: float
+
+    @property
+    def on_quality(self) -> bool:
+        """True for a metric that pruning makes worse, rather than one that it saves."""
+        return self.metric.startswith(_QUALITY)
+
+    def holds(self, metrics: Mapping[str, float]) -> bool:
+        """True where a run keeps to it; one that lacks the metric (it diverged, or was not measured) does not."""
+        return metrics.get(self.metric, math.inf) <= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.metric} <= {number(self.limit)}"
+
+
+def read_bounds(texts: Iterable[str]) -> tuple[Bound, ...]:
+    """The bounds that texts such as "params/total<=110e6" give; raises ValueError for what is none."""
+    found = tuple(map(_read, texts))
+    names = [bound.metric for bound in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"bound: {twice[0]} is bounded twice; give the smaller limit")
+    return found
+
+
+def check_metric(name: str) -> None:
+    """Raises ValueError for a metric that cannot be bounded from above."""
+    if "/" not in name or find(name) is None:
+        raise ValueError(f"bound: {name!r} is not a metric (docs/metrics.md lists them); give one {_EXAMPLE}")
+    if axis(name).better != "lower":
+        why = "is better when higher" if axis(name).better == "higher" else "is only shown"
+        raise ValueError(
+            f"bound: {name} {why}, and what is bounded is the largest value of a metric that is better when lower; "
+            f"give one {_EXAMPLE}"
+        )
+
+
+def _read(text: str) -> Bound:
+    matched = _FORM.fullmatch(str(text))
+    if matched is None:
+        raise ValueError(f"bound: {text!r} is not METRIC<=NUMBER, {_EXAMPLE}")
+    name, value = matched.groups()
+    check_metric(name)
+    entry = find(name)
+    unit = entry.unit if entry is not None else ""
+    try:
+        limit = float(value.replace("_", ""))
+    except ValueError:
+        said = f" (its unit is {unit})" if unit else ""
+        raise ValueError(
+            f"bound: {value!r} in {text!r} is not a number: give it without a unit{said}, such as 110e6"
+        ) from None
+    if not math.isfinite(limit) or limit < 0:
+        raise ValueError(f"bound: {value} in {text!r} must be a finite number, 0 or more")
+    return Bound(name, limit)
+
+
+def hold(bounds: Iterable[Bound], metrics: Mapping[str, float]) -> bool:
+    """True where a run keeps to all of them."""
+    return all(bound.holds(metrics) for bound in bounds)
+
+
+def not_kept(bounds: Iterable[Bound], metrics: Mapping[str, float]) -> list[str]:
+    """Notes of the bounds that a run does not keep to."""
+    return [
+        f"bound {bound} is not kept: "
+        + (f"it is {number(metrics[bound.metric])}" if bound.metric in metrics else "the run has not measured it")
+        for bound in bounds
+        if not bound.holds(metrics)
+    ]
+
+
+def said(bounds: Iterable[Bound]) -> str:
+    """The bounds in one line."""
+    return ", ".join(map(str, bounds))
+
+
+def number(value: float) -> str:
+    """A number as tables show it: whole ones of any size with all their digits."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
