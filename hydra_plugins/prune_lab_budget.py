@@ -34,7 +34,7 @@ class BudgetConf:
 
     _target_: str = "hydra_plugins.prune_lab_budget.BudgetSweeper"
     axes: list[str] = field(default_factory=lambda: ["blocks", "mlp", "heads", "experts", "hidden"])
-    amounts: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8])
+    amounts: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.3, 0.45, 0.7])
     round_to: int = 32
     held_out: int | None = None
     shapes: int = 4
@@ -78,7 +78,7 @@ class BudgetSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Runs the search; `arguments` are the command line's."""
-        from prune_lab.results.bounds import read_bounds
+        from prune_lab.results.bounds import read_bounds, texts_of
         from prune_lab.sweeps.budget import Search, Settings, answer
         from prune_lab.sweeps.budget_plots import draw
         from prune_lab.sweeps.comparison import ANSWER
@@ -91,12 +91,18 @@ class BudgetSweeper(Sweeper):
             self._held_out(), self.shapes, self.best, keeps_export=config.measure.engine != "none",
             stored_as_is=self._stores_as_is(), survey=self._survey(),
         )  # fmt: skip
-        search = Search(read_bounds(config.bound), settings, self._run)
+        search = Search(
+            read_bounds(texts_of(config.bound if isinstance(config.bound, str) else list(config.bound))),
+            settings,
+            self._run,
+        )
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, folder / "multirun.yaml")
         found = search.search()
         (folder / ANSWER).write_text(answer(found), encoding="utf-8")
         draw(found, folder)
+        if found.winner is None:
+            raise ValueError(f"bound: no shape was found within it: {found.why_none}")
         return self.returns
 
     def _run(self, batch: Sequence[Sequence[str]]) -> list[Any]:

@@ -10,6 +10,7 @@ from prune_lab.errors import Refused
 from prune_lab.measure.engine import check_engine
 from prune_lab.methods.depth import Depth
 from prune_lab.methods.sensitivity import Sensitivity
+from prune_lab.methods.shape import Shape
 from prune_lab.methods.structured import Structured
 from prune_lab.post.none import NoPost
 from prune_lab.schedules import Event, Rewind
@@ -98,6 +99,11 @@ def pruning_events(parts: Parts) -> tuple[list[Event], Rewind | None]:
             "give schedule=one_shot, whose schedule.start says when, or method.pattern=null"
         )
     rewinding = parts.schedule.rewinding(steps)
+    if isinstance(method, Shape) and (len(events) > 1 or rewinding is not None):
+        raise Refused(
+            "method=shape cuts to its shape at once, and nothing is rewound: give schedule=one_shot, whose "
+            "schedule.start says when"
+        )
     refit = _refit_of(parts)
     if refit != "none" and rewinding is not None and rewinding.what != "lr":
         raise Refused(

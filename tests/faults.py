@@ -1091,9 +1091,9 @@ FAULTS = (
         ("test_overrides.py::test_the_mode_is_the_one_that_hydra_finds",),
     ),
     Fault(
-        "budget_kept_from_below", "prune_lab/sweeps/budget.py",
-        'metrics.get(name, float("inf")) <= bound', 'metrics.get(name, float("inf")) >= bound',
-        ("test_budget.py::test_a_run_without_the_metric_is_not_within",),
+        "bound_kept_from_below", "prune_lab/results/bounds.py",
+        "metrics.get(self.metric, math.inf) <= self.limit", "metrics.get(self.metric, math.inf) >= self.limit",
+        ("test_bisect.py::test_a_run_without_the_metric_is_not_within",),
     ),
     Fault(
         "runs_of_other_text_compared_without_a_word", "prune_lab/report/comparability.py",

@@ -1,4 +1,4 @@
-"""hydra/sweeper=budget: bisection finds what trying every amount finds, and the sweep says what it found."""
+"""hydra/sweeper=bisect: bisection finds what trying every amount finds, and the sweep says what it found."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 from conftest import Cli
 
 from prune_lab.config.recipes import check
-from prune_lab.sweeps.budget import Budget, Candidate, answer, read_candidates
+from prune_lab.results.bounds import Bound, read_bounds
+from prune_lab.sweeps.bisection import Budget, Candidate, answer, read_candidates
 
 QUALITY, SIZE = "quality/perplexity_ratio", "size/disk_mb"
 
@@ -32,7 +33,7 @@ def check_bisection(bound: float, step: float) -> None:
     amounts = [round(k * step, 10) for k in range(round(0.1 / step), round(0.8 / step) + 1)]
     curve = {a: {QUALITY: 1 + a * a, SIZE: 2.0 - a, "params/reduction": a} for a in amounts}
     for metric, pick in ((QUALITY, max), (SIZE, min)):
-        budget = Budget({metric: bound})
+        budget = Budget((Bound(metric, bound),))
         within = [a for a in amounts if curve[a][metric] <= bound]
         found = search(budget, curve, step)
         assert (found.best and found.best[0]) == (pick(within) if within else None)
@@ -41,11 +42,11 @@ def check_bisection(bound: float, step: float) -> None:
 
 def test_a_run_without_the_metric_is_not_within() -> None:
     """A perplexity that diverged is in no metrics."""
-    assert not Budget({QUALITY: 1e9}).holds({})
+    assert not Budget((Bound(QUALITY, 1e9),)).holds({})
 
 
 def test_the_answer_names_the_best_and_what_each_came_to() -> None:
-    budget = Budget({QUALITY: 1.1})
+    budget = Budget((Bound(QUALITY, 1.1),))
     small, large, none, refused = (Candidate((f"method={n}",), 0.1, 0.8, 0.1, True) for n in ("a", "b", "c", "d"))
     small.best = 0.3, {QUALITY: 1.05, "params/reduction": 0.3}
     large.best = 0.6, {QUALITY: 1.09, "params/reduction": 0.5}
@@ -64,21 +65,21 @@ def test_the_answer_names_the_best_and_what_each_came_to() -> None:
 
 
 @pytest.mark.parametrize(
-    ("at_most", "best", "says"),
+    ("bound", "best", "says"),
     [
-        ({}, "", "at_most is required"),
-        ({"latency/decode_speedup": 2}, "", "not a metric that is better when lower"),
-        ({"perplexity": 2}, "", "not a metric that is better when lower"),
-        ({"size/dsk_mb": 2}, "", "not a metric that is better when lower"),
-        ({"quality/dense_perplexity": 2}, "", "not a metric that is better when lower"),
-        ({QUALITY: 2, SIZE: 1}, "", "pull the amount both ways"),
-        ({QUALITY: 2}, "model", "not a metric with a better end"),
-        ({QUALITY: 2}, "parameters/reduction", "not a metric with a better end"),
+        ([], "", "bound is required"),
+        (["latency/decode_speedup<=2"], "", "is better when higher"),
+        (["perplexity<=2"], "", "is not a metric"),
+        (["size/dsk_mb<=2"], "", "is not a metric"),
+        (["quality/dense_perplexity<=2"], "", "is not a metric"),
+        ([f"{QUALITY}<=2", f"{SIZE}<=1"], "", "pull the amount both ways"),
+        ([f"{QUALITY}<=2"], "model", "not a metric with a better end"),
+        ([f"{QUALITY}<=2"], "parameters/reduction", "not a metric with a better end"),
     ],
 )
-def test_a_budget_that_is_none_is_refused(at_most: dict[str, float], best: str, says: str) -> None:
+def test_a_budget_that_is_none_is_refused(bound: list[str], best: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        Budget(at_most, best)
+        Budget(read_bounds(bound), best)
 
 
 @pytest.mark.parametrize(("low", "high", "step"), [(-0.1, 0.5, 0.1), (0.5, 0.5, 0.1), (0.1, 1.0, 0.1), (0.1, 0.5, 0)])
@@ -105,7 +106,7 @@ def test_only_multiples_between_the_ends_are_tried(
         candidate = Candidate((), low, high, step, largest=True)
         while (amount := candidate.next_amount()) is not None:
             tried.add(amount)
-            candidate.tell(amount, {QUALITY: 1 + amount}, Budget({QUALITY: bound}))
+            candidate.tell(amount, {QUALITY: 1 + amount}, Budget((Bound(QUALITY, bound),)))
     assert sorted(tried) == multiples
 
 
@@ -118,16 +119,16 @@ def test_candidates_have_no_amount(entries: list[dict[str, object]]) -> None:
 RECIPE = """
 defaults:
   - config
-  - override hydra/sweeper: budget
+  - override hydra/sweeper: bisect
   - override tracking: none
   - override measure: quality_only
   - _self_
+bound: ["size/disk_mb<=0.07"]
 hydra:
   mode: MULTIRUN
   sweep:
     dir: sweep
   sweeper:
-    at_most: {size/disk_mb: 0.07}
     candidates:
       - {method: structured}
       - {method: magnitude}
@@ -145,7 +146,7 @@ def test_a_search(folder: Path, small: list[str], cli: Cli, tmp_path: Path) -> N
     check(["-cd", str(tmp_path / "recipes"), "-cn", "mine"])
     options = [override for override in small if not override.startswith("measure=")]
     bound = (folder / "model.safetensors").stat().st_size / 1e6 * 0.95
-    done = cli("-cd", "recipes", "-cn", "mine", *options, f"hydra.sweeper.at_most={{size/disk_mb: {bound}}}")
+    done = cli("-cd", "recipes", "-cn", "mine", *options, f'bound=["size/disk_mb<={bound}"]')
     assert done.returncode == 1
     jobs = json.loads((tmp_path / "sweep" / "results.json").read_text())
     asked = [(job["config"]["method"].get("score"), job["config"]["amount"], job["status"]) for job in jobs[:3]]

@@ -42,7 +42,8 @@ from prune_lab.models.export import save_model
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.post.quantize import Int4WeightOnly, Int8Dynamic, Int8WeightOnly
 from prune_lab.pruning.calibration import Calibrator
-from prune_lab.sweeps.budget import Budget, Candidate
+from prune_lab.results.bounds import Bound, read_bounds
+from prune_lab.sweeps.bisection import Budget, Candidate
 from prune_lab.system.console import Console
 from prune_lab.system.device import Device
 from prune_lab.text.bos import NO_BOS, Bos
@@ -372,7 +373,7 @@ def test_a_run_that_changes_nothing(small: list[str], cli: Cli, tmp_path: Path) 
     ["quality/kl", "quality/kl_p99", "quality/perplexity_ratio_high", "tasks/piqa_flips", "llama_cpp/perplexity_ratio"],
 )
 def test_a_bound_on_divergence_looks_for_the_largest_amount(name: str) -> None:
-    budget = Budget({name: 0.25})
+    budget = Budget((Bound(name, 0.25),))
     assert budget.on_quality
     assert budget.best == "params/reduction"
     candidate = Candidate((), 0.1, 0.8, 0.1, budget.on_quality)
@@ -380,25 +381,25 @@ def test_a_bound_on_divergence_looks_for_the_largest_amount(name: str) -> None:
         candidate.tell(amount, {name: amount**2}, budget)
     assert candidate.best is not None
     assert candidate.best[0] == 0.5
-    with pytest.raises(ValueError, match="bounds quality and cost at once"):
-        Budget({name: 0.25, "size/disk_mb": 1.0})
-    with pytest.raises(ValueError, match="better when lower"):
-        Budget({"quality/same_top": 0.9})
+    with pytest.raises(ValueError, match="limits quality and cost at once"):
+        Budget((Bound(name, 0.25), Bound("size/disk_mb", 1.0)))
+    with pytest.raises(ValueError, match="better when higher"):
+        read_bounds(["quality/same_top<=0.9"])
 
 
 RECIPE = """
 defaults:
   - config
-  - override hydra/sweeper: budget
+  - override hydra/sweeper: bisect
   - override tracking: none
   - override measure: quality_only
   - _self_
+bound: ["quality/kl<=0.05"]
 hydra:
   mode: MULTIRUN
   sweep:
     dir: sweep
   sweeper:
-    at_most: {quality/kl: 0.05}
     candidates:
       - {method: magnitude}
     low: 0.1

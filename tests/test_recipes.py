@@ -30,7 +30,8 @@ FEW_PAIRS = ["measure.prompt_tokens=16", "measure.decode_tokens=2", "measure.pai
 # What makes each recipe short; a key given on the command line takes the place of that key in every grid.
 SHORTENED: dict[str, list[str]] = {
     "allocation": ["amount=0.6", "dataset.calibration.n_samples=4"],
-    "budget": ["hydra.sweeper.step=0.35"],
+    "bisect": ["hydra.sweeper.step=0.35"],
+    "budget": ["dataset.calibration.n_samples=8", "hydra.sweeper.shapes=1", "hydra.sweeper.amounts=[0.3,0.6]"],
     "depth_vs_width": ["amount=0.5", "dataset.calibration.n_samples=4", *STEPS, *FEW_PAIRS],
     "during_vs_after": SHORT,
     "experts": ["amount=0.5", "seed=0", "dataset.calibration.n_samples=4"],
@@ -42,6 +43,7 @@ SHORTENED: dict[str, list[str]] = {
     "prune_then_quantize": ["amount=0.4", "dataset.calibration.n_samples=4", "post.group_size=8"],
     "ray": [],  # needs a cluster: tests/test_launchers.py
     "real_allocation": OWN_TESTS,
+    "real_budget": [*OWN_TESTS, "hydra.sweeper.shapes=1", "hydra.sweeper.amounts=[0.3,0.6]"],
     "real_depth": ["amount=0.5", *OWN_TEXT],
     "real_depth_vs_width": ["amount=0.5", *OWN_TESTS],
     "real_first_sweep": ["amount=0.5", *OWN_TESTS, *FEW_PAIRS],

@@ -23,7 +23,7 @@ from prune_lab.checks import check_amount
 from prune_lab.config.overrides import literal
 from prune_lab.errors import Refused
 from prune_lab.explain import no_such_key
-from prune_lab.results.bounds import read_bounds
+from prune_lab.results.bounds import read_bounds, texts_of
 from prune_lab.results.metrics import axis
 
 if TYPE_CHECKING:  # importing them takes seconds
@@ -69,10 +69,10 @@ class Settings:
     resume: bool = True
     quiet: bool = False
     objectives: tuple[str, ...] = ("quality/perplexity",)
-    bound: tuple[str, ...] = ()
+    bound: Any = ()  # one text or a list of them
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bound", tuple(self.bound))
+        object.__setattr__(self, "bound", texts_of(self.bound))
         read_bounds(self.bound)
         object.__setattr__(self, "objectives", tuple(self.objectives))
         check_amount(self.amount)

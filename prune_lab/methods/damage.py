@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from prune_lab.models.anatomy import Anatomy
     from prune_lab.pruning.calibration import Calibrator
 
-AMOUNTS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
+AMOUNTS = (0.05, 0.1, 0.2, 0.3, 0.45, 0.7)
 FILE = "damage.json"
 # Source that the result depends on, beside that of dense_cache.SOURCE.
 _SOURCE = tuple(f"prune_lab.methods.{name}" for name in ("damage", "shape", "depth", "structured", "experts"))

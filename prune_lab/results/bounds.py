@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from prune_lab.results.metrics import ENGINES, axis, find
 
@@ -33,6 +34,14 @@ class Bound:
 
     def __str__(self) -> str:
         return f"{self.metric} <= {number(self.limit)}"
+
+
+def texts_of(value: Any) -> tuple[str, ...]:
+    """The texts of a value of `bound`: one, or a list of them; raises ValueError for anything else."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f'bound={value!r} is not a list of METRIC<=NUMBER, such as bound=["params/total<=110e6"]')
+    return tuple(texts)
 
 
 def read_bounds(texts: Iterable[str]) -> tuple[Bound, ...]:

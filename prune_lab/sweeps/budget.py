@@ -95,7 +95,7 @@ class Search:
         self._runs, self._totals = 0, Counts()
 
     def search(self) -> Found:
-        """Runs the search; raises ValueError for bounds that no shape keeps to, with what comes nearest."""
+        """Runs the search; raises ValueError where the damage or a cost cannot be measured."""
         space = self._survey()
         self._totals = space.dense
         on_cost = [bound for bound in self.bounds if not bound.on_quality]
@@ -112,7 +112,7 @@ class Search:
             found.winner = min(kept, key=rank)
             (found.final,) = self._run([self._overrides(found.winner.counts, 0, is_last=True)])
         elif found.why_none is None:
-            found.why_none = "no shape that was measured keeps to it"
+            found.why_none = "none that was measured keeps to it"
         found.runs = self._runs
         return found
 
@@ -166,9 +166,8 @@ class Search:
             bounded = [(Bound(bound.metric, limits[bound.metric]), found.costs[bound.metric]) for bound in on_cost]
             kept = shape_search.within(bounded, space.shape)
             if not kept.any():
-                if found.candidates:
-                    return
-                raise ValueError(f"bound: {shape_search.nearest(bounded, space)}")
+                found.why_none = None if found.candidates else shape_search.nearest(bounded, space)
+                return
             taken = [one.counts for one in found.candidates]
             asked = shape_search.best_apart(space, kept, self.settings.shapes, taken)
             if not asked:
@@ -225,13 +224,15 @@ def answer(found: Found) -> str:
     """The outcome as Markdown: the winner, what each candidate came to, and how far predictions were off."""
     bounds = said(found.bounds)
     if found.winner is None:
-        lines = [f"**Within {bounds}** ({found.runs} runs): {found.why_none}."]
+        lines = [f"**Within {bounds}** ({found.runs} runs): no shape; {found.why_none}."]
     else:
         shape = _shown(found.winner.counts, found.space.dense, "method.")
         final = found.final.metrics if found.final is not None else {}
         titles = {"quality/kl": "KL", "quality/perplexity": "perplexity", "params/total": "parameters"}
         figures = [f"{title} {number(final[name])}" for name, title in titles.items() if name in final]
         lines = [f"**Within {bounds}** ({found.runs} runs): `method=shape {shape}`; {', '.join(figures)}."]
+    if not found.candidates:
+        return "\n".join([*lines, ""])
     metrics = list(dict.fromkeys([*found.costs, *(bound.metric for bound in found.bounds)]))
     head = ["shape", "damage", "KL held out", *(f"{name}" for name in metrics)]
     lines += ["", f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]

@@ -115,7 +115,7 @@ class Space:
                 at = (of_shapes[name] - low[name]) / (high[name] - low[name])
                 share = share * (at if count == high[name] else 1 - at)
             total = total + share
-        return numpy.asarray(total, dtype=float)
+        return numpy.round(numpy.asarray(total, dtype=float), 6)  # whole numbers stay whole
 
     def counts_at(self, place: Sequence[int]) -> Counts:
         """Counts of the shape at a place of the grid."""
@@ -158,7 +158,7 @@ def nearest(bounds: Iterable[tuple[Bound, Values]], space: Space) -> str:
         least = float(costs[place])
         at = " ".join(f"{name}={count}" for name, count in space.counts_at([int(p) for p in place]).items())
         if least > bound.limit:
-            found.append(f"{bound} is less than any shape that was looked at; the nearest is {number(least)}, at {at}")
+            found.append(f"the least {bound.metric} of all shapes that were looked at is {number(least)}, at {at}")
     return "; ".join(found) or "no shape keeps to all bounds at once, though one keeps to each"
 
 
