@@ -464,8 +464,8 @@ FAULTS = (
     ),
     Fault(
         "divergence_of_dense_from_pruned", "prune_lab/pruning/block_importance.py",
-        "position_divergences(logits_of(model, dense), logits_of(model, states))[0]",
-        "-position_divergences(logits_of(model, dense), logits_of(model, states))[0]",
+        "position_divergences(logits_of(before, dense), logits_of(model, states))[0]",
+        "-position_divergences(logits_of(before, dense), logits_of(model, states))[0]",
         ("test_depth.py::test_by_kl_each_step_drops_the_block_that_is_missed_least",),
     ),
     Fault(
@@ -562,7 +562,7 @@ FAULTS = (
     ),
     Fault(
         "inputs_removed_without_an_update_of_the_others", "prune_lab/pruning/obs.py",
-        "values[rows].addmm_(cross.T, errors, alpha=-1)", "values[rows]",
+        "values.addmm_(cross.T, errors, alpha=-1)", "errors",
         ("test_obs.py::test_what_goes_is_what_costs_least",),
     ),
     Fault(
@@ -1089,6 +1089,26 @@ FAULTS = (
         "a_mode_within_braces_is_overlooked", "prune_lab/config/composing.py",
         'not keys & {"hydra", "hydra.mode", "hydra.searchpath"}', 'not keys & {"hydra.mode", "hydra.searchpath"}',
         ("test_overrides.py::test_the_mode_is_the_one_that_hydra_finds",),
+    ),
+    Fault(
+        "held_out_windows_calibrate", "prune_lab/methods/shape.py",
+        "return replace(calibrator, windows=windows[:-held_out]), ", "return calibrator, ",
+        ("test_shape.py::test_windows_that_are_held_out_measure_and_do_not_calibrate",),
+    ),
+    Fault(
+        "divergence_by_the_cut_head", "prune_lab/pruning/block_importance.py",
+        "position_divergences(logits_of(before, dense),", "position_divergences(logits_of(model, dense),",
+        ("test_shape.py::test_windows_that_are_held_out_measure_and_do_not_calibrate",),
+    ),
+    Fault(
+        "damage_of_a_step_taken_for_the_next", "prune_lab/sweeps/shape_search.py",
+        "numpy.interp(self.total - self.options, gone,", "numpy.interp(self.options, gone,",
+        ("test_shape_search.py::test_damage_and_costs_of_every_shape",),
+    ),
+    Fault(
+        "winner_by_the_sum_of_its_axes", "prune_lab/sweeps/budget.py",
+        "rank = (lambda one: one.kl)", "rank = (lambda one: -one.kl)",
+        ("test_budget.py::test_from_a_bound_to_an_exported_model",),
     ),
     Fault(
         "bound_kept_from_below", "prune_lab/results/bounds.py",

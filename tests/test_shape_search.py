@@ -183,7 +183,7 @@ def test_predicted_costs_are_those_of_stock_models(family: str, tmp_path: Path) 
         cut = _cut_by_hand(folder, config, counts, tmp_path / f"cut{number}")
         assert float(space.cost("params/total", counts)) == sum(p.numel() for p in cut.parameters())
         size = sum(file.stat().st_size for file in (tmp_path / f"cut{number}").glob("*.safetensors"))
-        header = 3e-3 if family == "qwen3_moe" else 0.4e-3  # files have the experts one by one, with names of their own
+        header = 8e-3 if family == "qwen3_moe" else 0.4e-3  # files have the experts one by one, with names of their own
         assert float(space.cost("size/disk_mb", counts)) == pytest.approx(size / 1e6, abs=header)
 
 

@@ -180,7 +180,7 @@ class Damage(Ways):
         return found
 
     def _way_of(self, axis: str) -> dict[str, Any]:
-        """What the result of an axis depends on of the keys."""
+        """Keys that the result of an axis depends on."""
         way = self.method_of(axis)
         assert isinstance(way, Depth | Structured | Experts)
         return {"way": {**asdict(way), "refit of blocks": self.blocks_refit}, "tokens": self.tokens}

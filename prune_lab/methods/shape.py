@@ -157,7 +157,7 @@ class Shape(Ways):
         pruned.rows = [LayerRow(name, size, size - now.get(name, 0)) for name, size in before.items()]
         pruned.warnings = list(dict.fromkeys(pruned.warnings))
         if divergence is not None:
-            pruned.metrics["shape/kl"] = divergence(anatomy.model)
+            pruned.metrics |= {"shape/kl": divergence(anatomy.model)}
         return pruned
 
     def _cut(self, axis: str, anatomy: Anatomy, seed: int, calibrator: Calibrator | None) -> Pruned:

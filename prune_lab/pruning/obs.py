@@ -76,7 +76,7 @@ def remove_inputs(
     # Costs do not depend on the scale of an input; with Gd's diagonal at 1, outliers take no digits from the others.
     scale = lower.norm(dim=1, keepdim=True)
     inverse, values, moving = torch.cholesky_inverse(lower / scale), values * scale, ~still[:, None]
-    order, costs = [left[:0]], [gram.new_zeros(0)]
+    order, costs, there = [left[:0]], [gram.new_zeros(0)], torch.ones_like(left, dtype=torch.bool)
     while remove > 0:
         cost = _costs(inverse, values * moving, width)
         if not cost.isfinite().all():
@@ -84,19 +84,23 @@ def remove_inputs(
                 f"the costs of removing inputs of {name} are not finite: weights or activations overflow; give another "
                 "dtype"
             )
-        gone = torch.argsort(cost, stable=True)[: min(at_once, remove)]
+        gone = torch.argsort(cost.masked_fill(~there, math.inf), stable=True)[: min(at_once, remove)]
         order.append(left[gone])
         costs.append(cost[gone])
-        stays = torch.ones_like(left, dtype=torch.bool)
-        stays[gone] = False
-        left, rows = left[stays], stays.repeat_interleave(width)
-        of_gone = torch.linalg.cholesky(inverse[~rows][:, ~rows])
-        cross = torch.linalg.solve_triangular(of_gone, inverse[~rows][:, rows], upper=False)
-        errors = torch.linalg.solve_triangular(of_gone, values[~rows], upper=False)
-        inverse = inverse[rows][:, rows].addmm_(cross.T, cross, alpha=-1)
-        values, scale, moving = values[rows].addmm_(cross.T, errors, alpha=-1), scale[rows], moving[rows]
+        rows = (gone[:, None] * width + torch.arange(width, device=device)).flatten()
+        of_gone = torch.linalg.cholesky(inverse[rows][:, rows])
+        cross = torch.linalg.solve_triangular(of_gone, inverse[rows], upper=False)
+        errors = torch.linalg.solve_triangular(of_gone, values[rows], upper=False)
+        inverse.addmm_(cross.T, cross, alpha=-1)
+        values.addmm_(cross.T, errors, alpha=-1)
+        # What is gone stays in its place, apart from the others: to copy what is left takes longer than to pass it by.
+        there[gone] = False
+        inverse[rows], inverse[:, rows], values[rows] = 0, 0, 0
+        inverse.diagonal()[rows] = 1
         remove -= len(gone)
-    return Removal(torch.cat(order), torch.cat(costs), left, (values / scale).T, used)
+    kept = there.repeat_interleave(width)
+    weight_left = (values[kept] / scale[kept]).T
+    return Removal(torch.cat(order), torch.cat(costs), left[there], weight_left, used)
 
 
 def _costs(inverse: Tensor, values: Tensor, width: int) -> Tensor:

@@ -150,7 +150,7 @@ def within(bounds: Iterable[tuple[Bound, Values]], shape: tuple[int, ...]) -> ND
 
 
 def nearest(bounds: Iterable[tuple[Bound, Values]], space: Space) -> str:
-    """What comes nearest to bounds that no shape keeps to."""
+    """Words on bounds that no shape keeps to: the shape that comes nearest to each."""
     found = []
     for bound, cost in bounds:
         costs = numpy.broadcast_to(cost, space.shape)
