@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prune_lab.results.bounds import Bound, hold, number, said
+from prune_lab.results.metrics import dense_name
 from prune_lab.results.summary import Summary
 from prune_lab.sweeps import cost_fit, shape_search
 from prune_lab.sweeps.shape_search import Counts, Space, Values
@@ -148,14 +150,13 @@ class Search:
         done = [(counts, s.metrics) for counts, s in zip(shapes, summaries, strict=True) if s.status == "FINISHED"]
         if len(done) < 3:
             raise ValueError(f"the shapes that costs are fitted to did not run: {summaries[0].reason}")
-        totals = space.dense
         for metric in fitted:
             if any(metric not in measured for _, measured in done):
                 raise ValueError(
                     f"bound: the runs do not measure {metric}: give measure=default, or the keys of measure that "
                     "docs/metrics.md names for it"
                 )
-            fit = cost_fit.fit([counts for counts, _ in done], [measured[metric] for _, measured in done], totals)
+            fit = _fitted(metric, done, space.dense)
             found.fits[metric] = fit
             found.costs[metric] = fit.cost(space.options())
 
@@ -214,6 +215,20 @@ class Search:
         held = [f"method.held_out={held_out}"] if held_out else []
         export = [] if is_last or self.settings.keeps_export else ["export=none"]
         return ["method=shape", *shape, *held, *export]
+
+
+def _fitted(metric: str, done: Sequence[tuple[Counts, Mapping[str, float]]], dense: Counts) -> cost_fit.CostFit:
+    """The fit of a cost to measured shapes, and to the dense model, where each run measured it beside the shape.
+
+    What slows both of a pair down is no part of a shape: a run counts by its ratio to the dense model's figure.
+    """
+    shapes, values = [counts for counts, _ in done], [measured[metric] for _, measured in done]
+    if all(dense_name(metric) in measured for _, measured in done):
+        of_dense = [measured[dense_name(metric)] for _, measured in done]
+        middle = statistics.median(of_dense)
+        values = [value / beside * middle for value, beside in zip(values, of_dense, strict=True)]
+        shapes, values = [*shapes, dense], [*values, middle]
+    return cost_fit.fit(shapes, values, dense)
 
 
 def _at(values: Values, space: Space, place: tuple[int, ...]) -> Any:

@@ -33,7 +33,7 @@ def _draw_front(found: Found, path: Path) -> None:
         of = axis_of(metric)
         shapes = shape_search.front(found.space, costs)
         shapes = shapes[:: max(1, len(shapes) // _POINTS)]
-        places = [found.space.place_of(counts) for counts in shapes]
+        places = [found.space.place_of(counts) for counts in shapes if counts != found.space.dense]
         whole = numpy.broadcast_to(costs, found.space.shape)
         panel.plot(
             [whole[place] / of.unit for place in places], [found.space.damage[place] for place in places],
@@ -70,7 +70,8 @@ def _along(found: Found, metric: str, name: str) -> tuple[list[float], list[floa
     place = space.names.index(name)
     costs = numpy.broadcast_to(found.costs[metric], space.shape)
     line = costs[tuple(slice(None) if number == place else 0 for number in range(len(space.axes)))]
-    return [float(cost) / unit for cost in line], [float(value) for value in space.axes[place].damage]
+    # Without the dense model, whose damage of 0 has no place on a logarithmic axis.
+    return [float(cost) / unit for cost in line[1:]], [float(value) for value in space.axes[place].damage[1:]]
 
 
 def _draw_axes(found: Found, path: Path) -> None:
