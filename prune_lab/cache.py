@@ -45,6 +45,7 @@ KINDS = {
     "block_losses": "losses and divergences with blocks left out",
     "sensitivity": "loss increases of single blocks",
     "damage": "divergences of models cut along one axis",
+    "hidden_scores": "scores of channels of the hidden size",
     "shape_costs": "sizes of models at the corners of their axes",
     "dense_export": "dense models as measure.engine loads them",
     "engine": "perplexity of dense models in measure.engine",

@@ -37,14 +37,21 @@ def refit_before(anatomy: Anatomy, dropped: list[int], calibrator: Calibrator) -
     """
     runs, at, warnings = runs_of(dropped), 0, list[str]()
     dense, pruned = (BlockStream(anatomy, calibrator.windows, calibrator.batch_size) for _ in range(2))
-    # Up to the last run's end the dense states pass every block, the others those that stay, refitted ones twice.
-    passes = 2 * runs[-1].stop - len(dropped) + sum(run.start > 0 for run in runs)
+    # Up to the last run's end the dense states pass every block, the others those that stay behind the first run's
+    # beginning, refitted ones twice.
+    alike = max(0, runs[0].start - 1)
+    passes = 2 * runs[-1].stop - alike - len(dropped) + sum(run.start > 0 for run in runs)
     with calibrator.console.progress(passes * calibrator.windows.numel(), "refitting", unit="tok") as bar:
         for run in runs:
             before = run.start - 1
             for index in range(at, before):
-                calibrator.forward(pruned, index, bar, keep=True)
-            for index in range(at, run.stop):
+                calibrator.forward(dense, index, bar, keep=True)
+                if run is not runs[0]:
+                    calibrator.forward(pruned, index, bar, keep=True)
+            if run is runs[0]:
+                for number in range(len(dense.states)):  # nothing before it differs
+                    pruned.states[number] = dense.states[number]
+            for index in range(max(at, before), run.stop):
                 calibrator.forward(dense, index, bar, keep=True)
             if before < 0:
                 first = ", ".join(str(original_blocks(anatomy)[index]) for index in run)

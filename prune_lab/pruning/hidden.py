@@ -30,11 +30,16 @@ def add_magnitudes(sums: Tensor, states: Tensor) -> None:
 
 
 def minitron_scores(anatomy: Anatomy, norms: list[str], calibrator: Calibrator) -> Tensor:
-    """Score of each channel, (channels,), fp32, on the CPU."""
-    sums = {name: torch.zeros(hidden_size(anatomy.model), device=anatomy.model.device) for name in norms}
-    with _watched(anatomy, norms, lambda name, states, out: add_magnitudes(sums[name], out)):
-        calibrator.pass_whole(anatomy.model, "calibrating")
-    return torch.stack([of_norm.sqrt() for of_norm in sums.values()]).sum(0).cpu()
+    """Score of each channel, (channels,), fp32, on the CPU; computed once for the dense model."""
+
+    def scores() -> list[float]:
+        sums = {name: torch.zeros(hidden_size(anatomy.model), device=anatomy.model.device) for name in norms}
+        with _watched(anatomy, norms, lambda name, states, out: add_magnitudes(sums[name], out)):
+            calibrator.pass_whole(anatomy.model, "calibrating")
+        found: list[float] = torch.stack([of_norm.sqrt() for of_norm in sums.values()]).sum(0).tolist()
+        return found
+
+    return torch.tensor(calibrator.remember(anatomy, "hidden_scores", {"norms": norms}, scores))
 
 
 @torch.no_grad()
