@@ -79,11 +79,11 @@ def _seconds_of_a_step(evaluator: Evaluator) -> float:
 
 
 def _pruning(parts: Parts, evaluator: Evaluator, calibrator: Calibrator | None) -> float:
-    """Tokens that pass the model while it is pruned, about."""
+    """Tokens that pass the model in this process while it is pruned, about."""
     if calibrator is None:
         return 0.0
     passes = parts.method.forward_passes(len(Anatomy(evaluator.dense.model).blocks))
-    return len(pruning_events(parts)[0]) * passes * calibrator.windows.numel()
+    return len(pruning_events(parts)[0]) * passes * calibrator.mine.numel()
 
 
 def _training(parts: Parts, evaluator: Evaluator) -> float:

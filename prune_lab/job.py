@@ -31,7 +31,8 @@ def run(build: Callable[[], Parts], config: dict[str, Any], context: JobContext)
     """Runs a job and returns its `objectives`, for sweepers that search: one figure, or a tuple of several.
 
     In a sweep a job that is refused or fails leaves its summary and returns None, so that the others go on; a
-    single run ends the program with exit code 2 or 1. So does one that finished and whose tracker does not have it.
+    single run ends the program with exit code 2 or 1. So does one that finished and whose tracker does not have it, and
+    any job of a process among several: the others may be waiting for it in the middle of theirs.
     """
     interrupt.end_on_signals()
     try:
@@ -93,12 +94,12 @@ def _reason(error: Exception) -> str:
 
 
 def _ended(context: JobContext, message: str, exit_code: int) -> None:
-    """Says what is wrong with a job, and ends a single run."""
+    """Says what is wrong with a job, and ends a single run, or a process among several."""
     sweep = context.sweep is not None
     asked = " ".join(context.overrides)
     asked = asked if len(asked) <= _ASKED else f"{asked[:_ASKED]}..."  # the message itself must not be cut short
     explain.to_stderr((f"job {context.job} ({asked}): " if sweep else "") + message)
-    if not sweep:
+    if not sweep or launch.size() > 1:
         raise SystemExit(exit_code)
 
 

@@ -1,0 +1,213 @@
+"""Calibration and test windows shared out over processes: each statistic, mask and figure is that of one process.
+
+This file is also the program that the processes run: see `main`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CPU, make_folder
+from model_types import tiny_folder
+from processes import together
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.testing import assert_close
+
+from prune_lab.dense_cache import DenseCache
+from prune_lab.measure.perplexity import measure_beside
+from prune_lab.methods.base import Method
+from prune_lab.methods.depth import Depth
+from prune_lab.methods.experts import Experts
+from prune_lab.methods.ria import Ria
+from prune_lab.methods.sensitivity import Sensitivity
+from prune_lab.methods.sparsegpt import SparseGPT
+from prune_lab.methods.structured import Structured
+from prune_lab.methods.unstructured import Unstructured
+from prune_lab.methods.wanda import Wanda
+from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.load import HubModel
+from prune_lab.pruning.block_importance import _distances, block_influence
+from prune_lab.pruning.calibration import Calibrator, block_statistics
+from prune_lab.system.console import Console
+from prune_lab.system.world import World, join
+
+HERE, QUIET = Path(__file__).parent, Console(quiet=True)
+WINDOWS = torch.randint(300, (7, 24), generator=torch.Generator().manual_seed(3))  # 4 and 3, of two processes
+ALL = frozenset({"input_norm", "output_norm", "variance", "gram", "saliency", "saliency2"})
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method, the model that it prunes, and how its text passes."""
+
+    method: Method
+    model: str = "llama"
+    propagate: str = "pruned"
+    windows: int = 7
+
+
+CASES = {
+    "wanda": Case(Wanda(amount=0.5)),
+    "ria 2:4 of gpt2": Case(Ria(amount=0.5, pattern="2:4"), "gpt2"),
+    "owl": Case(Wanda(amount=0.5, allocation="owl")),
+    "global": Case(Unstructured(amount=0.5, score="wanda", scope="global", refit="none")),
+    "sparsegpt": Case(SparseGPT(amount=0.5)),
+    "obs with refit": Case(Structured(amount=0.5, units=("mlp", "heads"), score="obs", refit="inputs")),
+    "obs with biases": Case(Structured(amount=0.25, score="obs", refit="inputs"), "gpt2"),
+    "obs behind dense blocks": Case(Structured(amount=0.25, score="obs", refit="inputs"), propagate="dense"),
+    "residual": Case(Structured(amount=0.25, score="wanda", refit="residual")),
+    "taylor": Case(Structured(amount=0.25, score="taylor")),
+    "hidden": Case(Structured(amount=0.25, units=("hidden",), score="minitron", refit="inputs")),
+    "bi": Case(Depth(amount=0.5, refit="residual")),
+    "angle": Case(Depth(amount=0.5, by="angle")),
+    "kl": Case(Depth(amount=0.5, by="kl")),
+    "perplexity": Case(Depth(amount=0.5, by="perplexity")),
+    "sensitivity": Case(Sensitivity(amounts=(0.5,))),
+    "reap": Case(Experts(amount=0.25), "mixtral"),
+    "ranked choice": Case(Experts(amount=0.25, score="ranked_choice"), "mixtral"),
+    "leave one out": Case(Experts(amount=0.25, score="leave_one_out"), "mixtral"),
+    "wanda of experts": Case(Unstructured(amount=0.5, score="moe_pruner", refit="none"), "mixtral"),
+    "few windows": Case(SparseGPT(amount=0.5), windows=1),
+}
+
+
+def figures_of(case: Case, folder: Path, world: World, cached: bool) -> dict[str, Tensor]:
+    """The weights of a pruned model, the tables that its method leaves, and its losses.
+
+    Losses and divergence are those that one process finds in the same model, nearly to the last digit.
+    """
+    dense, loaded = (HubModel(name=str(folder / case.model)).load(CPU, seed=0) for _ in range(2))
+    calibrator = Calibrator(WINDOWS[: case.windows], case.propagate, batch_size=2, world=world)
+    cache = DenseCache(dense.model, dense.fingerprint(), CPU) if cached else None
+    pruned = case.method.prune(Anatomy(loaded.model, cache), case.method.amount, 0, calibrator)
+    found = {f"weight {name}": value.detach().clone() for name, value in loaded.model.named_parameters()}
+    for name, content in pruned.files.items():
+        if name.endswith(".json"):
+            found[f"file {name}"] = torch.tensor(json.loads(content)["blocks"])
+    for compared in (0, 5, 7):
+        losses, divergence = measure_beside(
+            loaded.model, dense.model, compared, WINDOWS, 2, CPU, QUIET, world=world
+        )  # fmt: skip
+        found[f"losses beside {compared}"] = losses
+        if world.size > 1:  # the same model, so that nothing but the batches is another one
+            alone = measure_beside(loaded.model, dense.model, compared, WINDOWS, 2, CPU, QUIET)
+            assert_close(losses, alone[0], atol=1e-5, rtol=1e-5)
+            assert (divergence is None) == (alone[1] is None)
+            if divergence is not None and alone[1] is not None:
+                assert vars(divergence) == pytest.approx(vars(alone[1]), rel=1e-4, abs=1e-6)
+    return found
+
+
+def statistics_of(folder: Path, world: World, cached: bool) -> dict[str, Tensor]:
+    """All statistics of all Linears, behind dense blocks, twice where they are kept, and of whole blocks."""
+    loaded = HubModel(name=str(folder / "gpt2")).load(CPU, seed=0)
+    cache = DenseCache(loaded.model, loaded.fingerprint(), CPU) if cached else None
+    anatomy, calibrator = Anatomy(loaded.model, cache), Calibrator(WINDOWS, "dense", 2, world=world)
+    needs, found = {name: ALL for name, _ in anatomy.linears()}, dict[str, Tensor]()
+    for _ in range(1 + cached):
+        for of_block in block_statistics(anatomy, needs, 0, calibrator):
+            for name, of in of_block.items():
+                values = {field: getattr(of, field) for field in ("mean", "tokens", *ALL)}
+                found |= {f"{field} {name}": value for field, value in values.items()}
+    found["influence"] = torch.tensor(block_influence(calibrator, anatomy))
+    found["distances"] = torch.tensor(_distances(calibrator, anatomy))
+    return found
+
+
+PROGRAMS: dict[str, Callable[[Path, World, bool], dict[str, Tensor]]] = {"statistics": statistics_of} | {
+    name: lambda folder, world, cached, case=case: figures_of(case, folder, world, cached)
+    for name, case in CASES.items()
+}
+
+
+def main(place: str, size: str, *names: str) -> None:
+    """Runs programs in one of `size` processes and writes down what they found."""
+    os.environ["PRUNE_LAB_CACHE"] = f"{place}/cache-{size}"
+    world = join(CPU)
+    assert world.size == int(size)
+    for name in names:
+        found = PROGRAMS[name](Path(place), world, True)
+        save_file({key: value.contiguous().clone() for key, value in found.items()}, file_of(place, size, world, name))
+
+
+def file_of(place: str | Path, size: str, world: World, name: str) -> Path:
+    return Path(place) / f"{name} in {world.rank} of {size}.safetensors"
+
+
+QUICK = ["statistics", "wanda", "sparsegpt", "obs with refit", "taylor", "bi"]
+SLOW = [name for name in PROGRAMS if name not in QUICK]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the models."""
+    found = tmp_path_factory.mktemp("shared")
+    for family in ("llama", "gpt2"):
+        make_folder(found / family, family)
+    tiny_folder(found / "mixtral", "mixtral")
+    return found
+
+
+def run(place: Path, size: int, names: list[str]) -> Path:
+    done = together(HERE, str(place), str(size), *names, module="test_shared_windows", size=size)
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+@pytest.fixture(scope="module")
+def quick(place: Path) -> Path:
+    """What two processes found."""
+    return run(place, 2, QUICK)
+
+
+@pytest.fixture(scope="module")
+def others(place: Path) -> Path:
+    """What two processes found with the other methods."""
+    return run(place, 2, SLOW)
+
+
+def check(place: Path, name: str, size: int) -> None:
+    """Every process has the same bits, and what one process has within rounding, zeros where it has them.
+
+    Losses of a pruned model differ by more than its weights do.
+    """
+    alone = PROGRAMS[name](place, World(), False)
+    first, *others = (load_file(file_of(place, str(size), World(rank, size), name)) for rank in range(size))
+    assert first.keys() == alone.keys()
+    for key, value in first.items():
+        assert all(torch.equal(value, other[key]) for other in others), key
+        near = {"atol": 5e-4, "rtol": 2e-3} if key.startswith("losses") else {"atol": 2e-5, "rtol": 2e-4}
+        assert_close(value, alone[key], **near, msg=lambda said, key=key: f"{key}: {said}")
+        if key.startswith("weight"):
+            assert torch.equal(value == 0, alone[key] == 0), key
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_two_processes_find_what_one_does(quick: Path, name: str) -> None:
+    check(quick, name, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_two_processes_find_what_one_does_by_other_methods(others: Path, name: str) -> None:
+    check(others, name, 2)
+
+
+@pytest.mark.slow
+def test_three_processes_find_what_one_does(place: Path) -> None:
+    names = ["statistics", "sparsegpt", "few windows"]
+    run(place, 3, names)
+    for name in names:
+        check(place, name, 3)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
