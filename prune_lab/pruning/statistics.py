@@ -155,7 +155,11 @@ class RunningStatistics:
 
     def _add_moments(self, rows: Tensor) -> None:
         """Welford's update, a batch at a time (Chan, Golub & LeVeque, 1979)."""
-        mean = rows.mean(0) if len(rows) else rows.new_zeros(rows.shape[1])
+        if not len(rows):  # of an expert that no token of this process came to
+            nothing = rows.new_zeros(rows.shape[1])
+            self._mean, self._deviations = (nothing if of is None else of for of in (self._mean, self._deviations))
+            return
+        mean = rows.mean(0)
         deviations = (rows - mean).square().sum(0)
         n, more = self._tokens, len(rows)
         self._tokens += more
@@ -163,8 +167,8 @@ class RunningStatistics:
             self._mean, self._deviations = mean, deviations
             return
         apart = mean - self._mean
-        self._deviations = self._deviations + deviations + apart.square() * (n * more / max(1, n + more))
-        self._mean = self._mean + apart * (more / max(1, n + more))
+        self._deviations = self._deviations + deviations + apart.square() * (n * more / (n + more))
+        self._mean = self._mean + apart * (more / (n + more))
 
 
 @contextmanager
