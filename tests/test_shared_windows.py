@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -154,9 +155,32 @@ def main(place: str, size: str, *names: str) -> None:
     os.environ["PRUNE_LAB_CACHE"] = f"{place}/cache-{size}"
     world = join(CPU)
     assert world.size == int(size)
+    check_exchange(world)
     for name in names:
         found = PROGRAMS[name](Path(place), world, True)
         save_file({key: value.contiguous().clone() for key, value in found.items()}, file_of(place, size, world, name))
+
+
+def check_exchange(world: World) -> None:
+    """What processes tell each other, of equal and unequal parts."""
+    size, rank = world.size, world.rank
+    for count in (size, 2 * size + 1):
+        for dtype in (torch.float32, torch.float64, torch.int64):
+            whole = torch.arange(3 * count, dtype=dtype).view(count, 3)
+            assert torch.equal(world.over(count).gather(world.part(whole)), whole)
+            turned = whole.T.clone().T  # not contiguous
+            world.sum([turned])
+            assert torch.equal(turned, size * whole)
+    assert world.over(size - 1) == World()
+    assert [world.all(True), world.all(rank > 0), world.all(False)] == [True, False, False]
+    weights = [torch.ones(4, 6, dtype=torch.bfloat16), torch.zeros(5), torch.ones(3, 2, dtype=torch.bool)]
+    assert world.has_same(weights)
+    for changed in weights:  # in one process alone: two places exchange what they hold, which leaves the sum
+        before = changed.clone()
+        changed.flatten()[0] = 0 if rank else 1
+        changed.view(-1)[:2] = torch.tensor([1, 0] if rank else [0, 1])
+        assert not world.has_same(weights)
+        changed.copy_(before)
 
 
 def file_of(place: str | Path, size: str, world: World, name: str) -> Path:
@@ -234,6 +258,12 @@ def test_three_processes_find_what_one_does(place: Path) -> None:
     run(place, 3, names)
     for name in names:
         check(place, name, 3)
+
+
+def test_the_table_on_paper_is_the_script_s() -> None:
+    page = (HERE.parent / "docs/processes.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- on paper: begin -->")[2].partition("<!-- on paper: end -->")[0]
+    assert table.strip() == runpy.run_path(str(HERE / "benchmarks/on_paper.py"))["table"]()
 
 
 if __name__ == "__main__":
