@@ -109,7 +109,7 @@ def table() -> str:
     (wanda, alone), (sparsegpt, by_one) = total("calibration", "Wanda"), total("calibration", "SparseGPT")
     share = total("SparseGPT: solves")[0] / sparsegpt
     said = (
-        f"Wanda's pruning takes {_s(wanda)} s in place of {_s(alone)} s ({alone / wanda:.1f} times as fast),"
+        f"Wanda's pruning takes {_s(wanda)} s in place of {_s(alone)} s ({alone / wanda:.1f} times as fast),",
         f"SparseGPT's {_s(sparsegpt)} s in place of {_s(by_one)} s ({by_one / sparsegpt:.1f} times): the solves, which",
         f"every process does, are then {100 * share:.0f} % of it. To share them out by Linears would make them",
         f"at most {1 / OF_DOWN:.1f} times as fast, since `down_proj` alone is {100 * OF_DOWN:.0f} % of them.",
