@@ -52,7 +52,9 @@ def run(parts: Parts, config: dict[str, Any], context: JobContext, console: Cons
     evaluator = _open(parts, context, device, console, world)
     summary, calibrator = _begin(parts, config, context, evaluator, console)
     outcome.header(summary, console)
-    id_of_main = world.from_main(summary.fingerprint)
+    job, id_of_main = world.from_main((context.job, summary.fingerprint))
+    if job != context.job:  # one of them was refused before it met the other
+        raise RuntimeError(f"this process is at job {context.job} of the sweep, and the first one at job {job}")
     finished = _find_finished(parts, summary, context) if world.is_main else None
     is_finished = world.from_main(finished is not None)
     if finished is not None:

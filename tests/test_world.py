@@ -171,12 +171,27 @@ def test_jobs_of_two_processes_share_a_cache(small: list[str], cli: Cli, tmp_pat
             assert two == pytest.approx(one, rel=1e-3, abs=1e-6)
 
 
-def test_a_failure_of_one_process_ends_both(small: list[str], tmp_path: Path) -> None:
+@pytest.mark.slow  # processes wait a while for others that fail
+@pytest.mark.parametrize("jobs", [["amount=0.3"], ["-m", "amount=0.3,0.5"]], ids=["run", "sweep"])
+def test_a_failure_of_one_process_ends_both(small: list[str], tmp_path: Path, jobs: list[str]) -> None:
     """In a sweep, too, the rest of which is not begun: the other one waits in the middle of its job."""
-    (tmp_path / "sweep/0").mkdir(parents=True)
-    (tmp_path / "sweep/0/export").write_text("in the way of the first process alone")
-    arguments = ["-m", *small, "measure=quality_only", "amount=0.3,0.5", "export=hf", "tracking=none"]
-    done = together(tmp_path, *arguments, f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    folder = tmp_path / "sweep/0" if "-m" in jobs else tmp_path / "run"
+    folder.mkdir(parents=True)
+    (folder / "export").write_text("in the way of the first process alone")
+    arguments = [*jobs, *small, "measure=quality_only", "export=hf", "tracking=none"]
+    done = together(tmp_path, *arguments, f"hydra.sweep.dir={tmp_path / 'sweep'}", f"hydra.run.dir={tmp_path / 'run'}")
     assert done.returncode == 1, done.stderr
-    assert json.loads((tmp_path / "sweep/0/summary.json").read_text())["status"] == "FAILED"
+    assert json.loads((folder / "summary.json").read_text())["status"] == "FAILED"
     assert not (tmp_path / "sweep/1/summary.json").exists()
+
+
+def test_a_sweep_goes_on_after_what_all_processes_refuse(small: list[str], tmp_path: Path) -> None:
+    """Before they have met, and while they look at the model."""
+    arguments = [
+        "-m", *small, "measure=quality_only", "tracking=none", "method=structured", "method.score=l2",
+        "method.refit=none", "method.round_to=-1,1000,1", f"hydra.sweep.dir={tmp_path / 'sweep'}",
+    ]  # fmt: skip
+    done = together(tmp_path, *arguments)
+    assert done.returncode == 1, done.stderr
+    found = [json.loads((tmp_path / f"sweep/{job}/summary.json").read_text())["status"] for job in range(3)]
+    assert found == ["FAILED", "FAILED", "FINISHED"]

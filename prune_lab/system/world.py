@@ -23,6 +23,7 @@ from prune_lab.system.device import Device
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=12)  # the others wait while the first one measures
+PATIENCE_WITH_FAILURES = timedelta(seconds=20)
 _NOT_BUILT = {  # what accelerate's FSDP may be asked for beside sharding, and what there is in its place
     "FSDP_OFFLOAD_PARAMS": "the shards stay on their device",
     "FSDP_ACTIVATION_CHECKPOINTING": "use recovery.gradient_checkpointing=true",
@@ -126,6 +127,26 @@ class World:
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
+
+
+def failed_alike(job: str) -> bool:
+    """True where all processes have failed in this job of a sweep, or none has met the others yet: the next can begin.
+
+    Those that have failed wait for the others some seconds. Where one has not, it may be waiting in the middle of the
+    job, for ever, and nccl may have begun what it waits for. Processes that have not met compare their jobs when they
+    do (`runner.run`).
+    """
+    if not dist.is_initialized():
+        return True
+    if dist.get_backend() == "nccl":
+        return False
+    store, size = dist.distributed_c10d._get_default_store(), launch.size()
+    store.set(f"prune_lab/failed/{job}/{launch.rank()}", "")
+    try:
+        store.wait([f"prune_lab/failed/{job}/{rank}" for rank in range(size)], PATIENCE_WITH_FAILURES)
+    except RuntimeError:  # some have not, or are gone
+        return False
+    return True
 
 
 def _placed(tensor: Tensor) -> Tensor:
