@@ -109,6 +109,11 @@ class Evaluator:
         return len(self.windows) if asked is None else min(asked, len(self.windows))
 
     @property
+    def processes(self) -> int:
+        """Number of processes that share the test windows out."""
+        return self._world.over(len(self.windows)).size
+
+    @property
     def _windows_of_engine(self) -> Tensor:
         """Test windows on which an engine's perplexity is measured, as `windows`."""
         return self.windows[: self.measure.engine_windows]
@@ -356,7 +361,7 @@ class Evaluator:
             return [{"losses": found}]
 
         kind = "token_losses"
-        key = self.dense_cache.key(kind, self._of_windows | {"processes": world.size})
+        key = self.dense_cache.key(kind, self._of_windows | {"processes": self.processes})
         (part,) = self.dense_cache.parts(key, kind, 1, losses, world)
         return part["losses"].cpu()
 

@@ -174,6 +174,8 @@ def check_exchange(world: World) -> None:
     assert world.over(size - 1) == World()
     assert [world.all(True), world.all(rank > 0), world.all(False)] == [True, False, False]
     weights = [torch.ones(4, 6, dtype=torch.bfloat16), torch.zeros(5), torch.ones(3, 2, dtype=torch.bool)]
+    assert world.has_same([*weights, torch.tensor(1.0), torch.zeros(0, 3), torch.ones(2, 3, 4).movedim(0, 2)])
+    assert not world.has_same([torch.tensor(float(rank))])
     assert world.has_same(weights)
     for changed in weights:  # in one process alone: two places exchange what they hold, which leaves the sum
         before = changed.clone()

@@ -104,7 +104,8 @@ class World:
             return True
         digest = hashlib.sha256()
         for tensor in tensors:
-            bits = tensor.detach().contiguous().view(_BITS[tensor.element_size()]).view(-1, *tensor.shape[-1:])
+            rows = tensor.detach().reshape(-1, tensor.shape[-1] if tensor.numel() and tensor.dim() else 1)
+            bits = rows.contiguous().view(_BITS[tensor.element_size()])
             for dim in (0, 1):
                 digest.update(bits.sum(dim, dtype=torch.int64).cpu().numpy().tobytes())
         mine = digest.hexdigest()
