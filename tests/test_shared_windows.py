@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
+from prune_lab import dense_cache
 from prune_lab.dense_cache import DenseCache
 from prune_lab.measure.perplexity import measure_beside
 from prune_lab.methods.base import Method
@@ -129,16 +130,25 @@ def counting(model: Any, counts: list[int], place: int) -> Iterator[None]:
 
 
 def statistics_of(folder: Path, world: World, cached: bool) -> dict[str, Tensor]:
-    """All statistics of all Linears, behind dense blocks, twice where they are kept, and of whole blocks."""
+    """All statistics of all Linears, behind dense blocks, and of whole blocks.
+
+    Cached: computed and not kept, computed and kept, served from memory, and from disk, where they are the same bits.
+    """
     loaded = HubModel(name=str(folder / "gpt2")).load(CPU, seed=0)
-    cache = DenseCache(loaded.model, loaded.fingerprint(), CPU) if cached else None
-    anatomy, calibrator = Anatomy(loaded.model, cache), Calibrator(WINDOWS, "dense", 2, world=world)
-    needs, found = {name: ALL for name, _ in anatomy.linears()}, dict[str, Tensor]()
-    for _ in range(1 + cached):
+    new = (lambda: DenseCache(loaded.model, loaded.fingerprint(), CPU)) if cached else lambda: None
+    held, cache = dense_cache.MEMORY, new()
+    ways = [(0, new()), (held, cache), (held, cache), (0, new())] if cached else [(held, None)]
+    calibrator, found = Calibrator(WINDOWS, "dense", 2, world=world), dict[str, Tensor]()
+    for memory, facts in ways:
+        dense_cache.MEMORY, anatomy, now = memory, Anatomy(loaded.model, facts), dict[str, Tensor]()
+        needs = {name: ALL for name, _ in anatomy.linears()}
         for of_block in block_statistics(anatomy, needs, 0, calibrator):
             for name, of in of_block.items():
                 values = {field: getattr(of, field) for field in ("mean", "tokens", *ALL)}
-                found |= {f"{field} {name}": value for field, value in values.items()}
+                now |= {f"{field} {name}": value for field, value in values.items()}
+        assert all(torch.equal(now[name], value) for name, value in found.items())
+        found = now
+    dense_cache.MEMORY, anatomy = held, Anatomy(loaded.model, cache)
     found["influence"] = torch.tensor(block_influence(calibrator, anatomy))
     found["distances"] = torch.tensor(_distances(calibrator, anatomy))
     return found
