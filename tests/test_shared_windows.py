@@ -241,7 +241,9 @@ def check(place: Path, name: str, size: int) -> None:
     passed = [part.pop("passed", torch.zeros(2)) for part in parts]
     whole = alone.pop("passed", torch.zeros(2))
     if name in ("wanda", "sparsegpt", "obs with refit", "taylor"):
-        assert torch.equal(sum(passed, torch.zeros(2)), whole)
+        of_all = sum(passed, torch.zeros(2))
+        assert of_all[0] == whole[0]
+        assert size > 2 or of_all[1] == whole[1]  # each of three takes the two windows that are not compared
         assert max(passed[0] / whole) < 0.6  # 4 of 7 windows
     first, *others = parts
     assert first.keys() == alone.keys()
