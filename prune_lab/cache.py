@@ -138,6 +138,18 @@ def entry(kind: str, key: str, make: Make) -> Iterator[Entry]:
     raise RuntimeError(f"{folder} was written and cannot be read")
 
 
+@contextmanager
+def found(kind: str, key: str) -> Iterator[Entry | None]:
+    """The entry of a kind under `key`, which stays while inside; None where there is none that is whole."""
+    folder = cache_folder() / kind / key
+    with locked(_lock(kind, key), "shared"):
+        entry = _read(folder)
+        if entry is not None:
+            with suppress(OSError):
+                os.utime(folder / FACTS)  # when it was last used
+        yield entry
+
+
 def has(kind: str, key: str) -> bool:
     """True where there is such an entry, complete or damaged."""
     return (cache_folder() / kind / key / FACTS).exists()

@@ -69,7 +69,10 @@ def check_found_layout(
             getattr(parts.recovery, "gradient_checkpointing", False) and not checkpointing,
             "transformers has no gradient checkpointing for them; give recovery.gradient_checkpointing=false",
         ),
-        (launch.size() > 1, "a training in several processes is for families that are described; start one"),
+        (
+            launch.size() > 1 and parts.recovery.training_steps > 0,
+            "a training in several processes is for families that are described; start one",
+        ),
         (
             isinstance(parts.method, Sensitivity) and bool({"mlp", "heads"} & {*parts.method.parts}),
             f"method={method} of units is for families that are described; give method.parts=[weights,block]",
@@ -180,7 +183,7 @@ def _check_streaming(parts: Parts, choices: Mapping[str, str]) -> None:
             not parts.export.takes_streamed,
             f"export={choices.get('export')} is made of a model in memory; give export=hf or export=none",
         ),
-        (launch.size() > 1, "several processes share a training, and there is none; start one"),
+        (launch.size() > 1, "several processes would each read all blocks from the same disk; start one"),
     ):
         if is_wanted:
             raise Refused(f"model.stream=true: {reason}")

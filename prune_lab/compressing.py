@@ -11,6 +11,7 @@ from pathlib import Path
 from prune_lab.cache import cache_folder
 from prune_lab.compatibility import pruning_events
 from prune_lab.config.parts import Parts
+from prune_lab.errors import Refused
 from prune_lab.evaluator import Evaluator
 from prune_lab.measure.macs import Macs
 from prune_lab.models.anatomy import Anatomy
@@ -23,6 +24,11 @@ from prune_lab.system.files import temporary_name
 from prune_lab.system.timing_lock import timing_lock
 from prune_lab.system.world import World
 from prune_lab.tracking.base import RunLog
+
+_DIFFERENT = (
+    "the processes have pruned the model to different weights, though each had the statistics of all windows: start "
+    "them on equal devices with equal versions of PyTorch, or start one"
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,10 @@ def compress(
 
     def prune(amount: float) -> Pruned:
         with stopwatch(seconds, "time/prune_s"):
-            return parts.method.prune(Anatomy(loaded.model, evaluator.dense_cache), amount, seed, calibrator)
+            pruned = parts.method.prune(Anatomy(loaded.model, evaluator.dense_cache), amount, seed, calibrator)
+            if not world.has_same([*loaded.model.parameters(), *pruned.masks.keep.values()]):
+                raise Refused(_DIFFERENT)
+            return pruned
 
     training = TrainingContext(
         dense=evaluator.dense,

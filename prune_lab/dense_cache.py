@@ -6,7 +6,9 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +21,7 @@ from prune_lab import cache as store
 from prune_lab.fingerprint import LIBRARIES, digest_of, source_sha256
 from prune_lab.system.device import Device
 from prune_lab.system.environment import describe_environment
+from prune_lab.system.world import World
 
 MEMORY = 2**30  # bytes of results that a process holds; what is beyond is read from disk each time
 # An edit of any of these makes every result anew, whichever of them it comes from.
@@ -34,10 +37,12 @@ SOURCE = (
     "evaluator.py",
     "system/cuda_graph.py",
     "system/device.py",
+    "system/world.py",
 )
 _ENVIRONMENT = (*LIBRARIES, "python", "lm-eval", "platform", "cpu", "threads", "gpu", "cuda")
 
 Part = dict[str, Tensor]
+_ALONE = World()
 T = TypeVar("T")
 
 
@@ -47,6 +52,8 @@ class DenseCache:
     The key holds the sha256 of weights, config and tokenizer, number type, device, threads, the versions of what
     computes, the source of all that could (SOURCE), and what the asker adds: the text by its token ids, sizes, and
     modules beside those, such as that of the method whose loss increases are measured.
+    A result that several processes compute together, a `world`, each of them must ask for. Only the first one keeps it
+    on disk, when it is there: whoever computed behind a lock that others wait for would wait for them.
     """
 
     def __init__(self, model: Any, hashes: dict[str, str], device: Device) -> None:
@@ -81,9 +88,18 @@ class DenseCache:
         whole = [kind, self._key, of, source_sha256(*SOURCE), source_of(modules)]
         return digest_of(whole)[:32]
 
-    def value(self, kind: str, of: dict[str, Any], compute: Callable[[], Any], modules: tuple[str, ...] = ()) -> Any:
+    def value(
+        self,
+        kind: str,
+        of: dict[str, Any],
+        compute: Callable[[], Any],
+        modules: tuple[str, ...] = (),
+        world: World = _ALONE,
+    ) -> Any:
         """Result made of numbers, lists and dictionaries, computed where it is not kept."""
         key = self.key(kind, of, modules)
+        if key not in self._values and world.size > 1:
+            self._values[key] = _value_together(kind, key, compute, world)
         if key not in self._values:
             with store.entry(kind, key, lambda folder: {"value": compute()}) as entry:
                 self._values[key] = entry.metadata["value"]
@@ -98,12 +114,18 @@ class DenseCache:
         """True where tensors are in memory or on disk already."""
         return key in self._parts or store.has(kind, key)
 
-    def parts(self, key: str, kind: str, count: int, compute: Callable[[], Iterable[Part]]) -> Iterator[Part]:
+    def parts(
+        self, key: str, kind: str, count: int, compute: Callable[[], Iterable[Part]], world: World = _ALONE
+    ) -> Iterator[Part]:
         """Result made of `count` dictionaries of tensors, such as one for each block; they must not be changed.
 
         Those larger than the bound of the cache are not kept on disk; if they are larger than what a process may hold
-        as well, they pass as they are computed and nothing is kept.
+        as well, they pass as they are computed and nothing is kept. Of several processes, those that are larger than
+        what one may hold are not kept on disk either.
         """
+        if key not in self._parts and world.size > 1:
+            yield from self._parts_together(key, kind, count, compute, world)
+            return
         if key not in self._parts:
             try:
                 with store.entry(kind, key, lambda folder: _save_parts(folder, count, compute())) as entry:
@@ -116,7 +138,30 @@ class DenseCache:
                 if not self._may_hold(error.size):
                     yield from compute()
                     return
-                self._hold(key, [{name: tensor.cpu() for name, tensor in part.items()} for part in compute()])
+                self._hold(key, [_on_cpu(part) for part in compute()])
+        yield from map(self._placed, self._parts[key])
+
+    def _parts_together(
+        self, key: str, kind: str, count: int, compute: Callable[[], Iterable[Part]], world: World
+    ) -> Iterator[Part]:
+        with store.found(kind, key) as entry:
+            if world.all(entry is not None):
+                assert entry is not None
+                files = [entry.folder / _file(index) for index in range(count)]
+                if not world.all(self._may_hold(entry.metadata["bytes"])):
+                    yield from (self._placed(_load(path)) for path in files)
+                    return
+                self._hold(key, [_load(path) for path in files])
+        if key not in self._parts:
+            computed = iter(compute())
+            first = next(computed)
+            if not world.all(self._may_hold(_size(first) * count)):
+                yield first
+                yield from computed
+                return
+            self._hold(key, [_on_cpu(part) for part in chain([first], computed)])
+            if world.is_main:
+                _keep(kind, key, lambda folder: _save_parts(folder, count, self._parts[key]))
         yield from map(self._placed, self._parts[key])
 
     def _may_hold(self, size: int) -> bool:
@@ -137,6 +182,33 @@ class _TooLargeError(Exception):
 
     def __init__(self, size: int) -> None:
         self.size = size
+
+
+def _value_together(kind: str, key: str, compute: Callable[[], Any], world: World) -> Any:
+    """A value that all processes have from the cache of the first one, or compute."""
+    kept = None
+    if world.is_main:
+        with store.found(kind, key) as entry:
+            kept = None if entry is None else [entry.metadata["value"]]
+    kept = world.from_main(kept)
+    if kept is not None:
+        return kept[0]
+    value = compute()
+    if world.is_main:
+        _keep(kind, key, lambda folder: {"value": value})
+    return value
+
+
+def _keep(kind: str, key: str, make: store.Make) -> None:
+    """Has the cache keep what is computed, if it has room for it."""
+    with suppress(_TooLargeError), store.entry(kind, key, make):
+        pass
+
+
+def _on_cpu(part: Part) -> Part:
+    """Tensors in memory; one that stands under several names stays one."""
+    there = {id(tensor): tensor.cpu() for tensor in part.values()}
+    return {name: there[id(tensor)] for name, tensor in part.items()}
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

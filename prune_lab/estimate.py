@@ -35,8 +35,8 @@ def expected_seconds(parts: Parts, evaluator: Evaluator, calibrator: Calibrator 
     token = _seconds_of_a_token(evaluator)
     decodes = measure.memory or measure.latency or measure.generation_prompts > 0
     step = _seconds_of_a_step(evaluator) if decodes else 0.0  # not every type has a cache to decode with
-    dense, memory = float(windows.numel()), 0.0
-    compared = evaluator.compared * windows.shape[1]
+    dense, memory = windows.numel() / evaluator.processes, 0.0
+    compared = evaluator.compared * windows.shape[1] / evaluator.processes
     if measure.memory and not evaluator.device.is_cuda:
         memory = FRESH_PROCESS + measure.prompt_tokens * token + measure.decode_tokens * step
     continuing = measure.generation_prompts * measure.generation_tokens * step
@@ -79,11 +79,11 @@ def _seconds_of_a_step(evaluator: Evaluator) -> float:
 
 
 def _pruning(parts: Parts, evaluator: Evaluator, calibrator: Calibrator | None) -> float:
-    """Tokens that pass the model while it is pruned, about."""
+    """Tokens that pass the model in this process while it is pruned, about."""
     if calibrator is None:
         return 0.0
     passes = parts.method.forward_passes(len(Anatomy(evaluator.dense.model).blocks))
-    return len(pruning_events(parts)[0]) * passes * calibrator.windows.numel()
+    return len(pruning_events(parts)[0]) * passes * calibrator.mine.numel()
 
 
 def _training(parts: Parts, evaluator: Evaluator) -> float:

@@ -21,7 +21,7 @@ from prune_lab.export.base import Export
 from prune_lab.export.hf import HuggingFace
 from prune_lab.fingerprint import baseline_key
 from prune_lab.measure.continuations import Continuation
-from prune_lab.measure.divergence import POSITIONS, perplexity_of, ratio_interval
+from prune_lab.measure.divergence import POSITIONS, Divergence, perplexity_of, ratio_interval
 from prune_lab.measure.engine import engine_module, stamp_of
 from prune_lab.measure.engine_figures import Engine, EngineFigures
 from prune_lab.measure.generation import Prompts, continue_prompts, prepare_prompts, samples_of
@@ -48,6 +48,7 @@ from prune_lab.system.device import Device, uses_bfloat16
 from prune_lab.system.files import owner_suffix, state_of
 from prune_lab.system.lock import locked
 from prune_lab.system.timing_lock import timing_lock
+from prune_lab.system.world import World
 from prune_lab.text.bos import Bos, resolve_bos
 from prune_lab.text.calibration_corpus import calibration_corpora, calibration_files
 from prune_lab.text.calibration_windows import draw_windows
@@ -57,12 +58,24 @@ from prune_lab.text.tokens import JOIN, Tokens, sha256
 
 
 class Evaluator:
-    """The dense model on its device and the tokenised text; measures models by one protocol."""
+    """The dense model on its device and the tokenised text; measures models by one protocol.
+
+    world: the processes that have an evaluator each and share calibration and test windows out. All of them call
+    `measure_quality`, and `dense_losses` before it; what else is measured is the main one's alone.
+    """
 
     def __init__(
-        self, model: ModelSource, text: TextSource, measure: Measure, device: Device, seed: int, console: Console
+        self,
+        model: ModelSource,
+        text: TextSource,
+        measure: Measure,
+        device: Device,
+        seed: int,
+        console: Console,
+        world: World | None = None,
     ) -> None:
-        self.device, self.measure, self.seq_len = device, measure, text.seq_len
+        self.device, self.measure, self.seq_len, self._world = device, measure, text.seq_len, world or World()
+        self._losses_of_dense: Tensor | None = None
         self._baseline: Measurements | None = None
         self._calibration: Calibration = text.calibration
         self._calibrators: dict[int, tuple[Calibrator, dict[str, Any]]] = {}
@@ -94,6 +107,11 @@ class Evaluator:
         """Number of test windows on which the dense model runs beside the compressed one."""
         asked = self.measure.kl_windows
         return len(self.windows) if asked is None else min(asked, len(self.windows))
+
+    @property
+    def processes(self) -> int:
+        """Number of processes that share the test windows out."""
+        return self._world.over(len(self.windows)).size
 
     @property
     def _windows_of_engine(self) -> Tensor:
@@ -149,7 +167,7 @@ class Evaluator:
             drawn = draw_windows(asked, self.tokens, parts, self.windows.flatten(), seed)
             self._calibrators[seed] = calibrator_of(self.dense.model, drawn, asked, seed, self.bos, self.device)
         calibrator, stamp = self._calibrators[seed]
-        return replace(calibrator, console=console), stamp
+        return replace(calibrator, console=console, world=self._world), stamp
 
     def training_text(self, steps: int, batch_size: int) -> dict[str, Any]:
         """The stamp of a training: tokens of its text, and how often it passes over them."""
@@ -169,22 +187,30 @@ class Evaluator:
         """A model's multiply-accumulates per token; it must not be post-compressed yet."""
         return count_macs(Anatomy(loaded.model), self.prompt.shape[1])
 
-    def evaluate(self, loaded: Loaded, folder: Path, export: Export, console: Console) -> Measurements:
-        """Measurements of a model that `export` wrote into `folder`, and its divergence from the dense one."""
-        same_experts = SameExperts(self.compared * (self.windows.shape[1] + self.bos.length))
+    def measure_quality(self, loaded: Loaded, console: Console) -> tuple[Tensor, Divergence | None, float | None]:
+        """Losses of a model on the test windows, its divergence from the dense one, and the share of same experts."""
+        world = self._world.over(self.compared)
+        compared = len(world.part(self.windows[: self.compared]))
+        same_experts = SameExperts(compared * (self.windows.shape[1] + self.bos.length))
         with same_experts.watching(loaded.model, self.dense.model):
             losses, divergence = measure_beside(
                 loaded.model, self.dense.model, self.compared, self.windows, self.measure.batch_size, self.device,
-                console, self.bos,
+                console, self.bos, self._world,
             )  # fmt: skip
+        same_experts.add_up(world)
+        return losses, divergence, same_experts.share
+
+    def evaluate(self, loaded: Loaded, folder: Path, export: Export, console: Console) -> Measurements:
+        """Measurements of a model that `export` wrote into `folder`, and its divergence from the dense one."""
+        losses, divergence, same_experts = self.measure_quality(loaded, console)
         return replace(
             self._repeatable_measurements(loaded, losses, folder, export, console),
             memory_mb=self._memory(loaded, folder, export, console),
             continuations=continue_prompts(loaded.model, self.prompts, self.device, console),
             divergence=divergence,
-            ratio_interval=ratio_interval(self._dense_losses(console), losses),
+            ratio_interval=ratio_interval(self.dense_losses(console), losses),
             first_perplexity=self._first_perplexity(losses),
-            same_experts=same_experts.share,
+            same_experts=same_experts,
         )
 
     def _repeatable_measurements(
@@ -223,7 +249,7 @@ class Evaluator:
                 self.dense_cache.value("engine", of, lambda: self._perplexity_in_engine(files[0], console), source),
                 self._perplexity_in_engine(files[1], console),
             ]
-            by_torch = [self._first_perplexity(self._dense_losses(console)), measured.first_perplexity]
+            by_torch = [self._first_perplexity(self.dense_losses(console)), measured.first_perplexity]
             dense, compressed = (
                 EngineFigures(
                     file_mb=sum(path.stat().st_size for path in paths) / MB,
@@ -291,7 +317,7 @@ class Evaluator:
             def lasting() -> dict[str, Any]:
                 """Measurements that earlier sweeps may have made."""
                 console.note("measuring the dense model")
-                losses = self._dense_losses(console)
+                losses = self.dense_losses(console)
                 return asdict(self._repeatable_measurements(self.dense, losses, folder, export, console))
 
             of = self._of_windows | {"tasks": self.protocol["tasks"]}
@@ -319,17 +345,24 @@ class Evaluator:
         """Part of the protocol that losses of the test text depend on."""
         return {name: self.protocol[name] for name in ("test_tokens_sha256", "seq_len", "windows", "bos", "batch_size")}
 
-    def _dense_losses(self, console: Console) -> Tensor:
+    def dense_losses(self, console: Console) -> Tensor:
         """Loss of the dense model at each target of the test windows, (windows, seq_len - 1), from the cache."""
+        if self._losses_of_dense is None:
+            self._losses_of_dense = self._find_dense_losses(console)
+        return self._losses_of_dense
+
+    def _find_dense_losses(self, console: Console) -> Tensor:
+        world = self._world.over(len(self.windows))
 
         @cache  # asked for twice where the disk keeps none
         def losses() -> list[dict[str, Tensor]]:
             batch_size = self.measure.batch_size
-            found = measure_losses(self.dense.model, self.windows, batch_size, self.device, console, self.bos)
+            found = measure_losses(self.dense.model, self.windows, batch_size, self.device, console, self.bos, world)
             return [{"losses": found}]
 
         kind = "token_losses"
-        (part,) = self.dense_cache.parts(self.dense_cache.key(kind, self._of_windows), kind, 1, losses)
+        key = self.dense_cache.key(kind, self._of_windows | {"processes": self.processes})
+        (part,) = self.dense_cache.parts(key, kind, 1, losses, world)
         return part["losses"].cpu()
 
 
@@ -364,7 +397,13 @@ _open: dict[tuple[Any, ...], Evaluator] = {}
 
 
 def open_evaluator(
-    model: ModelSource, text: TextSource, measure: Measure, device: Device, seed: int, console: Console
+    model: ModelSource,
+    text: TextSource,
+    measure: Measure,
+    device: Device,
+    seed: int,
+    console: Console,
+    world: World | None = None,
 ) -> Evaluator:
     """The evaluator of these parts; the jobs of a sweep in one process get the same one. One is kept at a time."""
     parts = (model, text, measure, device, seed)
@@ -372,6 +411,6 @@ def open_evaluator(
     key = (*parts, state_of(files))  # what is edited while a process runs is read again
     if key not in _open:
         _open.clear()
-        _open[key] = Evaluator(*parts, console)
+        _open[key] = Evaluator(*parts, console, world)
     _open[key].tokens.console = console
     return _open[key]

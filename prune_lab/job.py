@@ -31,7 +31,8 @@ def run(build: Callable[[], Parts], config: dict[str, Any], context: JobContext)
     """Runs a job and returns its `objectives`, for sweepers that search: one figure, or a tuple of several.
 
     In a sweep a job that is refused or fails leaves its summary and returns None, so that the others go on; a
-    single run ends the program with exit code 2 or 1. So does one that finished and whose tracker does not have it.
+    single run ends the program with exit code 2 or 1. So does one that finished and whose tracker does not have it, and
+    of several processes a job that did not end so in all: the others may be waiting in the middle of it.
     """
     interrupt.end_on_signals()
     try:
@@ -93,13 +94,19 @@ def _reason(error: Exception) -> str:
 
 
 def _ended(context: JobContext, message: str, exit_code: int) -> None:
-    """Says what is wrong with a job, and ends a single run."""
+    """Says what is wrong with a job, and ends a single run, or where a process among several is alone in it."""
     sweep = context.sweep is not None
     asked = " ".join(context.overrides)
     asked = asked if len(asked) <= _ASKED else f"{asked[:_ASKED]}..."  # the message itself must not be cut short
     explain.to_stderr((f"job {context.job} ({asked}): " if sweep else "") + message)
-    if not sweep:
+    if not sweep or (launch.size() > 1 and not _others_too(context)):
         raise SystemExit(exit_code)
+
+
+def _others_too(context: JobContext) -> bool:
+    from prune_lab.system.world import failed_alike  # imports PyTorch, for which a refused run does not wait
+
+    return failed_alike(context.job)
 
 
 def _not_installed(error: ModuleNotFoundError) -> str:

@@ -40,7 +40,7 @@ from prune_lab.system.device import Device
 from prune_lab.system.environment import describe_environment
 from prune_lab.system.files import atomic_folder, atomic_write, owner_suffix, write_text
 from prune_lab.system.timing_lock import timing_lock
-from prune_lab.system.world import join
+from prune_lab.system.world import World, join
 from prune_lab.tracking.base import Unreachable
 
 
@@ -49,21 +49,26 @@ def run(parts: Parts, config: dict[str, Any], context: JobContext, console: Cons
     device = _resolve_device(parts)
     devices.seed_all(parts.settings.seed)
     world = join(device)
-    evaluator = _open(parts, context, device, console)
+    evaluator = _open(parts, context, device, console, world)
     summary, calibrator = _begin(parts, config, context, evaluator, console)
     outcome.header(summary, console)
-    id_of_main = world.from_main(summary.fingerprint)
+    job, id_of_main = world.from_main((context.job, summary.fingerprint))
+    if job != context.job:  # one of them was refused before it met the other
+        raise RuntimeError(f"this process is at job {context.job} of the sweep, and the first one at job {job}")
     finished = _find_finished(parts, summary, context) if world.is_main else None
     is_finished = world.from_main(finished is not None)
-    if not world.is_main:
-        if not is_finished:
-            compress(parts, evaluator, calibrator, id_of_main, world, context.folder, console)
-        return _helped(summary, context)
     if finished is not None:
         return _enter_again(parts, finished, summary, context)
+    if is_finished:
+        return _helped(summary, context)
     amounts = [event.amount for event in pruning_events(parts)[0]]
     parts.method.check_model(Anatomy(evaluator.dense.model), amounts)
     parts.post.check_model(Anatomy(evaluator.dense.model), parts.method.cuts)
+    if not world.is_main:
+        evaluator.dense_losses(console)
+        compressed = compress(parts, evaluator, calibrator, id_of_main, world, context.folder, console)
+        evaluator.measure_quality(compressed.loaded, console)
+        return _helped(summary, context)
     if console.is_live and (seconds := expected_seconds(parts, evaluator, calibrator)) is not None:
         console.expect(seconds)
 
@@ -72,6 +77,7 @@ def run(parts: Parts, config: dict[str, Any], context: JobContext, console: Cons
         explained(config),  # here too, so that the tracker is told the reason that the job is
     ):
         console.enter(DENSE)
+        evaluator.dense_losses(console)  # by all processes; what follows is the dense model's figures in one
         dense = evaluator.baseline(context.sweep, console)
         console.enter(COMPRESSION)
         compressed = compress(parts, evaluator, calibrator, id_of_main, world, context.folder, console, log)
@@ -116,14 +122,14 @@ def _resolve_device(parts: Parts) -> Device:
     return device
 
 
-def _open(parts: Parts, context: JobContext, device: Device, console: Console) -> Evaluator:
+def _open(parts: Parts, context: JobContext, device: Device, console: Console, world: World) -> Evaluator:
     """The dense model and its text."""
     config = parts.model.config()
     parts.method.check(config, [event.amount for event in pruning_events(parts)[0]])
     parts.export.check_config(config, parts.method.cuts)
     console.note("loading model and text")
     seed_of_weights = parts.settings.seed if parts.model.weights == "random" else 0
-    evaluator = open_evaluator(parts.model, parts.dataset, parts.measure, device, seed_of_weights, console)
+    evaluator = open_evaluator(parts.model, parts.dataset, parts.measure, device, seed_of_weights, console, world)
     if evaluator.dense.is_low_bit:
         check_low_bit_model(parts, context.choices, evaluator.dense.name)
     parts.export.check_model(evaluator.dense)
@@ -214,7 +220,7 @@ def _remove_checkpoints(finished: Summary) -> None:
 
 
 def _helped(summary: Summary, context: JobContext) -> Summary:
-    """Summary of a process that only helped to train: the main one measures and records."""
+    """Summary of a process that helped: the main one records."""
     summary.status = "FINISHED"
     summary.write(context.folder)
     return summary

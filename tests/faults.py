@@ -663,6 +663,41 @@ FAULTS = (
         ("test_validation.py::test_what_was_measured_before_the_last_pruning_is_not_the_best",),
     ),
     Fault(
+        "share_of_a_process_taken_for_all", "prune_lab/pruning/statistics.py",
+        "if world.size == 1:", "if world.size:",
+        ("test_shared_windows.py::test_two_processes_find_what_one_does",),
+    ),
+    Fault(
+        "deviations_from_the_mean_of_a_share", "prune_lab/pruning/statistics.py",
+        "self._deviations += (self._mean - mean).square_() * self._tokens", "pass",
+        ("test_shared_windows.py::test_two_processes_find_what_one_does",),
+    ),
+    Fault(
+        "errors_of_a_share_of_the_windows", "prune_lab/pruning/dense_beside.py",
+        "(self._products.values(), self._sums.values(), [tokens])", "(self._sums.values(), [tokens])",
+        ("test_shared_windows.py::test_two_processes_find_what_one_does",),
+    ),
+    Fault(
+        "gradients_of_a_share_of_the_windows", "prune_lab/pruning/gradients.py",
+        "world.sum(sums[name] for name in linears)", "pass",
+        ("test_shared_windows.py::test_two_processes_find_what_one_does",),
+    ),
+    Fault(
+        "parts_of_windows_in_another_order", "prune_lab/system/world.py",
+        "return torch.cat([found[:count] for", "return torch.cat([found[len(found) - count :] for",
+        ("test_shared_windows.py::test_two_processes_find_what_one_does",),
+    ),
+    Fault(
+        "every_process_takes_all_windows", "prune_lab/system/world.py",
+        "return self if self.size <= count else World()", "return World()",
+        ("test_shared_windows.py::test_two_processes_find_what_one_does",),
+    ),
+    Fault(
+        "processes_that_differ_go_on", "prune_lab/system/world.py",
+        "return self.all(mine == self.from_main(mine))", "return True",
+        ("test_shared_windows.py::test_two_processes_find_what_one_does",),
+    ),
+    Fault(
         "processes_sum_their_gradients", "prune_lab/system/world.py",
         "flat /= self.size", "pass",
         ("test_world.py::test_a_sweep_of_two_processes_is_recorded_once_and_found_again",),

@@ -62,20 +62,23 @@ def launched(
     )
 
 
-def together(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m prune_lab` in two forked processes, with the variables of a launcher; if one fails, both end."""
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+def together(
+    folder: Path, *arguments: str, module: str = "prune_lab", size: int = 2
+) -> subprocess.CompletedProcess[str]:
+    """`python -m prune_lab` in forked processes, with the variables of a launcher; if one fails, all end."""
+    common = {"WORLD_SIZE": f"{size}", "LOCAL_WORLD_SIZE": f"{size}", "MASTER_ADDR": "127.0.0.1"}
+    common["MASTER_PORT"] = str(free_port())
     with tempfile.TemporaryDirectory() as name:
-        files = [[Path(name) / f"{kind}{rank}" for kind in ("stdout", "stderr")] for rank in "01"]
-        both = [
-            start_module("prune_lab", [*arguments], folder, files[rank], RANK=str(rank), LOCAL_RANK=str(rank), **common)
-            for rank in (0, 1)
+        files = [[Path(name) / f"{kind}{rank}" for kind in ("stdout", "stderr")] for rank in range(size)]
+        started = [
+            start_module(module, [*arguments], folder, files[rank], RANK=str(rank), LOCAL_RANK=str(rank), **common)
+            for rank in range(size)
         ]
         try:
-            wait_until(lambda: all(p.poll() == 0 for p in both) or any(p.poll() for p in both))
+            wait_until(lambda: all(p.poll() == 0 for p in started) or any(p.poll() for p in started))
         finally:
-            for process in both:
+            for process in started:
                 process.wait(10)
                 process.kill()
         stdout, stderr = ("".join(of[kind].read_text() for of in files) for kind in (0, 1))
-        return subprocess.CompletedProcess(arguments, max(abs(p.poll() or 0) for p in both), stdout, stderr)
+        return subprocess.CompletedProcess(arguments, max(abs(p.poll() or 0) for p in started), stdout, stderr)

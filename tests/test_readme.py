@@ -28,7 +28,7 @@ from prune_lab.report.__main__ import _parser as report_parser
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Pages of docs/ about a topic: each shows how to try it.
-TOPICS = ("training", "offloading", "exports", "sweeps")
+TOPICS = ("training", "processes", "offloading", "exports", "sweeps")
 DOCUMENTS = (
     "README.md",
     "CONTRIBUTING.md",

@@ -30,6 +30,7 @@ from prune_lab.pruning.statistics import BlockObserver, LinearStatistics, Runnin
 from prune_lab.pruning.surgery import unit_sums
 from prune_lab.pruning.units import unit_scores
 from prune_lab.system.console import Console
+from prune_lab.system.world import World
 
 QUIET = Console(quiet=True)
 # The worked example of algorithms and tests: 2 outputs, 4 inputs, 6 tokens.
@@ -64,7 +65,7 @@ def statistics_of(inputs: Any, *needs: str) -> LinearStatistics:
     with observer.watch(block):
         for batch in (rows[:4], rows[4:]):
             block(batch)
-    return observer.statistics()["x"]
+    return observer.statistics(World())["x"]
 
 
 def random_weight(rows: int, columns: int, seed: int = 0) -> Tensor:

@@ -128,3 +128,70 @@ def test_helping_processes_write_nowhere_and_track_nothing(monkeypatch: pytest.M
     # Of a sweep over it they would run other jobs than the first process, which then waits for them in vain.
     assert not any(word.startswith("export") for word in launch.for_this_process(["export=none,hf", "-m"])[1:])
     assert launch.for_this_process(["-cd", "experiments", "-cn", "x"])[:4] == ["-cd", "experiments", "-cn", "x"]
+
+
+def metrics_of(folder: Path) -> dict[str, float]:
+    """Metrics of a job that are no times."""
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "FINISHED"
+    return {name: value for name, value in summary["metrics"].items() if not name.startswith("time/")}
+
+
+MEASURED = [
+    "measure=quality_only", "tracking=none", "dataset.calibration.n_samples=5", "dataset.calibration.batch_size=2",
+    "measure.max_windows=7", "measure.kl_windows=3", "measure.batch_size=2",
+]  # fmt: skip
+
+
+def test_two_processes_calibrate_and_measure_what_one_does(small: list[str], cli: Cli, tmp_path: Path) -> None:
+    """Windows that do not divide evenly: the table is that of one process."""
+    arguments = [*small, *MEASURED, "method=wanda", "amount=0.4"]
+    alone = cli(*arguments, f"hydra.run.dir={tmp_path / 'one'}", PRUNE_LAB_CACHE=str(tmp_path / "other cache"))
+    assert alone.returncode == 0, alone.stderr
+    done = together(tmp_path, *arguments, f"hydra.run.dir={tmp_path / 'two'}")
+    assert done.returncode == 0, done.stderr
+    one, two = (metrics_of(tmp_path / of) for of in ("one", "two"))
+    assert {"quality/perplexity", "quality/dense_perplexity", "quality/kl"} < one.keys()
+    assert two == pytest.approx(one, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.slow
+def test_jobs_of_two_processes_share_a_cache(small: list[str], cli: Cli, tmp_path: Path) -> None:
+    """From an empty one and from a full one, with figures of the dense model that are computed once."""
+    arguments = [
+        "-m", *small, *MEASURED, "method=wanda,structured", "amount=0.3,0.5", "dataset.calibration.propagate=dense"
+    ]  # fmt: skip
+    alone = cli(*arguments, f"hydra.sweep.dir={tmp_path / 'one'}", PRUNE_LAB_CACHE=str(tmp_path / "other cache"))
+    assert alone.returncode == 0, alone.stderr
+    for name in ("two", "again"):
+        done = together(tmp_path, *arguments, f"hydra.sweep.dir={tmp_path / name}")
+        assert done.returncode == 0, done.stderr
+        for job in "0123":
+            one, two = (metrics_of(tmp_path / of / job) for of in ("one", name))
+            assert two == pytest.approx(one, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.slow  # processes wait a while for others that fail
+@pytest.mark.parametrize("jobs", [["amount=0.3"], ["-m", "amount=0.3,0.5"]], ids=["run", "sweep"])
+def test_a_failure_of_one_process_ends_both(small: list[str], tmp_path: Path, jobs: list[str]) -> None:
+    """In a sweep, too, the rest of which is not begun: the other one waits in the middle of its job."""
+    folder = tmp_path / "sweep/0" if "-m" in jobs else tmp_path / "run"
+    folder.mkdir(parents=True)
+    (folder / "export").write_text("in the way of the first process alone")
+    arguments = [*jobs, *small, "measure=quality_only", "export=hf", "tracking=none"]
+    done = together(tmp_path, *arguments, f"hydra.sweep.dir={tmp_path / 'sweep'}", f"hydra.run.dir={tmp_path / 'run'}")
+    assert done.returncode == 1, done.stderr
+    assert json.loads((folder / "summary.json").read_text())["status"] == "FAILED"
+    assert not (tmp_path / "sweep/1/summary.json").exists()
+
+
+def test_a_sweep_goes_on_after_what_all_processes_refuse(small: list[str], tmp_path: Path) -> None:
+    """Before they have met, and while they look at the model."""
+    arguments = [
+        "-m", *small, "measure=quality_only", "tracking=none", "method=structured", "method.score=l2",
+        "method.refit=none", "method.round_to=-1,1000,1", f"hydra.sweep.dir={tmp_path / 'sweep'}",
+    ]  # fmt: skip
+    done = together(tmp_path, *arguments)
+    assert done.returncode == 1, done.stderr
+    found = [json.loads((tmp_path / f"sweep/{job}/summary.json").read_text())["status"] for job in range(3)]
+    assert found == ["FAILED", "FAILED", "FINISHED"]

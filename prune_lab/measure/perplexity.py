@@ -18,6 +18,7 @@ from prune_lab.models.blocks import BlockStream
 from prune_lab.models.loss import by_chunks, logits_of, losses_at, target_states, targets_of
 from prune_lab.system.console import Console
 from prune_lab.system.device import Device
+from prune_lab.system.world import World
 from prune_lab.text.bos import NO_BOS, Bos
 
 
@@ -36,27 +37,45 @@ def quality_of(losses: Tensor, bytes_per_token: float) -> Quality:
 
 
 def measure_losses(
-    model: Any, windows: Tensor, batch_size: int, device: Device, console: Console, bos: Bos = NO_BOS
-) -> Tensor:
+    model: Any, windows: Tensor, batch_size: int, device: Device, console: Console, bos: Bos = NO_BOS,
+    world: World | None = None,
+) -> Tensor:  # fmt: skip
     """Cross-entropy of the next-token targets of each window in nats, shape (windows, seq_len - 1), fp32, on the CPU.
 
     `windows` has shape (windows, seq_len); with a `bos` it stands before each, and the targets are the same. The result
-    does not depend on `batch_size`, but for rounding.
+    does not depend on `batch_size`, nor on the `world` of processes that share the windows out, but for rounding.
     """
-    return measure_beside(model, None, 0, windows, batch_size, device, console, bos)[0]
+    return measure_beside(model, None, 0, windows, batch_size, device, console, bos, world)[0]
 
 
 @torch.no_grad()
 def measure_beside(
     model: Any, dense: Any, compared: int, windows: Tensor, batch_size: int, device: Device, console: Console,
-    bos: Bos = NO_BOS,
+    bos: Bos = NO_BOS, world: World | None = None,
 ) -> tuple[Tensor, Divergence | None]:  # fmt: skip
     """Losses as `measure_losses` has them, and the divergence from `dense` at the targets of the first windows.
 
     compared: how many windows the dense model runs on as well, beside the model and in the same batches, so that equal
     models diverge by exactly 0; where it is 0 there is no divergence. Of both models' logits a few positions are held
-    at a time.
+    at a time. world: the processes that share the windows out, those of both models and the others apart; each of them
+    has the result of all.
     """
+    parts = [windows[:compared], windows[compared:]]
+    of_parts = [(world or World()).over(len(part)) for part in parts]
+    mine = [of_part.part(part) for of_part, part in zip(of_parts, parts, strict=True)]
+    found, both = _measure(model, dense, len(mine[0]), torch.cat(mine), batch_size, device, console, bos)
+    by_part = found.split([len(part) for part in mine])
+    losses = torch.cat([of_part.gather(part) for of_part, part in zip(of_parts, by_part, strict=True)])
+    if both is None:
+        return losses, None
+    kl, same = of_parts[0].gather(both).unbind(1)
+    return losses, divergence_of(kl, same)
+
+
+def _measure(
+    model: Any, dense: Any, compared: int, windows: Tensor, batch_size: int, device: Device, console: Console, bos: Bos
+) -> tuple[Tensor, Tensor | None]:
+    """Losses of some windows, and KL divergence and sameness at the targets of the first ones, (targets, 2)."""
     tokens = bos.before(windows)
     shared = tokens[: -(-compared // batch_size) * batch_size]  # whole batches: others would round otherwise
     steps = sum(_steps(of, text) for of, text in ((model, tokens), (dense, shared)) if len(text))
@@ -74,10 +93,8 @@ def measure_beside(
                 divergences.append(both[:, 1:])
             else:
                 losses.append(losses_at(model, states, targets).cpu())
-    if not compared:
-        return torch.cat(losses), None
-    kl, same = torch.cat(divergences)[: compared * (windows.shape[1] - 1)].unbind(1)
-    return torch.cat(losses), divergence_of(kl, same)
+    at_targets = torch.cat(divergences)[: compared * (windows.shape[1] - 1)] if compared else None
+    return torch.cat(losses), at_targets
 
 
 def _compare(model: Any, states: Tensor, dense: Any, states_of_dense: Tensor, targets: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.found_experts import modules_of_experts, watched
 from prune_lab.models.resize import original_blocks, original_experts
+from prune_lab.system.world import World
 
 
 class SameExperts:
@@ -32,6 +33,12 @@ class SameExperts:
     def share(self) -> float | None:
         """Share of choices that are the same; None where there was none."""
         return self._same / self._all if self._all else None
+
+    def add_up(self, world: World) -> None:
+        """Makes the counts those of all processes."""
+        counts = torch.tensor([self._same, self._all])
+        world.sum([counts])
+        self._same, self._all = counts.tolist()
 
     @contextmanager
     def watching(self, model: Any, dense: Any) -> Iterator[None]:

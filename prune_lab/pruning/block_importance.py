@@ -19,6 +19,7 @@ from prune_lab.models.blocks import BlockStream, bypassed, states_in, states_of
 from prune_lab.models.loss import by_chunks, logits_of, target_states
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.loss_increase import WINDOWS
+from prune_lab.system.world import World
 
 
 def least_influential(anatomy: Anatomy, remove: int, calibrator: Calibrator, among: Sequence[int]) -> list[int]:
@@ -38,10 +39,13 @@ def block_influence(calibrator: Calibrator, anatomy: Anatomy) -> list[float]:
     return found
 
 
-def influence(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """1 - mean cosine between rows of the first and second of each pair, both of shape (tokens, hidden)."""
-    cosines = [_cosines(was, now) for was, now in pairs]
-    return 1 - float(torch.cat(cosines).double().mean())
+def influence(pairs: Iterable[tuple[Tensor, Tensor]], world: World | None = None) -> float:
+    """1 - mean cosine between rows of the first and second of each pair, both of shape (tokens, hidden).
+
+    world: the processes that have the pairs together; None: this one alone.
+    """
+    cosines = torch.cat([_cosines(was, now) for was, now in pairs])
+    return 1 - float((world or World()).gather(cosines).double().mean())
 
 
 def _cosines(was: Tensor, now: Tensor) -> Tensor:
@@ -81,14 +85,15 @@ def _in_whole_passes(
 
 @torch.no_grad()
 def _of_each_block(calibrator: Calibrator, anatomy: Anatomy) -> list[float]:
-    stream, found = BlockStream(anatomy, calibrator.windows, calibrator.batch_size), []
+    stream, found = BlockStream(anatomy, calibrator.mine, calibrator.batch_size), []
     count = len(anatomy.blocks)
-    with calibrator.console.progress(count * calibrator.windows.numel(), "block influence", unit="tok") as bar:
+    with calibrator.console.progress(count * calibrator.mine.numel(), "block influence", unit="tok") as bar:
         for index in range(count):
             before = [stream.states[number] for number in range(len(stream.states))]
             calibrator.forward(stream, index, bar, keep=True)
             pairs = ((was, stream.states[number]) for number, was in enumerate(before))
-            found.append(influence((by_token(was), by_token(now)) for was, now in pairs))
+            by_tokens = ((by_token(was), by_token(now)) for was, now in pairs)
+            found.append(influence(by_tokens, calibrator.sharing))
     return found
 
 
@@ -106,7 +111,8 @@ def _of_whole(calibrator: Calibrator, anatomy: Anatomy) -> list[float]:
         cosines[block].append(_cosines(by_token(was), by_token(now)))
 
     _in_whole_passes(calibrator, anatomy, "block influence", note)
-    found = {block: 1 - float(torch.cat(of_block).double().mean()) for block, of_block in cosines.items()}
+    of_all = {block: calibrator.sharing.gather(torch.cat(cosines[block])) for block in sorted(cosines)}
+    found = {block: 1 - float(of_block.double().mean()) for block, of_block in of_all.items()}
     return [found.get(block, 0.0) for block in range(len(anatomy.blocks))]
 
 
@@ -126,6 +132,7 @@ def _distances(calibrator: Calibrator, anatomy: Anatomy) -> list[list[float]]:
     arccos(cos) / pi of the last token of each window, the mean over windows (Gromov et al., 2403.17887).
     """
     places = _places(calibrator, anatomy) if can_stream(anatomy) else _places_whole(calibrator, anatomy)
+    places = [calibrator.sharing.gather(place) for place in places]
     units = torch.nn.functional.normalize(torch.stack(places), dim=-1)  # (places, windows, hidden)
     cosines = torch.einsum("pwh,qwh->pqw", units, units).clamp(-1, 1)
     found: list[list[float]] = (cosines.arccos() / math.pi).mean(-1).tolist()
@@ -133,14 +140,14 @@ def _distances(calibrator: Calibrator, anatomy: Anatomy) -> list[list[float]]:
 
 
 def _places(calibrator: Calibrator, anatomy: Anatomy) -> list[Tensor]:
-    """States of the last token of each window at each place, shape (windows, hidden)."""
-    stream, count = BlockStream(anatomy, calibrator.windows, calibrator.batch_size), len(anatomy.blocks)
+    """States of the last token of each of this process's windows at each place, shape (windows, hidden)."""
+    stream, count = BlockStream(anatomy, calibrator.mine, calibrator.batch_size), len(anatomy.blocks)
 
     def last_tokens() -> Tensor:
         return torch.cat([stream.states[number][:, -1].flatten(1).double() for number in range(len(stream.states))])
 
     places = [last_tokens()]
-    with calibrator.console.progress(count * calibrator.windows.numel(), "angles of blocks", unit="tok") as bar:
+    with calibrator.console.progress(count * calibrator.mine.numel(), "angles of blocks", unit="tok") as bar:
         for index in range(count):
             calibrator.forward(stream, index, bar, keep=True)
             places.append(last_tokens())
@@ -208,11 +215,12 @@ def least_needed(anatomy: Anatomy, remove: int, calibrator: Calibrator, among: S
 def divergence_from(anatomy: Anatomy, calibrator: Calibrator) -> Callable[[Any], float]:
     """Function of a model: its mean KL divergence in nats from the model as it is now, over all targets of the windows.
 
-    The last states of the whole model are held, windows x seq_len x hidden numbers, and its head.
+    The last states of the whole model are held, windows x seq_len x hidden numbers, of the windows of this process, and
+    its head.
     """
     before = copy.copy(anatomy.model)  # keeps its modules when the model is rebuilt: the head may lose channels
     device, prefix = next(anatomy.model.parameters()).device, calibrator.prefix
-    batches = [batch.to(device) for batch in calibrator.windows.split(calibrator.batch_size)]
+    batches = [batch.to(device) for batch in calibrator.mine.split(calibrator.batch_size)]
     whole = [target_states(anatomy.model, batch, prefix).flatten(0, 1) for batch in batches]
 
     @torch.no_grad()
@@ -224,7 +232,7 @@ def divergence_from(anatomy: Anatomy, calibrator: Calibrator) -> Callable[[Any],
             by_chunks(model, of_rows, dense, target_states(model, batch, prefix).flatten(0, 1))
             for dense, batch in zip(whole, batches, strict=True)
         ]
-        return float(torch.cat(parts).mean())
+        return float(calibrator.sharing.gather(torch.cat(parts)).mean())
 
     return divergence
 

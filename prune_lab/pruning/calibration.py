@@ -25,6 +25,7 @@ from prune_lab.pruning.expert_gates import ExpertGates
 from prune_lab.pruning.scores import GRADIENTS
 from prune_lab.pruning.statistics import GATED, BlockObserver, LinearStatistics, Needs, ProductObserver
 from prune_lab.system.console import Console
+from prune_lab.system.world import World
 from prune_lab.text.tokens import sha256
 
 
@@ -38,6 +39,8 @@ class Calibrator:
     which costs half and makes the statistics independent of the amount: they are computed once, as are gradients,
     block influence and sensitivities, which are of the dense model either way (dense_cache.py).
     bfloat16: whether blocks multiply in bfloat16 as the windows pass; sums over activations are float32 either way.
+    world: processes that each have this calibrator, and share its windows out where there is one for each: every
+    statistic is of all windows, in each of them, and `mine` are those that pass through the model here.
     """
 
     windows: Tensor
@@ -46,6 +49,17 @@ class Calibrator:
     bfloat16: bool = False
     prefix: int = 0
     console: Console = Console(quiet=True)  # noqa: RUF009 - it has no state
+    world: World = World()  # noqa: RUF009 - it has none either
+
+    @property
+    def sharing(self) -> World:
+        """The processes that share the windows out: this one alone where there are fewer windows than processes."""
+        return self.world.over(len(self.windows))
+
+    @property
+    def mine(self) -> Tensor:
+        """The windows that pass through the model in this process."""
+        return self.sharing.part(self.windows)
 
     def forward(self, stream: BlockStream, block: int, bar: Any, keep: bool) -> None:
         """Passes all states through a block; `keep`: its outputs become the states. Each batch moves the bar."""
@@ -71,7 +85,7 @@ class Calibrator:
 
     @torch.no_grad()
     def pass_whole(self, model: Any, what: str, watch: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
-        """Passes all windows through a model as a whole, each batch within a context; what: the bar's name.
+        """Passes `mine` through a model as a whole, each batch within a context; what: the bar's name.
 
         Of a model on disk all windows pass a block before the next one is read: each batch is within the context once
         for each block.
@@ -82,21 +96,21 @@ class Calibrator:
             return
         # Not the logits of every token, which nobody looks at.
         few = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
-        with self.console.progress(self.windows.numel(), what, unit="tok") as bar:
-            for batch in self.windows.split(self.batch_size):
+        with self.console.progress(self.mine.numel(), what, unit="tok") as bar:
+            for batch in self.mine.split(self.batch_size):
                 with torch.autocast(model.device.type, torch.bfloat16, enabled=self.bfloat16), watch():
                     model(input_ids=batch.to(model.device, torch.int64), use_cache=False, **few)
                 bar.update(batch.numel())
 
     def _pass_blocks(self, anatomy: Anatomy, what: str, watch: Callable[[], AbstractContextManager[Any]]) -> None:
-        stream = BlockStream(anatomy, self.windows, self.batch_size)
+        stream = BlockStream(anatomy, self.mine, self.batch_size)
 
         def step(block: int, number: int) -> None:
             with watch():
                 stream.states[number] = stream.output(block, number)
 
         count = len(anatomy.blocks)
-        with self.console.progress(count * self.windows.numel(), what, unit="tok") as bar:
+        with self.console.progress(count * self.mine.numel(), what, unit="tok") as bar:
             for block in range(count):
                 with anatomy.at_hand(block):
                     self.by_batch(stream, bar, partial(step, block))
@@ -113,6 +127,7 @@ class Calibrator:
             "propagate": "dense",
             "bfloat16": self.bfloat16,
             "prefix": self.prefix,
+            "processes": self.sharing.size,  # sums round otherwise
         }
 
     def remember(
@@ -124,7 +139,7 @@ class Calibrator:
         those outside dense_cache.SOURCE.
         """
         cache = anatomy.dense_cache
-        return compute() if cache is None else cache.value(kind, {**self.key, **of}, compute, modules)
+        return compute() if cache is None else cache.value(kind, {**self.key, **of}, compute, modules, self.sharing)
 
     def saliency(
         self,
@@ -137,21 +152,25 @@ class Calibrator:
         """Gradient saliency (gradients.py), computed once for the dense model; granularity: what `reduce` sums to."""
 
         def compute() -> Iterator[dict[str, Tensor]]:
-            yield gradients.saliency(anatomy, self.windows, order, self.console, reduce, only, self.prefix)
+            yield gradients.saliency(
+                anatomy, self.windows, order, self.console, reduce, only, self.prefix, self.sharing
+            )
 
         cache, kind = anatomy.dense_cache, GRADIENTS[order - 1]
         if cache is None:
             return next(compute())
         of = {key: value for key, value in self.key.items() if key != "batch_size"} | {"parts": granularity}
-        (found,) = cache.parts(cache.key(kind, of), kind, 1, compute)
+        (found,) = cache.parts(cache.key(kind, of), kind, 1, compute, self.sharing)
         return found
 
     def loss(self, model: Any, windows: int | None = None) -> float:
         """Mean cross-entropy of the next token in nats over the first `windows` windows (all of them by default)."""
         device = next(model.parameters()).device
-        batches = self.windows[:windows].split(self.batch_size)
+        first = self.windows[:windows]
+        world = self.world.over(len(first))
+        batches = world.part(first).split(self.batch_size)
         losses = [window_losses(model, batch.to(device), self.prefix) for batch in batches]
-        return float(torch.cat(losses).double().mean())
+        return float(world.gather(torch.cat(losses)).double().mean())
 
 
 def block_statistics(
@@ -210,20 +229,22 @@ def _activations(
     else:
         observe = partial(_observe, anatomy, calibrator, False)
         linears = [name for name, _ in anatomy.linears()]
-        yield from dense_statistics(cache, calibrator.key, len(anatomy.blocks), linears, needs, observe)
+        world, count = calibrator.sharing, len(anatomy.blocks)
+        yield from dense_statistics(cache, calibrator.key, count, linears, needs, observe, world)
 
 
 def _observe(
     anatomy: Anatomy, calibrator: Calibrator, propagate_pruned: bool, needs: Needs
 ) -> Iterator[dict[str, LinearStatistics]]:
-    linears, stream = anatomy.linears_by_block(), BlockStream(anatomy, calibrator.windows, calibrator.batch_size)
+    linears, stream = anatomy.linears_by_block(), BlockStream(anatomy, calibrator.mine, calibrator.batch_size)
+    world = calibrator.sharing
     activations = {name: fields - frozenset(OF_TARGETS) for name, fields in needs.items()}
     beside = None
     if propagate_pruned and activations != needs:
-        beside = DenseBeside(anatomy, calibrator.windows, calibrator.batch_size, needs)
+        beside = DenseBeside(anatomy, calibrator.mine, calibrator.batch_size, needs)
     last = len(linears) - 1  # nothing needs the outputs of the last block
     passes = len(linears) + last * propagate_pruned + len(linears) * (beside is not None)
-    with calibrator.console.progress(passes * calibrator.windows.numel(), "calibrating", unit="tok") as bar:
+    with calibrator.console.progress(passes * calibrator.mine.numel(), "calibrating", unit="tok") as bar:
         for index, of_block in enumerate(linears):
             keep = index < last and not propagate_pruned
             observer = BlockObserver(of_block, activations, stop=not keep and beside is None)
@@ -231,12 +252,12 @@ def _observe(
                 if beside is None:
                     with observer.watch(anatomy.blocks[index]):
                         calibrator.forward(stream, index, bar, keep)
-                    yield observer.statistics()
+                    yield observer.statistics(world)
                 else:
                     sums = ErrorSums()
                     observe = partial(beside.observe, index, pruned=stream, observer=observer, sums=sums)
                     calibrator.by_batch(stream, bar, observe, passes=2)
-                    yield sums.put_into(observer.statistics())
+                    yield sums.put_into(observer.statistics(world), world)
                 if propagate_pruned and index < last:
                     calibrator.forward(stream, index, bar, keep=True)
 
@@ -258,15 +279,15 @@ def _observe_found(
         yield from _observe_whole(anatomy, layout, calibrator, needs)
         return
     gates = _gates_for(anatomy.model, needs)
-    count, stream = len(layout.matrices), BlockStream(anatomy, calibrator.windows, calibrator.batch_size)
+    count, stream = len(layout.matrices), BlockStream(anatomy, calibrator.mine, calibrator.batch_size)
     passes = count + (count - 1) * propagate_pruned
-    with calibrator.console.progress(passes * calibrator.windows.numel(), "calibrating", unit="tok") as bar:
+    with calibrator.console.progress(passes * calibrator.mine.numel(), "calibrating", unit="tok") as bar:
         for index, matrices in enumerate(layout.matrices):
             observer = ProductObserver(anatomy.model, matrices, needs, gates)
             with anatomy.at_hand(index):
                 with observer.watch():
                     calibrator.forward(stream, index, bar, keep=not propagate_pruned)
-                yield observer.statistics()
+                yield observer.statistics(calibrator.sharing)
                 if propagate_pruned and index < count - 1:
                     calibrator.forward(stream, index, bar, keep=True)
 
@@ -282,6 +303,6 @@ def _observe_whole(
     gates = _gates_for(anatomy.model, needs)
     observer = ProductObserver(anatomy.model, chain.from_iterable(layout.matrices), needs, gates)
     calibrator.pass_whole(anatomy.model, "calibrating", observer.watch)
-    found = observer.statistics()
+    found = observer.statistics(calibrator.sharing)
     for matrices in layout.matrices:
         yield {matrix.name: found[matrix.name] for matrix in matrices if matrix.name in found}

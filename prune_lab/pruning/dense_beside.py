@@ -21,6 +21,7 @@ from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import BlockStream, recorded
 from prune_lab.pruning.refit import Error
 from prune_lab.pruning.statistics import BlockObserver, LinearStatistics, Needs
+from prune_lab.system.world import World
 
 OF_TARGETS = ("dense_error", "residual_error")  # needs that bring LinearStatistics.error
 
@@ -84,8 +85,15 @@ class ErrorSums:
         self._sums[name] = self._sums.get(name, 0) + error.sum(0)
         self._tokens[name] = self._tokens.get(name, 0) + len(error)
 
-    def put_into(self, statistics: dict[str, LinearStatistics]) -> dict[str, LinearStatistics]:
-        """The statistics of a block with the errors of those Linears that have one."""
+    def put_into(self, statistics: dict[str, LinearStatistics], world: World) -> dict[str, LinearStatistics]:
+        """The statistics of a block with the errors of those Linears that have one, of what all processes saw.
+
+        To be asked for once.
+        """
+        tokens = torch.tensor([*self._tokens.values()])
+        for sums in (self._products.values(), self._sums.values(), [tokens]):
+            world.sum(sums)
+        self._tokens = dict(zip(self._tokens, tokens.tolist(), strict=True))
         errors = {
             name: Error(product, self._sums[name] / self._tokens[name]) for name, product in self._products.items()
         }

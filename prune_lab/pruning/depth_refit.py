@@ -36,12 +36,12 @@ def refit_before(anatomy: Anatomy, dropped: list[int], calibrator: Calibrator) -
     of the model as it is given. A run at the beginning has no block before it.
     """
     runs, at, warnings = runs_of(dropped), 0, list[str]()
-    dense, pruned = (BlockStream(anatomy, calibrator.windows, calibrator.batch_size) for _ in range(2))
+    dense, pruned = (BlockStream(anatomy, calibrator.mine, calibrator.batch_size) for _ in range(2))
     # Up to the last run's end the dense states pass every block, the others those that stay behind the first run's
     # beginning, refitted ones twice.
     alike = max(0, runs[0].start - 1)
     passes = 2 * runs[-1].stop - alike - len(dropped) + sum(run.start > 0 for run in runs)
-    with calibrator.console.progress(passes * calibrator.windows.numel(), "refitting", unit="tok") as bar:
+    with calibrator.console.progress(passes * calibrator.mine.numel(), "refitting", unit="tok") as bar:
         for run in runs:
             before = run.start - 1
             for index in range(at, before):
@@ -81,7 +81,8 @@ def _statistics(
         sums.add(writer.name, rows(calls[writer.name][0]), rows(dense.states[number]).float() - rows(out).float())
 
     calibrator.by_batch(pruned, bar, compare)
-    return writer, sums.put_into(observer.statistics())[writer.name]
+    world = calibrator.sharing
+    return writer, sums.put_into(observer.statistics(world), world)[writer.name]
 
 
 def runs_of(dropped: list[int]) -> list[range]:

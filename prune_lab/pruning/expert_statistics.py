@@ -13,6 +13,7 @@ from prune_lab.models.blocks import ReachedError
 from prune_lab.models.found_experts import Mixture, by_block, first_of, outputs_of, watched, without_experts
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.expert_scores import ExpertSums, sums_of
+from prune_lab.system.world import World
 
 MOST = 32  # experts that are left out one by one: as many passes through each mixture
 
@@ -21,10 +22,23 @@ MOST = 32  # experts that are left out one by one: as many passes through each m
 def expert_statistics(
     model: Any, mixtures: list[Mixture], experts: int, calibrator: Calibrator, needs: str
 ) -> dict[int, ExpertSums]:
-    """Sums over the calibration text by block, on the CPU; needs: "orders", "losses", or the sums alone."""
-    watch = _Watch(model, mixtures, experts, needs)
+    """Sums over the calibration text by block, on the CPU; needs: "orders", "losses", or the sums alone.
+
+    Orders of the tokens are in the order of the windows.
+    """
+    watch, world = _Watch(model, mixtures, experts, needs), calibrator.sharing
     calibrator.pass_whole(model, "experts", watch.watching)
-    return watch.sums
+    return {block: _of_all(world, watch.sums[block]) for block in sorted(watch.sums)}
+
+
+def _of_all(world: World, sums: ExpertSums) -> ExpertSums:
+    """Sums over the text of all processes."""
+    world.sum(getattr(sums, name) for name in _SUMS)
+    if sums.losses is not None:
+        world.sum([sums.losses])
+    if sums.orders is None:
+        return sums
+    return replace(sums, orders=world.gather(sums.orders.int()).to(sums.orders.dtype))  # gloo moves no 16-bit integers
 
 
 class _Watch:

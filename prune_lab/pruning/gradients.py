@@ -13,6 +13,7 @@ from prune_lab.models.anatomy import Anatomy, out_in
 from prune_lab.models.loss import token_losses
 from prune_lab.models.products import FusedMatrix
 from prune_lab.system.console import Console
+from prune_lab.system.world import World
 
 Reduce = Callable[[str, Tensor], Tensor]
 FLOAT16_SCALE = 2.0**10  # of the loss, since gradients of a mean loss vanish in float16; scores only compare
@@ -26,15 +27,18 @@ def saliency(
     reduce: Reduce = lambda name, value: value,
     only: Collection[str] | None = None,
     prefix: int = 0,
+    world: World | None = None,
 ) -> dict[str, Tensor]:
     """Mean over windows of |w * g| (order 1) or (w * g)^2 (order 2) by Linear, all of them or `only` those; float32.
 
     g is the gradient of one window's mean next-token loss (Molchanov et al., 1611.06440 and 1906.10771; LLM-Pruner,
     2305.11627, whose second order is w^2 times the mean squared per-sample gradient). `reduce(name, values)` turns
     the values of one Linear, shape (out, in), into what is summed up, such as sums over units. The loss leaves out
-    `prefix` tokens before the text of a window. Raises Refused where a gradient is not finite.
+    `prefix` tokens before the text of a window. world: the processes that share the windows out; None: this one alone.
+    Raises Refused where a gradient is not finite.
     """
-    model, sums = anatomy.model, dict[str, Tensor]()
+    model, sums, world = anatomy.model, dict[str, Tensor](), world or World()
+    mine = world.part(windows)
     linears = {name: linear for name, linear in anatomy.linears() if only is None or name in only}
     scale = FLOAT16_SCALE if next(iter(linears.values())).weight.dtype == torch.float16 else 1.0
 
@@ -65,8 +69,8 @@ def saliency(
         hooks.append(weight.register_post_accumulate_grad_hook(take(parts)))
     try:
         device = next(model.parameters()).device
-        with console.progress(windows.numel(), "gradients", unit="tok") as bar, torch.enable_grad():
-            for window in windows.split(1):
+        with console.progress(mine.numel(), "gradients", unit="tok") as bar, torch.enable_grad():
+            for window in mine.split(1):
                 tokens = window.to(device)
                 (token_losses(model, tokens, prefix).mean() * scale).backward()
                 bar.update(tokens.numel())
@@ -78,6 +82,7 @@ def saliency(
     for name, linear in linears.items():  # behind a choice of tokens, which has no gradient
         if name not in sums:
             sums[name] = reduce(name, torch.zeros_like(out_in(linear, linear.weight.detach()), dtype=torch.float32))
+    world.sum(sums[name] for name in linears)
     for name, value in sums.items():
         if not value.isfinite().all():
             raise Refused(f"the gradient of {name} is not finite: give dtype=float32 or bfloat16")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ def minitron_scores(anatomy: Anatomy, norms: list[str], calibrator: Calibrator) 
         sums = {name: torch.zeros(hidden_size(anatomy.model), device=anatomy.model.device) for name in norms}
         with _watched(anatomy, norms, lambda name, states, out: add_magnitudes(sums[name], out)):
             calibrator.pass_whole(anatomy.model, "calibrating")
+        calibrator.sharing.sum(sums.values())
         found: list[float] = torch.stack([of_norm.sqrt() for of_norm in sums.values()]).sum(0).tolist()
         return found
 
@@ -94,6 +96,7 @@ def _grams(
 
     with _watched(anatomy, norms, tell):
         calibrator.pass_whole(anatomy.model, "calibrating")
+    calibrator.sharing.sum(chain.from_iterable(sums.values()))
     return sums
 
 

@@ -21,6 +21,7 @@ from prune_lab.pruning.expert_gates import ExpertGates
 from prune_lab.pruning.refit import Error
 from prune_lab.pruning.thresholds import ScoreCounts
 from prune_lab.pruning.unseen import FEW_TOKENS
+from prune_lab.system.world import World
 
 # Fields of LinearStatistics that are observed of any Linear while text passes; `variance` brings `mean`.
 GATED = "gated_norm"  # needs the gates of experts (expert_gates.py)
@@ -100,6 +101,26 @@ class RunningStatistics:
             if "gram" in needs:
                 self._add_gram(rows)
 
+    def add_up(self, world: World) -> None:
+        """Makes the sums those of all processes, in each of which the same ones are gathered, if only of no rows."""
+        if world.size == 1:
+            return
+        world.sum(sums for sums in (self._gated, self._squares, self._gram) if sums is not None)
+        if self._mean is not None and self._deviations is not None:
+            share = self._tokens / max(1, self._sum_of(world, self._tokens))
+            mean = self._mean * share
+            world.sum([mean])
+            self._deviations += (self._mean - mean).square_() * self._tokens  # deviations from the mean of all
+            world.sum([self._deviations])
+            self._mean = mean
+        self._tokens, self._gram_tokens = (self._sum_of(world, n) for n in (self._tokens, self._gram_tokens))
+
+    @staticmethod
+    def _sum_of(world: World, number: int) -> int:
+        count = torch.tensor(number)
+        world.sum([count])
+        return int(count)
+
     def result(self) -> dict[str, Tensor]:
         """The statistics by name: norm, gated_norm, mean, variance, gram; those that were gathered."""
         found = {}
@@ -134,6 +155,10 @@ class RunningStatistics:
 
     def _add_moments(self, rows: Tensor) -> None:
         """Welford's update, a batch at a time (Chan, Golub & LeVeque, 1979)."""
+        if not len(rows):  # of an expert that no token of this process came to
+            nothing = rows.new_zeros(rows.shape[1])
+            self._mean, self._deviations = (nothing if of is None else of for of in (self._mean, self._deviations))
+            return
         mean = rows.mean(0)
         deviations = (rows - mean).square().sum(0)
         n, more = self._tokens, len(rows)
@@ -207,9 +232,16 @@ class BlockObserver:
             for hook in hooks:
                 hook.remove()
 
-    def statistics(self) -> dict[str, LinearStatistics]:
-        """Statistics that were gathered, by full name of Linear; those that were given one input share its tensors."""
-        results = {id(running): running.result() for running in self._gathered.values()}
+    def statistics(self, world: World) -> dict[str, LinearStatistics]:
+        """Statistics of what all processes saw, by full name of Linear, to be asked for once.
+
+        Linears that were given one input share its tensors.
+        """
+        results = dict[int, dict[str, Tensor]]()
+        for running in self._gathered.values():
+            if id(running) not in results:
+                running.add_up(world)
+                results[id(running)] = running.result()
         fields: dict[str, dict[str, Any]] = {name: {} for name, _ in self._linears}
         for (name, is_output), running in self._gathered.items():
             found = results[id(running)]
@@ -259,18 +291,24 @@ class ProductObserver:
         with eager_experts(self._model), watching, Products(self._model, names, self._tell):
             yield
 
-    def statistics(self) -> dict[str, LinearStatistics]:
-        """Statistics that were gathered, by full name; zeros of a matrix that saw no token."""
-        found = {}
+    def statistics(self, world: World) -> dict[str, LinearStatistics]:
+        """Statistics of what all processes saw, by full name, to be asked for once; zeros where no token was seen."""
+        found, seen_here, rows = {}, self._rows, torch.tensor([*self._rows.values()])
+        world.sum([rows])
+        self._rows = dict(zip(seen_here, rows.tolist(), strict=True))
         for place, matrix in self._of.items():
             fields: dict[str, Any] = {}
             for is_output in (False, True):
                 if not (wanted := _of_side(self._needs[matrix.name], is_output)):
                     continue
                 running = self._gathered[place, is_output]
+                parameter, width = self._model.get_parameter(place.parameter), place.shape[0 if is_output else 1]
+                nothing = torch.zeros(1, width, dtype=parameter.dtype, device=self._model.device)
+                if not seen_here[place]:
+                    running.add(nothing[:0], wanted)
+                running.add_up(world)
                 if not self._rows[place]:
-                    parameter, width = self._model.get_parameter(place.parameter), place.shape[0 if is_output else 1]
-                    running.add(torch.zeros(1, width, dtype=parameter.dtype, device=self._model.device), wanted)
+                    running.add(nothing, wanted)
                 results = running.result()
                 fields |= {_field(one, is_output): results[one] for of in wanted for one in _RESULTS[of]}
             found[matrix.name] = LinearStatistics(**fields, rows=self._rows[place])

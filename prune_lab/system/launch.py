@@ -28,7 +28,7 @@ def local_rank() -> int:
 
 
 def for_this_process(arguments: list[str]) -> list[str]:
-    """The command line as this process is to run it: the first records the run, the others only help to train.
+    """The command line as this process is to run it: the first records the run, the others only help.
 
     They export nothing whatever they are told, and keep the group `export`: of a sweep over it all run the same jobs.
     """
