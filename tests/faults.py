@@ -378,6 +378,11 @@ FAULTS = (
         ("test_families.py::test_masked_and_sliced_channels_are_those_zeroed_by_hand",),
     ),
     Fault(
+        "query_heads_chosen_over_all_groups", "prune_lab/pruning/obs.py",
+        "cost[gone_of_part[of_part[left]] >= quota] = torch.inf", "pass",
+        ("test_obs.py::test_of_each_part_as_many_go",),
+    ),
+    Fault(
         "kv_group_cut_with_one_query_head", "prune_lab/models/anatomy.py",
         'heads = self.query_heads // self.unit_count("heads") if run', "heads = 1 if run",
         ("test_families.py::test_masked_groups_are_those_zeroed_by_hand",),
