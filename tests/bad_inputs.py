@@ -947,12 +947,15 @@ CHECKPOINTS += [
            *amount.split(), "tracking=none"], says,
           lambda place, family=family, of=of: make_folder(place / "odd", family, **of))
       for family, amount, of, says in (
-          ("gemma2", "amount=0.25", {}, ("method.units=[hidden]", "gemma2", "scaled by the hidden size")),
           ("gpt_neox", "amount=0.25", {}, ("method.units=[hidden]", "gpt_neox", "query_key_value.weight")),
           ("llama", "amount=0.2", {"mlp_bias": True},
            ("method.units=[hidden]", "26 of 32 channels", "hidden_size=32", "mlp_bias=True", "24 (amount=0.25)")),
           ("qwen2", "amount=0.2 method.round_to=64", {}, ("method.round_to=64", "32 channels of the hidden size")),
       )),
+    Bad("checkpoint", "whose logits are scaled by the hidden size",
+        ["model.name=PLACE/odd", "method=structured", "method.units=[hidden]", "method.score=minitron",
+         "amount=0.25", "tracking=none"], ("method.units=[hidden]", "minicpm3", "scaled by the hidden size"),
+        lambda place: tiny_folder(place / "odd", "minicpm3")),
     Bad("checkpoint", "without norms that matrices read",
         ["model.name=PLACE/odd", "method=structured", "method.units=[hidden]", "method.score=minitron",
          "tracking=none"], ("method.score=minitron", "olmo2", "method.score=random"),

@@ -156,7 +156,7 @@ class Structured(Method):
                 check_stand_in(anatomy.model)
 
     def _check_model_for_hidden(self, anatomy: Anatomy, amounts: Iterable[float]) -> None:
-        from prune_lab.models.hidden import hidden_of, readers_of
+        from prune_lab.models.hidden import check_count, hidden_of, readers_of
 
         hidden_of(anatomy.model)
         if self.score == "minitron" and not readers_of(anatomy.model).norms:
@@ -164,8 +164,8 @@ class Structured(Method):
                 f"method.score=minitron: no norm of a {anatomy.config.model_type} model has outputs that its blocks' "
                 "matrices read; give method.score=random"
             )
-        for amount in amounts:
-            self._count_to_keep(anatomy, HIDDEN, amount)
+        for count in {self._count_to_keep(anatomy, HIDDEN, amount) for amount in amounts}:
+            check_count(anatomy.model, count)
 
     def _prune_hidden(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None) -> Pruned:
         """Removes channels of the hidden size."""
