@@ -332,7 +332,7 @@ def test_a_gemma_in_bfloat16_is_the_same_but_for_rounding(tmp_path: Path) -> Non
 
 
 def test_a_count_with_which_what_is_rounded_differs_is_refused_before_the_work(tmp_path: Path) -> None:
-    """A RecurrentGemma embeds times the root of its hidden size in bfloat16: exact are those of 64 and 16, of 48 not."""
+    """A RecurrentGemma embeds times the root of its hidden size in bfloat16: exact of 64 and 16, of 48 not."""
     loaded = HubModel(name=str(tiny_folder(tmp_path / "m", "recurrent_gemma"))).load(CPU, seed=0)
     before = weights_of(loaded.model)
     with pytest.raises(Refused, match=r"with 48 of 64 channels the recurrent_gemma model is not .*; give another"):
