@@ -119,12 +119,32 @@ def _find_staying(anatomy: Anatomy) -> dict[int, str]:
         whole = _whole(anatomy)
     except _StaysError as reason:
         return dict.fromkeys(range(count), str(reason))
+    passed = _passed(whole.anatomy)
     for block in range(count):
+        if block not in passed:  # its absence would cost text nothing, and images everything
+            found_reasons[block] = "text alone does not pass through it"
+            continue
         try:
             _without(whole, [block])
         except _StaysError as reason:
             found_reasons[block] = str(reason)
     return found_reasons
+
+
+@torch.no_grad()
+def _passed(anatomy: Anatomy) -> set[int]:
+    """Numbers of the blocks that run on text."""
+    numbers = set[int]()
+    hooks = [
+        block.register_forward_pre_hook(lambda *_, number=number: numbers.add(number))
+        for number, block in enumerate(anatomy.blocks)
+    ]
+    try:
+        anatomy.model(input_ids=found.probe_tokens(anatomy.model)[:1], use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return numbers
 
 
 def rebuild_with_blocks(anatomy: Anatomy, kept: Sequence[int]) -> list[Cut]:
