@@ -473,6 +473,11 @@ FAULTS = (
         ("test_depth.py::test_by_angle_a_run_of_blocks_goes",),
     ),
     Fault(
+        "blocks_taken_that_cannot_go_together", "prune_lab/models/fewer_blocks.py",
+        "if len(chosen) < count and self.can_go([*chosen, block]):", "if len(chosen) < count:",
+        ("test_found_depth.py::test_of_blocks_that_cannot_go_together_one_stays",),
+    ),
+    Fault(
         "divergence_of_dense_from_pruned", "prune_lab/pruning/block_importance.py",
         "position_divergences(logits_of(model, dense), logits_of(model, states))[0]",
         "-position_divergences(logits_of(model, dense), logits_of(model, states))[0]",
@@ -877,7 +882,7 @@ FAULTS = (
     ),
     Fault(
         "vision_tower_is_left_behind", "prune_lab/models/auto_class.py",
-        "if type(config) in auto._model_mapping:", "if type(config.get_text_config()) in auto._model_mapping:",
+        "(of_text is None or is_whole)", "of_text is None",
         ("test_image_text.py::test_the_text_part_is_pruned_and_the_rest_stays",),
     ),
     Fault(

@@ -43,6 +43,13 @@ def names_of(model: Any) -> list[str]:
     return [made.__name__ for made in type(model).__mro__]
 
 
+def reads_images(model: Any) -> bool:
+    """True for a whole model for images with text, and not for the text part of one."""
+    from transformers import AutoModelForImageTextToText
+
+    return _made_by(AutoModelForImageTextToText, model.config) in names_of(model)
+
+
 def _made_by(auto: Any, config: Any) -> str | None:
     """Name of the class that an auto class builds of a config; None where it builds none."""
     return str(auto._model_mapping[type(config)].__name__) if type(config) in auto._model_mapping else None
