@@ -145,6 +145,19 @@ def test_a_whole_model_that_does_not_run_on_text_is_read_as_its_text_part(tmp_pa
     assert any(re.search(r"tensors of the checkpoint are not used: .*vision", note) for note in loaded.warnings)
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen3_5", "kimi_k25"])
+def test_channels_that_images_have_too_go_only_with_theirs(model_type: str, place: Path) -> None:
+    """A projector whose size the text's hidden size is not: no text would show that images do not fit any more."""
+    loaded = loaded_of(place, model_type)
+    method = Structured(amount=0.25, units=("hidden",), score="random", refit="none")
+    if model_type == "kimi_k25":
+        prune(loaded, method)
+        assert loaded.model.model.mm_projector.out_proj.weight.shape[0] == loaded.model.config.text_config.hidden_size
+        return
+    with pytest.raises(Refused, match="what its other parts make of images has the hidden size, too"):
+        method.check_model(Anatomy(loaded.model), [0.25])
+
+
 def test_blocks_that_text_does_not_pass_stay(place: Path) -> None:
     """A Llama 3.2 Vision reads images in blocks of their own: their absence costs no text anything."""
     loaded = loaded_of(place, "mllama")

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.auto_class import reads_images
 from prune_lab.models.cuts import Cut, Selection, cut, selected
 from prune_lab.models.found import evaluating, forget_layout, is_same, probe_tokens
 from prune_lab.models.found_units import forget_units
@@ -162,6 +163,9 @@ def _find(model: Any) -> Hidden:
         if isinstance(axes, str):
             why = axes
             continue
+        if not _follows_images(model, axes):
+            why = "what its other parts make of images has the hidden size, too, and would keep it"
+            continue
         keep = _drawn(size, count)
         wanted = _logits_with_zeros(model, axes, keep)
         for embeds_times_root, scale in product((False, True), (_times, _one_more)):
@@ -176,6 +180,19 @@ def _find(model: Any) -> Hidden:
         f"method.units=[hidden]: channels of the hidden size of this {model.config.model_type} model cannot be "
         f"removed: {why}"
     )
+
+
+def _follows_images(model: Any, axes: dict[str, int]) -> bool:
+    """False for a whole model for images with text of whose other parts nothing loses channels.
+
+    What they put in the place of tokens' states would be of the old size, which no text shows.
+    """
+    if not reads_images(model):
+        return True
+    text, head = f"{Anatomy(model).family.blocks.rpartition('.')[0]}.", model.get_output_embeddings()
+    of_text = {id(part.weight) for part in (model.get_input_embeddings(), head) if part is not None}
+    others = [name for name, t in tensors_of(model).items() if not name.startswith(text) and id(t) not in of_text]
+    return not others or any(name in axes for name in others)
 
 
 def _about_half(model: Any, fields: tuple[tuple[int, str], ...]) -> int:
