@@ -143,7 +143,8 @@ _CONFIG: list[tuple[str, tuple[str, ...]]] = [
     ("method.scope=nope", ("method.scope='nope'", "layer", "global")),
     ("method=sparsegpt method.scope=layer", ("method.scope='layer'", "window, row")),
     ("method=structured method.units=[nope]", ("method.units=['nope']", "mlp", "heads")),
-    ("method=structured method.units=[]", ("method.units=[]", "mlp", "heads")),
+    ("method=structured method.units=[]", ("method.units=[]", "mlp", "heads", "query_heads")),
+    ("method=structured method.units=[heads,query_heads]", ("method.units=", "counted twice", "give one of")),
     ("method=structured method.refit=rows", ("method.refit='rows'", "none, bias, inputs, dense, residual")),
     ("method=wanda method.refit=bias", ("method.refit='bias'", "none, inputs, dense, residual")),
     ("method=active_experts", ("method=active_experts", "llama models have no experts")),
@@ -900,6 +901,11 @@ CHECKPOINTS += [
       for family, of, says in (
           ("gemma2", {"head_dim": 10}, ()), ("llama", {"attention_bias": True}, ("mistral", "attention_bias=True")),
       )),
+    Bad("checkpoint", "whose config cannot hold the query heads that are left",
+        ["model.name=PLACE/odd", "method=structured", "method.units=[query_heads]", "amount=0.25", "tracking=none"],
+        ("method.amount=0.25", "3 of 4 query heads of a KV group", "must divide hidden_size=40", "2 (amount=0.5)"),
+        lambda place: make_folder(place / "odd", "gemma2", hidden_size=40, num_attention_heads=4,
+                                  num_key_value_heads=1, head_dim=10, num_hidden_layers=1)),
 ]  # fmt: skip
 
 # What a stock config cannot hold is refused before the weights are read: here they are another model's.
@@ -911,6 +917,16 @@ def _damaged(family: str, **changes: Any) -> Prepare:
     )
 
 
+CHECKPOINTS += [
+    Bad(
+        "checkpoint",
+        f"whose query heads have a KV head each: {family}",
+        ["model.name=PLACE/odd", "method=structured", "method.units=[query_heads]", "tracking=none"],
+        ("method.units=[query_heads]", family, "its own KV head", "method.units=[mlp]"),
+        _damaged(family, **changes),
+    )
+    for family, changes in (("gpt2", {}), ("opt", {}), ("gpt_neox", {}), ("llama", {"num_key_value_heads": 4}))
+]
 CHECKPOINTS += [
     Bad("checkpoint", f"whose config cannot hold fewer heads: {family}{', half' * ('0.5' in str(changes))}",
         ["model.name=PLACE/odd", "method=structured", "method.units=[mlp,heads]", "amount=0.5", "tracking=none"],
@@ -931,12 +947,15 @@ CHECKPOINTS += [
            *amount.split(), "tracking=none"], says,
           lambda place, family=family, of=of: make_folder(place / "odd", family, **of))
       for family, amount, of, says in (
-          ("gemma2", "amount=0.25", {}, ("method.units=[hidden]", "gemma2", "scaled by the hidden size")),
           ("gpt_neox", "amount=0.25", {}, ("method.units=[hidden]", "gpt_neox", "query_key_value.weight")),
           ("llama", "amount=0.2", {"mlp_bias": True},
            ("method.units=[hidden]", "26 of 32 channels", "hidden_size=32", "mlp_bias=True", "24 (amount=0.25)")),
           ("qwen2", "amount=0.2 method.round_to=64", {}, ("method.round_to=64", "32 channels of the hidden size")),
       )),
+    Bad("checkpoint", "whose logits are scaled by the hidden size",
+        ["model.name=PLACE/odd", "method=structured", "method.units=[hidden]", "method.score=minitron",
+         "amount=0.25", "tracking=none"], ("method.units=[hidden]", "minicpm3", "scaled by the hidden size"),
+        lambda place: tiny_folder(place / "odd", "minicpm3")),
     Bad("checkpoint", "without norms that matrices read",
         ["model.name=PLACE/odd", "method=structured", "method.units=[hidden]", "method.score=minitron",
          "tracking=none"], ("method.score=minitron", "olmo2", "method.score=random"),

@@ -245,7 +245,7 @@ def test_states_of_a_token_count_as_one(place: Path) -> None:
 
 
 def test_a_block_that_text_does_not_run_has_no_influence() -> None:
-    """Mllama's cross-attention to images: nothing turns there, and it is the first that goes."""
+    """Cross-attention to images in Mllama's text part: nothing turns there, and it is the first that goes."""
     model = tiny_model("mllama")
     assert model.model.config.cross_attention_layers == [1]
     influence = block_influence(Calibrator(WINDOWS), Anatomy(model))
@@ -294,21 +294,50 @@ def test_a_run_of_blocks_is_one_of_those_that_can_go(place: Path) -> None:
     assert gone_of(prune(model, 0.34, "angle")) in ([0], [2])
 
 
-def test_blocks_that_cannot_go_together_are_refused(place: Path) -> None:
-    """Each of the attentions of a hybrid can go; without any, stock transformers has no length of the cache."""
-    loaded = loaded_of(place, "qwen3_next")
-    kinds = loaded.model.config.layer_types
+def hybrid(place: Path) -> Any:
+    """Each of its two attentions can go; without any, stock transformers has no length of the cache.
+
+    They change the states least.
+    """
+    model = loaded_of(place, "qwen3_next").model
+    kinds = model.config.layer_types
     assert kinds == ["linear_attention", "full_attention"] * 2
     with torch.no_grad():
-        for index, block in enumerate(Anatomy(loaded.model).blocks):
+        for index, block in enumerate(Anatomy(model).blocks):
             for name, weight in block.named_parameters():
                 if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight", "down_proj")):
                     weight.mul_(0.01 if kinds[index] == "full_attention" else 3)
-    before = logits(loaded.model)
-    with pytest.raises(Refused, match=r"blocks 1, 3 of 4.*together.*Give a smaller amount"):
-        prune(loaded.model, 0.5)
-    assert torch.equal(logits(loaded.model), before)
-    assert len(Anatomy(loaded.model).blocks) == 4
+    return model
+
+
+@pytest.mark.parametrize("by", ["bi", "perplexity", "kl"])
+@pytest.mark.parametrize("amount", [0.5, 0.75])
+def test_of_blocks_that_cannot_go_together_one_stays(by: str, amount: float, place: Path) -> None:
+    """The best of them goes, and the best of the others; the run says so, and was not refused beforehand."""
+    model = hybrid(place)
+    influence = block_influence(Calibrator(WINDOWS), Anatomy(model))
+    assert sorted(range(4), key=lambda index: influence[index])[:2] in ([1, 3], [3, 1])
+    Depth(amount=amount, by=by).check_model(Anatomy(model), [amount])
+    wanted = copy.deepcopy(model)
+    pruned = prune(model, amount, by)
+    gone = gone_of(pruned)
+    assert len(gone) == 4 * amount
+    assert not {1, 3} <= {*gone}
+    if by == "bi":
+        best = sorted(range(4), key=lambda index: influence[index])
+        assert gone == sorted([best[0], *best[2:]][: len(gone)])
+        assert sum("would have gone, and cannot together: what is left" in note for note in pruned.warnings) == 1
+    torch.testing.assert_close(logits(model), logits_without(wanted, gone), rtol=1e-4, atol=1e-4)
+
+
+def test_runs_that_cannot_go_are_refused_before_the_work() -> None:
+    """Each run of three has both attentions; three blocks that are no run can go."""
+    kinds = ["conv", "full_attention", "full_attention", "conv"]
+    model = tiny_model("lfm2", num_hidden_layers=4, layer_types=kinds)
+    with pytest.raises(Refused, match=r"removes 3 of 4 blocks.* no 3 are found that can go together: blocks 0, 1, 2"):
+        Depth(amount=0.75, by="angle").check_model(Anatomy(model), [0.5, 0.75])
+    Depth(amount=0.75).check_model(Anatomy(model), [0.5, 0.75])
+    assert gone_of(prune(model, 0.5, "angle")) in ([0, 1], [2, 3])  # the third run is that of both
 
 
 def test_attention_of_another_window_is_seen_without_a_text_that_is_longer(monkeypatch: pytest.MonkeyPatch) -> None:

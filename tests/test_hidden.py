@@ -27,6 +27,7 @@ from prune_lab.pruning.pruned import Pruned
 from prune_lab.recovery.finetune import Finetune
 from prune_lab.recovery.optimizer import follow
 from prune_lab.schedules import Iterative
+from prune_lab.system.device import Device
 
 WINDOWS = torch.randint(4, 300, (6, 24), generator=torch.Generator().manual_seed(7))
 HIDDEN = 32
@@ -43,6 +44,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 8}),
     "phi3": ("phi3", {}),
+    "gemma": ("gemma", {"head_dim": 8}),
+    "gemma with a head of its own": ("gemma", {"head_dim": 8, "tie_word_embeddings": False}),
+    "gemma2": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0}),
+    "gemma3_text": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8}),
 }
 
 
@@ -86,6 +91,11 @@ def inputs_of(model: Any, names: list[str], windows: Tensor = WINDOWS) -> dict[s
 def kept_of(dense: Any, cut: Any) -> Tensor:
     """The channels that stayed, by the columns of the embeddings."""
     was, now = (model.get_input_embeddings().weight.detach() for model in (dense, cut))
+    if "gemma" in dense.config.model_type:  # it embeds times the root of the hidden size
+        now = now * (cut.config.hidden_size / dense.config.hidden_size) ** 0.5
+        near = torch.stack([(was - column[:, None]).abs().amax(0) for column in now.T])
+        assert near.amin(1).max() < 1e-6
+        return near.argmin(1)
     return torch.tensor([int((was == column[:, None]).all(0).nonzero()[0, 0]) for column in now.T])
 
 
@@ -292,8 +302,6 @@ def test_channels_of_a_type_that_is_found(model_type: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("family", "says"),
     [
-        ("gemma", "scaled by the hidden size"),
-        ("gemma3_text", "scaled by the hidden size"),
         ("gpt2", "c_attn.weight of shape .* would be"),
         ("opt", "another set of tensors"),
         ("gpt_neox", "query_key_value.weight of shape .* would be"),
@@ -307,6 +315,30 @@ def test_families_whose_channels_cannot_go_are_refused_with_the_reason(family: s
     ):
         method().check_model(Anatomy(loaded.model), [0.25])
     assert same(before, weights_of(loaded.model))
+
+
+def test_a_gemma_in_bfloat16_is_the_same_but_for_rounding(tmp_path: Path) -> None:
+    """The root by which it multiplies what it embeds is rounded, of 24 channels as of 32."""
+    place = make_folder(tmp_path / "m", "gemma3_text", **EXACT, head_dim=8, query_pre_attn_scalar=8)
+    cut, dense = (HubModel(name=str(place)).load(Device(torch.device("cpu"), torch.bfloat16), seed=0) for _ in range(2))
+    whole = HubModel(name=str(place)).load(CPU, seed=0)
+    smaller = copied(whole)
+    for loaded in (cut, smaller):
+        prune(loaded, score="random")  # the same channels of both
+    gone = sorted(set(range(HIDDEN)) - set(kept_of(whole.model, smaller.model).tolist()))
+    zero_by_hand(dense.model, gone)
+    found, wanted = logits(cut.model).float(), logits(dense.model).float()
+    assert (found - wanted).norm() < 0.03 * wanted.norm()
+
+
+def test_a_count_with_which_what_is_rounded_differs_is_refused_before_the_work(tmp_path: Path) -> None:
+    """A RecurrentGemma embeds times the root of its hidden size in bfloat16: exact of 64 and 16, of 48 not."""
+    loaded = HubModel(name=str(tiny_folder(tmp_path / "m", "recurrent_gemma"))).load(CPU, seed=0)
+    before = weights_of(loaded.model)
+    with pytest.raises(Refused, match=r"with 48 of 64 channels the recurrent_gemma model is not .*; give another"):
+        method().check_model(Anatomy(loaded.model), [0.25])
+    assert same(before, weights_of(loaded.model))
+    assert prune(loaded, amount=0.75).realized == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize("model_type", ["cohere", "starcoder2"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CPU, Cli, logits, story
-from model_types import tiny_folder, tiny_model
+from model_types import tiny_config, tiny_folder, tiny_model
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -27,14 +27,21 @@ from prune_lab.methods.wanda import Wanda
 from prune_lab.models import found
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.export import check_reload, save_model
+from prune_lab.models.fewer_blocks import blocks_that_stay
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.models.loss import window_losses
+from prune_lab.models.resize import original_blocks
 from prune_lab.pruning.calibration import Calibrator
 
 WINDOWS = torch.randint(4, 300, (6, 24), generator=torch.Generator().manual_seed(7))
 # One projector or several, positions in three dimensions, scaled logits, text parts of other files of transformers,
 # mixtures.
 SLOW = (pytest.mark.slow, pytest.mark.process)
+# Types that AutoModelForCausalLM builds the text part of alone, with the class of the whole model.
+BOTH = {
+    "qwen3_5": "Qwen3_5ForConditionalGeneration", "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+    "qwen4_exp": "Qwen4ExpForConditionalGeneration", "mllama": "MllamaForConditionalGeneration",
+}  # fmt: skip
 TYPES = ["llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "internvl", "aya_vision", "kimi_k25", "qwen3_vl_moe"]
 METHODS: dict[str, Method] = {
     "wanda": Wanda(amount=0.5),
@@ -49,8 +56,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def folder_of(place: Path, model_type: str) -> Path:
-    folder = place / model_type
-    return folder if folder.exists() else tiny_folder(folder, model_type)
+    folder, whole = place / model_type, {"architectures": [BOTH[model_type]]} if model_type in BOTH else {}
+    return folder if folder.exists() else tiny_folder(folder, model_type, **whole)
 
 
 def loaded_of(place: Path, model_type: str) -> Loaded:
@@ -76,7 +83,11 @@ def beside_text(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("text_config", "transformers_version")}
 
 
-@pytest.mark.parametrize("model_type", [*TYPES[:3], *(pytest.param(name, marks=SLOW) for name in TYPES[3:])])
+FAST = [*TYPES[:3], "qwen3_5"]
+OTHERS = [name for name in (*TYPES, *BOTH) if name not in (*FAST, "mllama")]
+
+
+@pytest.mark.parametrize("model_type", [*FAST, *(pytest.param(name, marks=SLOW) for name in OTHERS)])
 def test_the_text_part_is_pruned_and_the_rest_stays(model_type: str, place: Path, tmp_path: Path) -> None:
     """By single weights, channels and blocks: what stock transformers reads has the logits of what is in memory."""
     folder = folder_of(place, model_type)
@@ -109,6 +120,52 @@ def test_the_text_part_is_pruned_and_the_rest_stays(model_type: str, place: Path
         assert len(others) > 5
         assert all(torch.equal(after[key], before[key]) for key in others)
         assert beside_text(config_of(tmp_path / name)) == beside_text(config)
+
+
+def test_a_text_part_that_came_alone_stays_one(tmp_path: Path) -> None:
+    """Of a type that both auto classes have, a checkpoint of the text part is read and exported as that."""
+    loaded = HubModel(name=str(tiny_folder(tmp_path / "m", "qwen3_5"))).load(CPU, seed=0)
+    prune(loaded, METHODS["wanda"])
+    save_model(loaded, tmp_path / "saved")
+    check_reload(loaded.model, tmp_path / "saved", WINDOWS[:1])
+    assert config_of(tmp_path / "saved")["architectures"] == ["Qwen3_5ForCausalLM"]
+
+
+def test_a_whole_model_that_does_not_run_on_text_is_read_as_its_text_part(tmp_path: Path) -> None:
+    """Which a note says; once stock transformers runs a Llama 4 on text, it need not be so any more."""
+    torch.manual_seed(0)
+    stock: Any = AutoModelForImageTextToText.from_config(tiny_config("llama4")).eval()
+    with pytest.raises(AttributeError, match="image_outputs"):
+        logits(stock)
+    tiny_folder(tmp_path / "m", "llama4")  # for its tokenizer
+    stock.save_pretrained(tmp_path / "m")
+    loaded = HubModel(name=str(tmp_path / "m")).load(CPU, seed=0)
+    assert type(loaded.model).__name__ == "Llama4ForCausalLM"
+    assert any("the text part of this llama4 model is read and exported" in note for note in loaded.warnings)
+    assert any(re.search(r"tensors of the checkpoint are not used: .*vision", note) for note in loaded.warnings)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen3_5", "kimi_k25"])
+def test_channels_that_images_have_too_go_only_with_theirs(model_type: str, place: Path) -> None:
+    """A projector whose size the text's hidden size is not: no text would show that images do not fit any more."""
+    loaded = loaded_of(place, model_type)
+    method = Structured(amount=0.25, units=("hidden",), score="random", refit="none")
+    if model_type == "kimi_k25":
+        prune(loaded, method)
+        assert loaded.model.model.mm_projector.out_proj.weight.shape[0] == loaded.model.config.text_config.hidden_size
+        return
+    with pytest.raises(Refused, match="what its other parts make of images has the hidden size, too"):
+        method.check_model(Anatomy(loaded.model), [0.25])
+
+
+def test_blocks_that_text_does_not_pass_stay(place: Path) -> None:
+    """A Llama 3.2 Vision reads images in blocks of their own: their absence costs no text anything."""
+    loaded = loaded_of(place, "mllama")
+    assert type(loaded.model).__name__ == "MllamaForConditionalGeneration"
+    prune(loaded, Depth(amount=0.25))
+    assert loaded.model.config.text_config.cross_attention_layers == [1]
+    assert 1 in original_blocks(Anatomy(loaded.model))
+    assert blocks_that_stay(Anatomy(loaded_of(place, "mllama").model))[1] == "text alone does not pass through it"
 
 
 def test_what_is_measured_is_the_text_alone(place: Path) -> None:

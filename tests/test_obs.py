@@ -55,9 +55,12 @@ def test_groups_of_the_worked_example() -> None:
 
 
 def tried(
-    weight: Tensor, gram: Tensor, groups: Tensor, remove: int, at_once: int, damping: float = 0.01
+    weight: Tensor, gram: Tensor, groups: Tensor, remove: int, at_once: int, damping: float = 0.01, parts: int = 1
 ) -> tuple[list[int], list[float]]:
-    """Order and costs, from the loss of the damped gram after a closed-form refit without each group in turn."""
+    """Order and costs, from the loss of the damped gram after a closed-form refit without each group in turn.
+
+    parts: of each of which the same number goes.
+    """
     damped = gram.double() + damping * gram.double().diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
 
     def half_loss(gone: list[int]) -> float:
@@ -69,7 +72,10 @@ def tried(
     order, costs = list[int](), list[float]()
     while len(order) < remove:
         before = half_loss(order)
-        cost = {g: half_loss([*order, g]) - before for g in range(len(groups)) if g not in order}
+        size = len(groups) // parts
+        full = [part for part in range(parts) if sum(g // size == part for g in order) == remove // parts]
+        open_ = [g for g in range(len(groups)) if g not in order and g // size not in full]
+        cost = {g: half_loss([*order, g]) - before for g in open_}
         step = sorted(cost, key=lambda g: (cost[g], g))[: min(at_once, remove - len(order))]
         order += step
         costs += [cost[g] for g in step]
@@ -100,6 +106,25 @@ def test_what_goes_is_what_costs_least(outs: int, count: int, width: int, remove
     keep[groups[order].flatten()] = False
     whole = padded(refit_columns(weight, gram, keep).weight, keep)
     torch.testing.assert_close(found.weight, whole[:, groups[found.kept].flatten()])
+
+
+@pytest.mark.parametrize(
+    ("count", "width", "remove", "parts"), [(9, 4, 3, 3), (12, 1, 8, 2), (10, 3, 6, 2), (6, 2, 5, 1)]
+)
+def test_of_each_part_as_many_go(count: int, width: int, remove: int, parts: int) -> None:
+    """As query heads of KV groups: the cheapest of those parts that have not lost their number yet."""
+    weight, gram = (tensor.double() for tensor in correlated(20, count * width, seed=count))
+    groups = torch.arange(count * width).view(count, width)
+    order, costs = tried(weight, gram, groups, remove, 1, parts=parts)
+    found = remove_inputs(weight, gram, groups, remove, parts=parts)
+    assert found.order.tolist() == order
+    assert found.costs.tolist() == pytest.approx(costs, rel=1e-5)
+    assert torch.bincount(found.order // (count // parts), minlength=parts).tolist() == [remove // parts] * parts
+    assert parts == 1 or order != tried(weight, gram, groups, remove, 1)[0]
+    still = remove_inputs(weight, torch.zeros_like(gram), groups, remove, parts=parts)
+    assert torch.bincount(still.order // (count // parts), minlength=parts).tolist() == [remove // parts] * parts
+    assert sorted([*still.order.tolist(), *still.kept.tolist()]) == list(range(count))
+    torch.testing.assert_close(still.weight, weight[:, groups[still.kept].flatten()])
 
 
 @pytest.mark.parametrize("width", [1, 4])

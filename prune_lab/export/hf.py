@@ -46,9 +46,10 @@ class HuggingFace(Export):
 
     def reading(self, loaded: Loaded) -> str:
         """Stock transformers, which needs a package for quantized weights."""
-        from prune_lab.models.auto_class import auto_class
+        from prune_lab.models.auto_class import auto_class, names_of
 
-        stock = f"`{auto_class(loaded.model.config).__name__}.from_pretrained(folder)` of stock transformers"
+        auto = auto_class(loaded.model.config, names_of(loaded.model))
+        stock = f"`{auto.__name__}.from_pretrained(folder)` of stock transformers"
         return LOW_BITS if loaded.is_low_bit else stock
 
     def loads_in(self, loaded: Loaded, cuts: Collection[str] = ()) -> list[Verdict]:

@@ -170,7 +170,7 @@ def _transformers(shapes: Shapes) -> list[Verdict]:
     from prune_lab.models.export_config import READ_BY_4
 
     five, four = "transformers 5", "transformers 4.57"
-    how = f"`{auto_class(shapes.config).__name__}.from_pretrained(folder)`"
+    how = f"`{auto_class(shapes.config, [shapes.architecture]).__name__}.from_pretrained(folder)`"
     if shapes.foreign:  # compressed-tensors finds no Linear in it, and leaves its weights random
         note = "only prune_lab has a layout for quantized Conv1Ds"
         return [Verdict(five, NO, note, ("post=none",)), Verdict(four, NO, note, ("post=none",))]

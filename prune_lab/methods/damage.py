@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from prune_lab.errors import Refused
 from prune_lab.methods.depth import Depth
 from prune_lab.methods.experts import Experts
-from prune_lab.methods.shape import AXES, TITLES, UNITS, Shape, Ways, group_of, split, total_of
+from prune_lab.methods.shape import AXES, EITHER, TITLES, UNITS, Shape, Ways, group_of, split, total_of
 from prune_lab.methods.structured import Structured
 from prune_lab.models.anatomy import HIDDEN
 from prune_lab.pruning.pruned import Pruned
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 AMOUNTS = (0.05, 0.1, 0.2, 0.3, 0.45, 0.7)
 FILE = "damage.json"
+USUAL = tuple(axis for axis in AXES if axis != "query_heads")
 # Source that the result depends on, beside that of dense_cache.SOURCE.
 _SOURCE = tuple(f"prune_lab.methods.{name}" for name in ("damage", "shape", "depth", "structured", "experts"))
 
@@ -38,7 +39,7 @@ class Damage(Ways):
     it.
     """
 
-    axes: tuple[str, ...] = AXES
+    axes: tuple[str, ...] = USUAL
     amounts: tuple[float, ...] = AMOUNTS
     round_to: int = 32
     held_out: int = 8
@@ -50,6 +51,8 @@ class Damage(Ways):
         object.__setattr__(self, "amounts", tuple(self.amounts))
         if not self.axes or set(self.axes) - set(AXES) or len(set(self.axes)) != len(self.axes):
             raise ValueError(f"axes={list(self.axes)} must be one or more of {', '.join(AXES)}, each once")
+        if set(EITHER) <= set(self.axes):
+            raise ValueError("axes: of heads and query_heads one alone: a KV group goes with its query heads")
         rising = list(self.amounts) == sorted(set(self.amounts)) and all(0 < amount < 1 for amount in self.amounts)
         if not self.amounts or not rising:
             raise ValueError(f"amounts={list(self.amounts)} must rise, each between 0 and 1")

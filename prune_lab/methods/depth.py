@@ -82,9 +82,24 @@ class Depth(Method):
             check_removable(config)
 
     def check_model(self, anatomy: Anatomy, amounts: Iterable[float]) -> None:
-        """Raises Refused where fewer blocks can go than one of the amounts asks for."""
+        """Raises Refused where fewer blocks can go, or can together, than one of the amounts asks for."""
+        from prune_lab.models.fewer_blocks import Together
+        from prune_lab.models.resize import original_blocks
+        from prune_lab.pruning.block_importance import runs_among
+
+        together = Together(anatomy, original_blocks(anatomy))
         for amount in amounts:
-            self._removable(anatomy, amount)
+            can_go, remove = self._removable(anatomy, amount), _to_remove(anatomy, amount)
+            if self.by == "angle":
+                some = any(together.can_go(range(start, start + remove)) for start in runs_among(can_go, remove))
+            else:
+                some = any(together.first(order, remove) is not None for order in (can_go, can_go[::-1]))
+            if not some:
+                raise Refused(
+                    f"method.amount={amount:g} removes {remove} of {len(anatomy.blocks)} blocks, and of this "
+                    f"{anatomy.config.model_type} model no {remove} are found that can go together: {together.note()}. "
+                    "Give a smaller amount, or another method"
+                )
 
     def _removable(self, anatomy: Anatomy, amount: float) -> list[int]:
         """Blocks of which as many can go as a cumulative amount asks for; raises Refused where they are fewer."""
@@ -112,22 +127,25 @@ class Depth(Method):
     def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
         """Removes blocks from the model and returns the table of what was removed."""
         from prune_lab.models.cuts import Cut
+        from prune_lab.models.fewer_blocks import Together
         from prune_lab.models.resize import check_removable, dense_count, dense_sizes, keep_blocks, original_blocks
         from prune_lab.pruning.block_importance import least_distant, least_influential, least_needed
         from prune_lab.pruning.depth_refit import check_repairable, refit_before
 
         assert calibrator is not None
         count, total = len(anatomy.blocks), dense_count(anatomy, "blocks")
-        remove, of_refit, cuts = _to_remove(anatomy, amount), list[str](), list[Cut]()
+        remove, notes, cuts = _to_remove(anatomy, amount), list[str](), list[Cut]()
         among = self._removable(anatomy, amount)
         if remove:
             check_removable(anatomy.config)
             if self.refit != "none":
                 check_repairable(anatomy, calibrator)
             least = {"bi": least_influential, "angle": least_distant}.get(self.by) or partial(least_needed, by=self.by)
-            dropped = least(anatomy, remove, calibrator, among)
+            together = Together(anatomy, original_blocks(anatomy))
+            dropped = least(anatomy, remove, calibrator, among, together)
+            notes += [note] if (note := together.note()) is not None else []
             if self.refit != "none":
-                of_refit = refit_before(anatomy, dropped, calibrator)
+                notes += refit_before(anatomy, dropped, calibrator)
             cuts = keep_blocks(anatomy, [index for index in range(count) if index not in dropped])
         gone = [index for index in range(total) if index not in original_blocks(anatomy)]
         warnings = [f"blocks removed of {total}, counted from 0: {', '.join(map(str, gone))}"] if gone else []
@@ -136,7 +154,7 @@ class Depth(Method):
             for index, of_block in enumerate(dense_sizes(anatomy))
             for name, size in of_block.items()
         ]
-        return Pruned(rows, warnings=warnings + of_refit, cuts=cuts)
+        return Pruned(rows, warnings=warnings + notes, cuts=cuts)
 
 
 def _to_remove(anatomy: Anatomy, amount: float) -> int:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, ClassVar
 from prune_lab.methods.base import Method
 from prune_lab.methods.structured import Structured
 from prune_lab.methods.unstructured import Unstructured
-from prune_lab.models.anatomy import LABELS
 from prune_lab.pruning.loss_increase import AMOUNTS, WINDOWS
 from prune_lab.pruning.pruned import Pruned
 from prune_lab.pruning.scores import OF_UNITS, OF_WEIGHTS
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from prune_lab.pruning.calibration import Calibrator
 
 SCORES = tuple(name for name in OF_WEIGHTS if name in OF_UNITS)
-PARTS = ("weights", *LABELS, "block")
+PARTS = ("weights", "mlp", "heads", "block")
 
 
 @dataclass(frozen=True)

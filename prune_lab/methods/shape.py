@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 UNITS = tuple(LABELS)
 AXES = ("blocks", *UNITS, "experts", HIDDEN)  # in the order in which they are cut
+EITHER = ("heads", "query_heads")  # one of them alone: a KV group goes with its query heads
 TITLES = {"blocks": "blocks", **LABELS, "experts": "experts", HIDDEN: "hidden channels"}
 
 
@@ -75,13 +76,14 @@ class Ways(Method):
 class Shape(Ways):
     """Cuts a model to a shape: numbers of what stays in each block, and of blocks; null: as many as there are.
 
-    Blocks go first, then channels and groups together, experts, and hidden channels last, each calibrated on what is
+    query_heads: of each KV group. Blocks go first, then channels and groups together, experts, and hidden channels last, each calibrated on what is
     left by then. held_out: the last so many calibration windows do not calibrate; on them `shape/kl` is measured.
     """
 
     blocks: int | None = None
     mlp: int | None = None
     heads: int | None = None
+    query_heads: int | None = None
     experts: int | None = None
     hidden: int | None = None
     held_out: int = 0
@@ -91,6 +93,8 @@ class Shape(Ways):
         for axis, count in self.counts.items():
             if count < 1:
                 raise ValueError(f"{axis}={count} must be at least 1: the number of {TITLES[axis]} that stay")
+        if set(EITHER) <= set(self.counts):
+            raise ValueError("heads and query_heads: a KV group goes with its query heads; give one of them")
         if self.held_out < 0:
             raise ValueError(f"held_out={self.held_out} must not be negative: a number of calibration windows")
 

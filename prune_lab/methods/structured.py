@@ -1,4 +1,4 @@
-"""method=structured: removes whole units (MLP channels, KV groups), the same number from every block.
+"""method=structured: removes whole units (MLP channels, KV groups, query heads), the same number from every block.
 
 Or channels of the hidden size, which no block has for itself: one set for the whole model.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from prune_lab.errors import Refused
 from prune_lab.methods.base import Method
 from prune_lab.models.anatomy import ALIGNED, HIDDEN, LABELS
-from prune_lab.models.families import FAMILIES, unit_kind
+from prune_lab.models.families import FAMILIES, QUERY_HEADS, check_grouped, unit_kind
 from prune_lab.models.stand_in import check_stand_in, held, needs_stand_in, note_of, why_held_no_more
 from prune_lab.pruning.pruned import Pruned
 from prune_lab.pruning.refit_targets import NEEDS_OF_TARGET, TARGETS
@@ -34,7 +34,7 @@ REFITS_OF_HIDDEN = ("none", "inputs")
 
 @dataclass(frozen=True)
 class Structured(Method):
-    """MLP channels and KV groups of lowest score (by L2 norm: Li et al., 1608.08710), the same count in every block.
+    """MLP channels, KV groups, query heads of lowest score (by L2 norm: Li et al., 1608.08710), as many in each block.
 
     A stock config holds one width for all blocks, so each block drops its own units, but as many as the others.
     units: their kinds. score: a name in OF_UNITS of pruning/scores.py, summed over a unit; or obs, which removes what
@@ -42,6 +42,7 @@ class Structured(Method):
     channels that stay is a multiple of it. refit: the Linear that reads the units makes up for those that go; none, by
     its bias (FLAP: An et al., 2312.11983), or by its other weights and its bias, for a target
     (pruning/refit_targets.py). physical: the matrices get smaller; else the units are zeroed.
+    query_heads: of each KV group the same number of query heads goes, and its key and value stay.
     hidden: channels of the hidden size, by Minitron's score (pruning/hidden.py); what is left is the model with zeros
     in their place (models/hidden.py), and refit=inputs sets the Linears that read the states.
     """
@@ -59,6 +60,11 @@ class Structured(Method):
         if not self.units or set(self.units) - kinds or len(set(self.units)) != len(self.units):
             raise ValueError(
                 f"units={list(self.units)} must be one or more of {', '.join(LABELS)}, each once, or hidden"
+            )
+        if {"heads", QUERY_HEADS} <= {*self.units}:
+            raise ValueError(
+                f"units={list(self.units)}: a KV group of heads has its query heads, whose weights would be counted "
+                f"twice; give one of heads and {QUERY_HEADS}, and prune its export for the other"
             )
         if HIDDEN in self.units:
             self._check_hidden()
@@ -125,8 +131,8 @@ class Structured(Method):
         if config.model_type not in FAMILIES or self.is_of_hidden:
             return
         for kind in self.units:
-            units = unit_kind(config, kind)
-            total = getattr(config, units.counts[0], None)
+            total = unit_kind(config, kind).count_of(config)
+            check_grouped(config, kind, total)
             if total is None:  # left to a default: known when the model is there
                 continue
             possible = held(config, kind, total)
@@ -150,7 +156,7 @@ class Structured(Method):
                 check_stand_in(anatomy.model)
 
     def _check_model_for_hidden(self, anatomy: Anatomy, amounts: Iterable[float]) -> None:
-        from prune_lab.models.hidden import hidden_of, readers_of
+        from prune_lab.models.hidden import check_count, hidden_of, readers_of
 
         hidden_of(anatomy.model)
         if self.score == "minitron" and not readers_of(anatomy.model).norms:
@@ -158,8 +164,8 @@ class Structured(Method):
                 f"method.score=minitron: no norm of a {anatomy.config.model_type} model has outputs that its blocks' "
                 "matrices read; give method.score=random"
             )
-        for amount in amounts:
-            self._count_to_keep(anatomy, HIDDEN, amount)
+        for count in {self._count_to_keep(anatomy, HIDDEN, amount) for amount in amounts}:
+            check_count(anatomy.model, count)
 
     def _prune_hidden(self, anatomy: Anatomy, count: int, seed: int, calibrator: Calibrator | None) -> Pruned:
         """Removes channels of the hidden size; `count` stay."""
@@ -261,6 +267,7 @@ class Structured(Method):
         from prune_lab.models.resize import dense_count
 
         total = dense_count(anatomy, group)
+        check_grouped(anatomy.config, group, total)
         count = min(self._count(group, total, amount), anatomy.unit_count(group))
         if self.physical and not anatomy.can_hold(group, count):
             if not anatomy.fits_experts(group, count):
@@ -278,7 +285,7 @@ class Structured(Method):
         from prune_lab.pruning.selection import count_to_remove
 
         count, kind = max(1, total - count_to_remove(total, amount)), group.partition(":")[0]
-        if kind != "heads" and self.round_to is not None and amount > 0:
+        if kind in ("mlp", HIDDEN) and self.round_to is not None and amount > 0:
             if self.round_to > total:
                 many = "channels of the hidden size" if kind == HIDDEN else f"{LABELS[kind]} of a block"
                 raise Refused(f"method.round_to={self.round_to} is more than the {total} {many}")
@@ -310,22 +317,27 @@ class Structured(Method):
         reader = s.parts[-1]
         if self.calibrated and statistics[reader.name].is_unseen:
             pruned.unseen += [part.name for part in s.parts]
-            return choose_units("l2", s.parts, statistics, remove, centred=False)[0]
-        keep = self._choose(s.parts, statistics, remove, pruned)
+            return choose_units("l2", s.parts, statistics, remove, centred=False, groups=s.groups)[0]
+        keep = self._choose(s.parts, statistics, remove, pruned, s.groups)
         if not keep.all():
             self._refit(reader, keep, statistics, pruned)
         return keep
 
     def _choose(
-        self, linears: list[UnitLinear], statistics: dict[str, LinearStatistics], remove: int, pruned: Pruned
+        self,
+        linears: list[UnitLinear],
+        statistics: dict[str, LinearStatistics],
+        remove: int,
+        pruned: Pruned,
+        groups: int = 1,
     ) -> Tensor:
-        """The units of a block that stay when `remove` go, bools (units,)."""
+        """The units of a block that stay when `remove` go, bools (units,); groups: as in choose_units."""
         from prune_lab.pruning.gram import DAMPING
         from prune_lab.pruning.units import choose_units
 
         reader = linears[-1]
         centred = self.refit != "none" and reader.linear.bias is not None  # then the refit moves the bias, too
-        keep, damping = choose_units(self.score, linears, statistics, remove, centred)
+        keep, damping = choose_units(self.score, linears, statistics, remove, centred, groups)
         if damping > DAMPING:
             pruned.warnings.append(f"{reader.name}: score={self.score} needed damping {damping:g}, not {DAMPING:g}")
         return keep

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prune_lab.errors import Refused
-from prune_lab.models.families import FAMILIES, HEADS_OF_RUN, Family, family_of
+from prune_lab.models.families import FAMILIES, HEADS_OF_RUN, QUERY_HEADS, Family, Slot, family_of, unit_kind
 
 if TYPE_CHECKING:  # checking a configuration asks for the family alone, and has no torch
     from torch import Tensor, nn
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # checking a configuration asks for the family alone, and has
     from prune_lab.models.found import Layout
 
 # Kinds of units, as method.units names them, and what a person calls several of a kind.
-LABELS = {"mlp": "MLP channels", "heads": "KV groups"}
+LABELS = {"mlp": "MLP channels", "heads": "KV groups", QUERY_HEADS: "query heads of a KV group"}
 ACTIVE = "active_experts"  # experts that a token goes to, which no tensor counts (active_experts.py)
 HIDDEN = "hidden"  # channels of the states, which no block has for itself (hidden.py)
 ALIGNED = 8  # channels of an expert: 16 bytes of bfloat16, at multiples of which rows of grouped products begin
@@ -38,12 +38,16 @@ def out_in(module: nn.Module, tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class UnitLinear:
-    """One Linear of a block's units: each unit is `width` consecutive rows or columns in each of its runs."""
+    """One Linear of a block's units: each unit is `width` consecutive rows or columns in each of its runs.
+
+    others: rows or columns behind the runs that belong to no unit.
+    """
 
     name: str
     linear: Any  # an nn.Linear, or GPT-2's Conv1D
     side: str
     widths: tuple[int, ...]  # of a unit in each run
+    others: int = 0
 
     @property
     def weight(self) -> Tensor:
@@ -51,23 +55,26 @@ class UnitLinear:
         return out_in(self.linear, self.linear.weight)
 
     def lines(self, units: Tensor) -> Tensor:
-        """Widens one value for each unit to one for each row or column."""
+        """Widens one value for each unit to one for each row or column; 1, or True, for those of no unit."""
         import torch
 
-        return torch.cat([units.repeat_interleave(width) for width in self.widths]).to(self.linear.weight.device)
+        of_units = [units.repeat_interleave(width) for width in self.widths]
+        return torch.cat([*of_units, units.new_ones(self.others)]).to(self.linear.weight.device)
 
 
 @dataclass(frozen=True)
 class UnitSet:
     """Units of a block that one Linear reads, which comes last in `parts`.
 
-    units: their number. multiple: how many of them there are for one that the config counts.
+    units: their number. multiple: how many of them there are for one that the config counts. groups: number of equal
+    groups that they come in, one behind the other, each of which loses the same number.
     """
 
     block: int
     parts: list[UnitLinear]
     units: int
     multiple: int = 1
+    groups: int = 1
 
 
 class Anatomy:
@@ -142,8 +149,9 @@ class Anatomy:
                     block.get_submodule(slot.linear),
                     slot.side,
                     tuple(self._width(run) for run in slot.runs),
+                    self._others(slot),
                 )
-                for slot in self.family.units[kind].slots
+                for slot in self.family.kinds[kind].slots
             ]
             for index, block in enumerate(self.blocks)
         ]
@@ -154,6 +162,7 @@ class Anatomy:
         Raises Refused where there are none.
         """
         if self.found is None:
+            unit_kind(self.config, kind)
             return [kind]
         from prune_lab.models.found_units import groups_of
 
@@ -162,8 +171,11 @@ class Anatomy:
     def unit_sets(self, group: str) -> list[UnitSet]:
         """The units of a group, block by block; a block with experts has many such sets, others may have none."""
         if self.found is None:
-            count = self.unit_count(group)
-            return [UnitSet(index, parts, count) for index, parts in enumerate(self.unit_linears(group))]
+            count, groups = self.unit_count(group), self.family.kinds[group].groups_of(self.config)
+            return [
+                UnitSet(index, parts, count * groups, groups, groups)
+                for index, parts in enumerate(self.unit_linears(group))
+            ]
         from prune_lab.models.found import matrices_of
         from prune_lab.models.found_units import units_of
 
@@ -175,12 +187,15 @@ class Anatomy:
                 [UnitLinear(side.matrix.name, linears[side.matrix.name], side.side, side.widths) for side in s.sides],
                 s.units,
                 s.multiple,
+                s.groups,
             )
             for s in sets
         ]
 
     def unit_count(self, kind: str) -> int:
         """Number of units of a group in each block, or of HIDDEN or ACTIVE; as built, where a config has a default.
+
+        Of query heads the number in each KV group.
 
         Raises Refused where the experts of a token are not known.
         """
@@ -194,9 +209,9 @@ class Anatomy:
             from prune_lab.models.found_units import units_of
 
             return units_of(self.model).groups[kind].count
-        said = getattr(self.config, self.family.units[kind].counts[0], None)
+        said = self.family.kinds[kind].count_of(self.config)
         if said is not None:
-            return int(said)
+            return said
         reader = self.unit_linears(kind)[0][-1]
         return int(reader.weight.shape[1]) // sum(reader.widths)
 
@@ -215,6 +230,10 @@ class Anatomy:
             return 1
         heads = self.query_heads // self.unit_count("heads") if run == "query" else HEADS_OF_RUN[run]
         return heads * self.head_dim
+
+    def _others(self, slot: Slot) -> int:
+        """Rows or columns of a Linear that belong to no unit."""
+        return sum(self._width(run) * self.unit_count("heads") for run in slot.others)
 
     def can_hold(self, group: str, count: int) -> bool:
         """True for a count of units of a group that the config, or that of a stand-in (stand_in.py), can hold."""

@@ -11,7 +11,7 @@ import torch
 from prune_lab.errors import Refused
 from prune_lab.models import formats
 from prune_lab.models.anatomy import check_matrices, check_one_by_one
-from prune_lab.models.auto_class import auto_class
+from prune_lab.models.auto_class import TEXT_ALONE, auto_class
 from prune_lab.models.checkpoint import read_checkpoint
 from prune_lab.models.contents import check_finite
 from prune_lab.models.families import FAMILIES, check_type
@@ -161,6 +161,11 @@ def _load_other(source: str, config: Any, name: str, stream: bool, device: Devic
     if wrong:
         raise Refused(f"model.name={name!r} lacks the weights {', '.join(wrong[:3])}, or has them in another shape")
     notes = [f"{len(unused)} tensors of the checkpoint are not used: {', '.join(unused[:3])}"] if unused else []
+    if config.model_type in TEXT_ALONE and model.config.model_type != config.model_type:
+        notes.append(
+            f"the text part of this {config.model_type} model is read and exported, as {type(model).__name__}: the "
+            "class of the whole model does not run on text alone in this version of transformers"
+        )
     return model if stream else model.to(device.torch_device), notes
 
 

@@ -9,12 +9,14 @@ families is what stands here (tests/test_found_units.py).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prune_lab.errors import Refused
 
-HEADS_OF_RUN = {"kv": 1, "qkv": 3}  # a run named "query" has all query heads of a KV group
+QUERY_HEADS = "query_heads"  # the kind of unit of which each KV group loses the same number
+UNGROUPED = "every query head has its own KV head, so that none can go without it"
+HEADS_OF_RUN = {"kv": 1, "head": 1, "qkv": 3}  # a run named "query" has all query heads of a KV group
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,14 @@ class Slot:
 
     A fused Linear holds several runs, one after the other: Phi-3's qkv_proj has the query heads of all KV groups, then
     their keys, then their values. Runs of attention: "query" (the query heads of a KV group), "kv" (its one key or
-    value head), "qkv" (query, key and value of one head, interleaved). Of an MLP: "channel".
+    value head), "qkv" (query, key and value of one head, interleaved), "head" (one query head). Of an MLP: "channel".
+    others: runs behind them that have one for each KV group and belong to no unit.
     """
 
     linear: str
     side: str  # "rows" | "columns"
     runs: tuple[str, ...] = ("channel",)
+    others: tuple[str, ...] = ()
 
 
 def _any_count(config: Any, present: int) -> list[int]:
@@ -44,7 +48,8 @@ class UnitKind:
     fields that are in proportion to the count, the first one equal to it; one that is None stands for the count as
     built. written_out: config fields whose default would change with the count. possible: the counts that a config of
     this family can hold, up to the present one, ascending; limit: the reason that there are no others, with fields of
-    the config in braces.
+    the config in braces. groups: the config field of the number of groups that the units come in, one behind the other,
+    each of which loses the same number; the count is that of one group then, to which counts are in proportion.
     """
 
     slots: tuple[Slot, ...]
@@ -52,22 +57,41 @@ class UnitKind:
     written_out: tuple[str, ...] = ()
     possible: Callable[[Any, int], list[int]] = _any_count
     limit: str = ""
+    groups: str | None = None
+
+    def groups_of(self, config: Any) -> int:
+        """Number of groups that the units of a block come in."""
+        if self.groups is None:
+            return 1
+        return int(getattr(config, self.groups, None) or getattr(config, self.counts[0]))
+
+    def count_of(self, config: Any) -> int | None:
+        """Number of units of a block, or of each group, that a config says; None where it leaves that to a default."""
+        said = getattr(config, self.counts[0], None)
+        return None if said is None else int(said) // self.groups_of(config)
 
 
 @dataclass(frozen=True)
 class Family:
     """Layout of one architecture: names of its modules, and the config fields that hold their counts.
 
+    units: kinds of units that have no weight in common. finer: kinds of which a unit of those has several.
     left_alone: matrices inside a block that are no weight of a Linear, by the end of their names, and are not pruned.
     """
 
     blocks: str  # the ModuleList of decoder blocks
     units: dict[str, UnitKind]
+    finer: dict[str, UnitKind] = field(default_factory=dict)
     attention_output: str = "self_attn.o_proj"  # the Linear that reads the query heads, one after the other
     query_heads: str = "num_attention_heads"
     needs_bos: bool = False  # whether it predicts nothing sensible of a text without a BOS token before it
     stored_head: str = "lm_head"  # the name that the files have for it, whatever the model's is
     left_alone: tuple[str, ...] = ()
+
+    @property
+    def kinds(self) -> dict[str, UnitKind]:
+        """All kinds of units by name."""
+        return self.units | self.finer
 
     def stored_name(self, name: str) -> str:
         """The name that a tensor of the model has in files: save_pretrained of transformers renames some."""
@@ -78,7 +102,10 @@ class Family:
 
 
 def _divisors(config: Any, present: int) -> list[int]:
-    """Counts for a config with a head_dim of its own whose query heads must divide hidden_size."""
+    """Counts for a config with a head_dim of its own whose query heads must divide hidden_size.
+
+    Of KV groups or of the query heads of each: the config's query heads are in proportion to both.
+    """
     heads = config.num_attention_heads
     return [n for n in range(1, present + 1) if config.hidden_size % (n * heads // present) == 0]
 
@@ -91,15 +118,15 @@ def _present_alone(config: Any, present: int) -> list[int]:
 def _by_rope_factors(config: Any, present: int) -> list[int]:
     """Counts for a config with a head_dim of its own, but lists of a factor for each pair of dimensions (longrope).
 
-    They must be as long as hidden_size / heads says.
+    They must be as long as hidden_size / heads says. Of KV groups or of the query heads of each.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     lists = [rope[key] for key in ("short_factor", "long_factor") if rope.get(key) is not None]
     share = rope.get("partial_rotary_factor") or 1.0
-    per_group = config.num_attention_heads // present
+    per_unit = config.num_attention_heads // present
 
     def pairs(count: int) -> int:
-        return int(config.hidden_size // (count * per_group) * share) // 2
+        return int(config.hidden_size // (count * per_unit) * share) // 2
 
     return [n for n in range(1, present + 1) if all(len(factors) == pairs(n) for factors in lists)]
 
@@ -123,17 +150,34 @@ _LLAMA_GROUPS = UnitKind(
 )
 
 
+_LLAMA_QUERY_HEADS = UnitKind(
+    (Slot("self_attn.q_proj", "rows", ("head",)), Slot("self_attn.o_proj", "columns", ("head",))),
+    counts=("num_attention_heads",),
+    written_out=("head_dim",),
+    groups="num_key_value_heads",
+)
+
+
 def _heads(*slots: Slot) -> UnitKind:
     """KV groups of a family in which every query head has its own key and value, and fewer would be other heads."""
     limit = "the size of a head is hidden_size / heads, so that fewer heads would be other heads"
     return UnitKind(slots, ("num_attention_heads",), possible=_present_alone, limit=limit)
 
 
-_LLAMA_LIKE = Family("model.layers", {"mlp": _LLAMA_CHANNELS, "heads": _LLAMA_GROUPS})
-_STRICT_GROUPS = replace(
-    _LLAMA_GROUPS, possible=_divisors, limit="the number of query heads must divide hidden_size={hidden_size}"
+_LLAMA_LIKE = Family(
+    "model.layers", {"mlp": _LLAMA_CHANNELS, "heads": _LLAMA_GROUPS}, {QUERY_HEADS: _LLAMA_QUERY_HEADS}
 )
-_LLAMA_STRICT = replace(_LLAMA_LIKE, units={"mlp": _LLAMA_CHANNELS, "heads": _STRICT_GROUPS})
+_STRICT: dict[str, Any] = {
+    "possible": _divisors, "limit": "the number of query heads must divide hidden_size={hidden_size}"
+}  # fmt: skip
+_LLAMA_STRICT = replace(
+    _LLAMA_LIKE,
+    units={"mlp": _LLAMA_CHANNELS, "heads": replace(_LLAMA_GROUPS, **_STRICT)},
+    finer={QUERY_HEADS: replace(_LLAMA_QUERY_HEADS, **_STRICT)},
+)
+_BY_ROPE: dict[str, Any] = {
+    "possible": _by_rope_factors, "limit": "its lists of rotary factors are as long as hidden_size / heads says"
+}  # fmt: skip
 
 FAMILIES = {
     "llama": _LLAMA_STRICT,
@@ -155,9 +199,18 @@ FAMILIES = {
                     Slot("self_attn.qkv_proj", "rows", ("query", "kv", "kv")),
                     Slot("self_attn.o_proj", "columns", ("query",)),
                 ),
-                possible=_by_rope_factors,
-                limit="its lists of rotary factors are as long as hidden_size / heads says",
+                **_BY_ROPE,
             ),
+        },
+        {
+            QUERY_HEADS: replace(
+                _LLAMA_QUERY_HEADS,
+                slots=(
+                    Slot("self_attn.qkv_proj", "rows", ("head",), others=("kv", "kv")),
+                    Slot("self_attn.o_proj", "columns", ("head",)),
+                ),
+                **_BY_ROPE,
+            )
         },
     ),
     "gpt2": Family(
@@ -245,9 +298,25 @@ def family_of(model_type: str) -> Family:
 
 def unit_kind(config: Any, kind: str) -> UnitKind:
     """A kind of unit of the described family of a config; raises Refused where the family has none such."""
-    units = family_of(config.model_type).units
-    if kind not in units:
+    family = family_of(config.model_type)
+    if kind == QUERY_HEADS and kind not in family.kinds:
+        raise Refused(f"method.units=[{kind}]: in {config.model_type} models {UNGROUPED}; give one of {_names(family)}")
+    if kind not in family.kinds:
         raise Refused(
-            f"method.units: {config.model_type} models have no units of the kind {kind!r}; they have {', '.join(units)}"
+            f"method.units: {config.model_type} models have no units of the kind {kind!r}; they have "
+            f"{', '.join(family.kinds)}"
         )
-    return units[kind]
+    return family.kinds[kind]
+
+
+def check_grouped(config: Any, kind: str, count: int | None) -> None:
+    """Raises Refused where `count` units of a kind are the single query head of each KV group of a described family."""
+    if kind == QUERY_HEADS and count == 1:
+        raise Refused(
+            f"method.units=[{QUERY_HEADS}]: in this {config.model_type} model {UNGROUPED}; give one of "
+            f"{_names(family_of(config.model_type))}"
+        )
+
+
+def _names(family: Family) -> str:
+    return ", ".join(f"method.units=[{kind}]" for kind in family.units)

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from prune_lab.errors import Refused
 from prune_lab.models import found, rebuild
 from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.auto_class import reads_images
 from prune_lab.models.blocks import bypassed
 from prune_lab.models.cuts import Cut, Selection, cut
 from prune_lab.models.found_units import forget_units
@@ -119,12 +121,79 @@ def _find_staying(anatomy: Anatomy) -> dict[int, str]:
         whole = _whole(anatomy)
     except _StaysError as reason:
         return dict.fromkeys(range(count), str(reason))
+    passed = _passed(whole.anatomy) if reads_images(anatomy.model) else range(count)
     for block in range(count):
+        if block not in passed:  # its absence would cost text nothing, and images everything
+            found_reasons[block] = "text alone does not pass through it"
+            continue
         try:
             _without(whole, [block])
         except _StaysError as reason:
             found_reasons[block] = str(reason)
     return found_reasons
+
+
+class Together:
+    """Test of which blocks can go from a model together, tried as they are asked for; of a described family all can.
+
+    numbers: those of the blocks in the dense model. refused: the reason by set of blocks that cannot.
+    """
+
+    def __init__(self, anatomy: Anatomy, numbers: Sequence[int]) -> None:
+        self._numbers, self._whole = numbers, None if anatomy.found is None else cache(lambda: _whole(anatomy))
+        self._fine = set[tuple[int, ...]]()
+        self.refused = dict[tuple[int, ...], str]()
+
+    def can_go(self, blocks: Iterable[int]) -> bool:
+        """True for blocks without which, all of them, the model is the one that bypasses them."""
+        gone = tuple(sorted(blocks))
+        if self._whole is None or not gone or gone in self._fine:
+            return True
+        if gone not in self.refused:
+            try:
+                _without(self._whole(), gone)
+                self._fine.add(gone)
+            except _StaysError as reason:
+                self.refused[gone] = str(reason)
+        return gone in self._fine
+
+    def first(self, order: Sequence[int], count: int) -> list[int] | None:
+        """The first `count` blocks of an order; where they cannot go together, each that can with those before it.
+
+        None where those are too few.
+        """
+        chosen = list(order[:count])
+        if self.can_go(chosen):
+            return chosen
+        chosen = []
+        for block in order:
+            if len(chosen) < count and self.can_go([*chosen, block]):
+                chosen.append(block)
+        return chosen if len(chosen) == count else None
+
+    def note(self) -> str | None:
+        """Note of the first blocks that could not go, or None."""
+        if not self.refused:
+            return None
+        gone, reason = next(iter(self.refused.items()))
+        named = _named([self._numbers[index] for index in gone])
+        return f"{named}, counted from 0, would have gone, and cannot together: {reason}"
+
+
+@torch.no_grad()
+def _passed(anatomy: Anatomy) -> set[int]:
+    """Numbers of the blocks that run on text."""
+    numbers = set[int]()
+    hooks = [
+        block.register_forward_pre_hook(lambda *_, number=number: numbers.add(number))
+        for number, block in enumerate(anatomy.blocks)
+    ]
+    try:
+        anatomy.model(input_ids=found.probe_tokens(anatomy.model)[:1], use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return numbers
 
 
 def rebuild_with_blocks(anatomy: Anatomy, kept: Sequence[int]) -> list[Cut]:

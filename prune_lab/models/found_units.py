@@ -15,6 +15,7 @@ import torch
 from prune_lab.errors import Refused
 from prune_lab.models import layout_cache
 from prune_lab.models.anatomy import LABELS
+from prune_lab.models.families import QUERY_HEADS
 from prune_lab.models.found import Layout, evaluating, layout_of
 from prune_lab.models.found_experts import EXPERTS, NO_EXPERTS, check_experts, find_experts
 from prune_lab.models.offload.on_disk import weights_on_disk
@@ -23,6 +24,7 @@ from prune_lab.models.rebuild import shapes
 from prune_lab.models.unit_cut import check_cut
 from prune_lab.models.unit_fields import choices, group_of
 from prune_lab.models.unit_probe import Calls, find_sets
+from prune_lab.models.unit_query_heads import BY_SHAPE, query_heads
 from prune_lab.models.unit_sets import FoundGroup, FoundSet, read_group
 
 _KEPT = "_found_units"  # with the model and its copies; in no export
@@ -54,7 +56,8 @@ def _read(of: dict[str, Any]) -> FoundUnits:
 
 def _is_whole(units: FoundUnits) -> bool:
     """True where all kinds were found, but for experts: of the others weights may have hidden some."""
-    hidden = {kind for kind, why in units.why_not.items() if why != _ON_DISK} - {EXPERTS}
+    by_shape = {_ON_DISK, *BY_SHAPE}
+    hidden = {kind for kind, why in units.why_not.items() if why not in by_shape} - {EXPERTS}
     return not hidden and units.why_not.get(EXPERTS, NO_EXPERTS) == NO_EXPERTS
 
 
@@ -78,7 +81,8 @@ def _find(model: Any) -> FoundUnits:
                 return FoundUnits({}, dict.fromkeys((*LABELS, EXPERTS), reason))
             groups, why_not = dict[str, FoundGroup](), dict[str, str]()
             for kind in LABELS:
-                found, why = _groups_of(model, kind, [s for of_kind, s in sets if of_kind == kind], calls)
+                of = [s for of_kind, s in sets if of_kind == ("heads" if kind == QUERY_HEADS else kind)]
+                found, why = (query_heads if kind == QUERY_HEADS else _groups_of_kind)(model, kind, of, calls)
                 for group in found:
                     name = kind if len(found) == 1 else f"{kind}:{group.fields[0][1]}"
                     groups[name] = replace(group, name=name)
@@ -108,7 +112,7 @@ def _add_experts(model: Any, layout: Layout, calls: Calls, units: FoundUnits) ->
         units.why_not[EXPERTS] = str(why)
 
 
-def _groups_of(model: Any, kind: str, sets: list[FoundSet], calls: Calls) -> tuple[list[FoundGroup], str | None]:
+def _groups_of_kind(model: Any, kind: str, sets: list[FoundSet], calls: Calls) -> tuple[list[FoundGroup], str | None]:
     """Groups of a kind, and why some sets of it are in none."""
     label, was = LABELS[kind], shapes(model, model.config)
     if not sets:
@@ -141,8 +145,12 @@ def groups_of(model: Any, kind: str) -> list[str]:
 
 
 def after_cut(model: Any, units: FoundUnits, name: str, count: int) -> None:
-    """Has the units of a model that was cut be those of before, with another count of one group."""
-    layout = layout_of(model)
+    """Has the units of a model that was cut be those of before, with another count of one group.
+
+    KV groups have others of query heads then, and query heads are of other KV groups: those are forgotten.
+    """
+    layout, heads = layout_of(model), {"heads", QUERY_HEADS}
+    others = heads - {units.groups[name].kind} if units.groups[name].kind in heads else set[str]()
     matrices = {matrix.name: matrix for of_block in layout.matrices for matrix in of_block}
 
     def now(group: FoundGroup) -> FoundGroup:
@@ -157,5 +165,5 @@ def after_cut(model: Any, units: FoundUnits, name: str, count: int) -> None:
         )
         return replace(group, count=count if is_cut else group.count, sets=sets)
 
-    groups = {of: now(group) for of, group in units.groups.items()}
+    groups = {of: now(group) for of, group in units.groups.items() if group.kind not in others}
     model.__dict__[_KEPT] = FoundUnits(groups, units.why_not)

@@ -6,17 +6,19 @@ left as they are, for which the config says their size.
 
 A model with fewer channels is the model with zeros in their place. An RMSNorm divides by the root of the mean square
 over all channels, and over fewer d' of d that is larger by sqrt(d / d'): the weight of each norm is multiplied by that.
-The two are equal then, but for the norm's epsilon. Norms that subtract a mean have no such weight, and what is scaled
-by the hidden size elsewhere (Gemma's embedding) differs as well: that the two are equal is tried on the model, and
-where they are not, none of its channels can go.
+The two are equal then, but for the norm's epsilon. Gemma multiplies what it embeds by sqrt(d), and would by sqrt(d')
+then: the embedding is multiplied by sqrt(d / d'), too; where the head is the same tensor, the last norm is not. Norms
+that subtract a mean have no such weight, and other things may be scaled by the hidden size: that the two are equal is
+tried on the model, and where they are not, none of its channels can go.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from prune_lab.errors import Refused
 from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.auto_class import reads_images
 from prune_lab.models.cuts import Cut, Selection, cut, selected
 from prune_lab.models.found import evaluating, forget_layout, is_same, probe_tokens
 from prune_lab.models.found_units import forget_units
@@ -51,10 +54,14 @@ def _one_more(weight: Tensor, factor: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Hidden:
-    """Config fields of the hidden size, by number of a part of the config and key, and how a norm is multiplied."""
+    """Config fields of the hidden size, by number of a part of the config and key, and how a norm is multiplied.
+
+    embeds_times_root: whether what is embedded is multiplied by the root of the hidden size.
+    """
 
     fields: tuple[tuple[int, str], ...]
     scale: Scale
+    embeds_times_root: bool = False
 
 
 def hidden_size(model: Any) -> int:
@@ -98,12 +105,8 @@ def remove_hidden(anatomy: Anatomy, keep: Tensor) -> list[Cut]:
     hidden = hidden_of(model)
     config, axes = _config_of(model, hidden.fields, count), _axes_or_refuse(model, hidden.fields, count)
     assert config is not None
-    if not _computes(model, hidden, axes, keep):
-        raise Refused(
-            f"method.units=[hidden]: with {count} of {was} channels the {model.config.model_type} model is not what it "
-            "is with zeros in their place"
-        )
-    cuts, places, norms = list[Cut](), dict[int, Tensor](), _norms(model, axes)
+    _check(model, hidden, axes, keep)
+    cuts, places, changes = list[Cut](), dict[int, Tensor](), _changes(model, hidden, axes, (was / count) ** 0.5)
     tensors, index = tensors_of(model), keep.nonzero().flatten().cpu()
     for name, dim in axes.items():
         old = tensors[name]
@@ -111,8 +114,9 @@ def remove_hidden(anatomy: Anatomy, keep: Tensor) -> list[Cut]:
             continue
         if isinstance(old, nn.Parameter):
             cuts.append(cut(old, Selection(dim, index)))
-            if name.rpartition(".")[0] in norms:
-                cuts[-1].new.copy_(hidden.scale(cuts[-1].new.float(), (was / count) ** 0.5))
+            if name in changes:
+                scale, factor = changes[name]
+                cuts[-1].new.copy_(scale(cuts[-1].new.float(), factor))
             places[id(old)] = cuts[-1].new
         else:
             places[id(old)] = selected(old, (Selection(dim, index),))
@@ -122,6 +126,25 @@ def remove_hidden(anatomy: Anatomy, keep: Tensor) -> list[Cut]:
     forget_units(model)
     anatomy.look()
     return cuts
+
+
+def check_count(model: Any, count: int) -> None:
+    """Raises Refused where a model that is left with `count` channels is not what it is with zeros in their place.
+
+    Tried with some that are drawn at random: what is scaled by the hidden size may be rounded.
+    """
+    if count == hidden_size(model):
+        return
+    hidden = hidden_of(model)
+    _check(model, hidden, _axes_or_refuse(model, hidden.fields, count), _drawn(hidden_size(model), count))
+
+
+def _check(model: Any, hidden: Hidden, axes: dict[str, int], keep: Tensor) -> None:
+    if not _computes(model, hidden, axes, keep, _logits_with_zeros(model, axes, keep)):
+        raise Refused(
+            f"method.units=[hidden]: with {int(keep.sum())} of {len(keep)} channels the {model.config.model_type} "
+            "model is not what it is with zeros in their place; give another method.amount or method.round_to"
+        )
 
 
 def _find(model: Any) -> Hidden:
@@ -140,9 +163,14 @@ def _find(model: Any) -> Hidden:
         if isinstance(axes, str):
             why = axes
             continue
-        for scale in (_times, _one_more):
-            hidden = Hidden(fields, scale)
-            if _computes(model, hidden, axes, _drawn(size, count)):
+        if not _follows_images(model, axes):
+            why = "what its other parts make of images has the hidden size, too, and would keep it"
+            continue
+        keep = _drawn(size, count)
+        wanted = _logits_with_zeros(model, axes, keep)
+        for embeds_times_root, scale in product((False, True), (_times, _one_more)):
+            hidden = Hidden(fields, scale, embeds_times_root)
+            if _computes(model, hidden, axes, keep, wanted):
                 return hidden
         why = (
             "with fewer it is not what it is with zeros in their place: its norms subtract a mean, or something else "
@@ -152,6 +180,19 @@ def _find(model: Any) -> Hidden:
         f"method.units=[hidden]: channels of the hidden size of this {model.config.model_type} model cannot be "
         f"removed: {why}"
     )
+
+
+def _follows_images(model: Any, axes: dict[str, int]) -> bool:
+    """False for a whole model for images with text of whose other parts nothing loses channels.
+
+    What they put in the place of tokens' states would be of the old size, which no text shows.
+    """
+    if not reads_images(model):
+        return True
+    text, head = f"{Anatomy(model).family.blocks.rpartition('.')[0]}.", model.get_output_embeddings()
+    of_text = {id(part.weight) for part in (model.get_input_embeddings(), head) if part is not None}
+    others = [name for name, t in tensors_of(model).items() if not name.startswith(text) and id(t) not in of_text]
+    return not others or any(name in axes for name in others)
 
 
 def _about_half(model: Any, fields: tuple[tuple[int, str], ...]) -> int:
@@ -168,41 +209,69 @@ def _drawn(size: int, count: int) -> Tensor:
     return keep
 
 
-def _computes(model: Any, hidden: Hidden, axes: dict[str, int], keep: Tensor) -> bool:
-    """True where a model with some channels gives the logits of the whole one with zeros in place of the others.
+def _changes(model: Any, hidden: Hidden, axes: dict[str, int], factor: float) -> dict[str, tuple[Scale, float]]:
+    """How, by name, the tensors are scaled that are more than cut, where sqrt(d / d') is `factor`."""
+    embedding, tensors, blocks = model.get_input_embeddings().weight, tensors_of(model), Anatomy(model).family.blocks
+    norms, head = _norms(model, axes), model.get_output_embeddings()
+    is_tied, found = head is not None and head.weight is embedding, dict[str, tuple[Scale, float]]()
+    for name in axes:
+        owner = name.rpartition(".")[0]
+        if owner in norms:
+            before_head = hidden.embeds_times_root and is_tied and not name.startswith(f"{blocks}.")
+            found[name] = hidden.scale, 1.0 if before_head else factor
+        elif hidden.embeds_times_root and tensors[name] is embedding:
+            found[name] = _times, factor
+    return found
 
-    In float32, and without the epsilon of the norms, so that nothing but rounding may differ.
-    """
-    count, norms, tokens = int(keep.sum()), _norms(model, axes), probe_tokens(model)[:1]
-    factor, index = (len(keep) / count) ** 0.5, keep.nonzero().flatten()
 
-    def logits(config: Any, change: Callable[[str, Tensor], Tensor]) -> Tensor:
-        tensors = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
-        tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
-        second = rebuilt(model, config, tensors | {name: change(name, tensors[name]) for name in axes})
-        for module in (second.get_submodule(name) for name in norms):
-            for key in _EPSILONS & vars(module).keys():
-                setattr(module, key, 0.0)
-        with evaluating(second):
-            found: Tensor = second(input_ids=tokens, use_cache=False).logits
-        return found
+def _logits_with_zeros(model: Any, axes: dict[str, int], keep: Tensor) -> Tensor | None:
+    """Logits of a model with zeros in place of channels, as _logits gives them; None where it does not run."""
 
     def zeroed(name: str, tensor: Tensor) -> Tensor:
         shape = [1] * tensor.dim()
         shape[axes[name]] = len(keep)
         return tensor * keep.to(tensor.device).view(shape)
 
+    return _logits(model, model.config, axes, zeroed)
+
+
+def _computes(model: Any, hidden: Hidden, axes: dict[str, int], keep: Tensor, wanted: Tensor | None) -> bool:
+    """True where a model with some channels gives the logits of the whole one with zeros in place of the others."""
+    count, index = int(keep.sum()), keep.nonzero().flatten()
+    changes = _changes(model, hidden, axes, (len(keep) / count) ** 0.5)
+
     def smaller(name: str, tensor: Tensor) -> Tensor:
         part = selected(tensor, (Selection(axes[name], index),))
-        return hidden.scale(part, factor) if name.rpartition(".")[0] in norms else part
+        scale, factor = changes.get(name, (_times, 1.0))
+        return scale(part, factor)
 
+    found = _logits(model, _config_of(model, hidden.fields, count), axes, smaller)
+    return found is not None and wanted is not None and is_same(found, wanted)
+
+
+def _logits(model: Any, config: Any, axes: dict[str, int], change: Callable[[str, Tensor], Tensor]) -> Tensor | None:
+    """Logits of a model like `model` of a config, with changed tensors; None where it does not run.
+
+    In float32, what it computes of its config, too, and without the epsilon of the norms, so that nothing but rounding
+    may differ.
+    """
+    tensors = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
+    tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    in_float32 = copy.copy(model)
+    in_float32.config = copy.deepcopy(model.config)
+    in_float32.config.dtype = torch.float32
     try:
-        wanted = logits(model.config, zeroed)
-        return is_same(logits(_config_of(model, hidden.fields, count), smaller), wanted)
+        second = rebuilt(in_float32, config, tensors | {name: change(name, tensors[name]) for name in axes})
+        for module in (second.get_submodule(name) for name in _norms(model, axes)):
+            for key in _EPSILONS & vars(module).keys():
+                setattr(module, key, 0.0)
+        with evaluating(second):
+            found: Tensor = second(input_ids=probe_tokens(model)[:1], use_cache=False).logits
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # of any modelling code of transformers: then it does not
-        return False
+    except Exception:  # of any modelling code of transformers
+        return None
+    return found
 
 
 def _config_of(model: Any, fields: tuple[tuple[int, str], ...], count: int) -> Any | None:

@@ -88,7 +88,7 @@ def block_of(anatomy: Anatomy, name: str) -> int | None:
 
 def config_with(anatomy: Anatomy, kind: str, count: int) -> Any:
     """The config of a described family with another count of units of a kind; raises ValueError for one it refuses."""
-    units, was = anatomy.family.units[kind], anatomy.unit_count(kind)
+    units, was = anatomy.family.kinds[kind], anatomy.unit_count(kind)
 
     def edit(data: dict[str, Any]) -> None:
         data |= {name: getattr(anatomy, name) for name in units.written_out}

@@ -24,11 +24,11 @@ _UNUSED = {"pretraining_tp"}  # fields that transformers computes nothing with
 
 def held(config: Any, kind: str, present: int) -> list[int]:
     """Counts of units of a kind, up to the present one, that a described family or its stand-in can have."""
-    own = FAMILIES[config.model_type].units[kind].possible(config, present)
+    own = FAMILIES[config.model_type].kinds[kind].possible(config, present)
     other = STAND_INS.get(config.model_type)
     if other is None or obstacle(config) is not None:
         return own
-    return sorted({*own, *FAMILIES[other].units[kind].possible(config, present)})
+    return sorted({*own, *FAMILIES[other].kinds[kind].possible(config, present)})
 
 
 def obstacle(config: Any) -> str | None:
@@ -46,13 +46,13 @@ def needs_stand_in(anatomy: Anatomy, kind: str, counts: Iterable[int]) -> bool:
     """True where one of the counts of units of a described family can be held by its stand-in alone."""
     if anatomy.found is not None:
         return False
-    own = anatomy.family.units[kind].possible(anatomy.config, anatomy.unit_count(kind))
+    own = anatomy.family.kinds[kind].possible(anatomy.config, anatomy.unit_count(kind))
     return any(count not in own for count in counts)
 
 
 def why_held_no_more(config: Any, kind: str) -> str:
     """Reason that a described family's config holds no other counts of a kind, as "reason; ", or nothing."""
-    why = FAMILIES[config.model_type].units[kind].limit.format(**config.to_dict())
+    why = FAMILIES[config.model_type].kinds[kind].limit.format(**config.to_dict())
     other = STAND_INS.get(config.model_type)
     if why and other is not None and (setting := obstacle(config)) is not None:
         why += f", and a {other} config, which could, has no {setting}"

@@ -74,9 +74,8 @@ def check_cut(model: Any, group: FoundGroup, calls: Calls) -> str | None:
         return f"no other number of {label} can be held by the config"
     generator, keep = torch.Generator().manual_seed(0), list[Tensor]()
     for s in group.sets:
-        kept = torch.zeros(s.units, dtype=torch.bool)
-        kept[torch.randperm(s.units, generator=generator)[: s.multiple * count]] = True
-        keep.append(kept)
+        order = torch.stack([torch.randperm(s.units // s.groups, generator=generator) for _ in range(s.groups)])
+        keep.append((order < s.multiple * count // s.groups).flatten())
     config, chosen = config_of(model, group, count), selections(model, group, keep)
     try:
         if _is_same_by_block(model, group, keep, skeleton(model, config), chosen, calls):

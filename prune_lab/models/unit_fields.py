@@ -66,6 +66,12 @@ def choices(config: Any, kind: str, sets: list[FoundSet]) -> Iterator[tuple[tupl
     yield from found
 
 
+def shapes_with(model: Any, group: FoundGroup, count: int) -> Shapes | None:
+    """Shapes of the tensors of a model with another count of a group; None where it cannot be built."""
+    config = config_of(model, group, count)
+    return None if config is None else shapes(model, config)
+
+
 def group_of(
     model: Any, kind: str, fields: tuple[tuple[int, str], ...], count: int, sets: list[FoundSet], was: Shapes
 ) -> FoundGroup | str | None:
@@ -79,10 +85,10 @@ def group_of(
         for fewer in dict.fromkeys((count // 2, count - 1, 3 * count // 4, count // 4)):
             if not 0 < fewer < count:
                 continue
-            now = _shapes_with(model, group, fewer)
+            now = shapes_with(model, group, fewer)
             if now is None or now == was:
                 continue
-            found = _explained(model, was, now, kind, sets, count, fewer)
+            found = explained(model, was, now, kind, sets, count, fewer)
             if isinstance(found, str):
                 why = why or found
             elif found[0]:
@@ -132,10 +138,10 @@ def can_hold(model: Any, group: FoundGroup, count: int) -> bool:
         return True
     if not fits_experts(model, group, count):
         return False
-    was, now = shapes(model, model.config), _shapes_with(model, group, count) if count > 0 else None
+    was, now = shapes(model, model.config), shapes_with(model, group, count) if count > 0 else None
     if was is None or now is None:
         return False
-    found = _explained(model, was, now, group.kind, list(group.sets), group.count, count)
+    found = explained(model, was, now, group.kind, list(group.sets), group.count, count)
     return not isinstance(found, str) and len(found[0]) == len(group.sets)
 
 
@@ -151,12 +157,7 @@ def fits_experts(model: Any, group: FoundGroup, count: int) -> bool:
     return all(width * group.count % ALIGNED or width * count % ALIGNED == 0 for width in widths)
 
 
-def _shapes_with(model: Any, group: FoundGroup, count: int) -> Shapes | None:
-    config = config_of(model, group, count)
-    return None if config is None else shapes(model, config)
-
-
-def _explained(
+def explained(
     model: Any, was: Shapes, now: Shapes, kind: str, sets: list[FoundSet], count: int, fewer: int
 ) -> tuple[list[FoundSet], list[Beside]] | str:
     """The sets that are smaller in `now`, and what goes with them; or a tensor whose change no set explains."""

@@ -40,12 +40,16 @@ class Beside:
 
 @dataclass(frozen=True)
 class FoundSet:
-    """Units that one matrix of a block reads, which comes last in `sides`; `multiple` of them for one of the group."""
+    """Units that one matrix of a block reads, which comes last in `sides`; `multiple` of them for one of the group.
+
+    groups: number of equal groups that they come in, one behind the other, each of which loses the same number.
+    """
 
     block: int
     units: int
     sides: tuple[Side, ...]
     multiple: int = 1
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ def read_group(of: dict[str, Any]) -> FoundGroup:
             s["units"],
             tuple(Side(read_matrix(side["matrix"]), side["side"], tuple(side["widths"])) for side in s["sides"]),
             s["multiple"],
+            s["groups"],
         )
         for s in of["sets"]
     )

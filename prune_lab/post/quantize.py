@@ -33,7 +33,7 @@ class LowBitPost(Post):
         from prune_lab.models.low_bit.scheme import Scheme
 
         scheme = Scheme(**self.scheme())
-        if not {"mlp", "heads", "hidden"} & {*cuts}:
+        if not {"mlp", "heads", "query_heads", "hidden"} & {*cuts}:
             check_groups(list(anatomy.linears()), scheme.group_size)
         if anatomy.found is not None:
             check_found(anatomy, anatomy.found, scheme)

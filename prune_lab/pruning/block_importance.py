@@ -16,16 +16,26 @@ from prune_lab.errors import Refused
 from prune_lab.measure.divergence import position_divergences
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import BlockStream, bypassed, states_in, states_of
+from prune_lab.models.fewer_blocks import Together
 from prune_lab.models.loss import by_chunks, logits_of, target_states
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.loss_increase import WINDOWS
 from prune_lab.system.world import World
 
 
-def least_influential(anatomy: Anatomy, remove: int, calibrator: Calibrator, among: Sequence[int]) -> list[int]:
-    """The `remove` blocks of lowest influence `among` some, the first ones among equals."""
+def least_influential(
+    anatomy: Anatomy, remove: int, calibrator: Calibrator, among: Sequence[int], together: Together
+) -> list[int]:
+    """The `remove` blocks of lowest influence `among` some that can go together, the first ones among equals."""
     influence = block_influence(calibrator, anatomy)
-    return sorted(among, key=lambda index: (influence[index], index))[:remove]
+    found = together.first(sorted(among, key=lambda index: (influence[index], index)), remove)
+    if found is None:
+        raise _stuck(together)
+    return found
+
+
+def _stuck(together: Together) -> Refused:
+    return Refused(f"method=depth: {together.note()}. Give a smaller amount, or another method.by")
 
 
 def block_influence(calibrator: Calibrator, anatomy: Anatomy) -> list[float]:
@@ -116,13 +126,20 @@ def _of_whole(calibrator: Calibrator, anatomy: Anatomy) -> list[float]:
     return [found.get(block, 0.0) for block in range(len(anatomy.blocks))]
 
 
-def least_distant(anatomy: Anatomy, remove: int, calibrator: Calibrator, among: Sequence[int]) -> list[int]:
-    """The run of `remove` blocks `among` some whose entrance and exit are nearest in angle, the first among equals."""
+def least_distant(
+    anatomy: Anatomy, remove: int, calibrator: Calibrator, among: Sequence[int], together: Together
+) -> list[int]:
+    """The run of `remove` blocks `among` some whose entrance and exit are nearest in angle, the first among equals.
+
+    Of those runs that can go.
+    """
     distances: list[list[float]] = calibrator.remember(
         anatomy, "block_distances", {}, lambda: _distances(calibrator, anatomy)
     )
-    first = min(runs_among(among, remove), key=lambda start: (distances[start][start + remove], start))
-    return list(range(first, first + remove))
+    for start in sorted(runs_among(among, remove), key=lambda start: (distances[start][start + remove], start)):
+        if together.can_go(run := list(range(start, start + remove))):
+            return run
+    raise _stuck(together)
 
 
 @torch.no_grad()
@@ -169,10 +186,12 @@ def _places_whole(calibrator: Calibrator, anatomy: Anatomy) -> list[Tensor]:
     return places
 
 
-def least_needed(anatomy: Anatomy, remove: int, calibrator: Calibrator, among: Sequence[int], by: str) -> list[int]:
+def least_needed(
+    anatomy: Anatomy, remove: int, calibrator: Calibrator, among: Sequence[int], together: Together, by: str
+) -> list[int]:
     """Blocks in the order of their removal; each is the one without which the model loses least at that point.
 
-    among: those that may go.
+    among: those that may go, of which each is one that can with those before.
 
     by: perplexity, the loss on the calibration text; kl, the divergence from the whole model on it.
     """
@@ -203,9 +222,12 @@ def least_needed(anatomy: Anatomy, remove: int, calibrator: Calibrator, among: S
                     f"method.by={by}: what the model loses without each block is not finite: its activations overflow; "
                     "give dtype=float32 or bfloat16"
                 )
-            _, index = min(
+            order = sorted(
                 (loss if math.isfinite(loss) else math.inf, index) for loss, index in zip(losses, left, strict=True)
             )
+            index = next((index for _, index in order if together.can_go([*dropped, index])), None)
+            if index is None:
+                raise _stuck(together)
             dropped.append(index)
             left.remove(index)
     return dropped

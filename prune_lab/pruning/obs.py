@@ -54,13 +54,15 @@ def remove_inputs(
     damping: float = DAMPING,
     at_once: int = 1,
     name: str = "a Linear",
+    parts: int = 1,
 ) -> Removal:
     """Removes `remove` groups of columns of a weight (out, in), the `at_once` cheapest at a time; ties by the index.
 
     gram: X^T X (in, in), float32 or float64, which is also the type of the computation. groups: the columns of each
     group, (groups, width), each column once. mean and tokens: as in refit_columns, where the bias takes part. Inputs
-    that never change (from zero where no bias takes part) cost nothing. Raises Refused for activations or weights that
-    overflow; name: the Linear that it names.
+    that never change (from zero where no bias takes part) cost nothing. parts: number of equal parts of the groups, one
+    behind the other, each of which loses the same number; then at_once is 1. Raises Refused for activations or weights
+    that overflow; name: the Linear that it names.
     """
     (count, width), device, columns = groups.shape, gram.device, groups.flatten()
     gram = gram[columns[:, None], columns]
@@ -70,8 +72,11 @@ def remove_inputs(
     still = (gram.diagonal() <= STILL * squares) & squares.isfinite()
     gram[still], gram[:, still] = 0, 0
     values, left, used = weight.to(gram.dtype).T[columns], torch.arange(count, device=device), damping
+    of_part, quota, gone_of_part = left // (count // parts), remove // parts, torch.zeros_like(left[:parts])
     if still.all():  # there is nothing to solve
-        return Removal(left[:remove], gram.new_zeros(remove), left[remove:], values[remove * width :].T, used)
+        first = left % (count // parts) < quota
+        rest = values[~first.repeat_interleave(width)].T
+        return Removal(left[first], gram.new_zeros(remove), left[~first], rest, used)
     lower, used = damped_cholesky(gram, gram.diagonal().mean(), damping)
     # Costs do not depend on the scale of an input; with Gd's diagonal at 1, outliers take no digits from the others.
     scale = lower.norm(dim=1, keepdim=True)
@@ -84,7 +89,9 @@ def remove_inputs(
                 f"the costs of removing inputs of {name} are not finite: weights or activations overflow; give another "
                 "dtype"
             )
-        gone = torch.argsort(cost.masked_fill(~there, math.inf), stable=True)[: min(at_once, remove)]
+        cost[~there | (gone_of_part[of_part] >= quota)] = torch.inf  # gone, or of a part that has lost its number
+        gone = torch.argsort(cost, stable=True)[: min(at_once, remove)]
+        gone_of_part += torch.bincount(of_part[gone], minlength=parts)
         order.append(left[gone])
         costs.append(cost[gone])
         rows = (gone[:, None] * width + torch.arange(width, device=device)).flatten()

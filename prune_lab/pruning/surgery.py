@@ -47,6 +47,7 @@ from prune_lab.pruning.statistics import LinearStatistics
 def unit_sums(part: UnitLinear, values: Tensor) -> Tensor:
     """Sums over each unit of one Linear, fp32, shape (units,), of values with the weight's shape (out, in)."""
     lines = values.float().sum(1 if part.side == "rows" else 0)
+    lines = lines[: len(lines) - part.others]
     units = len(lines) // sum(part.widths)
     runs = lines.split([units * width for width in part.widths])
     return torch.stack([run.view(units, -1).sum(1) for run in runs]).sum(0)
@@ -122,7 +123,7 @@ def remove_units(anatomy: Anatomy, group: str, keep: list[Tensor]) -> list[Cut]:
         return []
     if anatomy.found is not None:
         return _remove_found(anatomy, group, keep, count)
-    if count not in anatomy.family.units[group].possible(anatomy.config, was):
+    if count not in anatomy.family.kinds[group].possible(anatomy.config, was):
         take_stand_in(anatomy)
     chosen, model = dict[str, list[Selection]](), anatomy.model
     for s, kept in zip(anatomy.unit_sets(group), keep, strict=True):
@@ -282,10 +283,11 @@ def take_shape(anatomy: Anatomy, shape: Shape) -> None:
         if group == ACTIVE:
             set_active_experts(anatomy, count)
             continue
-        # Of the experts of each run that a router chooses among first as many; of other units there is one run.
-        runs = router_groups(anatomy.config)[0] if group == EXPERTS else 1
+        # Of the experts of each run that a router chooses among first as many; of other units of each group.
+        runs, sets = router_groups(anatomy.config)[0] if group == EXPERTS else 1, anatomy.unit_sets(group)
         keep = [
-            torch.arange(s.units) % (s.units // runs) < s.multiple * count // runs for s in anatomy.unit_sets(group)
+            torch.arange(s.units) % (s.units // (runs * s.groups)) < s.multiple * count // (runs * s.groups)
+            for s in sets
         ]
         remove_units(anatomy, group, keep)
     if shape.experts:

@@ -16,20 +16,27 @@ from prune_lab.pruning.surgery import unit_sums
 
 
 def choose_units(
-    criterion: str, linears: list[UnitLinear], statistics: dict[str, LinearStatistics], remove: int, centred: bool
+    criterion: str,
+    linears: list[UnitLinear],
+    statistics: dict[str, LinearStatistics],
+    remove: int,
+    centred: bool,
+    groups: int = 1,
 ) -> tuple[Tensor, float]:
     """The units that stay when `remove` go, bools (units,), on the CPU; and the damping of the gram, if it was solved.
 
     criterion: a score, of which the lowest go, or obs, which removes them in order. centred: the bias of the Linear
-    that reads the units makes up for what those that go gave on average.
+    that reads the units makes up for what those that go gave on average. groups: number of equal groups of units, one
+    behind the other, each of which loses the same number.
     """
     if criterion in SCORES:
-        return keep_rows(unit_scores(criterion, linears, statistics)[None], remove)[0], 0.0
-    return _choose_by_removal(linears[-1], statistics[linears[-1].name], remove, centred)
+        scores = unit_scores(criterion, linears, statistics).view(groups, -1)
+        return keep_rows(scores, remove // groups).flatten(), 0.0
+    return _choose_by_removal(linears[-1], statistics[linears[-1].name], remove, centred, groups)
 
 
 def _choose_by_removal(
-    reader: UnitLinear, statistics: LinearStatistics, remove: int, centred: bool
+    reader: UnitLinear, statistics: LinearStatistics, remove: int, centred: bool, groups: int
 ) -> tuple[Tensor, float]:
     units, device = reader.weight.shape[1] // sum(reader.widths), reader.weight.device
     keep = torch.ones(units, dtype=torch.bool)
@@ -41,9 +48,17 @@ def _choose_by_removal(
     unit_of_column = reader.lines(torch.arange(units))
     columns = unit_of_column.argsort(stable=True).view(units, -1).to(device)
     mean, tokens = (statistics.mean, int(statistics.tokens)) if centred else (None, 0)
-    at_once = per_step(columns.shape[1], remove)
+    at_once = per_step(columns.shape[1], remove) if groups == 1 else 1
     removal = remove_inputs(
-        reader.weight.detach(), statistics.gram, columns, remove, mean, tokens, at_once=at_once, name=reader.name
+        reader.weight.detach(),
+        statistics.gram,
+        columns,
+        remove,
+        mean,
+        tokens,
+        at_once=at_once,
+        name=reader.name,
+        parts=groups,
     )
     keep[removal.order.cpu()] = False
     return keep, removal.damping
@@ -70,16 +85,17 @@ def unit_scores(name: str, linears: list[UnitLinear], statistics: dict[str, Line
 
 
 def rows_of_table(anatomy: Anatomy, group: str, total: int, count: int) -> list[LayerRow]:
-    """Rows of the per-layer table, before shapes change: a unit owns an equal share of each of its Linears.
+    """Rows of the per-layer table, before shapes change: of each Linear the weights that units own.
 
     total: units of the dense model. count: those that stay.
     """
     rows = []
     for s in anatomy.unit_sets(group):
         for part in s.parts:
-            owned = part.linear.weight.numel()
+            lines = part.weight.shape[0 if part.side == "rows" else 1]
+            owned = part.linear.weight.numel() // lines
             if part.side == "rows" and part.linear.bias is not None:
-                owned += part.linear.bias.numel()
-            unit = owned // s.units * s.multiple
+                owned += 1
+            unit = owned * sum(part.widths) * s.multiple
             rows.append(LayerRow(part.name, unit * total, unit * (total - count)))
     return rows

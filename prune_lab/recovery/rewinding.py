@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_lab.models.auto_class import auto_class
+from prune_lab.models.auto_class import auto_class, names_of
 from prune_lab.models.cuts import Cut
 from prune_lab.schedules import Event, Rewind
 
@@ -81,5 +81,6 @@ def _drawn_anew(model: Any, seed: int) -> dict[str, Tensor]:
     """The parameters of a model of the same shape with random weights, as transformers draws them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
-        other: Any = auto_class(model.config).from_config(model.config, trust_remote_code=False, dtype=torch.float32)
+        auto = auto_class(model.config, names_of(model))
+        other: Any = auto.from_config(model.config, trust_remote_code=False, dtype=torch.float32)
     return dict(other.named_parameters())

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from prune_lab.errors import Refused
+from prune_lab.models.families import QUERY_HEADS
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -145,10 +146,11 @@ def local_rope_of(config: Any) -> dict[str, Any] | None:
 def check_config(config: Any, cuts: Collection[str] = ()) -> None:
     """Raises Refused where llama.cpp would not load a model of this config, or compute something else.
 
-    cuts: kinds of units that will be removed from it (heads, hidden, blocks), which change what else must fit.
+    cuts: kinds of units that will be removed from it (heads, query_heads, hidden, blocks), which change what else must
+    fit.
     """
     architecture = architecture_of(config)
-    family = config.model_type
+    family, widths = config.model_type, {"heads", QUERY_HEADS, "hidden"}
     for key, value in architecture.fixed.items():
         if (present := getattr(config, key, value)) != value and (present or value):
             raise _refused(family, key, present, value)
@@ -161,13 +163,13 @@ def check_config(config: Any, cuts: Collection[str] = ()) -> None:
     if (scalar := getattr(config, "query_pre_attn_scalar", None)) is not None:
         if scalar != (expected := _attention_scalar(config)):
             raise _refused(family, "query_pre_attn_scalar", scalar, expected)
-        if _is_27b(config) and {"heads", "hidden", "blocks"} & {*cuts} and scalar != head_dim(config):
+        if _is_27b(config) and (widths | {"blocks"}) & {*cuts} and scalar != head_dim(config):
             raise Refused(
                 f"export=gguf: llama.cpp knows this {family} model by its number of blocks, and computes "
                 f"query_pre_attn_scalar={scalar} from its sizes, which method.units or method=depth would change; give "
                 "method.units=[mlp], or export=hf"
             )
-    if architecture.square and (not is_square(config) or ({"heads", "hidden"} & {*cuts} and family != "qwen2")):
+    if architecture.square and (not is_square(config) or (widths & {*cuts} and family != "qwen2")):
         raise Refused(
             f"export=gguf: llama.cpp loads models of the type {family} whose heads are as wide as the states (heads x "
             f"head_dim = hidden_size) alone, {'which these are not' if not is_square(config) else 'which would change'}"
