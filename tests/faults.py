@@ -379,7 +379,7 @@ FAULTS = (
     ),
     Fault(
         "query_heads_chosen_over_all_groups", "prune_lab/pruning/obs.py",
-        "cost[gone_of_part[of_part[left]] >= quota] = torch.inf", "pass",
+        "cost[~there | (gone_of_part[of_part] >= quota)] = torch.inf", "cost[~there] = torch.inf",
         ("test_obs.py::test_of_each_part_as_many_go",),
     ),
     Fault(

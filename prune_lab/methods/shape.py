@@ -76,8 +76,9 @@ class Ways(Method):
 class Shape(Ways):
     """Cuts a model to a shape: numbers of what stays in each block, and of blocks; null: as many as there are.
 
-    query_heads: of each KV group. Blocks go first, then channels and groups together, experts, and hidden channels last, each calibrated on what is
-    left by then. held_out: the last so many calibration windows do not calibrate; on them `shape/kl` is measured.
+    query_heads: of each KV group. Blocks go first, then channels and groups together, experts, and hidden channels
+    last, each calibrated on what is left by then. held_out: the last so many calibration windows do not calibrate; on
+    them `shape/kl` is measured.
     """
 
     blocks: int | None = None
