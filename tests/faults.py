@@ -321,7 +321,7 @@ FAULTS = (
         ("test_experts.py::test_frequency_and_reap_remove_different_experts",),
     ),
     Fault(
-        "outputs_of_experts_behind_the_gate", "prune_lab/models/found_experts.py",
+        "outputs_of_experts_behind_the_gate", "prune_lab/models/watched_experts.py",
         "ones = torch.ones(tokens * k, 1,", "ones = torch.full((tokens * k, 1), 0.5,",
         ("test_experts.py::test_scores_of_a_mixture_by_hand",),
     ),
@@ -1126,7 +1126,7 @@ FAULTS = (
         ("test_run_clock.py::test_what_is_left_is_what_was_expected_less_what_passed",),
     ),
     Fault(
-        "outputs_of_the_first_choice_alone", "prune_lab/models/found_experts.py",
+        "outputs_of_the_first_choice_alone", "prune_lab/models/watched_experts.py",
         "of_all[chosen[:, i], at]", "of_all[chosen[:, 0], at]",
         ("test_experts.py::test_scores_where_gates_multiply_the_states_by_hand",),
     ),

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from prune_lab.models.anatomy import Anatomy
-from prune_lab.models.found_experts import modules_of_experts, watched
 from prune_lab.models.resize import original_blocks, original_experts
+from prune_lab.models.watched_experts import modules_of_experts, watched
 from prune_lab.system.world import World
 
 

@@ -12,9 +12,9 @@ from torch import nn
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.contents import count_nonzero, count_weights
 from prune_lab.models.found import ROUTER
-from prune_lab.models.found_experts import experts_of_a_token, modules_of_experts
 from prune_lab.models.low_bit.experts import LowBitExperts
 from prune_lab.models.low_bit.linears import LowBitLinear
+from prune_lab.models.watched_experts import experts_of_a_token, modules_of_experts
 
 MB = 1e6
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from prune_lab.models.anatomy import Anatomy
-    from prune_lab.models.found_experts import Mixture
     from prune_lab.models.unit_sets import FoundGroup
+    from prune_lab.models.watched_experts import Mixture
     from prune_lab.pruning.calibration import Calibrator
     from prune_lab.pruning.expert_scores import ExpertSums
 
@@ -132,8 +132,9 @@ class Experts(Method):
 
     def _count_to_keep(self, anatomy: Anatomy, amount: float) -> int:
         """Number of experts that stay in each block; raises Refused for one that the router cannot choose among."""
-        from prune_lab.models.found_experts import can_choose, most_of_a_token, router_groups
+        from prune_lab.models.found_experts import can_choose, router_groups
         from prune_lab.models.resize import dense_count
+        from prune_lab.models.watched_experts import most_of_a_token
         from prune_lab.pruning.selection import count_to_remove
 
         group, mixtures = self._mixtures(anatomy)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from prune_lab.errors import Refused
-from prune_lab.models.found_experts import Mixture, by_block, gated_mixtures, top_k_of
+from prune_lab.models.found_experts import gated_mixtures
 from prune_lab.models.rebuild import edited, rebuild, rebuilt, tensors_of, text_parts
+from prune_lab.models.watched_experts import Mixture, by_block, top_k_of
 
 _KEPT = "_found_top_k"  # with the model and its copies; in no export
 _NAMED = re.compile(r"expert|top_?k|moe_k")  # fields that may be it

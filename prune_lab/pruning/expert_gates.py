@@ -11,8 +11,9 @@ from torch import Tensor
 
 from prune_lab.errors import Refused
 from prune_lab.models.found import evaluating, probe_tokens
-from prune_lab.models.found_experts import Mixture, by_block, gated_mixtures, watched
+from prune_lab.models.found_experts import gated_mixtures
 from prune_lab.models.products import Place, Products, eager_experts
+from prune_lab.models.watched_experts import Mixture, by_block, watched
 
 
 class ExpertGates:

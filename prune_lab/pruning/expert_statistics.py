@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prune_lab.models.blocks import ReachedError
-from prune_lab.models.found_experts import Mixture, by_block, first_of, outputs_of, watched, without_experts
+from prune_lab.models.watched_experts import Mixture, by_block, first_of, outputs_of, watched, without_experts
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.expert_scores import ExpertSums, sums_of
 from prune_lab.system.world import World

@@ -14,14 +14,7 @@ from prune_lab.models.anatomy import ACTIVE, HIDDEN, LABELS, Anatomy, UnitLinear
 from prune_lab.models.cuts import Cut, Selection, cut, selected
 from prune_lab.models.found import evaluating, forget_layout, is_same, layout_of, probe_tokens
 from prune_lab.models.found import keep as keep_layout
-from prune_lab.models.found_experts import (
-    EXPERTS,
-    gives_the_same,
-    mixtures_of,
-    router_groups,
-    with_experts,
-    without_experts,
-)
+from prune_lab.models.found_experts import EXPERTS, gives_the_same, mixtures_of, router_groups, with_experts
 from prune_lab.models.found_units import after_cut, forget_units, units_of
 from prune_lab.models.hidden import remove_hidden
 from prune_lab.models.offload.streamed import cut_on_disk
@@ -40,6 +33,7 @@ from prune_lab.models.unit_cut import filled, selections
 from prune_lab.models.unit_fields import config_of
 from prune_lab.models.unit_probe import Calls
 from prune_lab.models.unit_sets import FoundGroup
+from prune_lab.models.watched_experts import without_experts
 from prune_lab.pruning.refit import check_finite, refit_columns
 from prune_lab.pruning.statistics import LinearStatistics
 
