@@ -122,6 +122,7 @@ def test_the_damage_of_an_axis_is_the_divergence_of_its_cut(dense: Loaded) -> No
     axes = found["axes"]
     assert {name: of["counts"] for name, of in axes.items()} == {"blocks": [3, 2], "mlp": [32, 24], "hidden": [24, 16]}
     assert axes["mlp"]["possible"] == [40, 32, 24]
+    assert axes["blocks"]["possible"] == axes["blocks"]["counts"]  # other blocks go at other counts
     for axis, of in axes.items():
         for count, kl in zip(of["counts"], of["kl"], strict=True):
             behind_dense = Calibrator(WINDOWS[:-3], propagate="dense")

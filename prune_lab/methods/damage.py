@@ -35,8 +35,9 @@ class Damage(Ways):
     Leaves damage.json and .md in the run's folder: the counts of each axis that a stock config can hold, the damage at
     the counts nearest to `amounts`, and what shapes cost, which a search for a shape reads (sweeps/shape_search.py).
     Each step is kept as soon as it is measured. Channels and groups are cut by statistics of the dense model, which are
-    collected once, of the first windows, up to `tokens`. round_to: counts of MLP and hidden channels are multiples of
-    it.
+    collected once, of the first windows, up to `tokens`. Other blocks go at each count, so that between two counts the
+    damage is not known: of blocks only the counts that were measured are possible. round_to: counts of MLP and hidden
+    channels are multiples of it.
     """
 
     axes: tuple[str, ...] = USUAL
@@ -100,7 +101,7 @@ class Damage(Ways):
             "axes": {
                 axis: {
                     "total": totals[axis],
-                    "possible": [count for count in possible[axis] if count >= counts[-1]],
+                    "possible": counts if axis == "blocks" else [n for n in possible[axis] if n >= counts[-1]],
                     "counts": counts,
                     "kl": damage[axis],
                 }
