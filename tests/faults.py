@@ -490,7 +490,7 @@ FAULTS = (
     ),
     Fault(
         "blocks_before_removed_ones_repair_nothing", "prune_lab/pruning/depth_refit.py",
-        "for index in range(at, run.stop):", "for index in range(at, run.start):",
+        "for index in range(max(at, before), run.stop):", "for index in range(max(at, before), run.start):",
         ("test_depth.py::test_a_refit_is_the_least_squares_of_two_models_side_by_side",
          "test_depth.py::test_whichever_blocks_go_the_states_come_nearer"),
     ),
