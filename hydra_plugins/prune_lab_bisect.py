@@ -68,13 +68,14 @@ class BisectSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Makes the launcher that the configuration names."""
-        from prune_lab.results.bounds import read_bounds, texts_of
+        from prune_lab.results.bounds import check_measured, read_bounds, texts_of
         from prune_lab.sweeps.bisection import Budget, Candidate
 
         self.hydra_context, self.config = hydra_context, config
-        self.budget = Budget(
-            read_bounds(texts_of(config.bound if isinstance(config.bound, str) else list(config.bound))), self.best
-        )
+        self.budget = Budget(read_bounds(texts_of(config.bound)), self.best)
+        if not any(word.startswith("measure") for words in (self.params, *self.overrides) for word in words):
+            for bound in self.budget.bounds:
+                check_measured(bound.metric, config.measure)
         self.candidates = [
             Candidate(overrides, self.low, self.high, self.step, self.budget.on_quality) for overrides in self.overrides
         ]

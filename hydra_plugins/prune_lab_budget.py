@@ -12,6 +12,7 @@ lies here since Hydra finds sweepers in hydra_plugins alone.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,15 @@ class BudgetSweeper(Sweeper):
         best: str,
         params: Mapping[str, Any] | None = None,
     ) -> None:
+        from prune_lab.methods.damage import Damage
         from prune_lab.results.bounds import check_metric
 
-        check_metric(best)
+        check_metric(best, "hydra.sweeper.best")
+        held = 1 if held_out is None else held_out
+        try:
+            Damage(axes=tuple(axes), amounts=tuple(amounts), round_to=round_to, held_out=held)
+        except ValueError as error:
+            raise ValueError(f"hydra.sweeper.{error}") from error
         if shapes < 1:
             raise ValueError(f"hydra.sweeper.shapes={shapes} must be at least 1: those that are measured whole")
         self.axes, self.amounts, self.round_to, self.held_out = tuple(axes), tuple(amounts), round_to, held_out
@@ -78,7 +85,7 @@ class BudgetSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Runs the search; `arguments` are the command line's."""
-        from prune_lab.results.bounds import read_bounds, texts_of
+        from prune_lab.results.bounds import check_measured, read_bounds, texts_of
         from prune_lab.sweeps.budget import Search, Settings, answer
         from prune_lab.sweeps.budget_plots import draw
         from prune_lab.sweeps.comparison import ANSWER
@@ -87,15 +94,16 @@ class BudgetSweeper(Sweeper):
         self._refuse(arguments)
         config, self.arguments = self.config, arguments
         folder = Path(config.hydra.sweep.dir)
+        bounds = read_bounds(texts_of(config.bound))
+        if not any(word.startswith("measure") for word in self.params):
+            on_quality = all(bound.on_quality for bound in bounds)
+            for name in (*(bound.metric for bound in bounds), *([self.best] if on_quality else [])):
+                check_measured(name, config.measure)
         settings = Settings(
-            self._held_out(), self.shapes, self.best, keeps_export=config.measure.engine != "none",
-            stored_as_is=self._stores_as_is(), survey=self._survey(),
+            self._held_out(), self.shapes, self.best, stored_as_is=self._stores_as_is(),
+            runs_export=config.measure.engine != "none", left_out=self._left_out(), survey=self._survey(),
         )  # fmt: skip
-        search = Search(
-            read_bounds(texts_of(config.bound if isinstance(config.bound, str) else list(config.bound))),
-            settings,
-            self._run,
-        )
+        search = Search(bounds, settings, self._run)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, folder / "multirun.yaml")
         found = search.search()
@@ -108,7 +116,7 @@ class BudgetSweeper(Sweeper):
     def _run(self, batch: Sequence[Sequence[str]]) -> list[Any]:
         from prune_lab.results.summary import Summary, read_summary
 
-        asked = [[*self.params, *self.arguments, *overrides] for overrides in batch]
+        asked = [[*self._given_with(overrides), *overrides] for overrides in batch]
         self.validate_batch_is_legal(asked)
         done = self.launcher.launch(asked, initial_job_idx=self.number)
         self.number += len(asked)
@@ -120,6 +128,31 @@ class BudgetSweeper(Sweeper):
             summary = read_summary(Path(result.hydra_cfg.hydra.runtime.output_dir))
             summaries.append(summary or Summary("KILLED", reason="its process ended without saying so"))
         return summaries
+
+    def _given_with(self, overrides: Sequence[str]) -> list[str]:
+        """The overrides that were given, less the keys of groups that a run leaves out."""
+        gone = [word.removesuffix("=none") for word in overrides if word.endswith("=none")]
+        given = [*self.params, *self.arguments]
+        return [word for word in given if not any(word.startswith((f"{group}=", f"{group}.")) for group in gone)]
+
+    def _left_out(self) -> tuple[str, ...]:
+        """Groups that a run may leave out: not those whose keys the recipe itself sets, which none has not."""
+        from prune_lab.config.parts import build
+        from prune_lab.errors import Refused
+
+        assert self.hydra_context is not None
+        assert self.config is not None
+        found = []
+        for group in ("recovery", "post", "export"):
+            none = f"{group}=none"
+            if str(self.config.hydra.runtime.choices[group]) == "none":
+                continue
+            load = self.hydra_context.config_loader.load_sweep_config
+            composed = load(self.config, [*self._given_with([none]), none])
+            with suppress(Refused):
+                build(composed[group], group)
+                found.append(group)
+        return tuple(found)
 
     def _survey(self) -> tuple[str, ...]:
         """Overrides of the run that measures the damage: keys with other values than their defaults."""
@@ -134,12 +167,11 @@ class BudgetSweeper(Sweeper):
         usual_of = {"axes": list(usual.axes), "amounts": [f"{a:g}" for a in usual.amounts], "round_to": usual.round_to}
         changed = {f"method.{key}": value for key, value in of_method.items() if value != usual_of[key]}
         unmeasured = {
-            "latency": False, "memory": False, "energy": False, "generation_prompts": 0, "tasks": [], "engine": "none",
+            "latency": False, "memory": False, "energy": False, "aa": False, "accelerate": "none", "batch_sizes": [1],
+            "lengths": [], "generation_prompts": 0, "tasks": [], "engine": "none",
         }  # fmt: skip
         measure = self.config.measure
         changed |= {f"measure.{key}": value for key, value in unmeasured.items() if measure[key] != value}
-        if str(self.config.hydra.runtime.choices.export) != "none":
-            changed["export"] = "none"
         return tuple(f"{key}={_word(value)}" for key, value in changed.items())
 
     def _held_out(self) -> int:
@@ -147,7 +179,14 @@ class BudgetSweeper(Sweeper):
         assert self.config is not None
         text = self.config.dataset.calibration
         wanted = -(-HELD_OUT // int(text.seq_len)) if self.held_out is None else self.held_out
-        return max(1, min(wanted, int(text.n_samples) // 4)) if self.held_out is None else wanted
+        if self.held_out is None:
+            return max(1, min(wanted, int(text.n_samples) // 4))
+        if wanted >= int(text.n_samples):
+            raise ValueError(
+                f"hydra.sweeper.held_out={wanted} leaves no window of dataset.calibration.n_samples={text.n_samples} "
+                f"to calibrate on: give at most {int(text.n_samples) - 1}, such as a quarter"
+            )
+        return wanted
 
     def _stores_as_is(self) -> bool:
         """True where the files that a run measures hold the weights in its number type."""
@@ -161,7 +200,7 @@ class BudgetSweeper(Sweeper):
         assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         looked_for = ("amount", "method", "method.amount", "method.held_out", *(f"method.{axis}" for axis in AXES))
-        for override in parser.parse_overrides(arguments):
+        for override in parser.parse_overrides([*self.params, *arguments]):
             if override.is_sweep_override() or override.get_key_element() in looked_for:
                 raise ValueError(
                     f"{override.input_line}: the shape is what is looked for, and other keys have one value each; "

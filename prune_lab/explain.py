@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import NoReturn
 
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, ConfigTypeError, OmegaConfBaseException
 
@@ -41,6 +42,8 @@ def one_line(error: BaseException) -> str:
     if isinstance(cause, ConfigTypeError) and isinstance(cause.parent_node, DictConfig):
         keys = ", ".join(map(str, cause.parent_node))
         return f"{cause.full_key} is not one value: give {cause.full_key}.KEY, where KEY is one of {keys}"
+    if isinstance(error, InstantiationException) and isinstance(cause, ValueError):  # a sweeper's own words
+        return " ".join(str(cause).split())
     if isinstance(cause, OmegaConfBaseException):
         return f"{cause.full_key}: {str(cause).splitlines()[0]}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from conftest import Cli
 
-from prune_lab.results.bounds import Bound, hold, not_kept, read_bounds, texts_of
+from prune_lab.results.bounds import Bound, check_measured, hold, not_kept, read_bounds, texts_of
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,7 @@ def test_a_bound_is_read(text: str, bound: Bound) -> None:
         ("latency/decode_speedup<=2", "is better when higher"),
         ("throughput/decode_tokens_per_s<=2", "is better when higher"),
         ("scope/share<=1", "is only shown"),
+        ("validation/perplexity<=9", "is logged while a model trains"),
     ],
 )
 def test_what_is_no_bound_is_refused(text: str, says: str) -> None:
@@ -59,6 +61,35 @@ def test_what_is_no_bound_is_refused(text: str, says: str) -> None:
 def test_a_metric_is_bounded_once() -> None:
     with pytest.raises(ValueError, match="params/total is bounded twice"):
         read_bounds(["params/total<=3", "size/disk_mb<=1", "params/total<=2"])
+
+
+@pytest.mark.parametrize(
+    ("metric", "says"),
+    [
+        ("latency/prefill_ms_p50", "measure.latency=true"),
+        ("memory/peak_mb", "measure.memory=true"),
+        ("llama_cpp/file_mb", "measure.engine=llama_cpp,"),
+        ("onnxruntime/decode_ms_per_token_p50", "measure.engine=onnxruntime measure.latency=true"),
+        ("llama_cpp/peak_mb", "measure.engine=llama_cpp measure.memory=true"),
+        ("energy/joules_per_token", "measure.energy=true"),
+        ("generation/loops", "measure.generation_prompts=8"),
+        ("tasks/piqa_flips", "measure.tasks=[piqa]"),
+        ("quality/kl_p99", "measure.kl_windows=32"),
+    ],
+)
+def test_a_metric_that_runs_would_not_measure_names_the_keys(metric: str, says: str) -> None:
+    measure = dict.fromkeys(("latency", "memory", "energy"), False) | {"engine": "none", "tasks": []}
+    measure |= {"generation_prompts": 0, "kl_windows": 0}
+    with pytest.raises(ValueError, match=re.escape(says)):
+        check_measured(metric, measure)
+    measure = dict.fromkeys(("latency", "memory", "energy"), True) | {"engine": metric.split("/")[0]}
+    check_measured(metric, measure | {"tasks": ["arc_easy", "piqa"], "generation_prompts": 2, "kl_windows": None})
+
+
+def test_what_every_run_measures_needs_no_key() -> None:
+    measure = dict.fromkeys(("latency", "memory", "energy"), False) | {"engine": "none", "tasks": []}
+    for metric in ("params/total", "size/disk_mb", "memory/weights_mb", "quality/perplexity", "compute/macs_per_token"):
+        check_measured(metric, measure | {"generation_prompts": 0, "kl_windows": 0})
 
 
 def test_one_text_is_a_list_of_one() -> None:

@@ -90,6 +90,42 @@ def test_bounds_on_quality_alone_look_for_the_cheapest(asked: list[str], cli: Cl
     assert jobs[-1]["metrics"]["params/total"] < jobs[-1]["metrics"]["params/dense_total"]
 
 
+def test_keys_of_what_a_run_leaves_out_go_with_it(asked: list[str], cli: Cli, tmp_path: Path) -> None:
+    """Bytes of a GGUF file are compared as such, and only the winner is trained, though both come with keys."""
+    keys = ["export=gguf", "export.type=f16", "recovery=finetune", "recovery.steps=2", "hydra.sweeper.axes=[mlp,heads]"]
+    done = cli(*asked, *keys, "bound=['size/disk_mb<=0.06']")
+    assert done.returncode == 0, done.stderr
+    jobs = json.loads((tmp_path / "sweep" / "results.json").read_text())
+    candidates = [
+        job for job in jobs if job["config"]["method"].get("held_out") and job["choices"]["method"] == "shape"
+    ]
+    assert {job["choices"]["recovery"] for job in jobs[:-1]} == {"none"}
+    assert jobs[0]["choices"]["export"] == "none"
+    final = jobs[-1]
+    assert final["choices"]["recovery"] == "finetune"
+    (same,) = [job for job in candidates if job["metrics"]["params/total"] == final["metrics"]["params/total"]]
+    assert same["metrics"]["size/disk_mb"] == pytest.approx(final["metrics"]["size/disk_mb"], rel=1e-3)
+    assert (tmp_path / "sweep" / str(len(jobs) - 1) / "export").is_dir()
+
+
+def test_keys_that_a_recipe_itself_sets_are_kept(asked: list[str], cli: Cli, tmp_path: Path) -> None:
+    recipe = RECIPE.replace("export: hf", "export: gguf") + "export:\n  type: f16\n"
+    (tmp_path / "recipes" / "mine.yaml").write_text(recipe)
+    done = cli(*asked, "hydra.sweeper.shapes=1", "hydra.sweeper.axes=[mlp]", "bound=['params/total<=22000']")
+    assert done.returncode == 0, done.stderr
+
+
+def test_one_count_of_one_axis_is_enough_for_a_cost_that_is_fitted(asked: list[str], cli: Cli, tmp_path: Path) -> None:
+    """And a bound that the dense model keeps is kept by it."""
+    keys = ["hydra.sweeper.axes=[heads]", "export=none"]
+    done = cli(*asked, *keys, "bound=['compute/macs_per_token<=1e9','shape/kl<=1e9']")
+    assert done.returncode == 0, done.stderr
+    answer = (tmp_path / "sweep" / "answer.md").read_text()
+    assert "the dense model, as it is; KL 0" in answer.splitlines()[0]
+    assert "nan" not in answer
+    assert "is not kept" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -99,7 +135,17 @@ def test_bounds_on_quality_alone_look_for_the_cheapest(asked: list[str], cli: Cl
         (["method.mlp=16"], "method.mlp=16: the shape is what is looked for"),
         (["method=wanda"], "method=wanda: the shape is what is looked for"),
         (["seed=0,1"], "seed=0,1: the shape is what is looked for"),
-        (["hydra.sweeper.shapes=0"], "hydra.sweeper.shapes=0 must be at least 1"),
+        (["hydra.sweeper.shapes=0"], "prune_lab: hydra.sweeper.shapes=0 must be at least 1"),
+        (["bound=3"], "bound=3 is not a list of METRIC<=NUMBER"),
+        (["bound=null"], "bound=None is not a list of METRIC<=NUMBER"),
+        (["bound=['memory/peak_mb<=9']"], "memory/peak_mb would not be measured; give measure.memory=true"),
+        (["bound=['time/measure_s<=9']"], "time/measure_s is time that a run takes"),
+        (["hydra.sweeper.best=quality/kl"], "hydra.sweeper.best=quality/kl is a quality"),
+        (["hydra.sweeper.best=params"], "hydra.sweeper.best: 'params' is not a metric"),
+        (["hydra.sweeper.round_to=0"], "prune_lab: hydra.sweeper.round_to=0 must be at least 1"),
+        (["hydra.sweeper.axes=[heads,query_heads]"], "prune_lab: hydra.sweeper.axes: of heads and query_heads one"),
+        (["hydra.sweeper.amounts=[0.5,0.2]"], "prune_lab: hydra.sweeper.amounts=[0.5, 0.2] must rise"),
+        (["hydra.sweeper.held_out=8"], "hydra.sweeper.held_out=8 leaves no window"),
         (["hydra.sweeper.best=params/reduction"], "is better when higher"),
     ],
 )
@@ -114,6 +160,12 @@ def test_a_bound_that_nothing_keeps_to_names_the_nearest(asked: list[str], cli: 
     assert done.returncode == 1
     assert "the least params/total of all shapes that were looked at is" in done.stderr
     assert "no shape" in (tmp_path / "sweep" / "answer.md").read_text()
+
+
+def test_a_quality_that_no_candidate_keeps_names_the_nearest(asked: list[str], cli: Cli, tmp_path: Path) -> None:
+    done = cli(*asked, "bound=['params/total<=20000','quality/kl<=1e-9']", "hydra.sweep.dir=none")
+    assert done.returncode == 1
+    assert "the least quality/kl that was measured is" in done.stderr
 
 
 @pytest.mark.slow

@@ -151,6 +151,12 @@ def test_a_fit_finds_the_parts_of_a_cost() -> None:
         assert float(fit.cost(counts)) == pytest.approx(milliseconds(counts), rel=0.01)
 
 
+@pytest.mark.parametrize("axis", ["mlp", "heads", "query_heads", "experts", "hidden", "blocks"])
+def test_a_fit_knows_every_axis(axis: str) -> None:
+    fit = cost_fit.fit([{axis: 8}, {axis: 4}, {axis: 2}], [9.0, 5.0, 3.0], {axis: 8})
+    assert float(fit.cost({axis: 6})) == pytest.approx(7.0)
+
+
 def test_a_fit_has_no_negative_part_and_says_how_far_it_is_off() -> None:
     """A cost that falls with the blocks, as noise may have it, is not drawn into the negative beyond the shapes."""
     shapes = [{"blocks": blocks} for blocks in (6, 5, 4, 3)]

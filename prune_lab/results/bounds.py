@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class Bound:
 def texts_of(value: Any) -> tuple[str, ...]:
     """The texts of a value of `bound`: one, or a list of them; raises ValueError for anything else."""
     texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f'bound={value!r} is not a list of METRIC<=NUMBER, such as bound=["params/total<=110e6"]')
     return tuple(texts)
 
@@ -53,14 +53,19 @@ def read_bounds(texts: Iterable[str]) -> tuple[Bound, ...]:
     return found
 
 
-def check_metric(name: str) -> None:
+def check_metric(name: str, key: str = "bound") -> None:
     """Raises ValueError for a metric that cannot be bounded from above."""
     if "/" not in name or find(name) is None:
-        raise ValueError(f"bound: {name!r} is not a metric (docs/metrics.md lists them); give one {_EXAMPLE}")
+        raise ValueError(f"{key}: {name!r} is not a metric (docs/metrics.md lists them); give one {_EXAMPLE}")
+    if (entry := find(name)) is not None and entry.by_step:
+        raise ValueError(
+            f"{key}: {name} is logged while a model trains and is no result of a run; give a metric of the result, "
+            f"{_EXAMPLE}"
+        )
     if axis(name).better != "lower":
         why = "is better when higher" if axis(name).better == "higher" else "is only shown"
         raise ValueError(
-            f"bound: {name} {why}, and what is bounded is the largest value of a metric that is better when lower; "
+            f"{key}: {name} {why}, and what is bounded is the largest value of a metric that is better when lower; "
             f"give one {_EXAMPLE}"
         )
 
@@ -83,6 +88,31 @@ def _read(text: str) -> Bound:
     if not math.isfinite(limit) or limit < 0:
         raise ValueError(f"bound: {value} in {text!r} must be a finite number, 0 or more")
     return Bound(name, limit)
+
+
+def check_measured(name: str, measure: Mapping[str, Any]) -> None:
+    """Raises ValueError for a metric that runs with these keys of `measure` do not measure."""
+    parts = name.split("/", 1)
+    engine = str(measure["engine"])
+    needs: dict[str, Any] = {}
+    if parts[0] in ENGINES:
+        needs["engine"] = (engine == parts[0], parts[0])
+    if parts[0] == "latency" or (parts[0] in ENGINES and "_ms_" in name):
+        needs["latency"] = (measure["latency"], "true")
+    if parts[1] == "peak_mb":
+        needs["memory"] = (measure["memory"], "true")
+    if parts[0] == "energy":
+        needs["energy"] = (measure["energy"], "true")
+    if parts[0] == "generation":
+        needs["generation_prompts"] = (measure["generation_prompts"], "8")
+    if parts[0] == "tasks":
+        tasks = [str(task) for task in measure["tasks"]]
+        needs["tasks"] = (any(parts[1].startswith(f"{task}_") for task in tasks), f"[{parts[1].split('_')[0]}]")
+    if name.startswith("quality/kl"):
+        needs["kl_windows"] = (measure["kl_windows"] != 0, "32")
+    lacking = [f"measure.{key}={value}" for key, (is_measured, value) in needs.items() if not is_measured]
+    if lacking:
+        raise ValueError(f"bound: {name} would not be measured; give {' '.join(lacking)}, or bound another metric")
 
 
 def hold(bounds: Iterable[Bound], metrics: Mapping[str, float]) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prune_lab.results.bounds import Bound, hold, number, said
+from prune_lab.results.bounds import Bound, hold, not_kept, number, said
 from prune_lab.results.metrics import dense_name
 from prune_lab.results.summary import Summary
 from prune_lab.sweeps import cost_fit, shape_search
@@ -39,16 +39,17 @@ Run = Callable[[Sequence[Sequence[str]]], list[Summary]]
 class Settings:
     """Keys of the search: axes and steps as in method=damage; shapes: how many are measured whole.
 
-    best: of bounds on quality alone, the cost that is to be least. keeps_export: the runs that are compared export too,
-    since an engine measures exports. stored_as_is: files hold the weights in the run's number type. survey: overrides
-    of the keys of method=damage, and of what need not be measured beside it.
+    best: of bounds on quality alone, the cost that is to be least. stored_as_is: files hold the weights in the run's
+    number type. runs_export: an engine measures what is exported. left_out: groups of which a run that does not need
+    them has none. survey: overrides of the keys of method=damage, and of what need not be measured beside it.
     """
 
     held_out: int
     shapes: int
     best: str
-    keeps_export: bool = False
     stored_as_is: bool = True
+    runs_export: bool = False
+    left_out: tuple[str, ...] = ()
     survey: tuple[str, ...] = ()
 
 
@@ -93,6 +94,16 @@ class Search:
     def __init__(self, bounds: tuple[Bound, ...], settings: Settings, run: Run) -> None:
         if not bounds:
             raise ValueError('bound is required: bounds on metrics, such as bound=["params/total<=110e6"]')
+        if Bound(settings.best, 0.0).on_quality:
+            raise ValueError(
+                f"hydra.sweeper.best={settings.best} is a quality: bound it, and give a cost, such as params/total"
+            )
+        for name in (*(bound.metric for bound in bounds), settings.best):
+            if name.startswith("time/"):
+                raise ValueError(
+                    f"{name} is time that a run takes and no cost of its model: give latency/decode_ms_per_token_p50, "
+                    "or another cost of the model, in bound and hydra.sweeper.best"
+                )
         self.bounds, self.settings, self._launch = bounds, settings, run
         self._runs, self._totals = 0, Counts()
 
@@ -112,9 +123,9 @@ class Search:
         if kept:
             rank = (lambda one: one.kl) if on_cost else (lambda one: one.metrics[self.settings.best])
             found.winner = min(kept, key=rank)
-            (found.final,) = self._run([self._overrides(found.winner.counts, 0, is_last=True)])
+            (found.final,) = self._run([[*self._overrides(found.winner.counts), *self._bounds_of_final()]])
         elif found.why_none is None:
-            found.why_none = "none that was measured keeps to it"
+            found.why_none = _nearest_measured(found)
         found.runs = self._runs
         return found
 
@@ -125,6 +136,7 @@ class Search:
     def _survey(self) -> Space:
         """The damage of each axis, of a run that measures nothing else."""
         overrides = ["method=damage", f"method.held_out={self.settings.held_out}", *self.settings.survey, "bound=[]"]
+        overrides += self._without("recovery", "post", "export")
         for again in ((), ("resume=false",)):  # the folder of a finished run may be gone
             (summary,) = self._run([[*overrides, *again]])
             if summary.status != "FINISHED":
@@ -145,11 +157,13 @@ class Search:
         if not fitted:
             return
         shapes = space.steps()
-        batch = [[*self._overrides(counts, 0), *_ANY_WEIGHTS, "bound=[]", *_ONE_WINDOW] for counts in shapes]
+        beside = [*_ANY_WEIGHTS, "bound=[]", *_ONE_WINDOW, *self._without("recovery", *self._export)]
+        batch = [[*self._overrides(counts), *beside] for counts in shapes]
         summaries = self._run(batch)
         done = [(counts, s.metrics) for counts, s in zip(shapes, summaries, strict=True) if s.status == "FINISHED"]
-        if len(done) < 3:
-            raise ValueError(f"the shapes that costs are fitted to did not run: {summaries[0].reason}")
+        if len(done) < min(3, len(shapes)):
+            reasons = [summary.reason for summary in summaries if summary.status != "FINISHED"]
+            raise ValueError(f"the shapes that costs are fitted to did not run: {reasons[0]}")
         for metric in fitted:
             if any(metric not in measured for _, measured in done):
                 raise ValueError(
@@ -201,7 +215,11 @@ class Search:
     def _measure(self, found: Found, shapes: Sequence[Counts]) -> list[Candidate]:
         """Cuts, refits and measures shapes, and notes them as candidates."""
         space = found.space
-        summaries = self._run([self._overrides(counts, self.settings.held_out) for counts in shapes])
+        # The winner is chosen before any recovery, which a bound on quality alone makes a difference to.
+        on_quality = any(bound.on_quality and bound.metric != KL for bound in self.bounds)
+        beside = [f"method.held_out={self.settings.held_out}"]
+        beside += self._without(*(() if on_quality else ("recovery",)), *self._export)
+        summaries = self._run([[*self._overrides(counts), *beside] for counts in shapes])
         measured = []
         for counts, summary in zip(shapes, summaries, strict=True):
             place = space.place_of(counts)
@@ -210,11 +228,24 @@ class Search:
         found.candidates += measured
         return measured
 
-    def _overrides(self, counts: Counts, held_out: int, is_last: bool = False) -> list[str]:
+    def _overrides(self, counts: Counts) -> list[str]:
         shape = [f"method.{axis}={count}" for axis, count in counts.items() if count < self._totals[axis]]
-        held = [f"method.held_out={held_out}"] if held_out else []
-        export = [] if is_last or self.settings.keeps_export else ["export=none"]
-        return ["method=shape", *shape, *held, *export]
+        return ["method=shape", *shape]
+
+    def _bounds_of_final(self) -> list[str]:
+        """Bounds of the run of the winner, which holds no windows out that shape/kl could be measured on."""
+        left = [f"{bound.metric}<={bound.limit!r}" for bound in self.bounds if bound.metric != KL]
+        return [f"bound={json.dumps(left)}"] if len(left) < len(self.bounds) else []
+
+    @property
+    def _export(self) -> tuple[str, ...]:
+        """The group of the export, where runs that are compared need none: neither an engine nor a bound reads it."""
+        on_file = any(name == "size/disk_mb" for name in (*(b.metric for b in self.bounds), self.settings.best))
+        is_read = self.settings.runs_export or (on_file and not self.settings.stored_as_is)
+        return () if is_read else ("export",)
+
+    def _without(self, *groups: str) -> list[str]:
+        return [f"{group}=none" for group in groups if group in self.settings.left_out]
 
 
 def _fitted(metric: str, done: Sequence[tuple[Counts, Mapping[str, float]]], dense: Counts) -> cost_fit.CostFit:
@@ -235,6 +266,23 @@ def _at(values: Values, space: Space, place: tuple[int, ...]) -> Any:
     return shape_search.numpy.broadcast_to(values, space.shape)[place]
 
 
+def _nearest_measured(found: Found) -> str:
+    """Words on candidates of which none keeps to the bounds: how near to each one came."""
+    done = [one for one in found.candidates if one.metrics]
+    if not done:
+        reasons = [one.summary.reason for one in found.candidates]
+        return f"no candidate finished: {reasons[0]}" if reasons else "nothing was measured"
+    nearest = []
+    for bound in found.bounds:
+        near = min(done, key=lambda one: one.metrics.get(bound.metric, math.inf))
+        if bound.metric not in near.metrics:
+            nearest.append(f"the runs do not measure {bound.metric}")
+        elif not bound.holds(near.metrics):
+            least, at = number(near.metrics[bound.metric]), _shown(near.counts, found.space.dense)
+            nearest.append(f"the least {bound.metric} that was measured is {least}, at {at}")
+    return "; ".join(nearest) or "none that was measured keeps to all bounds at once, though one keeps to each"
+
+
 def answer(found: Found) -> str:
     """The outcome as Markdown: the winner, what each candidate came to, and how far predictions were off."""
     bounds = said(found.bounds)
@@ -242,10 +290,17 @@ def answer(found: Found) -> str:
         lines = [f"**Within {bounds}** ({found.runs} runs): no shape; {found.why_none}."]
     else:
         shape = _shown(found.winner.counts, found.space.dense, "method.")
-        final = found.final.metrics if found.final is not None else {}
+        what = f"`method=shape {shape}`" if found.winner.counts != found.space.dense else "the dense model, as it is"
+        assert found.final is not None
+        is_made, final = found.final.status == "FINISHED", found.final.metrics
         titles = {"quality/kl": "KL", "quality/perplexity": "perplexity", "params/total": "parameters"}
         figures = [f"{title} {number(final[name])}" for name, title in titles.items() if name in final]
-        lines = [f"**Within {bounds}** ({found.runs} runs): `method=shape {shape}`; {', '.join(figures)}."]
+        if not is_made:
+            figures = [f"its last run, from all calibration windows, did not finish: {found.final.reason}"]
+        lines = [f"**Within {bounds}** ({found.runs} runs): {what}; {', '.join(figures)}."]
+        kept = [bound for bound in found.bounds if bound.metric != KL]
+        if is_made and (missed := not_kept(kept, final)):
+            lines += ["", f"Made from all calibration windows, it is not within: {'; '.join(missed)}."]
     if not found.candidates:
         return "\n".join([*lines, ""])
     metrics = list(dict.fromkeys([*found.costs, *(bound.metric for bound in found.bounds)]))
@@ -285,7 +340,9 @@ def _errors(found: Found) -> list[str]:
         off = [abs(one.costs[metric] / one.metrics[metric] - 1) for one in found.candidates if one.metrics.get(metric)]
         seen = f"at most {max(off):.2%} from what was measured of the candidates" if off else "not measured"
         if metric in found.fits:
-            held = f"; leaving out each of the shapes that it was fitted to, at most {found.fits[metric].error:.1%}"
+            error = found.fits[metric].error
+            held = f"; leaving out each of the shapes that it was fitted to, at most {error:.1%}"
+            held = "" if math.isnan(error) else held
             lines.append(f"Predicted {metric} was {seen}{held}.")
         else:
             lines.append(f"Predicted {metric} was {seen}.")

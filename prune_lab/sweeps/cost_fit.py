@@ -14,7 +14,7 @@ import numpy
 from numpy.typing import NDArray
 
 Values = NDArray[numpy.float64]
-_WIDTHS = ("mlp", "heads", "experts")
+_WIDTHS = ("mlp", "heads", "query_heads", "experts")
 
 
 @dataclass(frozen=True)
