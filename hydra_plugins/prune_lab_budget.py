@@ -86,7 +86,8 @@ class BudgetSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Runs the search; `arguments` are the command line's."""
         from prune_lab.results.bounds import check_measured, read_bounds, texts_of
-        from prune_lab.sweeps.budget import Search, Settings, answer
+        from prune_lab.sweeps.budget import Search, Settings
+        from prune_lab.sweeps.budget_answer import answer
         from prune_lab.sweeps.budget_plots import draw
         from prune_lab.sweeps.comparison import ANSWER
 

@@ -1156,7 +1156,7 @@ FAULTS = (
         ("test_shape_search.py::test_damage_and_costs_of_every_shape",),
     ),
     Fault(
-        "winner_by_the_sum_of_its_axes", "prune_lab/sweeps/budget.py",
+        "the_worst_candidate_wins", "prune_lab/sweeps/budget.py",
         "rank = (lambda one: one.kl)", "rank = (lambda one: -one.kl)",
         ("test_budget.py::test_from_a_bound_to_an_exported_model",),
     ),

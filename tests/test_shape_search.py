@@ -157,6 +157,23 @@ def test_a_fit_knows_every_axis(axis: str) -> None:
     assert float(fit.cost({axis: 6})) == pytest.approx(7.0)
 
 
+def test_a_fit_of_a_mixture_has_a_part_of_its_experts_widths() -> None:
+    """Bytes in memory: what a mixture holds is experts x channels."""
+    totals = {"blocks": 6, "mlp": 64, "experts": 8}
+    space = Space(
+        (BLOCKS, MLP, Axis("experts", 8, (6, 4), (4,), (0.1,))),
+        (({"blocks": 3, "mlp": 16, "experts": 4}, {"params/total": 1.0}), (totals, {"params/total": 2.0})),
+    )
+
+    def megabytes(counts: Counts) -> float:
+        return 20 + counts["blocks"] * (1 + 0.01 * counts["mlp"] * counts["experts"])
+
+    shapes = [*space.steps(), totals]
+    fit = cost_fit.fit(shapes, [megabytes(counts) for counts in shapes], totals)
+    counts = {"blocks": 5, "mlp": 48, "experts": 6}
+    assert float(fit.cost(counts)) == pytest.approx(megabytes(counts), rel=1e-3)
+
+
 def test_a_fit_has_no_negative_part_and_says_how_far_it_is_off() -> None:
     """A cost that falls with the blocks, as noise may have it, is not drawn into the negative beyond the shapes."""
     shapes = [{"blocks": blocks} for blocks in (6, 5, 4, 3)]

@@ -52,8 +52,9 @@ def _parts(counts: Mapping[str, Any], totals: Mapping[str, int]) -> list[Any]:
     share = {axis: counts[axis] / total for axis, total in totals.items()}
     blocks, hidden = share.get("blocks", 1.0), share.get("hidden", 1.0)
     widths = [share[axis] for axis in _WIDTHS if axis in share]
-    parts = [1.0 + 0 * blocks, blocks, *(blocks * hidden * width for width in widths), hidden, blocks * hidden]
-    return parts
+    if "mlp" in share and "experts" in share:  # what the experts of a mixture hold
+        widths.append(share["mlp"] * share["experts"])
+    return [1.0 + 0 * blocks, blocks, *(blocks * hidden * width for width in widths), hidden, blocks * hidden]
 
 
 def _least_squares(rows: Values, measured: Values) -> Values:
