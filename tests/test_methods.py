@@ -27,8 +27,10 @@ from prune_lab.pruning.pruned import Pruned
 from prune_lab.pruning.refit_targets import TARGETS
 from prune_lab.system.device import Device
 
-# But those of experts: these families have none (test_experts.py, test_active_experts.py).
-OPTIONS = sorted({path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")} - {"experts", "active_experts"})
+# But those of experts, of which these families have none (test_experts.py, test_active_experts.py), and those whose
+# counts take the place of an amount (test_shape.py).
+OWN_TESTS = {"experts", "active_experts", "shape", "damage"}
+OPTIONS = sorted({path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")} - OWN_TESTS)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WINDOWS = torch.randint(300, (6, 24), generator=torch.Generator().manual_seed(7))
 MLP = 48
