@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,20 @@ def test_the_refit_is_least_squares(tmp_path: Path, variant: str) -> None:
     assert any("lm_head.weight (tied to the embedding)" in note for note in notes) == is_tied
     embedding = refitted.model.get_input_embeddings().weight
     assert torch.equal(embedding, dense.model.get_input_embeddings().weight[:, kept])
+
+
+def test_a_look_at_the_hidden_size_leaves_the_number_type_of_the_config(tmp_path: Path) -> None:
+    """What is tried is computed in float32; the config of the model, and of its export, says what its weights are."""
+    model = (
+        HubModel(name=str(make_folder(tmp_path / "dense"))).load(Device(torch.device("cpu"), torch.bfloat16), 0).model
+    )
+    before, anatomy = copy.deepcopy(model.config.to_dict()), Anatomy(model)
+    assert anatomy.can_hold("hidden", 24)
+    Structured(amount=0.25, units=("hidden",), score="random", refit="none").check_model(anatomy, [0.25])
+    assert model.config.to_dict() == before
+    Structured(amount=0.25, units=("hidden",), score="random", refit="none").prune(anatomy, 0.25, 0)
+    assert model.config.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 def test_passes_in_parts_give_the_same_refit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

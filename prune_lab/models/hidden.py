@@ -257,7 +257,7 @@ def _logits(model: Any, config: Any, axes: dict[str, int], change: Callable[[str
     """
     tensors = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
     tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
-    in_float32 = copy.copy(model)
+    in_float32, config = copy.copy(model), copy.deepcopy(config)  # whose number type becomes that of what is made
     in_float32.config = copy.deepcopy(model.config)
     in_float32.config.dtype = torch.float32
     try:
