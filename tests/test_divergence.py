@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ALL_FAMILIES, CPU, Cli, copied, make_folder
+from test_bisect import search
 from test_bos import with_bos
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -43,7 +44,7 @@ from prune_lab.models.load import HubModel, Loaded
 from prune_lab.post.quantize import Int4WeightOnly, Int8Dynamic, Int8WeightOnly
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.results.bounds import Bound, read_bounds
-from prune_lab.sweeps.bisection import Budget, Candidate
+from prune_lab.sweeps.bisection import Budget
 from prune_lab.system.console import Console
 from prune_lab.system.device import Device
 from prune_lab.text.bos import NO_BOS, Bos
@@ -376,9 +377,7 @@ def test_a_bound_on_divergence_looks_for_the_largest_amount(name: str) -> None:
     budget = Budget((Bound(name, 0.25),))
     assert budget.on_quality
     assert budget.best == "params/reduction"
-    candidate = Candidate((), 0.1, 0.8, 0.1, budget.on_quality)
-    while (amount := candidate.next_amount()) is not None:
-        candidate.tell(amount, {name: amount**2}, budget)
+    candidate = search(budget, {round(0.1 * k, 10): {name: (0.1 * k) ** 2} for k in range(1, 9)}, 0.1)
     assert candidate.best is not None
     assert candidate.best[0] == 0.5
     with pytest.raises(ValueError, match="limits quality and cost at once"):

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from prune_lab.results.bounds import Bound, hold, number
 from prune_lab.results.metrics import dense_name
 from prune_lab.results.summary import Summary
@@ -37,7 +39,7 @@ Run = Callable[[Sequence[Sequence[str]]], list[Summary]]
 
 @dataclass(frozen=True)
 class Settings:
-    """Keys of the search: axes and steps as in method=damage; shapes: how many are measured whole.
+    """Keys of the search: held_out, calibration windows to choose candidates by; shapes, how many are measured whole.
 
     best: of bounds on quality alone, the cost that is to be least. stored_as_is: files hold the weights in the run's
     number type. runs_export: an engine measures what is exported. left_out: groups of which a run that does not need
@@ -263,7 +265,7 @@ def _fitted(metric: str, done: Sequence[tuple[Counts, Mapping[str, float]]], den
 
 
 def _at(values: Values, space: Space, place: tuple[int, ...]) -> Any:
-    return shape_search.numpy.broadcast_to(values, space.shape)[place]
+    return numpy.broadcast_to(values, space.shape)[place]
 
 
 def _nearest_measured(found: Found) -> str:

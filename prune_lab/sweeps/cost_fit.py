@@ -54,27 +54,13 @@ def _parts(counts: Mapping[str, Any], totals: Mapping[str, int]) -> list[Any]:
     widths = [share[axis] for axis in _WIDTHS if axis in share]
     if "mlp" in share and "experts" in share:  # what the experts of a mixture hold
         widths.append(share["mlp"] * share["experts"])
-    return [1.0 + 0 * blocks, blocks, *(blocks * hidden * width for width in widths), hidden, blocks * hidden]
+    always = 1.0 + 0 * blocks  # of the type of the others: a number, or an array of shapes
+    return [always, blocks, *(blocks * hidden * width for width in widths), hidden, blocks * hidden]
 
 
 def _least_squares(rows: Values, measured: Values) -> Values:
-    """Least squares of the relative differences whose shares are not negative (Lawson and Hanson's active set)."""
-    scaled, wanted = rows / measured[:, None], numpy.ones(len(measured))
-    shares, active = numpy.zeros(rows.shape[1]), numpy.zeros(rows.shape[1], dtype=bool)
-    for _ in range(10 * rows.shape[1]):
-        slope = scaled.T @ (wanted - scaled @ shares)
-        slope[active] = -numpy.inf
-        if active.all() or slope.max() <= 1e-10:
-            break
-        active[int(slope.argmax())] = True
-        while True:
-            trial = numpy.zeros_like(shares)
-            trial[active] = numpy.linalg.lstsq(scaled[:, active], wanted, rcond=None)[0]
-            if (trial[active] > 0).all():
-                shares = trial
-                break
-            falling = active & (trial <= 0)
-            steps = shares[falling] / (shares[falling] - trial[falling])
-            shares = shares + float(steps.min()) * (trial - shares)
-            active &= shares > 1e-12
+    """Shares, none negative, by least squares of the relative differences."""
+    from scipy.optimize import nnls
+
+    shares: Values = nnls(rows / measured[:, None], numpy.ones(len(measured)))[0]
     return shares
