@@ -51,6 +51,7 @@ KINDS = {
     "engine": "perplexity of dense models in measure.engine",
     "baseline": "quality, size and task scores of dense models",
     "continuations": "greedy continuations of prompts by dense models",
+    "dense_states": "last states of dense models on the test text, for the divergence of others",
     "token_losses": "losses of dense models on the test text, for the interval of a ratio of perplexities",
 }
 _CANNOT_KEEP = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)

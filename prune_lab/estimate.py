@@ -36,7 +36,8 @@ def expected_seconds(parts: Parts, evaluator: Evaluator, calibrator: Calibrator 
     decodes = measure.memory or measure.latency or measure.generation_prompts > 0
     step = _seconds_of_a_step(evaluator) if decodes else 0.0  # not every type has a cache to decode with
     dense, memory = windows.numel() / evaluator.processes, 0.0
-    compared = evaluator.compared * windows.shape[1] / evaluator.processes
+    beside = 0 if evaluator.dense_states is not None else evaluator.compared
+    compared = beside * windows.shape[1] / evaluator.processes
     if measure.memory and not evaluator.device.is_cuda:
         memory = FRESH_PROCESS + measure.prompt_tokens * token + measure.decode_tokens * step
     continuing = measure.generation_prompts * measure.generation_tokens * step

@@ -11,6 +11,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from prune_lab import cache as store
@@ -21,6 +22,7 @@ from prune_lab.export.base import Export
 from prune_lab.export.hf import HuggingFace
 from prune_lab.fingerprint import baseline_key
 from prune_lab.measure.continuations import Continuation
+from prune_lab.measure.dense_states import DenseStates, can_keep_states
 from prune_lab.measure.divergence import POSITIONS, Divergence, perplexity_of, ratio_interval
 from prune_lab.measure.engine import engine_module, stamp_of
 from prune_lab.measure.engine_figures import Engine, EngineFigures
@@ -28,7 +30,7 @@ from prune_lab.measure.generation import Prompts, continue_prompts, prepare_prom
 from prune_lab.measure.macs import Macs, count_macs
 from prune_lab.measure.measurements import Measurements, continuations_from
 from prune_lab.measure.memory import measure_memory
-from prune_lab.measure.perplexity import measure_beside, measure_losses, quality_of
+from prune_lab.measure.perplexity import in_whole_batches, measure_beside, measure_losses, quality_of
 from prune_lab.measure.prompts import PromptShape, cut_grid, cut_headline
 from prune_lab.measure.routing import SameExperts
 from prune_lab.measure.settings import Measure
@@ -154,6 +156,15 @@ class Evaluator:
         """Results about the dense model, computed once for all its copies."""
         return DenseCache(self.dense.model, self.hashes, self.device)
 
+    @cached_property
+    def dense_states(self) -> DenseStates | None:
+        """Last states of the dense model on the windows that are compared; None where it runs beside each model."""
+        windows = self.windows[: in_whole_batches(self.compared, self.measure.batch_size)]
+        if not self.compared or self.processes > 1 or not can_keep_states(self.dense.model, windows):
+            return None
+        of = (self.dense.model, windows, self.measure.batch_size, self.device, self.bos)
+        return DenseStates(*of, self.dense_cache)
+
     def calibrator(self, seed: int, console: Console) -> tuple[Calibrator, dict[str, Any]]:
         """The calibration windows of a seed, and their stamp: source, sizes, propagation, where each window begins.
 
@@ -195,7 +206,7 @@ class Evaluator:
         with same_experts.watching(loaded.model, self.dense.model):
             losses, divergence = measure_beside(
                 loaded.model, self.dense.model, self.compared, self.windows, self.measure.batch_size, self.device,
-                console, self.bos, self._world,
+                console, self.bos, self._world, self.dense_states.batches(console) if self.dense_states else None,
             )  # fmt: skip
         same_experts.add_up(world)
         return losses, divergence, same_experts.share
@@ -356,9 +367,13 @@ class Evaluator:
 
         @cache  # asked for twice where the disk keeps none
         def losses() -> list[dict[str, Tensor]]:
-            batch_size = self.measure.batch_size
-            found = measure_losses(self.dense.model, self.windows, batch_size, self.device, console, self.bos, world)
-            return [{"losses": found}]
+            kept, batch_size = self.dense_states, self.measure.batch_size
+            first = [] if kept is None else [kept.losses(console)]
+            rest = self.windows[0 if kept is None else len(kept.windows) :]
+            if len(rest):
+                of = (self.dense.model, rest, batch_size, self.device, console, self.bos, world)
+                first.append(measure_losses(*of))
+            return [{"losses": torch.cat(first)}]
 
         kind = "token_losses"
         key = self.dense_cache.key(kind, self._of_windows | {"processes": self.processes})

@@ -131,6 +131,16 @@ def main(arguments: list[str]) -> int:
 FAULTS = (
     # Which weights go
     Fault(
+        "states_of_another_bos", "prune_lab/measure/dense_states.py",
+        ', "bos": self._bos.stamp}', "}",
+        ("test_dense_states.py::test_other_states_of_another_text_batch_bos_or_model",),
+    ),
+    Fault(
+        "states_of_fewer_windows_than_are_compared", "prune_lab/measure/perplexity.py",
+        "return -(-compared // batch_size) * batch_size", "return compared // batch_size * batch_size",
+        ("test_dense_states.py::test_figures_are_those_of_the_model_beside",),
+    ),
+    Fault(
         "count_rounded_down", "prune_lab/pruning/selection.py",
         "math.floor(numel * amount + 0.5)", "math.floor(numel * amount)",
         ("test_selection.py::test_counts_round_half_up",),

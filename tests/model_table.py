@@ -58,6 +58,8 @@ METHODS = {
 UNITS: dict[str, Method] = {
     "channels": Structured(amount=0.5, units=("mlp",), score="wifv", refit="inputs"),
     "KV groups": Structured(amount=0.5, units=("heads",), score="l2"),
+    "query heads": Structured(amount=0.5, units=("query_heads",), score="l2"),
+    "hidden": Structured(amount=0.5, units=("hidden",), score="minitron"),
     "experts": Experts(amount=0.5, score="frequency"),
 }
 
@@ -158,16 +160,17 @@ def _gap(model: Any, other: Any) -> float:
 def _try_units(dense: Loaded, method: Method, folder: Path) -> str:
     """Result of removing units from a copy: "yes", or the reason why not.
 
-    What is left is compared with zeros in the place of units; of experts it is as they go (pruning/surgery.py).
+    What is left is compared with zeros in the place of units; of experts and of channels of the hidden size it is as
+    they go (pruning/surgery.py, models/hidden.py).
     """
     try:
         models = []
-        ways = (method, replace(method, physical=False)) if isinstance(method, Structured) else (method, method)
-        for way in ways:
+        with_zeros = isinstance(method, Structured) and not method.is_of_hidden
+        for way in (method, replace(method, physical=False)) if with_zeros else (method, method):
             loaded = Loaded(copy.deepcopy(dense.model), dense.tokenizer, dense.name, dense.family)
             calibrator = Calibrator(WINDOWS) if method.calibrated else None
             pruned = way.prune(Anatomy(loaded.model), method.amount, 0, calibrator)
-            if isinstance(method, Structured) and abs(pruned.realized - method.amount) > 0.02:
+            if with_zeros and abs(pruned.realized - method.amount) > 0.02:
                 return f"{pruned.realized:.2f} of the units are gone"
             models.append(loaded)
         gap = _gap(models[0].model, models[1].model)
@@ -179,7 +182,7 @@ def _try_units(dense: Loaded, method: Method, folder: Path) -> str:
 def _said(error: Exception) -> str:
     text = " ".join(str(error).split()).replace("|", "/")
     text = re.sub("^model family '[^']*':? ", "", text)
-    text = text.partition("' ")[2] or text  # without the name of a folder
+    text = re.sub("^[^']*'[^']*/[^']*' ", "", text)  # without the name of a folder
     for before in ("cannot be removed: ", "blocks and matrices cannot be found, as it "):
         text = text.partition(before)[2] or text
     if "has no experts" in text or "have no experts" in text:
@@ -237,9 +240,9 @@ Written on {date} by `python tests/model_table.py` with transformers {transforme
 small model with random weights. `python tests/model_table.py TYPE` tries one type. This is the number of types for
 which each kind of pruning works:
 
-| single weights, all four methods | all blocks | some blocks | MLP channels | KV groups | experts |
-|---|---|---|---|---|---|
-| {works} | {every} | {some} | {channels} | {heads} | {experts} |
+| single weights, all four methods | all blocks | some blocks | channels | KV groups | query heads | hidden | experts |
+|---|---|---|---|---|---|---|---|
+| {works} | {every} | {some} | {channels} | {heads} | {query_heads} | {hidden} | {experts} |
 
 The columns of the table below:
 
@@ -252,10 +255,13 @@ The columns of the table below:
   transformers builds it from its config, has the logits of the model that bypasses the block. A block cannot be
   removed if other blocks use more of it than its output states, or if its index or the number of blocks changes what
   they compute. A run that asks for more is refused, and says why.
-- **channels, KV groups**: whether `method=structured` removes half of them (`method.units=[mlp]`, `[heads]`; channels
-  of experts and shared experts are MLP channels). The smaller model has the logits of the model with zeros in their
-  place, and stock transformers reads it with the same. KV groups cannot be removed if a head would compute something
-  else with fewer of them, or if a norm spans all heads.
+- **channels, KV groups, query heads**: whether `method=structured` removes half of them (`method.units=[mlp]`,
+  `[heads]`, `[query_heads]`; channels of experts and shared experts are MLP channels). The smaller model has the
+  logits of the model with zeros in their place, and stock transformers reads it with the same. KV groups cannot be
+  removed if a head would compute something else with fewer of them, or if a norm spans all heads. Query heads are
+  those that share a key and value with others, the same number of each KV group.
+- **hidden**: whether half of the channels of the hidden size can be removed (`method.units=[hidden]`), with the same
+  two comparisons. They cannot be if a norm subtracts the mean over all of them.
 - **experts**: whether `method=experts` removes half of the experts of each block, if there are any. The smaller model
   has the logits of the model whose routers avoid the removed experts, and stock transformers reads it with the same.
 - **calibrated**: "block by block", behind pruned blocks; or "whole model", behind dense blocks, for types whose
@@ -263,24 +269,27 @@ The columns of the table below:
   ([`model.stream=true`](offloading.md)), unless blocks share weights.
 - **remark**: the reason for a "no", shortened, and what is left alone.{more}
 
-| type | share | magnitude | wanda | sparsegpt | 2:4 | depth | channels | KV groups | experts | calibrated | remark |
-|---|---|---|---|---|---|---|---|---|---|---|---|
+{columns}
 """
 
 
 def page_of(title: str, what: str, rows: list[Row], more: str = "") -> str:
     """Contents of a page with these rows."""
+    columns = ["type", "share", *METHODS, "depth", *UNITS, "calibrated", "remark"]
     able = [row.removable for row in rows if row.removable is not None]
     head = HEAD.format(
         title=title,
         what=what,
         more=more,
+        columns=f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|",
         date=date.today(),
         transformers=version("transformers"),
         count=len(rows),
         works=sum(row.works(METHODS) for row in rows),
         channels=sum(row.works(["channels"]) for row in rows),
         heads=sum(row.works(["KV groups"]) for row in rows),
+        query_heads=sum(row.works(["query heads"]) for row in rows),
+        hidden=sum(row.works(["hidden"]) for row in rows),
         experts=sum(row.works(["experts"]) for row in rows),
         every=sum(some == of_all for some, of_all in able),
         some=sum(0 < some < of_all for some, of_all in able),

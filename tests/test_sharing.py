@@ -29,6 +29,7 @@ from prune_lab import dense_cache, evaluator, fingerprint
 from prune_lab.commands import cache as cache_command
 from prune_lab.dense_cache import DenseCache
 from prune_lab.errors import Refused
+from prune_lab.measure import dense_states
 from prune_lab.measure.settings import Measure
 from prune_lab.methods.depth import Depth
 from prune_lab.methods.magnitude import Magnitude
@@ -332,13 +333,13 @@ def run(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 def test_a_sweep_from_the_cache_equals_cold_runs(run: Run, monkeypatch: pytest.MonkeyPatch, passes: list[int]) -> None:
     """Metrics but for times, and exported weights, of the amounts that others went before."""
     dense_measured: list[int] = []
-    real = evaluator.measure_losses
+    real = dense_states.states_at_targets
 
     def measure(*arguments: Any) -> Any:
         dense_measured.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr(evaluator, "measure_losses", measure)
+    monkeypatch.setattr(dense_states, "states_at_targets", measure)
     methods = ("magnitude", "wanda", "sparsegpt")
     swept = run(f"method={','.join(methods)}", "amount=0.3,0.6", "export=hf", "-m")
     assert len(passes) == 2  # one for wanda, one for sparsegpt

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from prune_lab.measure.divergence import Divergence, divergence_of, perplexity_of, position_divergences
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import BlockStream
-from prune_lab.models.loss import by_chunks, logits_of, losses_at, target_states, targets_of
+from prune_lab.models.loss import by_chunks, logits_of, losses_at, target_states
 from prune_lab.system.console import Console
 from prune_lab.system.device import Device
 from prune_lab.system.world import World
@@ -51,19 +51,20 @@ def measure_losses(
 @torch.no_grad()
 def measure_beside(
     model: Any, dense: Any, compared: int, windows: Tensor, batch_size: int, device: Device, console: Console,
-    bos: Bos = NO_BOS, world: World | None = None,
+    bos: Bos = NO_BOS, world: World | None = None, kept: Iterable[Tensor] | None = None,
 ) -> tuple[Tensor, Divergence | None]:  # fmt: skip
     """Losses as `measure_losses` has them, and the divergence from `dense` at the targets of the first windows.
 
     compared: how many windows the dense model runs on as well, beside the model and in the same batches, so that equal
     models diverge by exactly 0; where it is 0 there is no divergence. Of both models' logits a few positions are held
     at a time. world: the processes that share the windows out, those of both models and the others apart; each of them
-    has the result of all.
+    has the result of all. kept: the dense model's states in these batches, as `states_at_targets` has them, from before
+    (measure/dense_states.py, in one process); then its head alone is used.
     """
     parts = [windows[:compared], windows[compared:]]
     of_parts = [(world or World()).over(len(part)) for part in parts]
     mine = [of_part.part(part) for of_part, part in zip(of_parts, parts, strict=True)]
-    found, both = _measure(model, dense, len(mine[0]), torch.cat(mine), batch_size, device, console, bos)
+    found, both = _measure(model, dense, len(mine[0]), torch.cat(mine), batch_size, device, console, bos, kept)
     by_part = found.split([len(part) for part in mine])
     losses = torch.cat([of_part.gather(part) for of_part, part in zip(of_parts, by_part, strict=True)])
     if both is None:
@@ -73,28 +74,62 @@ def measure_beside(
 
 
 def _measure(
-    model: Any, dense: Any, compared: int, windows: Tensor, batch_size: int, device: Device, console: Console, bos: Bos
-) -> tuple[Tensor, Tensor | None]:
+    model: Any, dense: Any, compared: int, windows: Tensor, batch_size: int, device: Device, console: Console, bos: Bos,
+    kept: Iterable[Tensor] | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Losses of some windows, and KL divergence and sameness at the targets of the first ones, (targets, 2)."""
-    tokens = bos.before(windows)
-    shared = tokens[: -(-compared // batch_size) * batch_size]  # whole batches: others would round otherwise
-    steps = sum(_steps(of, text) for of, text in ((model, tokens), (dense, shared)) if len(text))
+    shared = windows[: in_whole_batches(compared, batch_size)]
+    passing = [(model, windows), *([(dense, shared)] if len(shared) and kept is None else [])]
     losses, divergences = list[Tensor](), list[Tensor]()
     what = "perplexity beside the dense model" if compared else "perplexity"
-    with console.progress(steps, what, unit="tok") as bar:
-        passes = _Passes(model, tokens, batch_size, bos.length, bar.update)
-        beside = _Passes(dense, shared, batch_size, bos.length, bar.update) if compared else None
-        for number, batch in enumerate(tokens.split(batch_size)):
-            placed = batch.to(device.torch_device, torch.int64)
-            states, targets = passes.states(number, placed), targets_of(placed, bos.length)
-            if beside is not None and number * batch_size < compared:
-                both = _compare(model, states, dense, beside.states(number, placed), targets)
+    with console.progress(sum(steps_of(of, bos.before(text)) for of, text in passing), what, unit="tok") as bar:
+        mine = states_at_targets(model, windows, batch_size, device, bos, bar.update)
+        beside = iter(kept or states_at_targets(dense, shared, batch_size, device, bos, bar.update))
+        for number, states in enumerate(mine):
+            first = number * batch_size
+            targets = windows[first : first + batch_size, 1:].to(device.torch_device, torch.int64)
+            if first < compared:
+                both = _compare(model, states, dense, next(beside), targets)
                 losses.append(both[:, 0].float().view(targets.shape))
                 divergences.append(both[:, 1:])
             else:
                 losses.append(losses_at(model, states, targets).cpu())
     at_targets = torch.cat(divergences)[: compared * (windows.shape[1] - 1)] if compared else None
     return torch.cat(losses), at_targets
+
+
+def in_whole_batches(compared: int, batch_size: int) -> int:
+    """Number of windows in the batches that hold the first `compared`; in other batches a model rounds otherwise."""
+    return -(-compared // batch_size) * batch_size
+
+
+@torch.no_grad()
+def losses_from(model: Any, kept: Iterable[Tensor], windows: Tensor, batch_size: int, device: Device) -> Tensor:
+    """Losses as `measure_losses` has them, of a model whose states at the targets are known, batch by batch."""
+    targets = windows[:, 1:].to(device.torch_device, torch.int64).split(batch_size)
+    return torch.cat([losses_at(model, states, of).cpu() for states, of in zip(kept, targets, strict=True)])
+
+
+@torch.no_grad()
+def states_at_targets(
+    model: Any, windows: Tensor, batch_size: int, device: Device, bos: Bos, done: Callable[[int], Any]
+) -> Iterator[Tensor]:
+    """Last hidden states at the positions that predict the targets of windows: (windows, seq_len - 1, hidden) by batch.
+
+    `done` is told of the tokens that have passed. Each batch passes when it is asked for; but through a model on disk
+    all windows pass a block before the next block is read.
+    """
+    tokens, stream = bos.before(windows), None
+    if Anatomy(model).is_on_disk:
+        stream = BlockStream(Anatomy(model), tokens, batch_size)
+        stream.run(done)
+    for number, batch in enumerate(tokens.split(batch_size)):
+        placed = batch.to(device.torch_device, torch.int64)
+        if stream is None:
+            done(placed.numel())
+        with stream.replayed(number) if stream is not None else nullcontext():
+            states = target_states(model, placed, bos.length)
+        yield states
 
 
 def _compare(model: Any, states: Tensor, dense: Any, states_of_dense: Tensor, targets: Tensor) -> Tensor:
@@ -108,28 +143,7 @@ def _compare(model: Any, states: Tensor, dense: Any, states_of_dense: Tensor, ta
     return by_chunks(model, of_rows, states.flatten(0, 1), states_of_dense.flatten(0, 1), targets.flatten()).cpu()
 
 
-class _Passes:
-    """Forward passes of a model over windows, batch by batch; `done` is told of tokens passed.
-
-    Through a model on disk every window passes a block before the next block is read.
-    """
-
-    def __init__(self, model: Any, tokens: Tensor, batch_size: int, prefix: int, done: Callable[[int], Any]) -> None:
-        self._model, self._prefix, self._done = model, prefix, done
-        self._stream: BlockStream | None = None
-        if Anatomy(model).is_on_disk:
-            self._stream = BlockStream(Anatomy(model), tokens, batch_size)
-            self._stream.run(done)
-
-    def states(self, number: int, batch: Tensor) -> Tensor:
-        """Last hidden states of a batch at the positions that predict its targets: (windows, seq_len - 1, hidden)."""
-        if self._stream is None:
-            self._done(batch.numel())
-        with self._stream.replayed(number) if self._stream is not None else nullcontext():
-            return target_states(self._model, batch, self._prefix)
-
-
-def _steps(model: Any, tokens: Tensor) -> int:
+def steps_of(model: Any, tokens: Tensor) -> int:
     """Tokens that the progress bar counts for a model: those on disk pass block by block."""
     anatomy = Anatomy(model)
     return tokens.numel() * (len(anatomy.blocks) if anatomy.is_on_disk else 1)

@@ -27,13 +27,14 @@ def last_states(model: Any, batch: Tensor) -> Tensor:
 
     Of a model that does more to its logits than the head does, the logits themselves: then `logits_of` leaves them.
     """
-    if _has_whole_logits(model):
+    if has_whole_logits(model):
         whole: Tensor = model(input_ids=batch, use_cache=False).logits
         return whole
     return states_before_head(model, batch)
 
 
-def _has_whole_logits(model: Any) -> bool:
+def has_whole_logits(model: Any) -> bool:
+    """True of a type that does more to its logits than the head does: its logits stand for its last states."""
     found = Anatomy(model).found
     return found is not None and found.whole_logits
 
@@ -46,7 +47,7 @@ def states_and_balance(model: Any, batch: Tensor, by_block: bool = False) -> tup
     adds up all blocks before it compares the experts, so that an expert with few tokens in one block is made up for by
     others of its number. by_block: the mean of the blocks' own.
     """
-    states, whole = list[Tensor](), _has_whole_logits(model)
+    states, whole = list[Tensor](), has_whole_logits(model)
     hook = model.base_model.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state))
     try:
         keep = {} if whole else {"logits_to_keep": 1}
@@ -102,7 +103,7 @@ def states_before_head(model: Any, batch: Tensor) -> Tensor:
 
 def logits_of(model: Any, states: Tensor) -> Tensor:
     """Logits of some states, as `last_states` gives them, shape (rows, hidden): (rows, vocabulary), fp32."""
-    return states.float() if _has_whole_logits(model) else head_logits(model, states)
+    return states.float() if has_whole_logits(model) else head_logits(model, states)
 
 
 def head_logits(model: Any, states: Tensor) -> Tensor:
