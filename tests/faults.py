@@ -483,7 +483,7 @@ FAULTS = (
         ("test_depth.py::test_by_angle_a_run_of_blocks_goes",),
     ),
     Fault(
-        "blocks_taken_that_cannot_go_together", "prune_lab/models/fewer_blocks.py",
+        "blocks_taken_that_cannot_go_together", "prune_lab/models/removable_blocks.py",
         "if len(chosen) < count and self.can_go([*chosen, block]):", "if len(chosen) < count:",
         ("test_found_depth.py::test_of_blocks_that_cannot_go_together_one_stays",),
     ),
@@ -515,7 +515,7 @@ FAULTS = (
         ("test_found_depth.py::test_blocks_that_cannot_go_stay",),
     ),
     Fault(
-        "config_has_the_entries_of_other_blocks", "prune_lab/models/fewer_blocks.py",
+        "config_has_the_entries_of_other_blocks", "prune_lab/models/fewer_blocks_config.py",
         "made = [value[index] for index in kept]", "made = list(value[: len(kept)])",
         ("test_found_depth.py::test_a_config_says_which_blocks_are_left",),
     ),

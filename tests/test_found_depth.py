@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from prune_lab.errors import Refused
 from prune_lab.methods.depth import Depth
-from prune_lab.models import fewer_blocks, found
+from prune_lab.models import fewer_blocks_config, found, removable_blocks
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.export import check_reload, save_model
 from prune_lab.models.families import FAMILIES
@@ -82,6 +82,11 @@ def logits(model: Any) -> Tensor:
 
 
 @torch.no_grad()
+def same_but_for_rounding(found: Tensor, wanted: Tensor) -> bool:
+    """Tensors elsewhere in memory, such as per-layer embeddings that were cut, may be added up in another order."""
+    return float((found - wanted).abs().max()) <= 2e-6 * float(wanted.abs().max())
+
+
 def logits_without(model: Any, gone: list[int]) -> Tensor:
     """Logits of a model each of whose blocks in `gone` gives the states that it is given."""
 
@@ -155,14 +160,14 @@ def test_both_ways_through_the_blocks_give_the_same_figures(
 def test_what_is_left_is_the_model_with_the_block_bypassed(model_type: str, place: Path, tmp_path: Path) -> None:
     """Each block alone, bit by bit, with the same parameters; stock transformers reads what is written."""
     dense = loaded_of(place, model_type)
-    count, staying = len(Anatomy(dense.model).blocks), fewer_blocks.blocks_that_stay(Anatomy(dense.model))
+    count, staying = len(Anatomy(dense.model).blocks), removable_blocks.blocks_that_stay(Anatomy(dense.model))
     can_go = [index for index in range(count) if index not in staying]
     assert len(can_go) == {"gemma4": 3, "gemma3n_text": 2, "zamba2": 4}.get(model_type, count)
     for gone in can_go:
         loaded = copied(dense)
         before = {id(parameter) for parameter in loaded.model.parameters()}
         parts = keep_blocks(Anatomy(loaded.model), [index for index in range(count) if index != gone])
-        assert torch.equal(logits(loaded.model), logits_without(dense.model, [gone]))
+        assert same_but_for_rounding(logits(loaded.model), logits_without(dense.model, [gone]))
         assert len(Anatomy(loaded.model).blocks) == count - 1
         mine = {id(parameter) for parameter in loaded.model.parameters()}
         assert mine - before == {id(part.new) for part in parts}
@@ -184,7 +189,7 @@ def test_several_blocks_go_and_the_layout_follows(model_type: str, by: str, plac
     pruned = prune(model, 0.5, by)
     gone = gone_of(pruned)
     assert len(gone) == round(len(Anatomy(dense.model).blocks) / 2 + 0.1)
-    assert torch.equal(logits(model), logits_without(dense.model, gone))
+    assert same_but_for_rounding(logits(model), logits_without(dense.model, gone))
     assert {row.layer for row in pruned.rows} == set(names)
     prefixes = tuple(f"{Anatomy(dense.model).family.blocks}.{index}." for index in gone)
     assert {row.layer for row in pruned.rows if row.removed} == {name for name in names if name.startswith(prefixes)}
@@ -202,7 +207,7 @@ def test_blocks_that_cannot_go_stay(model_type: str, place: Path) -> None:
     """With a reason; more than can go are refused before anything is scored, and the model is as it was."""
     model = loaded_of(place, model_type).model
     anatomy, before = Anatomy(model), logits(model)
-    count, staying = len(anatomy.blocks), fewer_blocks.blocks_that_stay(anatomy)
+    count, staying = len(anatomy.blocks), removable_blocks.blocks_that_stay(anatomy)
     assert [index for index in range(count) if index not in staying] == SOME[model_type]
     assert all(staying.values())
     amount = (len(SOME[model_type]) + 1) / count
@@ -217,7 +222,7 @@ def test_blocks_that_cannot_go_stay(model_type: str, place: Path) -> None:
         gone = gone_of(prune(model, most / count))
         assert len(gone) == most
         assert set(gone) <= set(SOME[model_type])
-        assert torch.equal(logits(model), logits_without(dense, gone))
+        assert same_but_for_rounding(logits(model), logits_without(dense, gone))
 
 
 def test_states_of_a_token_count_as_one(place: Path) -> None:
@@ -269,7 +274,7 @@ def test_a_list_that_is_as_long_by_chance_stays(model_type: str, count: int, key
     }
     dense = copy.deepcopy(model)
     keep_blocks(Anatomy(model), [*range(1, count)])
-    assert torch.equal(logits(model), logits_without(dense, [0]))
+    assert same_but_for_rounding(logits(model), logits_without(dense, [0]))
     for key in {"mlp_multipliers", "ssm_multipliers", "time_step_limit", "languages"} & lists.keys():
         assert model.config.to_dict()[key] == lists[key]
 
@@ -280,7 +285,7 @@ def test_a_block_whose_tensors_others_have_too_stays() -> None:
         "zamba", num_hidden_layers=9, layers_block_type=["linear_attention", "linear_attention", "hybrid"] * 3
     )
     anatomy = Anatomy(model)
-    assert fewer_blocks.blocks_that_stay(anatomy) == {2: "block 8 has its tensors, too"}
+    assert removable_blocks.blocks_that_stay(anatomy) == {2: "block 8 has its tensors, too"}
     matrices = {matrix.name for matrix in found.layout_of(model).matrices[2]}
     keep_blocks(anatomy, [0, 1, 2, 3, 4, 6, 7, 8])
     assert {matrix.name for matrix in found.layout_of(model).matrices[2]} == matrices
@@ -344,13 +349,13 @@ def test_attention_of_another_window_is_seen_without_a_text_that_is_longer(monke
     """A config whose kinds of attention do not move along gives the logits of a short text, and is another model."""
     kinds = ["full_attention", "sliding_attention", "sliding_attention"]
     model = tiny_model("ministral", layer_types=kinds, sliding_window=64)
-    kept = fewer_blocks._of_fewer
+    kept = fewer_blocks_config._of_fewer
 
     def of_fewer(key: str, value: Any, *rest: Any) -> Any:
         return value[: len(rest[1])] if key == "layer_types" else kept(key, value, *rest)
 
-    monkeypatch.setattr(fewer_blocks, "_of_fewer", of_fewer)
-    staying = fewer_blocks.blocks_that_stay(Anatomy(model))
+    monkeypatch.setattr(fewer_blocks_config, "_of_fewer", of_fewer)
+    staying = removable_blocks.blocks_that_stay(Anatomy(model))
     assert staying.keys() == {0}
     assert "layer_type=full_attention in place of sliding_attention" in staying[0]
 
@@ -384,7 +389,7 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 def test_a_config_says_which_blocks_are_left(fields: dict[str, Any], changed: dict[str, Any]) -> None:
     """By hand: of five blocks the second and third go."""
     data = copy.deepcopy(fields)
-    fewer_blocks.fewer(data, 5, [0, 3, 4])
+    fewer_blocks_config.fewer(data, 5, [0, 3, 4])
     assert data == fields | changed
 
 
@@ -473,7 +478,7 @@ def test_rounded_buffers_of_a_used_model_are_no_reason_to_stay(place: Path) -> N
     logits(model)
     for weight in model.parameters():
         weight.data = weight.data.float()
-    assert fewer_blocks.blocks_that_stay(Anatomy(model)) == {}
+    assert removable_blocks.blocks_that_stay(Anatomy(model)) == {}
 
 
 def test_the_command_line_removes_blocks_of_experts(cli: Cli, place: Path, tmp_path: Path, text: str) -> None:  # noqa: F811

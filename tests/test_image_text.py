@@ -27,9 +27,9 @@ from prune_lab.methods.wanda import Wanda
 from prune_lab.models import found
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.export import check_reload, save_model
-from prune_lab.models.fewer_blocks import blocks_that_stay
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.models.loss import window_losses
+from prune_lab.models.removable_blocks import blocks_that_stay
 from prune_lab.models.resize import original_blocks
 from prune_lab.pruning.calibration import Calibrator
 

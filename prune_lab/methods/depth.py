@@ -83,7 +83,7 @@ class Depth(Method):
 
     def check_model(self, anatomy: Anatomy, amounts: Iterable[float]) -> None:
         """Raises Refused where fewer blocks can go, or can together, than one of the amounts asks for."""
-        from prune_lab.models.fewer_blocks import Together
+        from prune_lab.models.removable_blocks import Together
         from prune_lab.models.resize import original_blocks
         from prune_lab.pruning.block_importance import runs_among
 
@@ -103,7 +103,7 @@ class Depth(Method):
 
     def _removable(self, anatomy: Anatomy, amount: float) -> list[int]:
         """Blocks of which as many can go as a cumulative amount asks for; raises Refused where they are fewer."""
-        from prune_lab.models.fewer_blocks import blocks_that_stay
+        from prune_lab.models.removable_blocks import blocks_that_stay
         from prune_lab.models.resize import dense_count, original_blocks
         from prune_lab.pruning.block_importance import runs_among
 
@@ -127,7 +127,7 @@ class Depth(Method):
     def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
         """Removes blocks from the model and returns the table of what was removed."""
         from prune_lab.models.cuts import Cut
-        from prune_lab.models.fewer_blocks import Together
+        from prune_lab.models.removable_blocks import Together
         from prune_lab.models.resize import check_removable, dense_count, dense_sizes, keep_blocks, original_blocks
         from prune_lab.pruning.block_importance import least_distant, least_influential, least_needed
         from prune_lab.pruning.depth_refit import check_repairable, refit_before

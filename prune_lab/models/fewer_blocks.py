@@ -1,8 +1,6 @@
 """A model without some of its decoder blocks, of any type: rebuilt from an edited config, and compared.
 
-Its config says in many ways which blocks there are: counts, lists with an entry for each block, lists of block numbers,
-patterns, counts from the front and from the back. They are told apart by what they hold and by the words of their names
-alone. What was made counts only where it is the model with those blocks bypassed: the same logits, and blocks that are
+What was made counts only where it is the model with those blocks bypassed: the same logits, and blocks that are
 built as they were. So a block whose number or whose outputs enter what the others compute is one that stays.
 """
 
@@ -12,7 +10,6 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,179 +18,19 @@ from torch import Tensor, nn
 from prune_lab.errors import Refused
 from prune_lab.models import found, rebuild
 from prune_lab.models.anatomy import Anatomy
-from prune_lab.models.auto_class import reads_images
 from prune_lab.models.blocks import bypassed
 from prune_lab.models.cuts import Cut, Selection, cut
+from prune_lab.models.fewer_blocks_config import fewer
 from prune_lab.models.found_units import forget_units
 
-_STAYING = "_blocks_that_stay"  # reasons, kept with the model that they are of; in no export
+STAYING = "_blocks_that_stay"  # reasons (removable_blocks.py), kept with the model that they are of; in no export
 
-# Words of config fields. A field of another name is an entry for each block where it is a list of as many.
-_COUNT = re.compile(r"(num|n)_(hidden_|decoder_)?(layers?|blocks)|(decoder_)?layers")
-_FROM_FRONT = re.compile(r"first_k_\w+|(num|n)_dense_layers|\w*layer_(start_index|index_start)|max_window_layers")
-_LAST = re.compile(r"\w*layer_(end_index|index_end)")  # number of the last block of a run
-_FROM_BACK = re.compile(r"num_kv_shared_layers")
-_OF_BLOCKS = re.compile(r"layer|block")
-_KINDS = re.compile(r"(layer|block)s?_(block_)?types?")  # shorter than the model: a pattern that is repeated
-_NUMBERS = re.compile(r"(_|^)(ids|idxs|indices)$|only_layers$")
-_OTHERS = re.compile(r"token|^mtp_|encoder(?!.*decoder)|^(architectures|id2label|label2id|languages)$")
 # Attributes of modules that matter in a longer text than the probe: kinds of attention and their windows.
 _UNSEEN = re.compile(r"window|sliding|chunk|local|rope|type|kind")
 
 
-def fewer(data: dict[str, Any], count: int, kept: Sequence[int], others: bool = True) -> None:
-    """Edits the dictionary of a config of `count` blocks into one of those that are kept, in every part for text.
-
-    others: whether lists of `count` entries whose names do not speak of blocks have an entry for each of them.
-    """
-    for part in rebuild.text_parts(data):
-        for key, value in part.items():
-            part[key] = _of_fewer(key, value, count, kept, others)
-
-
-def _of_fewer(key: str, value: Any, count: int, kept: Sequence[int], others: bool) -> Any:
-    if _OTHERS.search(key) or isinstance(value, bool) or value is None:
-        return value
-    if isinstance(value, int):
-        return _fewer_counted(key, value, count, kept)
-    new = {index: number for number, index in enumerate(kept)}
-    if isinstance(value, dict):
-        numbers = [int(number) for number in value if str(number).isdigit()]
-        is_of_blocks = bool(numbers) and len(numbers) == len(value) and max(numbers) < count and _OF_BLOCKS.search(key)
-        return {type(n)(new[int(n)]): of for n, of in value.items() if int(n) in new} if is_of_blocks else value
-    if not isinstance(value, list | tuple) or not value:
-        return value
-    made: list[Any] | None = None
-    if (flat := _unfolded(value)) is not None and len(flat) == count:  # GPT-Neo: [[[kind, kind], times], ...]
-        made = [[[flat[index] for index in kept], 1]]
-    elif _are_numbers(key, value, count):
-        made = [new[number] for number in value if number in new]
-    elif len(value) == count and (others or _OF_BLOCKS.search(key)):
-        made = [value[index] for index in kept]
-    elif len(value) < count and _KINDS.fullmatch(key):
-        made = [value[index % len(value)] for index in kept]
-    return value if made is None else type(value)(made)
-
-
-def _fewer_counted(key: str, value: int, count: int, kept: Sequence[int]) -> int:
-    if _COUNT.fullmatch(key) and value == count:
-        return len(kept)
-    if _FROM_FRONT.fullmatch(key) and 0 <= value <= count:
-        return sum(index < value for index in kept)
-    if _LAST.fullmatch(key) and 0 <= value < count:
-        return sum(index <= value for index in kept) - 1
-    if _FROM_BACK.fullmatch(key) and 0 <= value <= count:
-        return sum(index >= count - value for index in kept)
-    return value
-
-
-def _unfolded(value: Sequence[Any]) -> list[Any] | None:
-    """Entries of a list of (entries, times) pairs; None of any other list."""
-    if not all(isinstance(p, list | tuple) and len(p) == 2 and isinstance(p[0], list | tuple) for p in value):
-        return None
-    return [entry for entries, times in value for _ in range(times) for entry in entries]
-
-
-def _are_numbers(key: str, value: Sequence[Any], count: int) -> bool:
-    """True for a list of block numbers: distinct ones, fewer than there are blocks, or all of them."""
-    if not all(isinstance(number, int) and not isinstance(number, bool) and 0 <= number < count for number in value):
-        return False
-    if len(set(value)) != len(value) or not (_NUMBERS.search(key) or _OF_BLOCKS.search(key)):
-        return False
-    return len(value) < count or count > 2 or bool(_NUMBERS.search(key))  # of two blocks, 0 and 1 may be flags
-
-
-class _StaysError(Exception):
+class StaysError(Exception):
     """Reason why blocks stay."""
-
-
-def blocks_that_stay(anatomy: Anatomy) -> dict[int, str]:
-    """Reason by number of each block that cannot be removed alone; found once and kept with the model."""
-    kept: dict[int, str] | None = anatomy.model.__dict__.get(_STAYING)
-    if kept is None:
-        kept = anatomy.model.__dict__[_STAYING] = _find_staying(anatomy)
-    return kept
-
-
-def _find_staying(anatomy: Anatomy) -> dict[int, str]:
-    count, found_reasons = len(anatomy.blocks), dict[int, str]()
-    try:
-        whole = _whole(anatomy)
-    except _StaysError as reason:
-        return dict.fromkeys(range(count), str(reason))
-    passed = _passed(whole.anatomy) if reads_images(anatomy.model) else range(count)
-    for block in range(count):
-        if block not in passed:  # its absence would cost text nothing, and images everything
-            found_reasons[block] = "text alone does not pass through it"
-            continue
-        try:
-            _without(whole, [block])
-        except _StaysError as reason:
-            found_reasons[block] = str(reason)
-    return found_reasons
-
-
-class Together:
-    """Test of which blocks can go from a model together, tried as they are asked for; of a described family all can.
-
-    numbers: those of the blocks in the dense model. refused: the reason by set of blocks that cannot.
-    """
-
-    def __init__(self, anatomy: Anatomy, numbers: Sequence[int]) -> None:
-        self._numbers, self._whole = numbers, None if anatomy.found is None else cache(lambda: _whole(anatomy))
-        self._fine = set[tuple[int, ...]]()
-        self.refused = dict[tuple[int, ...], str]()
-
-    def can_go(self, blocks: Iterable[int]) -> bool:
-        """True for blocks without which, all of them, the model is the one that bypasses them."""
-        gone = tuple(sorted(blocks))
-        if self._whole is None or not gone or gone in self._fine:
-            return True
-        if gone not in self.refused:
-            try:
-                _without(self._whole(), gone)
-                self._fine.add(gone)
-            except _StaysError as reason:
-                self.refused[gone] = str(reason)
-        return gone in self._fine
-
-    def first(self, order: Sequence[int], count: int) -> list[int] | None:
-        """The first `count` blocks of an order; where they cannot go together, each that can with those before it.
-
-        None where those are too few.
-        """
-        chosen = list(order[:count])
-        if self.can_go(chosen):
-            return chosen
-        chosen = []
-        for block in order:
-            if len(chosen) < count and self.can_go([*chosen, block]):
-                chosen.append(block)
-        return chosen if len(chosen) == count else None
-
-    def note(self) -> str | None:
-        """Note of the first blocks that could not go, or None."""
-        if not self.refused:
-            return None
-        gone, reason = next(iter(self.refused.items()))
-        named = _named([self._numbers[index] for index in gone])
-        return f"{named}, counted from 0, would have gone, and cannot together: {reason}"
-
-
-@torch.no_grad()
-def _passed(anatomy: Anatomy) -> set[int]:
-    """Numbers of the blocks that run on text."""
-    numbers = set[int]()
-    hooks = [
-        block.register_forward_pre_hook(lambda *_, number=number: numbers.add(number))
-        for number, block in enumerate(anatomy.blocks)
-    ]
-    try:
-        anatomy.model(input_ids=found.probe_tokens(anatomy.model)[:1], use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return numbers
 
 
 def rebuild_with_blocks(anatomy: Anatomy, kept: Sequence[int]) -> list[Cut]:
@@ -203,16 +40,16 @@ def rebuild_with_blocks(anatomy: Anatomy, kept: Sequence[int]) -> list[Cut]:
     """
     gone = [index for index in range(len(anatomy.blocks)) if index not in kept]
     try:
-        made, parts = _without(_whole(anatomy), gone)
-    except _StaysError as reason:
+        made, parts = without(built_anew(anatomy), gone)
+    except StaysError as reason:
         raise Refused(
-            f"method=depth: {_named(gone)} of {len(anatomy.blocks)}, counted from 0, cannot be removed "
+            f"method=depth: {named(gone)} of {len(anatomy.blocks)}, counted from 0, cannot be removed "
             f"{'together ' * (len(gone) > 1)}from a {anatomy.config.model_type} model: {reason}. Give a smaller "
             "amount, or another method.by"
         ) from reason
     layout = anatomy.found
     rebuild.become(anatomy.model, made)
-    anatomy.model.__dict__.pop(_STAYING, None)
+    anatomy.model.__dict__.pop(STAYING, None)
     forget_units(anatomy.model)
     if layout is not None:
         _keep_layout(anatomy.model, _renumbered(layout, kept))
@@ -227,26 +64,35 @@ def _keep_layout(model: Any, layout: found.Layout) -> None:
     found.keep(model, replace(layout, share=inside / max(1, total)))
 
 
-def _named(blocks: Sequence[int]) -> str:
+def named(blocks: Sequence[int]) -> str:
     """Blocks as a message names them."""
     return f"block{'s' * (len(blocks) != 1)} {', '.join(map(str, blocks))}"
 
 
 @dataclass(frozen=True)
-class _Whole:
+class WholeModel:
     """The model built anew with all its blocks, in eval mode: what a smaller one is compared with.
 
     Buffers are computed for both, as they are when an export is read; those of a model that was used may be rounded.
-    noise: the most by which logits of the probe differ when they are computed again, 0 on a CPU.
+    noise: the most by which logits of the probe differ when they are computed again, 0 on a CPU. rounding: the most by
+    which they may differ, as a part of the largest one, because tensors lie elsewhere in memory: some processors then
+    add in another order. Of all types of transformers 5.24 that was 3e-7 at most, and what computes something else
+    differed by 0.06 at least (small models, float32).
     """
 
     anatomy: Anatomy
     noise: float
+    rounding: float
+
+    def is_near(self, logits: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
+        """True for logits that differ from those that are wanted by noise and rounding alone."""
+        largest = max(float(of.abs().max()) for of in wanted)
+        return _apart(logits, wanted) <= 4 * self.noise + self.rounding * largest
 
 
 @torch.no_grad()
-def _whole(anatomy: Anatomy) -> _Whole:
-    """Raises _StaysError where the config does not make the model."""
+def built_anew(anatomy: Anatomy) -> WholeModel:
+    """Raises StaysError where the config does not make the model."""
     model, tokens, training = anatomy.model, found.probe_tokens(anatomy.model), anatomy.model.training
     made, _ = _made(anatomy, range(len(anatomy.blocks)), others=True)
     if anatomy.found is not None:
@@ -259,9 +105,11 @@ def _whole(anatomy: Anatomy) -> _Whole:
         model.train(training)
     # A block may overflow, and be the one that goes: what is left is compared by itself.
     if bool(wanted.isfinite().all()) and not found.is_same(first[0], wanted, rebuild.loaded_dtype(model)):
-        raise _StaysError("the model that its own config makes of its weights has other logits")
+        raise StaysError("the model that its own config makes of its weights has other logits")
     noise = _apart(first, again)
-    return _Whole(Anatomy(made), noise if math.isfinite(noise) else 0.0)
+    dtype = rebuild.loaded_dtype(model)
+    rounding = torch.finfo(dtype).eps * (16 if dtype == torch.float32 else 2)
+    return WholeModel(Anatomy(made), noise if math.isfinite(noise) else 0.0, rounding)
 
 
 def _decodes(anatomy: Anatomy) -> bool:
@@ -283,8 +131,8 @@ def _apart(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
 
 
 @torch.no_grad()
-def _without(whole: _Whole, gone: Sequence[int]) -> tuple[Any, list[Cut]]:
-    """The model without some blocks, made anew with its tensors; raises _StaysError where it is not that."""
+def without(whole: WholeModel, gone: Sequence[int]) -> tuple[Any, list[Cut]]:
+    """The model without some blocks, made anew with its tensors; raises StaysError where it is not that."""
     anatomy = whole.anatomy
     kept = [index for index in range(len(anatomy.blocks)) if index not in gone]
     try:
@@ -293,19 +141,19 @@ def _without(whole: _Whole, gone: Sequence[int]) -> tuple[Any, list[Cut]]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of any modelling code of transformers
-        raise _StaysError(f"the model does not run where the states pass by ({_said(error)})") from error
+        raise StaysError(f"the model does not run where the states pass by ({_said(error)})") from error
     if not all(bool(logits.isfinite().all()) for logits in wanted):
-        raise _StaysError("the logits of what is left are not finite")
+        raise StaysError("the logits of what is left are not finite")
     try:
         return _checked(whole, kept, wanted, others=True)
-    except _StaysError as first:
+    except StaysError as first:
         try:
             return _checked(whole, kept, wanted, others=False)
-        except _StaysError:
+        except StaysError:
             raise first from None
 
 
-def _checked(whole: _Whole, kept: Sequence[int], wanted: list[Tensor], others: bool) -> tuple[Any, list[Cut]]:
+def _checked(whole: WholeModel, kept: Sequence[int], wanted: list[Tensor], others: bool) -> tuple[Any, list[Cut]]:
     """A model of the blocks that are kept that has the logits of the whole one with the rest bypassed."""
     anatomy = whole.anatomy
     made, parts = _made(anatomy, kept, others)
@@ -314,14 +162,14 @@ def _checked(whole: _Whole, kept: Sequence[int], wanted: list[Tensor], others: b
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of any modelling code of transformers
-        raise _StaysError(f"what is left does not run ({_said(error)})") from error
-    if not _apart(logits[:1], wanted[:1]) <= 4 * whole.noise:
-        raise _StaysError(
+        raise StaysError(f"what is left does not run ({_said(error)})") from error
+    if not whole.is_near(logits[:1], wanted[:1]):
+        raise StaysError(
             "what is left computes something else: it uses more of a block than the states, or the number of a block "
             "or the count of blocks enters what is computed"
         )
-    if not _apart(logits, wanted) <= 4 * whole.noise:
-        raise _StaysError("with what is left a text cannot be gone on with from the cache")
+    if not whole.is_near(logits, wanted):
+        raise StaysError("with what is left a text cannot be gone on with from the cache")
     _check_blocks(anatomy, made, kept)
     return made, parts
 
@@ -332,33 +180,33 @@ def _made(anatomy: Anatomy, kept: Sequence[int], others: bool) -> tuple[Any, lis
     _check_owned(anatomy, kept)
     config = rebuild.edited(anatomy.config, lambda data: fewer(data, count, kept, others))
     if config is None:
-        raise _StaysError("the config cannot say which blocks are left")
+        raise StaysError("the config cannot say which blocks are left")
     try:
         made = rebuild.skeleton(model, config)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of any modelling code of transformers
-        raise _StaysError(f"no model can be made of a config of what is left ({_said(error)})") from error
+        raise StaysError(f"no model can be made of a config of what is left ({_said(error)})") from error
     blocks = len(made.get_submodule(anatomy.family.blocks))
     if blocks != len(kept):
-        raise _StaysError(f"the config does not say where it has the number of blocks: there would be {blocks}")
+        raise StaysError(f"the config does not say where it has the number of blocks: there would be {blocks}")
     tensors = _renamed(model, made, count, kept)
     parts = _take_parts(tensors, made, count, kept)
     try:
         rebuild.assign(made, tensors, model.device)
     except ValueError as error:
-        raise _StaysError(str(error)) from error
+        raise StaysError(str(error)) from error
     return made.eval(), parts
 
 
 def _check_owned(anatomy: Anatomy, kept: Sequence[int]) -> None:
-    """Raises _StaysError where a block that goes is the one under whose name a tensor of several blocks is known."""
+    """Raises StaysError where a block that goes is the one under whose name a tensor of several blocks is known."""
     users = {id(parameter): index for index in kept for parameter in anatomy.blocks[index].parameters()}
     prefix = f"{anatomy.family.blocks}."
     for name, parameter in anatomy.model.named_parameters():  # under its first name alone
         owner = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else None
         if owner is not None and int(owner) not in kept and id(parameter) in users:
-            raise _StaysError(f"block {users[id(parameter)]} has its tensors, too")
+            raise StaysError(f"block {users[id(parameter)]} has its tensors, too")
 
 
 def _said(error: Exception) -> str:
@@ -417,7 +265,7 @@ def _take_parts(tensors: dict[str, Tensor], made: Any, count: int, kept: Sequenc
 
 
 def _check_blocks(anatomy: Anatomy, made: Any, kept: Sequence[int]) -> None:
-    """Raises _StaysError where a block is built with attention of another kind or window than it was.
+    """Raises StaysError where a block is built with attention of another kind or window than it was.
 
     The probe may be too short for it to matter. By the plain values that its modules hold.
     """
@@ -429,7 +277,7 @@ def _check_blocks(anatomy: Anatomy, made: Any, kept: Sequence[int]) -> None:
             for key, value in _plain(module).items():
                 if key in old and old[key] != value and _UNSEEN.search(key):
                     where = f"{name}.{key}" if name else key
-                    raise _StaysError(f"block {index} would have {where}={value} in place of {old[key]}")
+                    raise StaysError(f"block {index} would have {where}={value} in place of {old[key]}")
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:

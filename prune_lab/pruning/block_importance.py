@@ -16,8 +16,8 @@ from prune_lab.errors import Refused
 from prune_lab.measure.divergence import position_divergences
 from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.blocks import BlockStream, bypassed, states_in, states_of
-from prune_lab.models.fewer_blocks import Together
 from prune_lab.models.loss import by_chunks, logits_of, target_states
+from prune_lab.models.removable_blocks import Together
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.loss_increase import WINDOWS
 from prune_lab.system.world import World
