@@ -40,8 +40,8 @@ from prune_lab.methods.wanda import Wanda
 from prune_lab.models.anatomy import Anatomy, out_in, scope_of
 from prune_lab.models.auto_class import auto_class
 from prune_lab.models.export import save_model
-from prune_lab.models.fewer_blocks import blocks_that_stay
 from prune_lab.models.load import HubModel, Loaded
+from prune_lab.models.removable_blocks import blocks_that_stay
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.system.device import Device
 
