@@ -27,6 +27,7 @@ MEMORY = 2**30  # bytes of results that a process holds; what is beyond is read 
 # An edit of any of these makes every result anew, whichever of them it comes from.
 SOURCE = (
     "dense_cache.py",
+    "engine_beside.py",
     "export/base.py",
     "export/hf.py",
     "export/onnx.py",

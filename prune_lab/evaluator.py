@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_lab import cache as store
 from prune_lab.cache import cache_folder
 from prune_lab.dense_cache import DenseCache
 from prune_lab.errors import Refused
@@ -24,8 +21,7 @@ from prune_lab.fingerprint import baseline_key
 from prune_lab.measure.continuations import Continuation
 from prune_lab.measure.dense_states import DenseStates, can_keep_states
 from prune_lab.measure.divergence import POSITIONS, Divergence, perplexity_of, ratio_interval
-from prune_lab.measure.engine import engine_module, stamp_of
-from prune_lab.measure.engine_figures import Engine, EngineFigures
+from prune_lab.measure.engine import stamp_of
 from prune_lab.measure.generation import Prompts, continue_prompts, prepare_prompts, samples_of
 from prune_lab.measure.macs import Macs, count_macs
 from prune_lab.measure.measurements import Measurements, continuations_from
@@ -34,7 +30,7 @@ from prune_lab.measure.perplexity import in_whole_batches, measure_beside, measu
 from prune_lab.measure.prompts import PromptShape, cut_grid, cut_headline
 from prune_lab.measure.routing import SameExperts
 from prune_lab.measure.settings import Measure
-from prune_lab.measure.size import MB, measure_size
+from prune_lab.measure.size import measure_size
 from prune_lab.measure.task_setup import ReadyTask, prepare_tasks
 from prune_lab.measure.tasks import measure_tasks
 from prune_lab.models.anatomy import Anatomy
@@ -49,7 +45,6 @@ from prune_lab.system.console import Console
 from prune_lab.system.device import Device, uses_bfloat16
 from prune_lab.system.files import owner_suffix, state_of
 from prune_lab.system.lock import locked
-from prune_lab.system.timing_lock import timing_lock
 from prune_lab.system.world import World
 from prune_lab.text.bos import Bos, resolve_bos
 from prune_lab.text.calibration_corpus import calibration_corpora, calibration_files
@@ -116,7 +111,7 @@ class Evaluator:
         return self._world.over(len(self.windows)).size
 
     @property
-    def _windows_of_engine(self) -> Tensor:
+    def windows_of_engine(self) -> Tensor:
         """Test windows on which an engine's perplexity is measured, as `windows`."""
         return self.windows[: self.measure.engine_windows]
 
@@ -139,7 +134,7 @@ class Evaluator:
             "device": str(self.device.torch_device),
             "prompt_tokens": self.prompt.shape[1] - self.bos.length,
             **asdict(self.measure),
-            "engine": stamp_of(self.measure.engine, len(self._windows_of_engine)),
+            "engine": stamp_of(self.measure.engine, len(self.windows_of_engine)),
             "tasks": [task.stamp for task in self._tasks],
         }
 
@@ -220,7 +215,7 @@ class Evaluator:
             continuations=continue_prompts(loaded.model, self.prompts, self.device, console),
             divergence=divergence,
             ratio_interval=ratio_interval(self.dense_losses(console), losses),
-            first_perplexity=self._first_perplexity(losses),
+            first_perplexity=self.first_perplexity(losses),
             same_experts=same_experts,
         )
 
@@ -239,64 +234,10 @@ class Evaluator:
         console.note("measuring memory in a fresh process" if not self.device.is_cuda else "measuring memory")
         return measure_memory(loaded.model, folder, export, self.prompt, self.measure, self.device)
 
-    def _first_perplexity(self, losses: Tensor) -> float | None:
+    def first_perplexity(self, losses: Tensor) -> float | None:
         """Perplexity of the windows that an engine has, of all losses; None where it has none."""
-        first = losses[: len(self._windows_of_engine)]
+        first = losses[: len(self.windows_of_engine)]
         return perplexity_of(float(first.double().mean())) if len(first) else None
-
-    def in_engine(self, folder: Path, export: Export, measured: Measurements, console: Console) -> Engine:
-        """Figures of measure.engine, of the dense model and of the one that `export` wrote into `folder`.
-
-        measured: what PyTorch measured of that one.
-        """
-        settings, source, engine = self.measure, (type(export).__module__,), engine_module(self.measure.engine)
-        with self._dense_export(export, console) as dense_folder:
-            of_both = [export.files(of) for of in (dense_folder, folder)]
-            files = [paths[0] for paths in of_both]  # what is opened; more of them lie beside it
-            of = {"engine": self.protocol["engine"], "build": engine.build(), "export": export.identity}
-            of |= {"repack": settings.engine_repack}
-            of |= self._of_windows | {"windows": len(self._windows_of_engine)}
-            found = [
-                self.dense_cache.value("engine", of, lambda: self._perplexity_in_engine(files[0], console), source),
-                self._perplexity_in_engine(files[1], console),
-            ]
-            by_torch = [self._first_perplexity(self.dense_losses(console)), measured.first_perplexity]
-            dense, compressed = (
-                EngineFigures(
-                    file_mb=sum(path.stat().st_size for path in paths) / MB,
-                    perplexity=perplexity,
-                    perplexity_vs_torch=None if perplexity is None or other is None else perplexity / other,
-                    peak_mb=engine.peak_mb(paths[0], self.prompt, settings, console) if settings.memory else None,
-                )
-                for paths, perplexity, other in zip(of_both, found, by_torch, strict=True)
-            )
-            if not settings.latency:
-                return Engine(settings.engine, dense, compressed)
-            with timing_lock.exclusive(console.note) as load:
-                latency = engine.measure_pairs(files, self.prompt, settings, console)
-            return Engine(settings.engine, dense, compressed, latency, load.cores)
-
-    def _perplexity_in_engine(self, file: Path, console: Console) -> float | None:
-        """Perplexity of the first test windows in measure.engine; None where there are none."""
-        windows, repack = self.bos.before(self._windows_of_engine), self.measure.engine_repack
-        if not len(windows):
-            return None
-        loss = engine_module(self.measure.engine).mean_loss(file, windows, self.bos.length, console, repack)
-        return perplexity_of(loss)
-
-    @contextmanager
-    def _dense_export(self, export: Export, console: Console) -> Iterator[Path]:
-        """The dense model as `export` writes it, from the cache."""
-
-        def write(folder: Path) -> dict[str, Any]:
-            console.note("exporting the dense model")
-            export.write(self.dense, folder)
-            return {}
-
-        of = {"export": export.identity, "carried": self.hashes["carried"]}
-        key = self.dense_cache.key("dense_export", of, (type(export).__module__,))
-        with store.entry("dense_export", key, write) as entry:
-            yield entry.folder
 
     def baseline(self, sweep_folder: Path | None, console: Console) -> Measurements:
         """The dense model's figures, once in a process, and once in a sweep whoever runs its jobs.
@@ -331,7 +272,7 @@ class Evaluator:
                 losses = self.dense_losses(console)
                 return asdict(self._repeatable_measurements(self.dense, losses, folder, export, console))
 
-            of = self._of_windows | {"tasks": self.protocol["tasks"]}
+            of = self.of_windows | {"tasks": self.protocol["tasks"]}
             of["bytes_per_token"] = self.tokens.bytes_per_token("test")
             figures = Measurements.from_dict(self.dense_cache.value("baseline", of, lasting))
             memory = self._memory(self.dense, folder, export, console)
@@ -352,7 +293,7 @@ class Evaluator:
         return samples_of(self.prompts, self.dense.tokenizer, dense.continuations, compressed.continuations)
 
     @property
-    def _of_windows(self) -> dict[str, Any]:
+    def of_windows(self) -> dict[str, Any]:
         """Part of the protocol that losses of the test text depend on."""
         return {name: self.protocol[name] for name in ("test_tokens_sha256", "seq_len", "windows", "bos", "batch_size")}
 
@@ -376,7 +317,7 @@ class Evaluator:
             return [{"losses": torch.cat(first)}]
 
         kind = "token_losses"
-        key = self.dense_cache.key(kind, self._of_windows | {"processes": self.processes})
+        key = self.dense_cache.key(kind, self.of_windows | {"processes": self.processes})
         (part,) = self.dense_cache.parts(key, kind, 1, losses, world)
         return part["losses"].cpu()
 

@@ -15,6 +15,7 @@ from prune_lab.compare import compare, compute_figures, engine_figures
 from prune_lab.compatibility import check_found_layout, check_low_bit_model, pruning_events
 from prune_lab.compressing import Compressed, checkpoints, compress, stopwatch
 from prune_lab.config.parts import Parts
+from prune_lab.engine_beside import measure_in_engine
 from prune_lab.estimate import COMPRESSION, DENSE, MEASURES, TIMING, expected_seconds
 from prune_lab.evaluator import Evaluator, open_evaluator
 from prune_lab.export.base import Export
@@ -247,7 +248,7 @@ def _measure(
             loads.append(load.cores)
         parts.export.check(loaded.model, saved, evaluator.windows[:1].long(), parts.post.own_kernels)
         if parts.measure.engine != "none":
-            engine = evaluator.in_engine(saved, parts.export, figures, console)
+            engine = measure_in_engine(evaluator, saved, parts.export, figures, console)
             loads += [engine.cores] if engine.cores is not None else []
     if loads:
         summary.environment["cores_used_by_others"] = round(max(loads), 2)

@@ -44,7 +44,7 @@ LAYERS = (
     ("cleanup", "tracking"),
     ("config", "evaluator"),
     ("compatibility", "report"),
-    ("compressing", "estimate", "sweeps"),
+    ("compressing", "engine_beside", "estimate", "sweeps"),
     ("runner",),
     ("job", "commands"),
     ("api",),
