@@ -143,7 +143,9 @@ class Structured(Method):
     def check_model(self, anatomy: Anatomy, amounts: Iterable[float]) -> None:
         """Raises Refused for kinds of units that a model lacks, and for counts that its config cannot hold."""
         if self.is_of_hidden:
-            self._check_model_for_hidden(anatomy, amounts)
+            from prune_lab.pruning.hidden import check_hidden
+
+            check_hidden(anatomy, self.score, {self._count_to_keep(anatomy, HIDDEN, amount) for amount in amounts})
             return
         if anatomy.found is not None and self.refit in ("dense", "residual"):
             raise Refused(
@@ -154,45 +156,6 @@ class Structured(Method):
             counts = {self._count_to_keep(anatomy, group, amount) for amount in amounts}
             if self.physical and needs_stand_in(anatomy, group, counts):
                 check_stand_in(anatomy.model)
-
-    def _check_model_for_hidden(self, anatomy: Anatomy, amounts: Iterable[float]) -> None:
-        from prune_lab.models.hidden import check_count, hidden_of, readers_of
-
-        hidden_of(anatomy.model)
-        if self.score == "minitron" and not readers_of(anatomy.model).norms:
-            raise Refused(
-                f"method.score=minitron: no norm of a {anatomy.config.model_type} model has outputs that its blocks' "
-                "matrices read; give method.score=random"
-            )
-        for count in {self._count_to_keep(anatomy, HIDDEN, amount) for amount in amounts}:
-            check_count(anatomy.model, count)
-
-    def _prune_hidden(self, anatomy: Anatomy, count: int, seed: int, calibrator: Calibrator | None) -> Pruned:
-        """Removes channels of the hidden size; `count` stay."""
-        import torch
-
-        from prune_lab.models.hidden import readers_of, remove_hidden
-        from prune_lab.models.resize import dense_count
-        from prune_lab.pruning.hidden import minitron_scores, refit_readers, rows_of_hidden
-        from prune_lab.pruning.selection import keep_rows
-
-        now = anatomy.unit_count(HIDDEN)
-        pruned = Pruned(rows=rows_of_hidden(anatomy, dense_count(anatomy, HIDDEN), count))
-        if count == now:
-            return pruned
-        if self.score == "random":
-            scores = torch.rand(now, generator=torch.Generator().manual_seed(seed))
-        else:
-            assert calibrator is not None
-            scores = minitron_scores(anatomy, readers_of(anatomy.model).norms, calibrator)
-        if not scores.isfinite().all():
-            raise Refused("the scores of the hidden size are not finite: activations overflow; give another dtype")
-        keep = keep_rows(scores[None], now - count)[0]
-        if self.refit == "inputs":
-            assert calibrator is not None
-            pruned.warnings += refit_readers(anatomy, readers_of(anatomy.model), keep, calibrator)
-        pruned.cuts += remove_hidden(anatomy, keep)
-        return pruned
 
     def prune(self, anatomy: Anatomy, amount: float, seed: int, calibrator: Calibrator | None = None) -> Pruned:
         """Removes (or zeroes) units of every chosen kind and returns what was removed from each Linear.
@@ -210,7 +173,9 @@ class Structured(Method):
         """Likewise down to a count of each group of units in each block, counts that the config can hold."""
         model_type = anatomy.config.model_type
         if self.is_of_hidden:
-            pruned = self._prune_hidden(anatomy, counts[HIDDEN], seed, calibrator)
+            from prune_lab.pruning.hidden import prune_hidden
+
+            pruned = prune_hidden(anatomy, counts[HIDDEN], self.score, self.refit != "none", seed, calibrator)
         else:
             pruned = self._prune_units(anatomy, counts, seed, calibrator)
         if anatomy.config.model_type != model_type:

@@ -1,4 +1,4 @@
-"""Channels of the hidden size: which of them stay, and the refit of the Linears that read them.
+"""Channels of the hidden size: which of them stay, the refit of the Linears that read them, and their removal.
 
 The score is Minitron's (Muralidharan et al., 2407.14679): of the outputs A of each norm before an attention or MLP, the
 mean of |A| over the tokens of a window, squared and summed over windows, and its root summed over the norms.
@@ -14,15 +14,61 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prune_lab.models.anatomy import Anatomy
-from prune_lab.models.hidden import Readers, axes_of, hidden_size
+from prune_lab.errors import Refused
+from prune_lab.models.anatomy import HIDDEN, Anatomy
+from prune_lab.models.hidden import (
+    Readers,
+    axes_of,
+    check_count,
+    hidden_of,
+    hidden_size,
+    readers_of,
+    remove_hidden,
+)
 from prune_lab.models.rebuild import tensors_of
+from prune_lab.models.resize import dense_count
 from prune_lab.pruning.calibration import Calibrator
 from prune_lab.pruning.gram import DAMPING, damped_cholesky
-from prune_lab.pruning.pruned import LayerRow
+from prune_lab.pruning.pruned import LayerRow, Pruned
 from prune_lab.pruning.refit import check_finite
+from prune_lab.pruning.selection import keep_rows
 
 _AT_ONCE = 2**30  # numbers in the gram matrices of one pass
+
+
+def check_hidden(anatomy: Anatomy, score: str, counts: Iterable[int]) -> None:
+    """Raises Refused where a model cannot have such counts of channels, or not the norms that a score reads."""
+    hidden_of(anatomy.model)
+    if score == "minitron" and not readers_of(anatomy.model).norms:
+        raise Refused(
+            f"method.score=minitron: no norm of a {anatomy.config.model_type} model has outputs that its blocks' "
+            "matrices read; give method.score=random"
+        )
+    for count in counts:
+        check_count(anatomy.model, count)
+
+
+def prune_hidden(
+    anatomy: Anatomy, count: int, score: str, refit: bool, seed: int, calibrator: Calibrator | None
+) -> Pruned:
+    """Removes the channels of lowest score but for `count` of them; refit: whether what reads them is set anew."""
+    now = anatomy.unit_count(HIDDEN)
+    pruned = Pruned(rows=rows_of_hidden(anatomy, dense_count(anatomy, HIDDEN), count))
+    if count == now:
+        return pruned
+    if score == "random":
+        scores = torch.rand(now, generator=torch.Generator().manual_seed(seed))
+    else:
+        assert calibrator is not None
+        scores = minitron_scores(anatomy, readers_of(anatomy.model).norms, calibrator)
+    if not scores.isfinite().all():
+        raise Refused("the scores of the hidden size are not finite: activations overflow; give another dtype")
+    keep = keep_rows(scores[None], now - count)[0]
+    if refit:
+        assert calibrator is not None
+        pruned.warnings += refit_readers(anatomy, readers_of(anatomy.model), keep, calibrator)
+    pruned.cuts += remove_hidden(anatomy, keep)
+    return pruned
 
 
 def add_magnitudes(sums: Tensor, states: Tensor) -> None:
