@@ -53,7 +53,7 @@ _LOG = (
 )
 _LEFT = re.compile(
     rf"{_LOG}|outputs(/[\d-]+)?|cache(/locks(/[\w.-]+)?)?"
-    r"|cache/(tokens|baseline|token_losses)(/[0-9a-f]+(/(tokens\.i32|starts\.i64|\d+\.safetensors|facts\.json))?)?"
+    r"|cache/(tokens|baseline|token_losses|dense_states)(/[0-9a-f]+(/(tokens\.i32|starts\.i64|\d+\.safetensors|facts\.json))?)?"
     r"|cache/gguf(/[0-9a-f]+(/[a-z_]+\.(json|jinja))?)?|cache/layout(/[0-9a-f]+(/facts\.json)?)?"
 )
 

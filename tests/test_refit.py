@@ -22,6 +22,7 @@ from prune_lab.methods.wanda import Wanda
 from prune_lab.models.anatomy import Anatomy, out_in
 from prune_lab.models.load import HubModel
 from prune_lab.models.offload.on_disk import own_copy
+from prune_lab.pruning import refit as refits
 from prune_lab.pruning.calibration import Calibrator, block_statistics
 from prune_lab.pruning.refit import Error, refit_columns, refit_rows
 
@@ -156,6 +157,25 @@ def test_float32_is_as_good_as_float64() -> None:
         refit_rows(weight, weight * rows, gram.to(dtype), rows).double() for dtype in (torch.float32, torch.float64)
     )
     assert float((one - other).norm() / other.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("outliers", [1.0, 1e3])
+@pytest.mark.parametrize("seed", range(3))
+def test_products_in_bfloat16_take_off_the_same_error(
+    seed: int, outliers: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of weights in bfloat16 alone, also where a few inputs are a thousand times the others."""
+    weight, gram = correlated(96, 128, seed)
+    scale = torch.ones(128).index_fill_(0, torch.tensor([3, 70]), outliers)
+    weight, gram = weight.bfloat16(), gram * scale * scale[:, None]
+    keep = torch.rand(96, 128, generator=torch.Generator().manual_seed(seed)) > 0.5
+    lost = {}
+    for native in (False, True):
+        monkeypatch.setattr(refits, "uses_bfloat16", lambda *_, native=native: native)
+        lost[native] = loss(weight.float(), refit_rows(weight, weight * keep, gram, keep), gram)
+    plain = loss(weight.float(), weight.float() * keep, gram)
+    assert lost[False] != lost[True]
+    assert plain - lost[True] > 0.99 * (plain - lost[False]) > 0
 
 
 def test_inputs_that_are_always_zero_or_alike_are_solved_with_damping() -> None:

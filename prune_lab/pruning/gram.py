@@ -1,6 +1,10 @@
-"""Gram matrices of calibration inputs, X^T X: damping, and the Cholesky factor that SparseGPT and refits use."""
+"""Gram matrices of calibration inputs, X^T X: products, damping, and the Cholesky factor of SparseGPT and refits."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,3 +37,20 @@ def damped_cholesky(matrix: Tensor, mean: Tensor, damping: float) -> tuple[Tenso
         f"the gram matrix of a Linear's inputs has no Cholesky factor even with damping {LARGEST_DAMPING:g} of its "
         "mean diagonal: the activations are not finite; give dtype=float32"
     )
+
+
+@contextmanager
+def multiplying_in_bfloat16(wanted: bool = True) -> Iterator[None]:
+    """Context in which float32 products on a CPU take their factors as bfloat16, where it has instructions for it.
+
+    They are added up in float32, in which products of bfloat16 numbers are exact. wanted: False changes nothing.
+    """
+    if not wanted or not hasattr(torch.backends.mkldnn, "matmul"):  # before PyTorch 2.9
+        yield
+        return
+    settings: Any = torch.backends.mkldnn.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

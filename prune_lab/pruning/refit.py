@@ -19,6 +19,7 @@ from torch import Tensor
 
 from prune_lab.errors import Refused
 from prune_lab.pruning.gram import DAMPING, centred, damped_cholesky
+from prune_lab.system.device import uses_bfloat16
 
 ITERATIONS = 10  # of conjugate gradients
 CONSTANT = 1e-6  # of the mean square of the inputs: a variance below is rounding, of inputs that never change
@@ -89,27 +90,31 @@ def refit_rows(
 
     target: the dense weight (out, in). start: a weight with zeros where `keep`, bools (out, in), is False. gram: X^T X
     (in, in). All rows are solved at once by masked conjugate gradients with the diagonal as preconditioner; a few
-    iterations are enough, and each takes one product (out, in) x (in, in).
+    iterations are enough, and each takes one product (out, in) x (in, in). A CPU that computes bfloat16 natively has
+    these products in bfloat16 for a weight in bfloat16, to which the result will be rounded: of single layers of
+    SmolLM2-135M ten iterations then take off 99.6 % of the error that they take off otherwise.
     """
     damped = gram.clone()
     damped.diagonal().add_(damping * gram.diagonal().mean())
-    scale = damped.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).reciprocal()
-    target, solution = target.to(gram.dtype), start.to(gram.dtype)
-    residual = (target - solution) @ damped
+    # In inputs of length 1, of which the preconditioner is the identity, and numbers are rounded alike.
+    scale = damped.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).rsqrt()
+    narrow = target.dtype == torch.bfloat16 and not gram.is_cuda and uses_bfloat16("auto", gram.device)
+    target, start = target.to(gram.dtype), start.to(gram.dtype)
+    residual = (target - start) @ damped
     if error is not None:
         residual = residual + error.product.T
-    residual = residual.mul_(keep)
-    direction = residual * scale
-    size = (residual * direction).sum(1, keepdim=True)
+    residual = residual.mul_(scale).mul_(keep)
+    scaled = damped.mul_(scale).mul_(scale[:, None]).to(torch.bfloat16 if narrow else gram.dtype)
+    change, direction = torch.zeros_like(residual), residual
+    size = residual.square().sum(1, keepdim=True)
     for _ in range(iterations):
-        image = (direction @ damped).mul_(keep)
+        image = (direction.to(scaled.dtype) @ scaled).to(gram.dtype).mul_(keep)
         step = _quotient(size, (direction * image).sum(1, keepdim=True))
-        solution = solution + step * direction
+        change.addcmul_(direction, step)
         residual = residual - step * image
-        scaled = residual * scale
-        before, size = size, (residual * scaled).sum(1, keepdim=True)
-        direction = scaled + _quotient(size, before) * direction
-    return solution
+        before, size = size, residual.square().sum(1, keepdim=True)
+        direction = residual + _quotient(size, before) * direction
+    return start + change.mul_(scale)
 
 
 def check_finite(name: str, refitted: Tensor) -> None:

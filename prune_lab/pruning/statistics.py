@@ -18,6 +18,7 @@ from prune_lab.models.blocks import ReachedError
 from prune_lab.models.found import Matrix
 from prune_lab.models.products import Place, Products, eager_experts
 from prune_lab.pruning.expert_gates import ExpertGates
+from prune_lab.pruning.gram import multiplying_in_bfloat16
 from prune_lab.pruning.refit import Error
 from prune_lab.pruning.thresholds import ScoreCounts
 from prune_lab.pruning.unseen import FEW_TOKENS
@@ -145,7 +146,7 @@ class RunningStatistics:
         narrow = rows.is_cuda and _ADDS_IN_FLOAT32 and rows.dtype in (torch.bfloat16, torch.float16)
         were_bfloat16 = rows.dtype == torch.bfloat16
         rows = rows if narrow else rows.float()
-        with _multiplying_in_bfloat16() if were_bfloat16 and not rows.is_cuda else nullcontext():
+        with multiplying_in_bfloat16(were_bfloat16 and not rows.is_cuda):
             for first in range(0, width, panel):
                 left, right = rows[:, first : first + panel].T, rows[:, first:]
                 if narrow:
@@ -169,23 +170,6 @@ class RunningStatistics:
         apart = mean - self._mean
         self._deviations = self._deviations + deviations + apart.square() * (n * more / (n + more))
         self._mean = self._mean + apart * (more / (n + more))
-
-
-@contextmanager
-def _multiplying_in_bfloat16() -> Iterator[None]:
-    """Context in which float32 products on a CPU take their factors as bfloat16, where it has instructions for it.
-
-    Of factors that were bfloat16 nothing is lost: products are exact in float32, in which they are added up.
-    """
-    if not hasattr(torch.backends.mkldnn, "matmul"):  # before PyTorch 2.9
-        yield
-        return
-    settings: Any = torch.backends.mkldnn.matmul
-    before, settings.fp32_precision = settings.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
 
 
 def _squares(rows: Tensor) -> Tensor:
