@@ -255,7 +255,7 @@ FAULTS = (
     ),
     Fault(
         "refit_of_rows_fills_zeros", "prune_lab/pruning/refit.py",
-        "residual = residual.mul_(keep)", "residual = residual * 1",
+        "residual = residual.mul_(scale).mul_(keep)", "residual = residual.mul_(scale)",
         ("test_refit.py::test_conjugate_gradients_end_at_the_solution_of_each_row",),
     ),
     Fault(
