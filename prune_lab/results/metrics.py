@@ -138,7 +138,7 @@ METRICS = (
            measured="share of these targets at which both models find the same token likeliest; if several are "
                     "equally likely, the first one counts"),
     Metric("quality/bits_per_byte", "bits", "lower", MEASURED, title="bits per byte", row="bits per byte", form=".4f",
-           measured="the same mean, in bits, for a byte of the test text in place of a token"),
+           measured="the mean cross-entropy in bits, for each byte of the test text instead of each token"),
     Metric("generation/repetition", "fraction", "lower", MEASURED, title="repeated 4-grams of continuations",
            row="repeated 4-grams", form=".4f",
            measured="1 - different 4-grams / all 4-grams of a greedy continuation, mean over the prompts "
