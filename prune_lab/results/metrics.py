@@ -90,13 +90,13 @@ def _in_engine(engine: str) -> tuple[Metric, ...]:
         Metric(f"{engine}/perplexity", "", "lower", MEASURED, title=f"perplexity in {title}",
                row=f"perplexity in {title}", form=".3f", logarithmic=True,
                measured=f"of the {file}, on the first `measure.engine_windows` test windows "
-                        f"([below](#in-another-engine)); `measure.engine={engine}`, as all of `{engine}/`"),
+                        f"([below](#in-another-engine)). All metrics of `{engine}/` need `measure.engine={engine}`"),
         Metric(f"{engine}/perplexity_ratio", "times dense", "lower", 1.0, form=".3f", logarithmic=True,
-               title=f"perplexity in {title}, times the dense model's", measured="that / the dense model's"),
+               title=f"perplexity in {title}, times the dense model's", measured="that perplexity / the dense model's"),
         Metric(f"{engine}/perplexity_vs_torch", "times PyTorch's", "lower", MEASURED, form=".4f",
                title=f"perplexity in {title}, times PyTorch's",
-               measured="that / PyTorch's of the same model and windows: what the type of the file costs, and the "
-                        "engine"),
+               measured="perplexity in the engine / perplexity in PyTorch, of the same model and windows: what the "
+                        "type of the file and the engine cost"),
         Metric(f"{engine}/file_mb", "MB", "lower", MEASURED, title=f"{file} (MB)", row=f"{file}, MB", form=".2f",
                measured=f"bytes of the {file}"),
         Metric(f"{engine}/peak_mb", "MB", "lower", MEASURED, title=f"peak memory of {title} (MB)",
@@ -104,7 +104,7 @@ def _in_engine(engine: str) -> tuple[Metric, ...]:
                measured="peak of loading and inference in a fresh process; `measure.memory`"),
         Metric(f"{engine}/prefill_ms_p50", "ms", "lower", MEASURED, title=f"prefill in {title} (ms, median)",
                stage="prefill", row=f"prefill in {title}, ms (speed-up)", form=".2f",
-               measured="the prompt of `latency/prefill_ms_p50`, median over pairs; `measure.latency`"),
+               measured="time of the same prompt as `latency/prefill_ms_p50`, median over pairs; `measure.latency`"),
         Metric(f"{engine}/prefill_ms_p95", "ms", "lower", None, measured="95th percentile"),
         Metric(f"{engine}/decode_ms_per_token_p50", "ms per token", "lower", MEASURED, stage="decode",
                title=f"decode in {title} (ms per token, median)", row=f"decode in {title}, ms per token (speed-up)",
@@ -121,126 +121,132 @@ def _in_engine(engine: str) -> tuple[Metric, ...]:
 METRICS = (
     Metric("quality/perplexity", "", "lower", MEASURED, title="perplexity", row="perplexity", form=".3f",
            logarithmic=True,  # a bad run is many times a good one
-           measured="exp of the mean cross-entropy of the next token over the test windows ([below](#quality))"),
+           measured="exp of the mean cross-entropy of the next token, over all test windows ([below](#quality))"),
     Metric("quality/perplexity_ratio", "times dense", "lower", 1.0, title="perplexity, times the dense model's",
-           form=".3f", logarithmic=True, measured="perplexity / the dense model's"),
+           form=".3f", logarithmic=True, measured="perplexity / the dense model's perplexity"),
     Metric("quality/perplexity_ratio_{bound}", "times dense", "lower", 1.0, form=".3f",
-           measured="its 95 % interval over the test text, from the losses of the same tokens ([below](#quality))"),
+           measured="95 % interval of that ratio, from the losses of the same tokens in both models "
+                    "([below](#quality))"),
     Metric("quality/kl", "nats", "lower", 0.0, title="KL divergence from the dense model (nats)", form=".4f",
            measured="KL(dense || compressed) of the next token, mean over the targets of the first "
-                    "`measure.kl_windows` windows ([below](#quality))"),
+                    "`measure.kl_windows` test windows ([below](#quality))"),
     Metric("quality/kl_p50", "nats", "lower", 0.0, title="median KL divergence (nats)", form=".4f",
-           measured="its median over these targets"),
+           measured="median of the KL divergence over these targets"),
     Metric("quality/kl_p99", "nats", "lower", 0.0, title="99th percentile of the KL divergence (nats)", form=".4f",
-           measured="its 99th percentile: the worst targets, which a mean hides"),
+           measured="99th percentile of the KL divergence over these targets: the worst ones, which a mean hides"),
     Metric("quality/same_top", "fraction", "higher", 1.0, title="same likeliest token as the dense model", form=".4f",
-           measured="share of these targets at which both models find the same token likeliest; of equally likely ones "
-                    "the first"),
+           measured="share of these targets at which both models find the same token likeliest; if several are "
+                    "equally likely, the first one counts"),
     Metric("quality/bits_per_byte", "bits", "lower", MEASURED, title="bits per byte", row="bits per byte", form=".4f",
-           measured="the same mean, in bits, for a byte of the test text in place of a token"),
+           measured="the mean cross-entropy in bits, for each byte of the test text instead of each token"),
     Metric("generation/repetition", "fraction", "lower", MEASURED, title="repeated 4-grams of continuations",
            row="repeated 4-grams", form=".4f",
            measured="1 - different 4-grams / all 4-grams of a greedy continuation, mean over the prompts "
-                    "([below](#generation)); `measure.generation_prompts`, as all of `generation/`"),
+                    "([below](#generation)). All metrics of `generation/` need `measure.generation_prompts`"),
     Metric("generation/loops", "fraction", "lower", MEASURED, title="continuations that end in a loop",
            row="continuations in a loop", form=".3f",
-           measured="share of continuations whose last half is one n-gram, of any n, again and again"),
+           measured="share of continuations whose last half only repeats one n-gram, for any n"),
     Metric("generation/common_prefix", "tokens", "higher", MEASURED, title="first tokens as the dense model's",
            row="first tokens as the dense model's", form=".1f",
-           measured="tokens that a continuation and the dense model's begin with alike, mean over the prompts; the "
-                    "dense figure is the length of its own"),
+           measured="number of first tokens that a continuation has in common with the dense model's, mean over the "
+                    "prompts; the dense value is the length of the dense continuation"),
     Metric("generation/ended", "fraction", None, MEASURED, title="continuations that ended", form=".3f",
-           measured="share of continuations that the model ended by a token that ends a text"),
+           measured="share of continuations that the model ended with an end-of-text token"),
     Metric("amount/requested", "fraction", "higher", 0.0,  # of two equally good runs, removing more is better
            measured="`method.amount`; 0 where the method does not use it"),
     Metric("amount/realized", "fraction", "higher", 0.0,
-           measured="weights removed or zeroed in the pruned scope / weights in it before; counts are exact, also with "
-                    "ties. Of `method=active_experts`, which removes none, the experts of a token in their place"),
+           measured="weights removed or zeroed in the pruned scope / weights in it before; counts are exact, even if "
+                    "scores are tied. For `method=active_experts`, which removes no weights, the fraction of a "
+                    "token's experts"),
     Metric("scope/share", "fraction", None, None,
-           measured="weights of the matrices that methods of single weights prune / all weights of the decoder blocks: "
-                    "1 less what is left alone, such as norms, biases, routers of experts, convolutions"),
+           measured="weights of the matrices that unstructured methods prune / all weights of the decoder blocks. "
+                    "The rest is left unpruned, such as norms, biases, routers of experts, convolutions"),
     Metric("params/total", "parameters", "lower", MEASURED, title="parameters (millions)", millions=True,
-           row="parameters", form=",.0f", measured="parameters that are there, a tied matrix once"),
+           row="parameters", form=",.0f", measured="all parameters; a tied matrix counts once"),
     Metric("params/nonzero", "parameters", "lower", MEASURED, title="non-zero parameters (millions)", millions=True,
            row="non-zero parameters", form=",.0f", measured="those that are not zero"),
     Metric("params/active", "parameters", "lower", MEASURED, title="active parameters (millions)", millions=True,
            row="active parameters", form=",.0f",
-           measured="of a mixture: parameters less those of experts that a token does not go to"),
+           measured="of a mixture: parameters without those of the experts that a token does not use"),
     Metric("params/reduction", "fraction", "higher", 0.0,
-           measured="1 - non-zero / the dense model's non-zero: what this run removed or zeroed"),
+           measured="1 - non-zero parameters / the dense model's non-zero parameters: what this run removed or set "
+                    "to zero"),
     Metric("params/physical_reduction", "fraction", "higher", 0.0,
-           measured="1 - total / the dense model's total: counts what is gone"),
+           measured="1 - parameters / the dense model's parameters: only what was removed"),
     Metric("compute/macs_per_token", "multiply-accumulates", "lower", MEASURED,
            row="multiply-accumulates per token", form=",.0f",
-           measured="of Linears, attention and head, from shapes, at `measure.prompt_tokens` of context: what could be "
-                    "saved; `latency/` is what was. Experts count by the tokens that come to them. Of types that "
-                    "`models/families.py` does not describe, without what attention multiplies by itself"),
+           measured="of linear layers, attention and output layer, computed from their shapes, at a context of "
+                    "`measure.prompt_tokens`: what could be saved, whereas `latency/` is what was saved. Experts "
+                    "count by the number of tokens that they get. For types that `models/families.py` does not "
+                    "describe, without the products of attention"),
     Metric("compute/effective_macs_per_token", "multiply-accumulates", "lower", None,
-           measured="the same without those of zero weights"),
+           measured="the same, without those of zero weights"),
     Metric("routing/same_experts", "fraction", "higher", 1.0, title="same choices of experts as the dense model",
            form=".4f",
-           measured="of a mixture: share of the dense model's choices (a token, an expert) on the windows of the KL "
-                    "divergence that the compressed model makes as well, over all blocks"),
+           measured="of a mixture: share of the dense model's choices (a token, an expert) that the compressed model "
+                    "makes as well, over all blocks, on the windows of the KL divergence"),
     Metric("experts/least_tokens", "tokens", None, None,
-           measured="tokens of the calibration text that came to the expert that got the fewest"),
+           measured="of a mixture: number of calibration tokens of the expert that got the fewest"),
     Metric("experts/under_128_tokens", "experts", None, None,
-           measured="experts that got fewer than 128 of them: their scores are hardly known"),
+           measured="of a mixture: number of experts that got fewer than 128 calibration tokens, so that their "
+                    "scores are hardly known"),
     Metric("shape/kl", "nats", "lower", None, form=".4f",
-           measured="of `method=shape` with `method.held_out`: KL divergence from the dense model on the calibration "
-                    "windows that were held out, before any recovery; by it a search chooses"),
+           measured="of `method=shape` with `method.held_out`: KL divergence from the dense model on the held-out "
+                    "calibration windows, before any recovery. A search chooses by it"),
     Metric("size/disk_mb", "MB", "lower", MEASURED, title="bytes on disk (MB)", row="on disk, MB", form=".2f",
-           measured="saved files with weights: safetensors, the GGUF file, or the ONNX graph and its data"),
-    Metric("size/reduction", "fraction", "higher", 0.0, measured="1 - bytes on disk / the dense model's"),
+           measured="size of the saved files with weights: safetensors, the GGUF file, or the ONNX graph and its data"),
+    Metric("size/reduction", "fraction", "higher", 0.0, measured="1 - bytes on disk / the dense model's bytes"),
     Metric("memory/weights_mb", "MB", "lower", MEASURED, title="weights in memory (MB)", row="weights in memory, MB",
-           form=".2f", measured="bytes of parameters and buffers in memory, a tied one once"),
+           form=".2f", measured="bytes of parameters and buffers in memory; a tied one counts once"),
     Metric("memory/weights_read_mb", "MB", "lower", MEASURED, title="weights read per decoded token (MB)",
            row="weights read per token, MB", form=".2f",
-           measured="bytes of weights that decoding a token of one sequence reads: of experts those it goes to, of a "
-                    "table of embeddings that is not the head, too, its row"),
+           measured="bytes of weights that are read to decode one token of one sequence: of the experts only those "
+                    "that the token uses; of an embedding that is not tied to the output layer only one row"),
     Metric("memory/kv_cache_bytes_per_token", "bytes", "lower", MEASURED, title="KV cache (bytes per token)",
            row="KV cache, bytes per token", form=",.0f",
-           measured="keys and values of a token in all blocks, from the shapes of the Linears and the number type; "
-                    "with a sliding window, while the token is within it"),
+           measured="keys and values of a token in all blocks, from the shapes of the linear layers and the number "
+                    "type; with a sliding window, while the token is within it"),
     Metric("memory/peak_mb", "MB", "lower", MEASURED, title="peak memory (MB)", row="peak memory, MB", form=".1f",
            measured="peak of loading and inference ([below](#memory)); `measure.memory`"),
-    Metric("memory/reduction", "fraction", "higher", 0.0, measured="1 - peak / the dense model's"),
+    Metric("memory/reduction", "fraction", "higher", 0.0, measured="1 - peak / the dense model's peak"),
     Metric("energy/joules_per_token", "J per token", "lower", MEASURED, row="energy, J per token", form=".4f",
-           measured="of a decoded token with its share of the prefill ([below](#energy)); `measure.energy`"),
+           measured="for each decoded token, including its share of the prefill ([below](#energy)); `measure.energy`"),
     Metric("tasks/{task}_{accuracy}", "fraction", "higher", MEASURED, form=".4f",
            measured="lm-eval's own scores ([below](#tasks)); `measure.tasks`"),
     Metric("tasks/{task}_{likelihood}", "", "lower", MEASURED, form=".4f",
            measured="scores of tasks that measure likelihood; in bits where the name says so"),
     Metric("tasks/{task}_flips", "fraction", "lower", 0.0, title="{task}: answers that flipped", form=".4f",
-           measured="share of documents that one of the two models answers rightly and the other does not "
-                    "([below](#tasks))"),
-    Metric("tasks/{task}_n", "documents", None, MEASURED, measured="how many were scored"),
+           measured="share of documents that exactly one of the two models answers correctly ([below](#tasks))"),
+    Metric("tasks/{task}_n", "documents", None, MEASURED, measured="number of documents that were scored"),
     Metric("tasks/{task}_truncated", "documents", None, MEASURED,
-           measured="of how many the model's context held the end alone (absent where it held all)"),
+           measured="number of documents of which only the end fits into the model's context (absent if all fit)"),
     Metric("tasks/{task}_{score}_stderr", "as the score", None, MEASURED,
-           measured="standard error of a score: a change within it is no change"),
+           measured="standard error of a score: a change that is smaller means little"),
     Metric("tasks/{task}_{score}", "as lm-eval has it", None, MEASURED, form=".4f",
-           measured="a task's other scores, such as `exact_match`, by lm-eval's names"),
+           measured="other scores of a task, such as `exact_match`, by lm-eval's names"),
     Metric("latency/prefill_ms_p50", "ms", "lower", MEASURED, title="prefill (ms, median)", stage="prefill",
            row="prefill, ms (speed-up)", form=".2f",
-           measured="one prompt of `measure.prompt_tokens`, median over pairs ([below](#time)); `measure.latency`, as "
-                    "all of `latency/`"),
+           measured="time of a prompt of `measure.prompt_tokens`, median over pairs ([below](#time)). All metrics of "
+                    "`latency/` need `measure.latency`"),
     Metric("latency/prefill_ms_p95", "ms", "lower", None, measured="95th percentile"),
     Metric("latency/decode_ms_per_token_p50", "ms per token", "lower", MEASURED, stage="decode",
            title="decode (ms per token, median)", row="decode, ms per token (speed-up)", form=".2f",
-           measured="`measure.decode_tokens` after that prompt, one by one, greedily; median over pairs"),
+           measured="time of each of `measure.decode_tokens` tokens decoded greedily after that prompt, median over "
+                    "pairs"),
     Metric("latency/decode_ms_per_token_p95", "ms per token", "lower", None, measured="95th percentile"),
     Metric("latency/{stage}_speedup", "times dense", "higher", 1.0, title="{stage} speed-up",
            measured="median over pairs of dense time / compressed time: above 1 is faster"),
-    Metric("latency/{stage}_speedup_{bound}", "times dense", "higher", 1.0, measured="its 95 % bootstrap interval"),
+    Metric("latency/{stage}_speedup_{bound}", "times dense", "higher", 1.0,
+           measured="95 % bootstrap interval of the speed-up"),
     Metric("latency/aa_{stage}_speedup", "times dense", "higher", 1.0,
-           measured="the dense model against a copy of itself: what noise alone gives; `measure.aa`"),
+           measured="the dense model against a copy of itself, which shows the noise alone; `measure.aa`"),
     Metric("latency/aa_{stage}_speedup_{bound}", "times dense", "higher", 1.0,
-           measured="its interval; the run warns where it misses 1.00"),
+           measured="95 % bootstrap interval of that; the run warns if it does not contain 1.00"),
     Metric("latency/prefill_ms_p50_b{batch}_l{length}", "ms", "lower", MEASURED,
            measured="as without the suffix, for B prompts of L tokens at once; `measure.batch_sizes`, "
                     "`measure.lengths`"),
     Metric("latency/decode_ms_per_token_p50_b{batch}_l{length}", "ms per step", "lower", MEASURED,
-           measured="a step, which is a token for each of the B"),
+           measured="time of a step, which decodes one token for each of the B prompts"),
     Metric("latency/{stage}_speedup_b{batch}_l{length}", "times dense", "higher", 1.0,
            measured="as without the suffix"),
     Metric("latency/{stage}_speedup_b{batch}_l{length}_{bound}", "times dense", "higher", 1.0,
@@ -249,15 +255,17 @@ METRICS = (
            title="decode (tokens per second)", measured="1000 / `latency/decode_ms_per_token_p50`"),
     *(metric for engine in ENGINES for metric in _in_engine(engine)),
     Metric("time/{phase}_s", "s", "lower", None,
-           measured="wall-clock of calibration and pruning, of training, of post-compression, of measuring and "
-                    "checking the saved model; without what was waited for other jobs"),
+           measured="elapsed time of calibration and pruning, of training, of post-compression, and of measuring and "
+                    "checking the saved model; without waiting for other jobs"),
     Metric("train/loss", "nats, or of `recovery`'s own loss", None, None, by_step=True,
-           measured="of the batch of that step, every 10 steps and at the last"),
+           measured="loss of the batch of that step, every 10 steps and at the last one"),
     Metric("train/router_aux_loss", "", None, None, by_step=True,
-           measured="the load-balance loss of that batch before its coefficient, where a mixture of experts trains on "
-                    "it: the experts of a token (2 of top-2) where its routers are even, more where they are not"),
+           measured="load-balance loss of that batch before it is multiplied by its coefficient, if a mixture of "
+                    "experts is trained on it. It equals the number of experts for each token (2 for top-2) if the "
+                    "routers distribute tokens evenly, and is larger otherwise"),
     Metric("train/lr", "", None, None, by_step=True, measured="the learning rate of that step"),
-    Metric("train/sparsity", "fraction", None, None, by_step=True, measured="what `amount/realized` is by then"),
+    Metric("train/sparsity", "fraction", None, None, by_step=True,
+           measured="the value of `amount/realized` at that step"),
     Metric("validation/perplexity", "", "lower", None, by_step=True,
            measured="on `recovery.validate_windows` windows of validation text, every `recovery.validate_every` steps"),
 )  # fmt: skip
