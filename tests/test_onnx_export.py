@@ -148,6 +148,8 @@ def test_a_run_measures_both_graphs_in_onnx_runtime(folder: Path, small: list[st
     assert "perplexity in ONNX Runtime" in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_the_loss_in_onnx_runtime_is_of_the_targets_behind_a_bos(tmp_path: Path) -> None:
     model = tiny_model("llama")
     graph.write(model, tmp_path, torch.float32)

@@ -242,6 +242,8 @@ def test_a_repeated_sweep_is_compared_again_without_a_store(run_here: RunHere) -
     assert (second.folder / "results.md").read_text() == (first.folder / "results.md").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_a_sweep_is_not_served_the_results_of_older_source(small: list[str], tmp_path: Path) -> None:
     """In a copy of the package, magnitude's score is turned round: other figures. Then it is turned back."""
     copy = tmp_path / "copy"

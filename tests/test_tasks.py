@@ -303,6 +303,8 @@ def test_dense_and_compressed_side_by_side_and_nobody_is_asked(
     assert [task["task"] for task in summary["protocol"]["tasks"]] == ["arc_easy", "piqa"]
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_what_is_in_no_folder_comes_from_the_hub(small: list[str], cli: Cli, tasks: Path, tmp_path: Path) -> None:
     """baber/piqa as lm-eval asks for it: it evaluates the validation split. Once fetched, it is there offline."""
     (tasks / "piqa.jsonl").unlink()

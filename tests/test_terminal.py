@@ -12,6 +12,7 @@ import sys
 import termios
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, Cli, make_folder
 from model_types import tiny_folder
 
@@ -54,6 +55,8 @@ def test_a_person_sees_header_progress_and_table(small: list[str], tmp_path: Pat
     assert {"training", "latency"} <= set(left)
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_an_estimate_does_nothing_that_the_measures_do_not(small: list[str], tmp_path: Path) -> None:
     """A context with no room for more than a window, and a type without a cache to decode with."""
     short = make_folder(tmp_path / "short", "gpt2", n_positions=16)
