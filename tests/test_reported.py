@@ -14,8 +14,12 @@ from conftest import CPU
 from model_types import tiny_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from prune_lab.errors import Refused
+from prune_lab.methods.structured import Structured
+from prune_lab.models.anatomy import Anatomy
+from prune_lab.models.export import save_model
 from prune_lab.models.load import HubModel
 
 FILE = "model.safetensors"
@@ -88,3 +92,27 @@ def test_what_stands_beside_the_model_is_a_note(folder: Path, tmp_path: Path) ->
     place = changed(folder, tmp_path / "more", {}, lambda tensors: tensors.update(beside))
     loaded = HubModel(name=str(place)).load(CPU, seed=0)
     assert [note.partition(":")[0] for note in loaded.warnings] == ["4 tensors of the checkpoint are not used"]
+
+
+@pytest.mark.parametrize("model_type", ["granite", "gemma3"])
+def test_a_head_of_its_own_is_kept_and_an_export_says_so(model_type: str, tmp_path: Path) -> None:
+    """Also one whose config says that it is the embedding: other programs go by what the config says."""
+    tied = {"tie_word_embeddings": True}
+    more: dict[str, Any] = {"text_config": tied} if model_type == "gemma3" else {}
+    whole = tiny_folder(tmp_path / "tied", model_type, **tied, **more)
+    assert HubModel(name=str(whole)).load(CPU, seed=0).model.config.tie_word_embeddings is True
+    own = torch.randn(320, 64, generator=torch.Generator().manual_seed(1))
+    loaded = HubModel(
+        name=str(changed(whole, tmp_path / "own", {}, lambda tensors: tensors.update({"lm_head.weight": own})))
+    ).load(CPU, seed=0)
+    assert any("but the files hold another, lm_head.weight" in note for note in loaded.warnings)
+    method = Structured(amount=0.5, units=("mlp",), score="l2", refit="none")
+    method.prune(Anatomy(loaded.model), 0.5, 0, None)
+    save_model(loaded, tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert [config["tie_word_embeddings"], config.get("text_config", {}).get("tie_word_embeddings", False)] == [
+        False,
+        False,
+    ]
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.get_output_embeddings().weight, own)

@@ -20,7 +20,7 @@ from prune_lab.models.foreign import explained
 from prune_lab.models.low_bit.compressed_tensors import leave_out_compression
 from prune_lab.models.low_bit.dequantized import has_floats
 from prune_lab.models.offload import streamed
-from prune_lab.models.reported import notes_of
+from prune_lab.models.reported import notes_of, untie_own_head
 from prune_lab.system.device import Device
 from prune_lab.system.hub import why_not
 
@@ -163,6 +163,8 @@ def _load_other(source: str, config: Any, name: str, stream: bool, device: Devic
     if (foreign := explained(unused)) is not None and (not is_whole or has_floats(Path(source))):
         raise Refused(f"model.name={name!r} {foreign}")
     notes = notes_of(model, report, formats.format_of(Path(source), config).open(Path(source)), name)
+    if not stream:  # of one on disk a head of its own is refused (models/offload/streamed.py)
+        notes += untie_own_head(model)
     if config.model_type in TEXT_ALONE and model.config.model_type != config.model_type:
         notes.append(
             f"the text part of this {config.model_type} model is read and exported, as {type(model).__name__}: the "

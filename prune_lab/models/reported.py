@@ -13,6 +13,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from prune_lab.errors import Refused
+from prune_lab.models.checkpoint import OWN_HEAD
+from prune_lab.models.rebuild import skeleton
 from prune_lab.models.shards import Shards
 
 _SHOWN = 3  # names in a message
@@ -46,6 +48,30 @@ def notes_of(model: Any, report: Mapping[str, Any], stored: Shards, name: str) -
             f"weights{' (such as attention_bias or mlp_bias)' if inside[0].endswith('.bias') else ''}",
         )
     return [f"{len(unused)} tensors of the checkpoint are not used: {', '.join(unused[:_SHOWN])}"] if unused else []
+
+
+def untie_own_head(model: Any) -> list[str]:
+    """Writes tie_word_embeddings=false into the config of a model whose files hold a head of its own; a note on it.
+
+    Transformers keeps such a head as it reads, and leaves the config as it is: other programs, and its own older
+    versions, would take the embedding in its place in what is exported.
+    """
+    parts = [part for part in (model.config, model.config.get_text_config()) if _says_tied(part)]
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if not parts or head is None or embedding is None or head.weight is embedding.weight:
+        return []
+    like = skeleton(model, model.config)
+    like.tie_weights()
+    if like.get_output_embeddings().weight is not like.get_input_embeddings().weight:
+        return []  # of a class that ties nothing
+    for part in parts:
+        part.tie_word_embeddings = False
+    name = next(name for name, parameter in model.named_parameters() if parameter is head.weight)
+    return [OWN_HEAD.format(head=name)]
+
+
+def _says_tied(config: Any) -> bool:
+    return bool(getattr(config, "tie_word_embeddings", False))
 
 
 def _refused(name: str, reason: str) -> Refused:
