@@ -120,7 +120,15 @@ def close(difference: float, name: str) -> bool:
     return difference < (0.1 if name == "int8 dynamic" else 1e-5)  # its inputs are not rounded there
 
 
-FAST = ("llama as a mistral", "qwen2 with fewer heads", "mixtral", "int8", "mixtral int8", "bitmask")  # of each kind
+FAST = (
+    "gemma4",
+    "llama as a mistral",
+    "qwen2 with fewer heads",
+    "mixtral",
+    "int8",
+    "mixtral int8",
+    "bitmask",
+)  # of each kind
 
 
 @pytest.mark.parametrize(
@@ -248,6 +256,24 @@ def test_where_vllm_spreads_a_model(devices: int, folder: Path) -> None:
                 )
                 mixture = Shapes(config, "Qwen3MoeForCausalLM", {})
                 assert bool(not_spread(mixture, devices)) == refuses(heads, kv, width, experts, devices)
+
+
+def test_a_model_whose_blocks_have_heads_of_two_sizes_has_verdicts(tmp_path: Path) -> None:
+    loaded = HubModel(name=str(tiny_folder(tmp_path, "gemma4_text"))).load(CPU, seed=0)
+    verdicts = EXPORT.loads_in(loaded, ())
+    assert [verdict.loads for verdict in verdicts] == [YES, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN]
+
+
+def test_heads_that_differ_from_block_to_block_are_all_to_be_spread() -> None:
+    from transformers import Gemma4TextConfig
+
+    from prune_lab.export.loads_in import Shapes
+
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 96}
+    config = Gemma4TextConfig(**sizes, per_layer_config={1: {"num_key_value_heads": 3, "intermediate_size": 100}})
+    shapes = Shapes(config, "Gemma4ForCausalLM", {})
+    assert shapes.counts("num_key_value_heads") == [3, 4]
+    assert not_spread(shapes, 8) == ["3 KV heads", "intermediate_size=100"]
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,13 @@ def test_a_model_that_knows_nothing_of_the_text_is_told(bits: float, is_strange:
     assert all("predicts this text badly" in note and "dataset.path=" in note for note in found)
 
 
+@pytest.mark.parametrize(("asked", "realized", "is_told"), [(0.5, 0.0, True), (0.5, 0.25, False), (0.0, 0.0, False)])
+def test_an_amount_of_which_nothing_came_is_told(asked: float, realized: float, is_told: bool) -> None:
+    found = said(amount__requested=asked, amount__realized=realized)
+    assert len(found) == is_told
+    assert all(note.startswith("nothing was removed: amount=0.5 is less than one of the units") for note in found)
+
+
 def test_zeros_in_dense_tensors_come_with_what_they_did_not_save() -> None:
     (note,) = said(params__nonzero=500, memory__reduction=-0.003)
     assert note == (

@@ -80,13 +80,22 @@ class Shapes:
     @property
     def experts(self) -> int | None:
         """Experts of a block; None for a model without."""
-        return next((int(n) for name in _EXPERTS if isinstance(n := getattr(self.text, name, None), int) and n), None)
+        return next((counts[0] for name in _EXPERTS if (counts := self.counts(name))), None)
 
     @property
-    def widths(self) -> dict[str, int]:
-        """Widths of MLPs and experts by the name of their field."""
-        found = {name: getattr(self.text, name, None) for name in _WIDTHS}
-        return {name: width for name, width in found.items() if isinstance(width, int) and width}
+    def widths(self) -> list[tuple[str, int]]:
+        """Widths of MLPs and experts, each with the name of its field."""
+        return [(name, width) for name in _WIDTHS for width in self.counts(name)]
+
+    def counts(self, name: str) -> list[int]:
+        """Numbers that a field of the text config has, without zeros: several where blocks differ (Gemma 4)."""
+        of_blocks = getattr(self.text, "per_layer_config", None)  # reading such a field of the whole config raises
+        if of_blocks:
+            found = [getattr(of_blocks[index], name, None) for index in range(self.text.num_hidden_layers)]
+        else:
+            found = [getattr(self.text, name, None)]
+        values = [value for one in found for value in (one if isinstance(one, list | tuple) else [one])]
+        return sorted({value for value in values if isinstance(value, int) and not isinstance(value, bool) and value})
 
 
 def shapes_of(loaded: Loaded, cuts: Collection[str] = ()) -> Shapes:
@@ -241,7 +250,7 @@ def _quants(shapes: Shapes) -> tuple[str, tuple[str, ...]]:
 def _round_to(shapes: Shapes) -> tuple[str, ...]:
     """The key that makes pruned widths fit blocks of llama.cpp; none where they do, or were not pruned."""
     for multiple in (SUPERBLOCK, BLOCK):
-        if "mlp" in shapes.cuts and any(width % multiple and width > multiple for width in shapes.widths.values()):
+        if "mlp" in shapes.cuts and any(width % multiple and width > multiple for _, width in shapes.widths):
             return (f"method.round_to={multiple}",)
     return ()
 
@@ -265,18 +274,18 @@ def vllm(shapes: Shapes) -> Verdict:
     if shapes.bits == 8 and not shapes.dynamic:  # compressed_tensors.py, _get_scheme_from_parts
         note = "it reads 8-bit weights without 8-bit inputs in packed layouts alone"
         return Verdict("vLLM", NO, note, ("post=int8_dynamic", "post=int4_weight_only"))
-    heads, head_dim = (getattr(text, name, None) for name in ("num_attention_heads", "head_dim"))
-    if config.model_type in _SQUARE_IN_VLLM and head_dim and heads * head_dim != text.hidden_size:
-        note = f"its {shapes.architecture} takes hidden_size / heads for head_dim, and here that is not {head_dim}"
+    heads, head_dims = shapes.counts("num_attention_heads"), shapes.counts("head_dim")
+    if config.model_type in _SQUARE_IN_VLLM and head_dims and heads[0] * head_dims[0] != text.hidden_size:
+        note = f"its {shapes.architecture} takes hidden_size / heads for head_dim, and here that is not {head_dims[0]}"
         return Verdict("vLLM", NO, note, ("method.units=[mlp]",))
     known, keys, notes = shapes.architecture in _IN_VLLM, set[str](), list[str]()
     if not known:
         notes.append(f"by its transformers backend, if it has no {shapes.architecture} of its own")
-    if isinstance(heads, int):
+    if heads:
         why = {n: reasons for n in PARALLEL if (reasons := not_spread(shapes, n))}
         able = _numbers(n for n in PARALLEL if n not in why)
         notes += [f"on 1 device, tensor-parallel on {able}", *(f"not {n}: {', '.join(why[n])}" for n in why)]
-        keys |= {*(_round_to(shapes) if any(width % 8 for width in shapes.widths.values()) else ())}
+        keys |= {*(_round_to(shapes) if any(width % 8 for _, width in shapes.widths) else ())}
     if (experts := shapes.experts) is not None:
         notes.append(f"expert-parallel on {_numbers(n for n in PARALLEL if not experts % n)}")
         fewer = [n for n in PARALLEL if experts % n and n < experts]
@@ -301,11 +310,11 @@ def not_spread(shapes: Shapes, devices: int) -> list[str]:
     Heads and widths must divide (ModelConfig.verify_with_parallel_config, distributed.utils.divide, FusedMoE); KV heads
     divide or are divided (LlamaAttention); there are no more devices than experts (Qwen3MoeSparseMoeBlock).
     """
-    n, heads = devices, int(shapes.text.num_attention_heads)
-    kv = int(getattr(shapes.text, "num_key_value_heads", None) or heads)
-    reasons = [f"{heads} heads"] if heads % n else []
-    reasons += [f"{kv} KV heads"] if (kv % n if kv >= n else n % kv) else []
-    reasons += [f"{name}={width}" for name, width in shapes.widths.items() if width % n]
+    n, heads = devices, shapes.counts("num_attention_heads")
+    reasons = [f"{count} heads" for count in heads if count % n]
+    kv = shapes.counts("num_key_value_heads") or heads
+    reasons += [f"{count} KV heads" for count in kv if (count % n if count >= n else n % count)]
+    reasons += [f"{name}={width}" for name, width in shapes.widths if width % n]
     return reasons + ([f"{shapes.experts} experts"] if shapes.experts is not None and shapes.experts < n else [])
 
 

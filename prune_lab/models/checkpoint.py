@@ -30,6 +30,10 @@ from prune_lab.models.formats import format_of
 from prune_lab.models.low_bit import compressed_tensors
 from prune_lab.models.shards import Shards, Span
 
+OWN_HEAD = (
+    "config.json says that the head is the embedding (tie_word_embeddings), but the files hold another, {head}: it is "
+    "what was measured, and an export says tie_word_embeddings=false"
+)
 _SHOWN = 3  # names in a message
 # Buffers that older versions of transformers wrote: computed, not read. Masks are no vectors, as biases are.
 _FREQUENCIES = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids|decoder\.version)$")
@@ -56,10 +60,7 @@ def read_checkpoint(folder: Path, config: Any, name: str) -> Checkpoint:
         return comparison.checkpoint()
     config.tie_word_embeddings = False
     checkpoint = _Comparison(stored, config, name).checkpoint()
-    checkpoint.warnings.append(
-        f"config.json says that the head is the embedding (tie_word_embeddings), but the files hold another, {head}: "
-        "it is what was measured, and an export says tie_word_embeddings=false"
-    )
+    checkpoint.warnings.append(OWN_HEAD.format(head=head))
     return checkpoint
 
 

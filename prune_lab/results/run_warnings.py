@@ -188,6 +188,7 @@ def of_figures(metrics: dict[str, float]) -> list[str]:
     return [
         *_of_text(metrics),
         *_of_input(metrics),
+        *_of_amount(metrics),
         *_of_zeros(metrics),
         *(note for of in ("latency", *ENGINES) for stage in _STAGES for note in _of_time(metrics, stage, of)),
         *_of_disk_and_memory(metrics),
@@ -217,6 +218,17 @@ def _of_input(m: dict[str, float]) -> list[str]:
         f"{zeros:,.0f} of the model's {m['params/dense_total']:,.0f} parameters "
         f"({zeros / m['params/dense_total']:.1%}) were zero before this run: params/reduction leaves them out, and an "
         "amount of single weights includes them"
+    ]
+
+
+def _of_amount(m: dict[str, float]) -> list[str]:
+    """Warning about an amount of units that is less than one of them."""
+    asked = m.get("amount/requested", 0.0)
+    if not asked or m["amount/realized"]:
+        return []
+    return [
+        f"nothing was removed: amount={asked:g} is less than one of the units that there are, or one has to stay; give "
+        "a larger amount, or other units"
     ]
 
 
