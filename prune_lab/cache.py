@@ -35,6 +35,7 @@ KINDS = {
     "gguf": "models made of GGUF files",
     "layout": "blocks, matrices and units found in models, by config",
     "input_norm": "calibration: norms of the inputs of Linears",
+    "gated_norm": "calibration: norms of the inputs of experts, times their gates",
     "variance": "calibration: means and variances of inputs",
     "gram": "calibration: gram matrices of inputs",
     "output_norm": "calibration: norms of the outputs of Linears",

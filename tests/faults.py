@@ -131,6 +131,17 @@ def main(arguments: list[str]) -> int:
 FAULTS = (
     # Which weights go
     Fault(
+        "found_layouts_calibrate_each_time", "prune_lab/pruning/calibration.py",
+        "    if cache is None:\n        yield from observe(needs)",
+        "    if cache is None or anatomy.found is not None:\n        yield from observe(needs)",
+        ("test_sharing.py::test_statistics_of_found_layouts_are_observed_once_too",),
+    ),
+    Fault(
+        "kept_statistics_forget_the_tokens_of_an_expert", "prune_lab/pruning/dense_statistics.py",
+        '"input_norm": ("input_norm", "rows"),', '"input_norm": ("input_norm",),',
+        ("test_sharing.py::test_statistics_of_found_layouts_are_observed_once_too",),
+    ),
+    Fault(
         "states_of_another_bos", "prune_lab/measure/dense_states.py",
         ', "bos": self._bos.stamp}', "}",
         ("test_dense_states.py::test_other_states_of_another_text_batch_bos_or_model",),

@@ -223,14 +223,15 @@ def _activations(
         return
     cache = None if propagate_pruned else anatomy.dense_cache
     if anatomy.found is not None:
-        yield from _observe_found(anatomy, anatomy.found, calibrator, propagate_pruned, needs)
-    elif cache is None:
-        yield from _observe(anatomy, calibrator, propagate_pruned, needs)
+        observe = partial(_observe_found, anatomy, anatomy.found, calibrator, propagate_pruned)
     else:
-        observe = partial(_observe, anatomy, calibrator, False)
-        linears = [name for name, _ in anatomy.linears()]
-        world, count = calibrator.sharing, len(anatomy.blocks)
-        yield from dense_statistics(cache, calibrator.key, count, linears, needs, observe, world)
+        observe = partial(_observe, anatomy, calibrator, propagate_pruned)
+    if cache is None:
+        yield from observe(needs)
+        return
+    linears = [name for name, _ in anatomy.linears()]
+    of = (calibrator.key, len(anatomy.blocks), linears, needs, observe, calibrator.sharing)
+    yield from dense_statistics(cache, *of)
 
 
 def _observe(

@@ -6,16 +6,19 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import torch
+
 from prune_lab.dense_cache import DenseCache, Part
 from prune_lab.pruning.statistics import LinearStatistics, Needs
 from prune_lab.system.world import World
 
 # Fields of LinearStatistics by what is asked for.
 FIELDS = {
-    "input_norm": ("input_norm",),
-    "output_norm": ("output_norm",),
-    "variance": ("mean", "variance"),
-    "gram": ("gram", "tokens"),
+    "input_norm": ("input_norm", "rows"),
+    "gated_norm": ("gated_norm", "rows"),
+    "output_norm": ("output_norm", "rows"),
+    "variance": ("mean", "variance", "rows"),
+    "gram": ("gram", "tokens", "rows"),
 }
 
 Observe = Callable[[Needs], Iterator[dict[str, LinearStatistics]]]
@@ -72,7 +75,7 @@ def dense_statistics(
             for label, tensor in part.items():
                 result, _, name = label.partition(" ")
                 if result in wanted.get(name, ()):
-                    found.setdefault(name, {})[result] = tensor
+                    found.setdefault(name, {})[result] = int(tensor) if result == "rows" else tensor
         yield {name: LinearStatistics(**of_linear) for name, of_linear in found.items()}
 
 
@@ -85,8 +88,8 @@ def _needs(linears: dict[str, frozenset[str]]) -> Needs:
 def _part(of_block: dict[str, LinearStatistics], field: str) -> Part:
     """The tensors of a field by result and Linear."""
     return {
-        f"{result} {name}": tensor
+        f"{result} {name}": torch.as_tensor(value)
         for name, statistics in of_block.items()
         for result in FIELDS[field]
-        if (tensor := getattr(statistics, result)) is not None
+        if (value := getattr(statistics, result)) is not None
     }
