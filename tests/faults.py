@@ -1204,7 +1204,7 @@ FAULTS = (
     ),
     Fault(
         "kv_heads_are_never_copied", "prune_lab/export/loads_in.py",
-        "(kv % n if kv >= n else n % kv)", "kv % n",
+        "(count % n if count >= n else n % count)", "count % n",
         ("test_loads_in.py::test_where_vllm_spreads_a_model",),
     ),
     Fault(

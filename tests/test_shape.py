@@ -21,6 +21,7 @@ from prune_lab.models.anatomy import Anatomy
 from prune_lab.models.export import save_model
 from prune_lab.models.load import HubModel, Loaded
 from prune_lab.pruning.calibration import Calibrator
+from prune_lab.results import outcome
 
 WINDOWS = torch.randint(1, 300, (8, 24), generator=torch.Generator().manual_seed(4))
 CALIBRATOR = Calibrator(WINDOWS)
@@ -146,3 +147,12 @@ def test_a_shape_is_taken_at_once(cli: Cli, small: list[str]) -> None:
     assert done.returncode == 2
     assert "method=shape" in done.stderr
     assert "schedule=one_shot" in done.stderr
+
+
+def test_a_shape_was_asked_for_no_amount() -> None:
+    """Of an amount that was asked for, and of nothing, it is said."""
+    lines = {(0.185, 0.0): "0.1850 of the pruned scope", (0.4, 0.4): "0.4000 of the pruned scope (0.4 requested)"}
+    lines[0.0, 0.0] = "0.0000 of the pruned scope (0 requested)"
+    for (realized, requested), line in lines.items():
+        found = outcome.removed({"amount/realized": realized, "amount/requested": requested})
+        assert found == f"amount    {line}"

@@ -81,7 +81,7 @@ def _measure(
     shared = windows[: in_whole_batches(compared, batch_size)]
     passing = [(model, windows), *([(dense, shared)] if len(shared) and kept is None else [])]
     losses, divergences = list[Tensor](), list[Tensor]()
-    what = "perplexity beside the dense model" if compared else "perplexity"
+    what = "perplexity beside the dense model" if compared and kept is None else "perplexity"
     with console.progress(sum(steps_of(of, bos.before(text)) for of, text in passing), what, unit="tok") as bar:
         mine = states_at_targets(model, windows, batch_size, device, bos, bar.update)
         beside = iter(kept or states_at_targets(dense, shared, batch_size, device, bos, bar.update))

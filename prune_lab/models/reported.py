@@ -1,4 +1,4 @@
-"""What transformers reports of the tensors of a folder as it reads them, and what of it says that a model is another.
+"""Tensors of a folder as transformers reports them while it reads: what of that says that a model is another.
 
 Of types that families.py does not describe, transformers alone knows which tensor of the files is which of the model:
 it may rename them and put experts together. Tensors of the files that it has no place for are a note in the run, where

@@ -42,13 +42,19 @@ def header(summary: Summary, console: Console) -> None:
     console.note("run       " + ", ".join(f"{group} {summary.choices.get(group)}" for group in groups))
 
 
+def removed(m: dict[str, float]) -> str:
+    """Line on the amount; a method that is given counts, such as shape, was asked for none."""
+    realized, requested = m["amount/realized"], m["amount/requested"]
+    asked = "" if realized and not requested else f" ({requested:g} requested)"
+    return f"amount    {realized:.4f} of the pruned scope{asked}"
+
+
 def show(summary: Summary, console: Console) -> None:
     """Prints tables, amount and warnings of a finished run."""
     m = summary.metrics
     for table in tables(m, summary.protocol.get("tasks", [])):
         console.result(table)
-    removed = f"amount    {m['amount/realized']:.4f} of the pruned scope ({m['amount/requested']:g} requested)"
-    console.result(removed)
+    console.result(removed(m))
     if divergence := beside_dense(m):
         console.result(f"quality   {divergence}")
     for line in _engines(summary.loads_in):
