@@ -50,6 +50,7 @@ SHORTENED: dict[str, list[str]] = {
     "real_methods": ["amount=0.5", *OWN_TESTS],
     "real_prune_then_quantize": ["amount=0.4", *OWN_TESTS, "post.group_size=8"],
     "real_recover": [],  # chooses its own recoveries and steps: the job is that of `recover`
+    "real_recover_110m": [*OWN_TESTS, *SHORT, *FEW_PAIRS, "method.mlp=32", "measure.tasks=[]"],
     "real_structured": [*OWN_TEXT, "method.refit=inputs"],
     "real_targets": [],  # the keys are those of real_structured and real_unstructured
     "real_unstructured": OWN_TEXT,
@@ -187,7 +188,7 @@ def test_a_recipe_runs_in_a_shortened_form(
     few = ["dataset.seq_len=32", "measure.max_windows=4", "tracking=none", "hydra.sweep.dir=sweep", "hydra.run.dir=run"]
     done = cli("-cd", str(FOLDER), "-cn", name, *things, *few, *SHORTENED[name])
     assert done.returncode == 0, done.stderr
-    is_sweep = name not in ("sensitivity", "train_tiny", "train_tiny_moe")
+    is_sweep = name not in ("real_recover_110m", "sensitivity", "train_tiny", "train_tiny_moe")
     files = (tmp_path / "sweep").glob("*/summary.json") if is_sweep else [tmp_path / "run" / "summary.json"]
     for path in sorted(files):
         summary = json.loads(path.read_text(encoding="utf-8"))
