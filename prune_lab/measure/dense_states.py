@@ -21,7 +21,7 @@ from prune_lab.text.bos import Bos
 from prune_lab.text.tokens import sha256
 
 KIND = "dense_states"
-MOST = 2**30  # bytes; of more the dense model runs beside each compressed one, window by window
+MOST = 2**30  # bytes; beyond it the dense model passes the windows again for each compressed one
 
 
 def can_keep_states(model: Any, windows: Tensor) -> bool:

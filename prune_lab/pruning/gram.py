@@ -41,9 +41,11 @@ def damped_cholesky(matrix: Tensor, mean: Tensor, damping: float) -> tuple[Tenso
 
 @contextmanager
 def multiplying_in_bfloat16(wanted: bool = True) -> Iterator[None]:
-    """Context in which float32 products on a CPU take their factors as bfloat16, where it has instructions for it.
+    """Context in which float32 products on a CPU with AMX take their factors as bfloat16.
 
-    They are added up in float32, in which products of bfloat16 numbers are exact. wanted: False changes nothing.
+    They are added up in float32, in which products of bfloat16 numbers are exact: of factors that were bfloat16 nothing
+    is lost. On a CPU that has avx512_bf16 alone, PyTorch 2.13 multiplies in float32 all the same. wanted: False changes
+    nothing.
     """
     if not wanted or not hasattr(torch.backends.mkldnn, "matmul"):  # before PyTorch 2.9
         yield
